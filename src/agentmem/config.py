@@ -1,0 +1,121 @@
+"""Settings: CLI flag > AGENTMEM_* environment > --config file (TOML) > default. Each default is written once, here."""
+
+import os
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationError
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
+
+from .errors import StartupError
+
+_UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
+
+
+def parse_bytes(value: Any) -> Any:
+    """ "512M", "8 GiB", "1.5g" or a number of bytes, to bytes (binary units)."""
+    if not isinstance(value, str):
+        return value
+    text = value.strip().lower().removesuffix("ib").removesuffix("b").strip()
+    unit = text[-1:] if text[-1:].isalpha() else ""
+    try:
+        return int(float(text.removesuffix(unit)) * _UNITS[unit])
+    except (KeyError, ValueError):
+        raise ValueError(f"{value!r} is not a size; write bytes, or a number with K, M, G or T, such as 8G") from None
+
+
+def default_kv_budget() -> int:
+    """A quarter of physical RAM, in bytes."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 4
+
+
+def _multiple_of_32(value: int) -> int:
+    if value % 32:
+        raise ValueError(f"must be a multiple of 32, is {value}")
+    return value
+
+
+Bytes = Annotated[int, BeforeValidator(parse_bytes)]
+
+
+class Settings(BaseSettings):
+    """What `agentmem serve` can be told. Unknown names are refused."""
+
+    model_config = SettingsConfigDict(env_prefix="AGENTMEM_", extra="forbid")
+
+    model: str = Field("demo", description="'demo', a directory with an MLX model, or a hub name")
+    host: str = Field("127.0.0.1", description="address to listen on")
+    port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0 picks a free one")
+    home: Path = Field(Path("~/.agentmem"), description="directory that holds models and stores")
+    allowed_hosts: list[str] = Field(
+        default=[], description="further Host header values to accept (default: the listening address and localhost)"
+    )
+
+    kv_bits: Literal["4", "k5v4", "8", "16"] = Field(
+        "4", description="bits of a sealed block: 4, 8, 16 (the model's own dtype), or k5v4 (keys 5, values 4)"
+    )
+    block_size: Annotated[int, AfterValidator(_multiple_of_32)] = Field(
+        256, ge=32, le=2048, description="tokens a block"
+    )
+    sharing: Literal["namespace", "agent"] = Field(
+        "namespace", description="who may share identical prefix blocks: agents of one namespace, or nobody"
+    )
+    attention: Literal["auto", "dequantized", "codes"] = Field(
+        "auto", description="what attention of running sequences reads; auto: measured once per model and device"
+    )
+    prefill_chunk: int = Field(512, ge=16, le=8192, description="prompt tokens a forward pass")
+    max_running: int = Field(8, ge=1, le=256, description="sequences decoded at once")
+    max_queue: int = Field(64, ge=1, le=10_000, description="requests waiting; one more is answered 429")
+    max_branches: int = Field(4, ge=1, le=64, description="branches kept of one agent; the least recently used goes")
+    max_context: int | None = Field(None, ge=16, description="prompt and answer, in tokens (default: the model's)")
+    default_max_tokens: int = Field(2048, ge=1, description="answer tokens where a request names no limit")
+    kv_budget: Bytes = Field(
+        default_factory=default_kv_budget, description="RAM for caches, such as 8G (default: a quarter of RAM)"
+    )
+    tail_delay: float = Field(3.0, ge=0, description="seconds of rest after which an agent's tail is written")
+    grace: float = Field(10.0, ge=0, description="seconds that running answers get to finish at shutdown")
+    max_body: Bytes = Field(8 << 20, ge=1024, description="largest request body, such as 8M")
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="log level")
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        return init_settings, env_settings
+
+    @property
+    def home_dir(self) -> Path:
+        return self.home.expanduser().resolve()
+
+    @property
+    def models_dir(self) -> Path:
+        return self.home_dir / "models"
+
+    @property
+    def store_dir(self) -> Path:
+        return self.home_dir / "store"
+
+
+def load_settings(flags: dict[str, Any], config: Path | None = None) -> Settings:
+    """Merge the sources. Raises StartupError, in one line, that names the setting and what would be right."""
+    from_env = {name for name in Settings.model_fields if f"AGENTMEM_{name.upper()}" in os.environ}
+    values = {k: v for k, v in _read_toml(config).items() if k not in from_env} if config else {}
+    values |= {k: v for k, v in flags.items() if v is not None}
+    try:
+        return Settings(**values)
+    except ValidationError as e:
+        problems = "; ".join(f"{'.'.join(map(str, p['loc']))}: {p['msg']}" for p in e.errors())
+        raise StartupError(f"settings: {problems}") from None
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text())
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as e:
+        raise StartupError(f"--config {path}: {e}") from None

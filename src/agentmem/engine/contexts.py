@@ -1,0 +1,254 @@
+"""Agents, their branches, and the tree of blocks that the branches share: what is cached, and for whom.
+
+A branch is a path of nodes (sealed blocks) plus a tail. Nodes are keyed by content, so that branches, and agents of one
+namespace, hold one node together where their prefixes are the same. Engine thread only, except `infos`.
+"""
+
+import hashlib
+import time
+import uuid
+from collections.abc import Iterable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+
+from ..kvcache.block import SealedBlock, Tail
+from .request import AgentInfo
+
+ROOT = b""
+FRESH = b""  # the lineage of a block that was never cut
+
+
+def block_key(scope: bytes, parent: bytes, tokens: np.ndarray, lineage: bytes) -> bytes:
+    """Content address of a block: 32 bytes over who may share it, what came before, its tokens, and how it came about.
+
+    `scope` holds namespace (or agent) and the fingerprint of model, quantization and calibration. `lineage` is FRESH,
+    or names the block and position at which this one was cut before it filled up again: its first tokens are codes
+    where a fresh block of the same tokens saw full precision, so that the two must not stand in for each other.
+    """
+    digest = hashlib.blake2b(digest_size=32)
+    for part in (scope, parent, lineage, np.ascontiguousarray(tokens, dtype="<u4").tobytes()):
+        digest.update(len(part).to_bytes(8, "little"))
+        digest.update(part)
+    return digest.digest()
+
+
+@dataclass(eq=False)
+class Node:
+    """One sealed block: where it lies in the tree, and its arrays if they are in RAM."""
+
+    key: bytes
+    parent: bytes
+    tokens: np.ndarray  # uint32 [block_size]
+    data: SealedBlock | None = None
+    disk_bytes: int = 0  # 0: not persisted (yet)
+    saving: "Future[Any] | None" = None
+    refs: int = 0  # branches and running sequences that hold it
+    last_used: float = 0.0
+
+
+@dataclass(eq=False)
+class Branch:
+    id: str
+    agent: "Agent"
+    nodes: list[Node] = field(default_factory=list)
+    tail_tokens: np.ndarray = field(default_factory=lambda: np.empty(0, np.uint32))
+    tail: Tail | None = None  # in RAM
+    lineage: bytes = FRESH  # of the open block
+    tail_disk_bytes: int = 0  # 0: this tail is not on disk
+    tail_saving: "Future[Any] | None" = None
+    last_used: float = 0.0
+    in_use: bool = False  # a running sequence continues it
+
+    def tokens(self) -> np.ndarray:
+        return np.concatenate([*(n.tokens for n in self.nodes), self.tail_tokens])
+
+    def __len__(self) -> int:
+        return sum(len(n.tokens) for n in self.nodes) + len(self.tail_tokens)
+
+    @property
+    def is_hot(self) -> bool:
+        return all(n.data is not None for n in self.nodes) and (self.tail is not None or not len(self.tail_tokens))
+
+    @property
+    def tail_dirty(self) -> bool:
+        return self.tail is not None and not self.tail_disk_bytes and self.tail_saving is None
+
+
+@dataclass(eq=False)
+class Agent:
+    namespace: str
+    name: str
+    created: float
+    last_used: float
+    branches: dict[str, Branch] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Match:
+    """The longest reusable prefix: whole nodes, then part of one more node or of a branch's tail."""
+
+    nodes: tuple[Node, ...] = ()
+    length: int = 0
+    source: Branch | None = None  # whose tail (or cut node) goes on; None: shared nodes only
+    cut_node: Node | None = None  # a sealed block of which the first tokens are kept, as codes
+    extends: bool = False  # all of `source` is matched: the request continues it
+
+    def tail_len(self, block_size: int) -> int:
+        return self.length - len(self.nodes) * block_size
+
+
+def _common_prefix(a: np.ndarray, b: np.ndarray) -> int:
+    n = min(len(a), len(b))
+    differ = np.flatnonzero(a[:n] != b[:n])
+    return int(differ[0]) if len(differ) else n
+
+
+class Contexts:
+    """The registry. It knows what is in RAM and on disk, not how it gets there: engine/memory.py moves it."""
+
+    def __init__(
+        self, *, fingerprint: bytes, block_size: int, sharing: Literal["namespace", "agent"], max_branches: int
+    ):
+        self._fingerprint, self.block_size = fingerprint, block_size
+        self._sharing, self._max_branches = sharing, max_branches
+        self.agents: dict[tuple[str, str], Agent] = {}
+        self.nodes: dict[bytes, Node] = {}
+
+    def scope(self, namespace: str, agent: str) -> bytes:
+        owner = [namespace] if self._sharing == "namespace" else [namespace, agent]
+        return self._fingerprint + repr(owner).encode()
+
+    def agent(self, namespace: str, name: str) -> Agent:
+        """The agent of that name; a new one is entered with its first branch."""
+        now = time.time()
+        return self.agents.get((namespace, name)) or Agent(namespace, name, now, now)
+
+    def branches(self) -> Iterable[Branch]:
+        return (b for a in self.agents.values() for b in a.branches.values())
+
+    def match(self, namespace: str, agent: str, tokens: Sequence[int]) -> Match:
+        """The longest prefix of `tokens`, short of the last one, over the agent's branches, then over shared nodes."""
+        wanted = np.array(tokens[:-1], dtype=np.uint32)
+        best = Match()
+        known = self.agents.get((namespace, agent))
+        for branch in known.branches.values() if known else ():
+            n = _common_prefix(branch.tokens(), wanted)
+            if n > best.length:
+                best = self._match_branch(branch, n)
+        shared = self._match_shared(self.scope(namespace, agent), wanted)
+        return shared if shared.length > best.length else best
+
+    def _match_branch(self, branch: Branch, n: int) -> Match:
+        whole = min(n // self.block_size, len(branch.nodes))
+        cut = branch.nodes[whole] if whole < len(branch.nodes) and n > whole * self.block_size else None
+        return Match(tuple(branch.nodes[:whole]), n, branch, cut, extends=n == len(branch))
+
+    def _match_shared(self, scope: bytes, wanted: np.ndarray) -> Match:
+        nodes: list[Node] = []
+        parent = ROOT
+        for start in range(0, len(wanted) - self.block_size + 1, self.block_size):
+            node = self.nodes.get(block_key(scope, parent, wanted[start : start + self.block_size], FRESH))
+            if node is None:
+                break
+            nodes.append(node)
+            parent = node.key
+        return Match(tuple(nodes), len(nodes) * self.block_size)
+
+    def new_branch(self, agent: Agent) -> Branch:
+        return Branch(uuid.uuid4().hex, agent)
+
+    def seal(self, scope: bytes, parent: bytes, tokens: Sequence[int], lineage: bytes, data: SealedBlock) -> Node:
+        """The node of a block that just filled up: the existing one of that key, or a new one. Not held yet.
+
+        An existing node whose bytes are only on disk can't be compared or adopted without a read, so the block gets a
+        key of its own: a little space for never mixing two computations of one block.
+        """
+        array = np.array(tokens, dtype=np.uint32)
+        key = block_key(scope, parent, array, lineage)
+        found = self.nodes.get(key)
+        if found is not None and found.data is None:
+            key, found = block_key(scope, parent, array, lineage + uuid.uuid4().bytes), None
+        if found is None:
+            found = self.nodes[key] = Node(key, parent, array, data)
+        return found
+
+    @staticmethod
+    def hold(nodes: Iterable[Node]) -> None:
+        now = time.time()
+        for node in nodes:
+            node.refs += 1
+            node.last_used = now
+
+    def release(self, nodes: Iterable[Node]) -> None:
+        for node in nodes:
+            node.refs -= 1
+            if node.refs == 0 and self.nodes.get(node.key) is node:
+                del self.nodes[node.key]
+
+    def put_branch(self, branch: Branch) -> list[Branch]:
+        """Enter a branch that a sequence leaves; returns the branches that it displaces: its own prefixes, the oldest.
+
+        The branch must already hold its nodes.
+        """
+        agent = branch.agent
+        agent = branch.agent = self.agents.setdefault((agent.namespace, agent.name), agent)
+        branch.last_used = agent.last_used = time.time()
+        agent.branches[branch.id] = branch
+        mine = branch.tokens()
+        gone = [
+            b
+            for b in agent.branches.values()
+            if b is not branch and not b.in_use and len(b) <= len(mine) and _common_prefix(b.tokens(), mine) == len(b)
+        ]
+        others = sorted(
+            (b for b in agent.branches.values() if b not in gone and not b.in_use), key=lambda b: b.last_used
+        )
+        gone += others[: max(0, len(others) - self._max_branches)]
+        for old in gone:
+            self.drop_branch(old)
+        return gone
+
+    def drop_branch(self, branch: Branch) -> None:
+        branch.agent.branches.pop(branch.id, None)
+        self.release(branch.nodes)
+
+    def drop_agent(self, agent: Agent) -> None:
+        self.agents.pop((agent.namespace, agent.name), None)
+        for branch in list(agent.branches.values()):
+            self.drop_branch(branch)
+
+    def cut_at(self, bad: Node) -> None:
+        """A block turned out unreadable: every branch that holds it keeps what comes before."""
+        for branch in self.branches():
+            if bad in branch.nodes:
+                index = branch.nodes.index(bad)
+                self.release(branch.nodes[index:])
+                branch.nodes = branch.nodes[:index]
+                self.drop_tail(branch)
+        self.nodes.pop(bad.key, None)
+
+    @staticmethod
+    def drop_tail(branch: Branch) -> None:
+        branch.tail_tokens, branch.tail, branch.lineage = np.empty(0, np.uint32), None, FRESH
+        branch.tail_disk_bytes, branch.tail_saving = 0, None
+
+    def infos(self, namespace: str) -> list[AgentInfo]:
+        return [_info(a) for (owner, _), a in list(self.agents.items()) if owner == namespace]
+
+
+def _info(agent: Agent) -> AgentInfo:
+    branches = list(agent.branches.values())
+    nodes = {n.key: n for b in branches for n in b.nodes}.values()
+    return AgentInfo(
+        agent_id=agent.name,
+        tier="hot" if branches and max(branches, key=lambda b: b.last_used).is_hot else "warm",
+        tokens=max((len(b) for b in branches), default=0),
+        branches=len(branches),
+        ram_bytes=sum(n.data.nbytes for n in nodes if n.data) + sum(b.tail.nbytes for b in branches if b.tail),
+        disk_bytes=sum(n.disk_bytes for n in nodes) + sum(b.tail_disk_bytes for b in branches),
+        created=agent.created,
+        last_used=agent.last_used,
+    )

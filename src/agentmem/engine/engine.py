@@ -1,0 +1,146 @@
+"""The engine: one thread that makes every MLX call of inference, and the border that the event loop talks to."""
+
+import asyncio
+import logging
+import queue
+import threading
+from collections.abc import AsyncIterator, Callable, Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager
+from typing import Any
+
+import mlx.core as mx
+
+from ..config import Settings
+from ..errors import AgentMemError, ContextLengthExceeded, EngineFailed, ShuttingDown, StartupError
+from ..models.loading import LoadedModel
+from .loop import EngineLoop
+from .request import AgentInfo, Finished, GenerateRequest, TextDelta
+from .sequence import Event, Sequence
+from .startup import Core, build_core
+
+log = logging.getLogger(__name__)
+
+
+class Engine:
+    """Start it, then use it from one event loop. See EngineAPI in request.py."""
+
+    def __init__(self, settings: Settings, load: Callable[[], LoadedModel]):
+        """`load` makes the model, on the engine thread."""
+        self._settings, self._load = settings, load
+        self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._ready: Future[Core] = Future()
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._loop: EngineLoop | None = None
+        self._failure: str | None = None
+        self._stopping = False
+
+    def start(self) -> None:
+        """Load the model and the store. Raises StartupError."""
+        self._thread.start()
+        self._core = self._ready.result()
+        self.model_name = self._core.model.name
+        self.max_context = self._core.max_context
+        self.tokenizer = self._core.model.tokenizer
+
+    async def generate(self, request: GenerateRequest) -> AsyncIterator[TextDelta | Finished]:
+        self._check_open()
+        if len(request.tokens) >= self.max_context:
+            raise ContextLengthExceeded(len(request.tokens), self.max_context)
+        loop, events = asyncio.get_running_loop(), asyncio.Queue[Event]()
+        seq = Sequence(
+            request,
+            emit=lambda event: loop.call_soon_threadsafe(events.put_nowait, event),
+            tokens=list(request.tokens),
+        )
+        self._post(lambda: self._core_loop.submit(seq))
+        try:
+            while True:
+                event = await events.get()
+                if isinstance(event, AgentMemError):
+                    raise event
+                yield event
+                if isinstance(event, Finished):
+                    return
+        finally:
+            seq.cancelled = True  # seen before the next token; a finished sequence no longer looks
+            self._post(lambda: None)
+
+    def health(self) -> dict[str, Any]:
+        errors = [e for e in (self._failure, self._core.store.background_error) if e]
+        status = "failed" if self._failure else "stopping" if self._stopping else "degraded" if errors else "ok"
+        return {
+            "status": status,
+            "errors": errors,
+            "model": self.model_name,
+            "device": str(mx.default_device()),
+            "kv_bits": self._settings.kv_bits if self._core.runner.spec.bits else "16",
+            "attention": "codes" if self._core.runner.on_codes else "dequantized",
+            "running": len(self._core.scheduler.active),
+            "waiting": len(self._core.scheduler.waiting),
+            "ram_bytes": self._core_loop.ram_bytes,
+            "kv_budget": self._settings.kv_budget,
+            "store": self._core.store.stats(),
+        }
+
+    async def agents(self, namespace: str) -> list[AgentInfo]:
+        return self._core.contexts.infos(namespace)
+
+    async def delete_agent(self, namespace: str, agent_id: str) -> bool:
+        self._check_open()
+        done: Future[bool] = Future()
+        self._post(lambda: self._core_loop.delete_agent(namespace, agent_id, done))
+        return await asyncio.wrap_future(done)
+
+    def begin_drain(self) -> None:
+        self._stopping = True
+        self._post(lambda: self._core_loop.drain(self._settings.grace))
+
+    async def stop(self) -> None:
+        self.begin_drain()
+        await asyncio.to_thread(self._thread.join)
+
+    @property
+    def _core_loop(self) -> EngineLoop:
+        assert self._loop is not None
+        return self._loop
+
+    def _post(self, function: Callable[[], None]) -> None:
+        self._inbox.put(function)
+
+    def _check_open(self) -> None:
+        if self._failure:
+            raise EngineFailed("the engine has failed and must be restarted; /health has the error")
+        if self._stopping:
+            raise ShuttingDown("the server is shutting down")
+
+    def _run(self) -> None:
+        try:
+            with _mlx_thread():
+                self._loop = EngineLoop(build_core(self._settings, self._load, self._post), self._inbox)
+                self._ready.set_result(self._loop.core)
+                self._run_loop(self._loop)
+        except StartupError as e:
+            self._ready.set_exception(e)
+        except BaseException as e:
+            if self._ready.done():
+                raise
+            self._ready.set_exception(e)
+
+    def _run_loop(self, loop: EngineLoop) -> None:
+        try:
+            loop.run()
+        except BaseException as e:  # a bug: latch it, tell everyone who waits, let /health say so
+            log.exception("the engine failed")
+            self._failure = f"{type(e).__name__}: {e}"
+            loop.run_failed()
+
+
+@contextmanager
+def _mlx_thread() -> Iterator[None]:
+    """MLX keeps worker threads for each thread that used it; left behind, they abort the process at its exit."""
+    try:
+        yield
+    finally:
+        mx.synchronize()
+        mx.clear_streams()

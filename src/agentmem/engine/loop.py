@@ -1,0 +1,269 @@
+"""What the engine thread does: take commands, then schedule, run, commit, over and over."""
+
+import logging
+import queue
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import cast
+
+import mlx.core as mx
+
+from ..errors import AgentMemError, EngineFailed, ShuttingDown
+from ..kvcache.block import SealedBlock
+from .contexts import FRESH, ROOT
+from .output import OutputStream
+from .request import TextDelta
+from .sampling import Sampler
+from .scheduler import Step
+from .sequence import Sequence, Status
+from .startup import Core
+
+log = logging.getLogger(__name__)
+_FAILED = EngineFailed("the engine failed and must be restarted; /health has the error")
+
+
+class EngineLoop:
+    """Owned by the engine thread; every method runs there."""
+
+    def __init__(self, core: Core, inbox: "queue.SimpleQueue[Callable[[], None]]"):
+        self.core, self._inbox = core, inbox
+        self.ram_bytes = 0
+        self._drain_deadline: float | None = None  # time.monotonic()
+        self._tails_due = 0.0  # time.monotonic()
+        self._failed = False
+
+    def run(self) -> None:
+        """Until drained."""
+        while True:
+            self._take_commands()
+            self._save_tails()
+            self._end_cancelled()
+            self._admit()
+            step = self.core.scheduler.schedule()
+            if step is not None:
+                self._commit(step, *self._run_step(step))
+            if self._drain_deadline is not None and self._drained():
+                self._shut_down()
+                return
+
+    def run_failed(self) -> None:
+        """After an internal failure: answer every request with it, until drained. The store keeps what it has."""
+        self._failed = True
+        for seq in (*self.core.scheduler.active, *self.core.scheduler.waiting):
+            seq.fail(_FAILED)
+        while self._drain_deadline is None:
+            self._inbox.get()()
+        self.core.store.close()
+
+    # -- commands
+
+    def submit(self, seq: Sequence) -> None:
+        try:
+            if self._failed:
+                raise _FAILED
+            if self._drain_deadline is not None:
+                raise ShuttingDown("the server is shutting down")
+            self.core.scheduler.add(seq)
+        except AgentMemError as e:
+            seq.fail(e)
+
+    def delete_agent(self, namespace: str, agent_id: str, done: "Future[bool]") -> None:
+        """Its running sequences go on, and leave nothing behind."""
+        for seq in (*self.core.scheduler.active, *self.core.scheduler.waiting):
+            if (seq.request.namespace, seq.request.agent_id) == (namespace, agent_id):
+                seq.discard = True
+        self.core.memory.delete_agent(namespace, agent_id).add_done_callback(lambda f: _copy_result(f, done))
+
+    def drain(self, grace: float) -> None:
+        if self._drain_deadline is None:
+            self._drain_deadline = time.monotonic() + grace
+            for seq in list(self.core.scheduler.waiting):
+                self.core.scheduler.remove(seq)
+                seq.fail(ShuttingDown("the server is shutting down"))
+
+    def _take_commands(self) -> None:
+        """Run what is in the inbox; with nothing else to do, wait for it or for the next tail to fall due."""
+        timeout = self._idle_time()
+        try:
+            if timeout > 0:
+                self._inbox.get(timeout=timeout)()
+            while True:
+                self._inbox.get_nowait()()
+        except queue.Empty:
+            return
+
+    def _idle_time(self) -> float:
+        """Seconds that the thread may sleep."""
+        if self.core.scheduler.schedule() is not None or self.core.scheduler.can_admit:
+            return 0.0
+        if self._drain_deadline is not None:
+            return 0.02
+        return max(0.0, self._tails_due - time.monotonic())
+
+    def _save_tails(self) -> None:
+        now = time.monotonic()
+        if now >= self._tails_due or self.core.scheduler.schedule() is None:
+            due = self.core.memory.save_tails()
+            self._tails_due = now + (60.0 if due is None else max(due, 0.01))
+
+    # -- schedule
+
+    def _end_cancelled(self) -> None:
+        for seq in [*self.core.scheduler.active, *self.core.scheduler.waiting]:
+            if seq.cancelled and seq.status is not Status.RESTORING:  # a restore ends by itself, soon
+                self._leave(seq)
+
+    def _admit(self) -> None:
+        for seq in self.core.scheduler.admit():
+            seq.started = time.perf_counter()
+            self._match(seq)
+
+    def _match(self, seq: Sequence) -> None:
+        """Find the longest cached prefix; read what of it is on disk, or start at once."""
+        request = seq.request
+        match = self.core.contexts.match(request.namespace, request.agent_id, request.tokens)
+        seq.match = match
+        held = [*match.nodes, *([match.cut_node] if match.cut_node else [])]
+        self.core.contexts.hold(held)
+        if not self.core.memory.missing(match):
+            self._start(seq)
+            self.core.contexts.release(held[len(match.nodes) :])
+            return
+        seq.status = Status.RESTORING
+
+        def restored(nbytes: int, good: bool) -> None:
+            seq.restored_bytes += nbytes
+            if good:
+                self._start(seq)
+                self.core.contexts.release(held[len(match.nodes) :])
+            else:
+                self.core.contexts.release(held)
+                self._match(seq)
+
+        self.core.memory.restore(match, restored)
+
+    def _start(self, seq: Sequence) -> None:
+        assert seq.match is not None
+        agent = self.core.contexts.agent(seq.request.namespace, seq.request.agent_id)
+        snapshot, seq.lineage = self.core.memory.snapshot(seq.match)
+        seq.nodes = list(seq.match.nodes)
+        seq.branch = self.core.memory.claim_branch(agent, seq.match)
+        seq.cache = self.core.runner.new_cache(snapshot)
+        seq.cache.reserve(seq.prompt_len + 1)
+        seq.sampler = Sampler(seq.request.params, self.core.runner.vocab_size)
+        seq.output = OutputStream(self.core.model.tokenizer, seq.request.params)
+        seq.restored = time.perf_counter()
+        seq.status = Status.PREFILL
+        self._prefilled_maybe(seq)
+
+    def _prefilled_maybe(self, seq: Sequence) -> None:
+        assert seq.cache is not None
+        if seq.cache.length == seq.prompt_len - 1:
+            seq.prefilled = time.perf_counter()
+            seq.status = Status.DECODE
+
+    # -- run
+
+    def _run_step(self, step: Step) -> tuple[list[int], list[list[SealedBlock]]]:
+        """Returns the token sampled for each decoding sequence and the blocks each sealed."""
+        runner = self.core.runner
+        if step.prefill is not None:
+            seq = step.prefill
+            assert seq.cache is not None
+            at = seq.cache.length
+            self._sealed(seq, runner.prefill(seq.cache, seq.tokens[at : at + step.chunk]))
+            self._prefilled_maybe(seq)
+        if not step.decode:
+            return [], []
+        caches = [seq.cache for seq in step.decode if seq.cache is not None]
+        logits, fresh = runner.decode(caches, [seq.tokens[-1] for seq in step.decode])
+        sampled = [
+            seq.sampler(logits[i : i + 1], seq.tokens, seq.prompt_len)
+            for i, seq in enumerate(step.decode)
+            if seq.sampler is not None
+        ]
+        runner.settle(sampled, fresh)
+        return [cast(int, token.item()) for token in sampled], fresh
+
+    # -- commit
+
+    def _commit(self, step: Step, sampled: list[int], fresh: list[list[SealedBlock]]) -> None:
+        for seq, token, blocks in zip(step.decode, sampled, fresh, strict=True):
+            self._sealed(seq, blocks)
+            seq.tokens.append(token)
+            if seq.num_generated == 1:
+                seq.first_token = time.perf_counter()
+            assert seq.output is not None
+            text, stopped = seq.output.feed(token)
+            full = seq.num_generated >= seq.request.params.max_tokens or len(seq.tokens) >= self.core.max_context
+            if full and not stopped:
+                text += seq.output.finish()
+            if text:
+                seq.emit(TextDelta(text))
+            if stopped or full:
+                self._leave(seq)
+                seq.finish("stop" if stopped else "length")
+
+    def _sealed(self, seq: Sequence, blocks: list[SealedBlock]) -> None:
+        """Enter the blocks that a step filled up into the tree, and queue them to be written."""
+        if not blocks:
+            return
+        contexts, size = self.core.contexts, self.core.runner.spec.block_size
+        scope = contexts.scope(seq.request.namespace, seq.request.agent_id)
+        assert seq.cache is not None and seq.branch is not None
+        for block in blocks:
+            index = len(seq.nodes)
+            parent = seq.nodes[-1].key if seq.nodes else ROOT
+            node = contexts.seal(scope, parent, seq.tokens[index * size : (index + 1) * size], seq.lineage, block)
+            seq.lineage = FRESH
+            if node.data is not None and node.data is not block:
+                seq.cache.adopt(index, node.data)
+            contexts.hold([node])
+            seq.nodes.append(node)
+            if not seq.discard:
+                self.core.memory.save_block(seq.branch, node)
+
+    def _leave(self, seq: Sequence) -> None:
+        """Take `seq` out of the running and keep what it computed, if anything."""
+        self.core.scheduler.remove(seq)
+        seq.status = Status.FINISHED
+        if seq.cache is None or seq.branch is None or seq.match is None:
+            return
+        cache, branch, length = seq.cache, seq.branch, seq.cache.length
+        seq.cache = None
+        if seq.discard or length == seq.match.length:
+            self.core.contexts.release(seq.nodes)
+            self.core.memory.abandon(branch)
+        else:
+            snapshot = cache.snapshot()
+            tail_tokens = seq.tokens[cache.num_sealed : length]
+            self.core.memory.commit(branch, seq.nodes, snapshot.tail, tail_tokens, seq.lineage)
+        in_use = (node for other in self.core.scheduler.active for node in other.nodes)
+        self.core.memory.evict(in_use)
+        self.ram_bytes = self.core.memory.ram_bytes()
+
+    # -- stop
+
+    def _drained(self) -> bool:
+        assert self._drain_deadline is not None
+        if time.monotonic() < self._drain_deadline:
+            return not self.core.scheduler.active
+        for seq in list(self.core.scheduler.active):
+            if seq.status is not Status.RESTORING:
+                self._leave(seq)
+                seq.fail(ShuttingDown("the server is shutting down: the answer was cut after the grace time"))
+        return not self.core.scheduler.active
+
+    def _shut_down(self) -> None:
+        self.core.memory.save_tails(idle_for=0.0)
+        self.core.store.close()
+        mx.clear_cache()
+
+
+def _copy_result(source: "Future[bool]", target: "Future[bool]") -> None:
+    error = source.exception()
+    if error is not None:
+        target.set_exception(error)
+    else:
+        target.set_result(source.result())

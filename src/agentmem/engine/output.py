@@ -1,0 +1,37 @@
+"""From tokens to text: detokenize, end at stop tokens and stop strings, hold back what may be the start of one."""
+
+from typing import Any
+
+from mlx_lm.generate import TextStateMachine
+
+from .request import SamplingParams
+
+
+class OutputStream:
+    """The text of one answer. A stop string is never part of it, a stop token neither."""
+
+    def __init__(self, tokenizer: Any, params: SamplingParams):
+        self._detokenizer = tokenizer.detokenizer
+        self._stop_ids = set(params.stop_token_ids) | (set() if params.ignore_eos else set(tokenizer.eos_token_ids))
+        machine = TextStateMachine({"normal": [(text, None) for text in params.stop]} if params.stop else None)
+        self._state = machine.make_state()
+
+    def feed(self, token: int) -> tuple[str, bool]:
+        """(text that is safe to send, whether the answer ends here)."""
+        if token in self._stop_ids:
+            return self.finish(), True
+        self._detokenizer.add_token(token)
+        return self._advance(self._detokenizer.last_segment)
+
+    def finish(self) -> str:
+        """The answer ends without a stop string: what was held back belongs to it."""
+        self._detokenizer.finalize()
+        text, stopped = self._advance(self._detokenizer.last_segment)
+        if stopped:
+            return text
+        self._state, held, _ = TextStateMachine.flush(self._state)
+        return text + held
+
+    def _advance(self, text: str) -> tuple[str, bool]:
+        self._state, safe, state = TextStateMachine.step(self._state, text)
+        return safe, state is None

@@ -1,0 +1,123 @@
+"""From settings to a running engine's parts: model, runner, calibration, store, contexts."""
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, cast
+
+import mlx.core as mx
+
+from ..config import Settings
+from ..errors import CorruptSegment
+from ..kvcache import calibrate
+from ..kvcache.block import from_host, to_host
+from ..models.loading import LoadedModel
+from ..store import segment
+from ..store.agent_store import AgentStore
+from .contexts import Contexts
+from .memory import Memory
+from .model_runner import ModelRunner
+from .scheduler import Scheduler
+
+CACHE_FORMAT = "1"  # rises when the meaning of a stored code changes: rotation, centring, quantization
+
+
+@dataclass(frozen=True)
+class Core:
+    """What the engine thread works with."""
+
+    model: LoadedModel
+    runner: ModelRunner
+    contexts: Contexts
+    memory: Memory
+    store: AgentStore
+    scheduler: Scheduler
+    max_context: int
+
+
+def build_core(settings: Settings, load: Callable[[], LoadedModel], post: Callable[[Callable[[], None]], None]) -> Core:
+    """Load everything. Raises StartupError. On the engine thread: MLX's streams belong to one."""
+    model = load()
+    runner = ModelRunner(model.model, kv_bits=settings.kv_bits, block_size=settings.block_size)
+    fingerprint = _fingerprint(model.weights_hash, runner.spec.identity())
+    calibration = _calibrate(settings, model, runner, settings.store_dir / fingerprint)
+    store = AgentStore.open(settings.store_dir, fingerprint, {"calibration": calibration})
+    contexts = Contexts(
+        fingerprint=f"{fingerprint}/{calibration}".encode(),
+        block_size=runner.spec.block_size,
+        sharing=settings.sharing,
+        max_branches=settings.max_branches,
+    )
+    memory = Memory(
+        contexts, store, runner.spec, kv_budget=settings.kv_budget, tail_delay=settings.tail_delay, post=post
+    )
+    memory.load_index()
+    scheduler = Scheduler(
+        max_running=settings.max_running, max_queue=settings.max_queue, prefill_chunk=settings.prefill_chunk
+    )
+    max_context = min(settings.max_context or model.max_context, model.max_context)
+    return Core(model, runner, contexts, memory, store, scheduler, max_context)
+
+
+def _fingerprint(weights_hash: str, spec_identity: str) -> str:
+    text = files(calibrate.__package__).joinpath("calibration.txt").read_bytes()
+    digest = hashlib.blake2b(digest_size=16)
+    for part in (CACHE_FORMAT.encode(), weights_hash.encode(), spec_identity.encode(), text):
+        digest.update(len(part).to_bytes(8, "little") + part)
+    return digest.hexdigest()
+
+
+def _calibrate(settings: Settings, model: LoadedModel, runner: ModelRunner, directory: Path) -> str:
+    """Give the runner its key centres and way of attention, from disk or by a calibration pass; returns their checksum.
+
+    Both decide the numbers that come out, so both are stored: a restart must not change them.
+    """
+    if runner.spec.bits is None:
+        return "none"
+    path = directory / "calibration.safetensors"
+    found = _read_calibration(path)
+    if found is None:
+        tokens = calibrate.calibration_tokens(lambda text: model.tokenizer.encode(text, add_special_tokens=False))
+        centres = runner.calibrate(tokens)
+        runner.use_centres(centres)
+        attention = _faster_attention(runner)
+        found = centres, attention
+        _write_calibration(path, centres, attention)
+    centres, attention = found
+    runner.use_centres(centres)
+    runner.on_codes = (attention if settings.attention == "auto" else settings.attention) == "codes"
+    return _checksum(centres)
+
+
+def _faster_attention(runner: ModelRunner) -> str:
+    """On a CPU the dequantized copy, by far (docs/architecture.md has the figures); elsewhere measured here."""
+    if mx.default_device() == mx.Device(mx.cpu):
+        return "dequantized"
+    runner.choose_attention()
+    return "codes" if runner.on_codes else "dequantized"
+
+
+def _checksum(centres: list[mx.array]) -> str:
+    return segment.checksum(b"".join(bytes(memoryview(cast(Any, c))) for c in centres)).hex()
+
+
+def _read_calibration(path: Path) -> tuple[list[mx.array], str] | None:
+    """None where there is none, or a damaged one: it is made again, and gives the same numbers on the same machine."""
+    try:
+        tensors, metadata = segment.decode(path.read_bytes())
+    except (FileNotFoundError, CorruptSegment):
+        return None
+    by_layer = from_host(tensors)
+    centres = [by_layer[str(i)] for i in range(len(by_layer)) if str(i) in by_layer]
+    if len(centres) != len(by_layer) or metadata.get("checksum") != _checksum(centres):
+        return None
+    return centres, metadata.get("attention", "dequantized")
+
+
+def _write_calibration(path: Path, centres: list[mx.array], attention: str) -> None:
+    segment.make_private_dir(path.parent)
+    tensors = to_host({str(i): c for i, c in enumerate(centres)})
+    data = segment.encode(tensors, {"checksum": _checksum(centres), "attention": attention})
+    segment.write_durable(path, data)

@@ -1,0 +1,79 @@
+"""The project's errors: one small tree, mapped to HTTP in server/app.py and to exit codes in cli.py."""
+
+
+class AgentMemError(Exception):
+    """Base of every error that a user may see. `message` says what is wrong and what would be right."""
+
+    status = 500
+    type = "server_error"
+    code: str | None = "internal_error"
+
+    def __init__(self, message: str, *, param: str | None = None, code: str | None = None):
+        super().__init__(message)
+        self.message = message
+        self.param = param
+        if code is not None:
+            self.code = code
+
+
+class InvalidRequest(AgentMemError):
+    """A request that can't be served as it stands; `param` names the field."""
+
+    status = 400
+    type = "invalid_request_error"
+    code = "invalid_value"
+
+
+class ContextLengthExceeded(InvalidRequest):
+    code = "context_length_exceeded"
+
+    def __init__(self, prompt_tokens: int, max_context: int):
+        super().__init__(
+            f"This model's maximum context length is {max_context} tokens, of which at least one is for the answer, "
+            f"but the messages result in {prompt_tokens} tokens. Shorten the messages.",
+            param="messages",
+        )
+
+
+class NotFound(AgentMemError):
+    status = 404
+    type = "invalid_request_error"
+    code = "not_found"
+
+
+class Busy(AgentMemError):
+    """The server is out of room for now; the client may try again after `retry_after` seconds."""
+
+    status = 429
+    type = "rate_limit_error"
+    code = "queue_full"
+    retry_after = 1
+
+
+class ShuttingDown(Busy):
+    status = 503
+    type = "server_error"
+    code = "shutting_down"
+    retry_after = 5
+
+
+class EngineFailed(AgentMemError):
+    status = 503
+    type = "server_error"
+    code = "engine_failed"
+
+
+class StartupError(AgentMemError):
+    """The process can't start as it was asked to; the CLI prints the one line and exits with 2."""
+
+
+class ModelError(StartupError):
+    """A missing, broken or unsupported model."""
+
+
+class StoreError(StartupError):
+    """A store that can't be opened: locked by another process, of a newer format, unreadable."""
+
+
+class CorruptSegment(AgentMemError):
+    """A stored file that is missing, short, or fails its checksum. Never served; the caller re-prefills."""

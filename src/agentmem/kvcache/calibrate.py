@@ -1,0 +1,32 @@
+"""Key centres: per layer, KV head and channel the mean key over a short, fixed text. Computed once per model."""
+
+from collections.abc import Callable
+from importlib.resources import files
+
+import mlx.core as mx
+
+from .cache import SequenceCache
+from .quantize import CacheSpace
+from .spec import KVCacheSpec
+
+NUM_TOKENS = 512
+
+
+def calibration_tokens(encode: Callable[[str], list[int]]) -> list[int]:
+    """512 tokens of the text that comes with the package (repeated where a tokenizer makes fewer of it)."""
+    tokens = encode(files(__package__).joinpath("calibration.txt").read_text(encoding="utf-8"))
+    return (tokens * -(-NUM_TOKENS // len(tokens)))[:NUM_TOKENS]
+
+
+def key_centres(
+    spec: KVCacheSpec, forward: Callable[[mx.array, SequenceCache], object], tokens: list[int]
+) -> list[mx.array]:
+    """One [num_kv_heads, 1, k_dim] float32 centre per layer. `forward(tokens [1, L], cache)` runs the model.
+
+    `spec` must be unquantized; the first tokens (attention sinks, whose keys are unlike all others) don't count.
+    """
+    cache = SequenceCache(spec, CacheSpace(spec))
+    forward(mx.array([tokens]), cache)
+    centres = [k[0, :, spec.num_sinks :].astype(mx.float32).mean(axis=1, keepdims=True) for k in cache.all_keys()]
+    mx.eval(centres)
+    return centres

@@ -1,0 +1,118 @@
+"""From the name of a model to the model, ready to run."""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.errors import HTTPError, RevisionResolutionError, XetDownloadError
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+from mlx_lm.utils import _download, dequantize_model, load_tokenizer
+from mlx_lm.utils import load_model as load_mlx_model
+
+from ..errors import ModelError
+from .model_dir import ModelDir, read_model_dir
+from .pull import Progress, pull_demo
+from .weights_hash import weights_hash
+
+_PART = r"\w[\w.-]*"  # of a hub name, org/model
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    name: str  # as asked for
+    path: Path
+    model: nn.Module  # evaluated; on a CPU in float32, elsewhere in its own dtypes
+    tokenizer: TokenizerWrapper
+    config: dict[str, Any]  # config.json as it stands: `quantization` is of the file, not of a dequantized model
+    max_context: int  # tokens
+    weights_hash: str
+
+
+def resolve_model(name: str, home: Path, progress: Progress = print) -> Path:
+    """The directory of 'demo', of a model under `home`/models, of a path, or of a hub name.
+
+    'demo' and hub names are downloaded where they are not on this machine yet. Raises ModelError.
+    """
+    if name == "demo":
+        return pull_demo(home, progress)
+    return _directory(name, home) or _download_from_hub(name)
+
+
+def find_local(name: str, home: Path) -> Path | None:
+    """As resolve_model, without downloading: None for what is not on this machine yet."""
+    if name == "demo":
+        path = home / "models" / "demo"
+        return path if path.is_dir() else None
+    if directory := _directory(name, home):
+        return directory
+    config = try_to_load_from_cache(name, "config.json")
+    return Path(config).parent if isinstance(config, str) else None
+
+
+def _directory(name: str, home: Path) -> Path | None:
+    """None for a hub name; raises ModelError for what is neither that nor a directory."""
+    path = Path(name).expanduser()
+    if path.exists():
+        return path
+    if re.fullmatch(_PART, name) and (home / "models" / name).is_dir():
+        return home / "models" / name
+    if re.fullmatch(f"{_PART}/{_PART}", name):
+        return None
+    raise ModelError(
+        f"model {name!r}: no such directory; name 'demo', an MLX model directory, or a hub name (org/model)"
+    )
+
+
+def load_model(name: str, home: Path, progress: Progress = print) -> LoadedModel:
+    """Load model and tokenizer and evaluate the weights, on MLX's default device.
+
+    On a CPU only float32 is fast (bfloat16, float16 and quantized products are scalar loops), so there the weights
+    are dequantized. Raises ModelError, in one line, for a model that is missing, broken or of an unknown type.
+    """
+    path = resolve_model(name, home, progress)
+    found = read_model_dir(path)
+    if found.bytes > 1 << 30:
+        progress(f"Loading {name} ({found.bytes / 1e9:.1f} GB) ...")
+    model, tokenizer = _load(found)
+    if mx.default_device().type == mx.DeviceType.cpu:
+        model.set_dtype(mx.float32)  # scales first, so that codes * scales is not rounded to float16 on the way
+        dequantize_model(model)
+    mx.eval(model.parameters())
+    return LoadedModel(
+        name=name,
+        path=path,
+        model=model,
+        tokenizer=tokenizer,
+        config=found.config,
+        max_context=found.max_context,
+        weights_hash=weights_hash(found, home / "cache"),
+    )
+
+
+def _load(found: ModelDir) -> tuple[nn.Module, TokenizerWrapper]:
+    """mlx-lm's own loading; it never sets a wired limit (kernel panics are reported with one: mlx issue 3186)."""
+    try:
+        model, config = load_mlx_model(found.path, lazy=True)
+        tokenizer = load_tokenizer(found.path, eos_token_ids=config.get("eos_token_id"))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, ImportError) as e:
+        raise ModelError(f"model {found.path} can't be loaded: {_one_line(e)}") from e
+    return model, tokenizer
+
+
+def _download_from_hub(name: str) -> Path:
+    try:
+        return _download(name)
+    except (HTTPError, RevisionResolutionError, XetDownloadError, OSError, ValueError) as e:
+        raise ModelError(
+            f"model {name!r} is no directory here and can't be had from the hub ({_one_line(e)}). "
+            "Check the name and the network, or give --model a directory"
+        ) from e
+
+
+def _one_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"[:300]

@@ -1,0 +1,98 @@
+"""What every request passes first: a request id, the Host check, the limit on its body."""
+
+import re
+import uuid
+from collections.abc import Iterable
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from .openai import error_body
+
+_SANE_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+_DRAIN = 64 << 20  # bytes of an oversized body that are read and dropped, so that the client gets to see the answer
+
+
+class RequestId:
+    """Gives every response an x-request-id: the request's own where it is sane, else a new one."""
+
+    def __init__(self, app: ASGIApp):
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return await self._app(scope, receive, send)
+        given = Headers(scope=scope).get("x-request-id", "")
+        request_id = given if _SANE_ID.fullmatch(given) else f"req_{uuid.uuid4().hex}"
+        scope["agentmem.request_id"] = request_id
+
+        async def send_with_id(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                MutableHeaders(scope=message)["x-request-id"] = request_id
+            await send(message)
+
+        await self._app(scope, receive, send_with_id)
+
+
+class HostCheck:
+    """Refuses Host headers that aren't ours, so that no web page reaches the server by rebinding its own name."""
+
+    def __init__(self, app: ASGIApp, allowed: Iterable[str]):
+        self._app = app
+        self._allowed = {_bracketed(host.lower()) for host in allowed}
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or "*" in self._allowed or self._host(scope) in self._allowed:
+            return await self._app(scope, receive, send)
+        message = "This Host header is not accepted; to use this name for the server, start it with --allowed-hosts."
+        body = error_body(message, type="invalid_request_error", code="host_not_allowed")
+        await JSONResponse(body, 400)(scope, receive, send)
+
+    @staticmethod
+    def _host(scope: Scope) -> str:
+        """The Host header without its port: "localhost", "127.0.0.1", "[::1]"."""
+        return re.sub(r":\d*$", "", Headers(scope=scope).get("host", "").lower())
+
+
+def _bracketed(host: str) -> str:
+    return f"[{host}]" if ":" in host and not host.startswith("[") else host
+
+
+class BodyLimit:
+    """Reads the body, of at most `limit` bytes, before the app sees the request; answers 400 to a larger one."""
+
+    def __init__(self, app: ASGIApp, limit: int):
+        self._app = app
+        self._limit = limit
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return await self._app(scope, receive, send)
+        headers = Headers(scope=scope)
+        if int(headers.get("content-length", 0)) > self._limit and "expect" in headers:
+            return await self._refuse(scope, receive, send)  # the client waits for our word before it sends
+        body, size, more = [], 0, True
+        while more and size <= _DRAIN + self._limit:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                return
+            size += len(message.get("body", b""))
+            more = message.get("more_body", False)
+            if size <= self._limit:
+                body.append(message.get("body", b""))
+            else:
+                body.clear()
+        if size > self._limit:
+            return await self._refuse(scope, receive, send)
+        unread = [{"type": "http.request", "body": b"".join(body), "more_body": False}]
+
+        async def replay() -> Message:
+            return unread.pop() if unread else await receive()
+
+        await self._app(scope, replay, send)
+
+    async def _refuse(self, scope: Scope, receive: Receive, send: Send) -> None:
+        message = f"The request body is larger than the limit of {self._limit} bytes (setting max_body)."
+        body = error_body(message, type="invalid_request_error", code="request_too_large")
+        await JSONResponse(body, 400, headers={"connection": "close"})(scope, receive, send)

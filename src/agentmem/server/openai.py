@@ -1,0 +1,221 @@
+"""OpenAI's chat wire format: what a request may hold, and the shape of an error.
+
+A parameter that promises something about the output is either honoured or refused (`Only`). One that promises nothing
+about it (who asks, how to bill, where to cache) is accepted and not looked at.
+"""
+
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, NoReturn
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    GetCoreSchemaHandler,
+    GetJsonSchemaHandler,
+    ValidationInfo,
+    WithJsonSchema,
+)
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema, PydanticCustomError, core_schema
+
+_MAX_STOPS = 16
+_ECHO = 200  # characters of the client's own text (field names, part types) that an error repeats
+
+
+def _unsupported(what: str) -> NoReturn:
+    raise PydanticCustomError("unsupported_parameter", "{what}", {"what": what})
+
+
+@dataclass(frozen=True, init=False)
+class Only:
+    """Annotates a field whose feature isn't there: null and `allowed` pass, anything else is refused."""
+
+    allowed: tuple[Any, ...]
+
+    def __init__(self, *allowed: Any):
+        object.__setattr__(self, "allowed", allowed)
+
+    def check(self, value: Any) -> Any:
+        if value is not None and not any(type(value) is type(a) and value == a for a in self.allowed):
+            use = f", or use {' or '.join(map(repr, self.allowed))}" if self.allowed else ""
+            _unsupported(f"this is not supported by this server; leave it out{use}")
+        return value
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return core_schema.no_info_before_validator_function(self.check, handler(source))
+
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        return {"enum": [None, *self.allowed]}
+
+
+def _encodable(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError as e:
+        raise ValueError(f"not valid Unicode: lone surrogate at character {e.start}") from None
+    return text
+
+
+Text = Annotated[str, AfterValidator(_encodable)]
+
+
+def _known_role(role: Any) -> Any:
+    if role in ("tool", "function"):
+        _unsupported(f"messages of role '{role}' are not supported by this server; use system, user or assistant")
+    return role
+
+
+def _part_text(index: int, part: Any) -> str:
+    """The text of one content part. Cache hints on it are accepted: every prefix is cached anyway."""
+    kind = part.get("type") if isinstance(part, dict) else None
+    if not isinstance(kind, str):
+        raise ValueError(f"part {index} must be an object with a type")
+    if kind != "text":
+        _unsupported(f"part {index} is of type {kind[:_ECHO]!r}; this server reads only parts of type 'text'")
+    if unknown := set(part) - {"type", "text", "cache_control", "prompt_cache_breakpoint"}:
+        raise ValueError(f"part {index} has an unknown field {min(unknown)[:_ECHO]!r}")
+    if not isinstance(part.get("text"), str):
+        raise ValueError(f"part {index} must have a text, which is a string")
+    return part["text"]
+
+
+def _join_parts(content: Any, info: ValidationInfo) -> Any:
+    """A list of text parts and the same text as one string are the same message, so they must render the same."""
+    if isinstance(content, list):
+        return "".join(_part_text(i, part) for i, part in enumerate(content))
+    if content is None and info.data.get("role") == "assistant":
+        return ""
+    return content
+
+
+_CONTENT_SCHEMA = {"type": ["string", "array", "null"], "items": {"type": "object", "required": ["type", "text"]}}
+Content = Annotated[Text, BeforeValidator(_join_parts), WithJsonSchema(_CONTENT_SCHEMA)]
+
+
+def _stop_list(stop: Any) -> Any:
+    return [stop] if isinstance(stop, str) else stop
+
+
+def _token_ids(bias: dict[str, float] | None) -> dict[str, float] | None:
+    for key in bias or {}:
+        if not (key.isascii() and key.isdigit() and len(key) < 10):
+            raise ValueError('every key must be a token id, such as "50256"')
+    return bias
+
+
+class _Wire(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class ChatMessage(_Wire):
+    role: Annotated[Literal["system", "developer", "user", "assistant"], BeforeValidator(_known_role)]
+    content: Content = Field(default=None, validate_default=True)
+    name: Text | None = None
+    # what a client sends back of an earlier answer, where it holds nothing
+    refusal: Annotated[Any, Only()] = None
+    audio: Annotated[Any, Only()] = None
+    function_call: Annotated[Any, Only()] = None
+    tool_calls: Annotated[Any, Only([])] = None
+    annotations: Annotated[Any, Only([])] = None
+
+
+class StreamOptions(_Wire):
+    include_usage: bool | None = None
+    include_obfuscation: Annotated[Any, Only(False)] = None
+
+
+class ChatCompletionRequest(_Wire):
+    """The body of POST /v1/chat/completions. Null means the default everywhere."""
+
+    model: Text = "default"
+    messages: list[ChatMessage] = Field(min_length=1)
+    agent_id: Text | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+
+    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    top_k: Annotated[int, Field(ge=-1)] | None = None
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    repetition_penalty: Annotated[float, Field(gt=0)] | None = None
+    repetition_context_size: Annotated[int, Field(ge=1)] | None = None
+    presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    logit_bias: Annotated[dict[str, Annotated[float, Field(ge=-100, le=100)]] | None, AfterValidator(_token_ids)] = None
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
+    stop: Annotated[
+        list[Annotated[Text, Field(min_length=1)]] | None, Field(max_length=_MAX_STOPS), BeforeValidator(_stop_list)
+    ] = None
+    ignore_eos: bool | None = None
+
+    # promise nothing about the output
+    user: str | None = None
+    metadata: dict[str, Any] | None = None
+    store: bool | None = None
+    service_tier: str | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+    prompt_cache_options: dict[str, Any] | None = None
+    prompt_cache_retention: str | None = None
+    parallel_tool_calls: bool | None = None
+
+    # would promise something that isn't there
+    n: Annotated[Any, Only(1)] = None
+    tools: Annotated[Any, Only([])] = None
+    tool_choice: Annotated[Any, Only("none", "auto")] = None
+    functions: Annotated[Any, Only([])] = None
+    function_call: Annotated[Any, Only("none", "auto")] = None
+    response_format: Annotated[Any, Only({"type": "text"})] = None
+    logprobs: Annotated[Any, Only(False)] = None
+    top_logprobs: Annotated[Any, Only(0)] = None
+    modalities: Annotated[Any, Only(["text"])] = None
+    audio: Annotated[Any, Only()] = None
+    prediction: Annotated[Any, Only()] = None
+    reasoning_effort: Annotated[Any, Only()] = None
+    verbosity: Annotated[Any, Only()] = None
+    moderation: Annotated[Any, Only()] = None
+    web_search_options: Annotated[Any, Only()] = None
+
+
+def error_body(message: str, *, type: str, param: str | None = None, code: str | None = None) -> dict[str, Any]:
+    """OpenAI's error shape. Text of the client's that isn't valid Unicode is escaped: the body must be valid UTF-8."""
+
+    def clean(text: str | None) -> str | None:
+        return text and text.encode(errors="backslashreplace").decode()
+
+    return {"error": {"message": clean(message), "type": type, "param": clean(param), "code": code}}
+
+
+_CODES = {
+    "extra_forbidden": "unknown_parameter",
+    "missing": "missing_required_parameter",
+    "unsupported_parameter": "unsupported_parameter",
+    "json_invalid": "invalid_json",
+}
+
+
+def validation_error_body(problem: Any) -> dict[str, Any]:
+    """The error for one of pydantic's problems, as FastAPI reports it (`loc` starts with "body")."""
+    path = [str(key)[:_ECHO] for key in problem["loc"][1:]]
+    kind, message = problem["type"], problem["msg"].removeprefix("Value error, ")
+    code = _CODES.get(kind, "invalid_type" if kind.endswith("_type") else "invalid_value")
+    if kind == "json_invalid":
+        return error_body(
+            f"The body is not valid JSON: {problem['ctx']['error']} at character {path[0]}",
+            type="invalid_request_error",
+            code=code,
+        )
+    if not path:
+        message = "The body must be a JSON object, with the header content-type: application/json"
+        return error_body(message, type="invalid_request_error", code=code)
+    param = ".".join(path)
+    if kind == "extra_forbidden":
+        message = "unknown parameter; this server refuses what it does not honour"
+    if kind == "missing":
+        message = "missing, but required"
+    return error_body(f"{param}: {message}", type="invalid_request_error", param=param, code=code)

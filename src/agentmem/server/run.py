@@ -1,0 +1,116 @@
+"""The process: bind, start the engine, serve until a signal, stop without losing anything."""
+
+import asyncio
+import contextlib
+import errno
+import math
+import signal
+import socket
+from collections.abc import Awaitable, Callable, Iterator
+
+import uvicorn
+
+from ..config import Settings
+from ..engine.request import EngineAPI
+from ..errors import StartupError
+from .app import create_app
+
+_ANY = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # listening everywhere: an address to reach it at
+
+
+def serve(start_engine: Callable[[], Awaitable[EngineAPI]], settings: Settings, ready: Callable[[str], None]) -> int:
+    """Serve until SIGTERM or SIGINT; the exit code. `ready` is called with the URL once requests are accepted.
+
+    The port is bound before `start_engine` is awaited, so that one in use is found before a model is loaded. The first
+    signal lets running answers finish within `settings.grace` seconds, a second one drops them; `engine.stop()` is
+    awaited in any case. Raises StartupError.
+    """
+    return asyncio.run(_serve(start_engine, settings, ready))
+
+
+async def _serve(
+    start_engine: Callable[[], Awaitable[EngineAPI]], settings: Settings, ready: Callable[[str], None]
+) -> int:
+    with _bind(settings.host, settings.port) as sock:
+        engine = await start_engine()
+        try:
+            server = _Server(engine, settings, lambda: ready(_url(settings.host, sock)))
+            for number in (signal.SIGTERM, signal.SIGINT):
+                asyncio.get_running_loop().add_signal_handler(number, server.on_signal)
+            await server.serve([sock])
+        finally:
+            await engine.stop()
+    return 0
+
+
+class _Server(uvicorn.Server):
+    def __init__(self, engine: EngineAPI, settings: Settings, ready: Callable[[], None]):
+        config = uvicorn.Config(
+            create_app(engine, settings),
+            host=settings.host,
+            port=settings.port,
+            lifespan="off",
+            ws="none",
+            log_config=None,
+            log_level=settings.log_level,
+            access_log=settings.log_level == "debug",
+            proxy_headers=False,
+            server_header=False,
+            timeout_keep_alive=30,  # above the 5 s after which clients drop an idle connection: they close first
+            timeout_graceful_shutdown=math.ceil(settings.grace) + 5,  # the engine cuts answers after the grace time
+        )
+        super().__init__(config)
+        self._engine = engine
+        self._ready = ready
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        try:
+            await super().startup(sockets)
+        except OSError as e:
+            raise _cannot_listen(self.config.host, self.config.port, e) from e
+        self._ready()
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Leaves signals to `on_signal`: uvicorn would raise them again at the end, for a non-zero exit code."""
+        yield
+
+    def on_signal(self) -> None:
+        if self.should_exit:
+            self.force_exit = True
+            for connection in list(self.server_state.connections):
+                if connection.transport is not None:
+                    connection.transport.abort()
+        else:
+            self.should_exit = True
+            self._engine.begin_drain()
+
+
+def _bind(host: str, port: int) -> socket.socket:
+    """A socket bound to `host`, to its IPv4 address where it has several. Raises StartupError."""
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        family, _, _, _, address = min(found, key=lambda info: info[0] != socket.AF_INET)
+        sock = socket.socket(family, socket.SOCK_STREAM)
+    except OSError as e:
+        raise _cannot_listen(host, port, e) from e
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        sock.bind(address)
+    except OSError as e:
+        sock.close()
+        raise _cannot_listen(host, port, e) from e
+    return sock
+
+
+def _cannot_listen(host: str, port: int, error: OSError) -> StartupError:
+    if error.errno == errno.EADDRINUSE:
+        return StartupError(f"port {port} is in use: choose another with --port")
+    if error.errno == errno.EACCES:
+        return StartupError(f"port {port} is not open to this user: choose one above 1023 with --port")
+    return StartupError(f"can't listen on {host}: {error.strerror or error}")
+
+
+def _url(host: str, sock: socket.socket) -> str:
+    host = _ANY.get(host, host)
+    return f"http://{f'[{host}]' if ':' in host else host}:{sock.getsockname()[1]}"

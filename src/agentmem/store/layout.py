@@ -1,0 +1,46 @@
+"""Where things lie in a store's directory. Names are made of keys and branch ids (hex), never of agents' names."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+SUFFIX = ".safetensors"
+
+
+@dataclass(frozen=True)
+class Layout:
+    """
+    manifest.sqlite                   what the store holds; a file that it doesn't name is garbage
+    lock                              flock'ed by the one process that has the store open; its pid
+    blocks/ab/KEY.safetensors         KEY in hex, ab its first byte
+    tails/BRANCH-N.safetensors        N grows, so a tail that is replaced is never overwritten
+    quarantine/                       files that failed verification
+    """
+
+    root: Path
+
+    @property
+    def manifest(self) -> Path:
+        return self.root / "manifest.sqlite"
+
+    @property
+    def lock(self) -> Path:
+        return self.root / "lock"
+
+    @property
+    def blocks(self) -> Path:
+        return self.root / "blocks"
+
+    @property
+    def tails(self) -> Path:
+        return self.root / "tails"
+
+    @property
+    def quarantine(self) -> Path:
+        return self.root / "quarantine"
+
+    def block(self, key: bytes) -> Path:
+        name = key.hex()
+        return self.blocks / name[:2] / (name + SUFFIX)
+
+    def tail(self, branch_id: str, generation: int) -> Path:
+        return self.tails / f"{branch_id}-{generation}{SUFFIX}"

@@ -1,0 +1,58 @@
+"""What the store knows of agents, branches, blocks and their files."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class BlockRecord:
+    key: bytes
+    parent: bytes | None  # None: the first block of a context
+    tokens: np.ndarray  # uint32
+    nbytes: int  # of the file
+    checksum: bytes
+    created: float  # Unix seconds
+
+
+@dataclass(frozen=True)
+class TailRecord:
+    tokens: np.ndarray  # uint32
+    nbytes: int
+    checksum: bytes
+
+
+@dataclass(frozen=True)
+class BranchRecord:
+    """Its tokens are those of the blocks from the root to `head`, then the tail's."""
+
+    id: str  # 32 hex digits
+    namespace: str
+    agent: str
+    head: bytes | None  # key of the last sealed block
+    tail: TailRecord | None
+    last_used: float
+
+
+@dataclass(frozen=True)
+class AgentRecord:
+    namespace: str
+    name: str
+    created: float
+    last_used: float
+
+
+@dataclass(frozen=True)
+class StoreIndex:
+    agents: list[AgentRecord]
+    branches: list[BranchRecord]
+    blocks: list[BlockRecord]  # each after its parent
+
+
+@dataclass(frozen=True, slots=True)
+class FileRef:
+    """What a reader needs to find and verify a file."""
+
+    nbytes: int
+    checksum: bytes
+    generation: int = 0  # of a tail

@@ -1,0 +1,200 @@
+"""The writer: one thread that makes files and rows durable, in the order asked for.
+
+A batch is what waits when the thread gets to it: files are written and synced, then rows change in one transaction
+(group commit), then files that no row names any more are removed. Killed at any point, what is left over is a file
+without a row, which the next open removes.
+"""
+
+import itertools
+import sqlite3
+import sys
+import threading
+from collections import deque
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+from ..errors import AgentMemError, EngineFailed, NotFound, ShuttingDown
+from . import segment
+from .jobs import Batch, Flush, Job
+from .layout import Layout
+from .manifest import Manifest
+from .reader import Catalog
+
+MAX_BATCH_JOBS = 32  # bounds how long the first of a batch waits for the last
+
+
+class StoreWriteSkipped(AgentMemError):
+    """More bytes wait for the disk than may: this save isn't made. It costs a re-prefill, unless it's saved later."""
+
+
+class Writer:
+    def __init__(self, layout: Layout, manifest: Manifest, catalog: Catalog, max_backlog: int):
+        self._layout = layout
+        self._manifest = manifest
+        self._catalog = catalog
+        self._max_backlog = max_backlog
+        newest = max((tail.generation for tail in manifest.tail_files().values()), default=0)
+        self._generations = itertools.count(newest + 1)
+        self._changed = threading.Condition()  # guards what follows; never held during I/O
+        self._queue: deque[Job] = deque()
+        self._current: list[Job] = []
+        self._backlog = 0
+        self._closing = False
+        self._dead = False
+        self.background_error: str | None = None
+        agents, branches = manifest.counts()
+        self._stats = {"agents": agents, "branches": branches}
+        self._stats |= dict.fromkeys(("writes", "bytes_written", "quarantined", "skipped"), 0)
+        self._garbage: set[Path] = set()  # paths that no row names; only the thread uses it
+        self._thread = threading.Thread(target=self._run, name="agentmem-writer", daemon=True)
+        self._thread.start()
+
+    def submit(self, job: Job) -> Future[Any]:
+        """Never blocks. The future fails at once if the store is closed, its writer died, or the backlog is full."""
+        future = job.future
+        future.set_running_or_notify_cancel()  # whoever waits may go away; the job is done all the same
+        with self._changed:
+            refusal = self._refusal(job)
+            if refusal is None:
+                self._queue.append(job)
+                self._backlog += job.nbytes
+                self._changed.notify()
+        if refusal is not None:
+            future.set_exception(refusal)
+        return future
+
+    def _refusal(self, job: Job) -> AgentMemError | None:
+        if self._dead:
+            return EngineFailed(f"the store's writer died: {self.background_error}")
+        if self._closing:
+            return ShuttingDown("the store is closed")
+        if job.nbytes and self._backlog and self._backlog + job.nbytes > self._max_backlog:
+            self._stats["skipped"] += 1
+            return StoreWriteSkipped(f"{self._backlog} bytes already wait for the disk, {self._max_backlog} may")
+        return None
+
+    @property
+    def backlog_bytes(self) -> int:
+        with self._changed:
+            return self._backlog
+
+    def stats(self) -> dict[str, int]:
+        with self._changed:
+            return {**self._stats, "backlog_bytes": self._backlog}
+
+    def close(self) -> None:
+        """Does what is queued, then ends the thread."""
+        with self._changed:
+            self._closing = True
+            self._changed.notify()
+        self._thread.join()
+
+    def _run(self) -> None:
+        try:
+            while self._step():
+                pass
+        finally:
+            # not OSError or sqlite3.Error, which _process handles: a bug. threading.excepthook reports it
+            if (bug := sys.exc_info()[1]) is not None:
+                self._die(bug)
+
+    def _die(self, bug: BaseException) -> None:
+        with self._changed:
+            self._dead = True
+            self.background_error = f"{type(bug).__name__}: {bug}"
+            jobs = [*self._current, *self._queue]
+            self._queue.clear()
+            self._backlog = 0
+        for job in jobs:
+            if not job.future.done():
+                job.future.set_exception(EngineFailed(f"the store's writer died: {self.background_error}"))
+
+    def _step(self) -> bool:
+        """One batch; False when the store is closed and nothing waits."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._queue or self._closing)
+            jobs = self._current = self._take()
+        if not jobs:
+            return False
+        if work := [job for job in jobs if not isinstance(job, Flush)]:
+            self._process(work)
+        with self._changed:
+            self._backlog -= sum(job.nbytes for job in jobs)
+            self._current = []
+        for job in jobs:
+            if job.error is None:
+                job.future.set_result(job.result)
+            else:
+                job.future.set_exception(job.error)
+        return True
+
+    def _take(self) -> list[Job]:
+        jobs: list[Job] = []
+        while self._queue and len(jobs) < MAX_BATCH_JOBS and not (jobs and (jobs[0].alone or self._queue[0].alone)):
+            jobs.append(self._queue.popleft())
+        return jobs
+
+    def _process(self, jobs: list[Job]) -> None:
+        """Sets each job's result or error, and the latch."""
+        batch = Batch(self._layout, self._manifest, self._generations)
+        for job in jobs:
+            try:
+                job.stage(batch)
+            except (OSError, sqlite3.Error) as e:
+                job.error = e
+        failures: list[Exception] = []
+        try:
+            self._commit(batch, [job for job in jobs if job.error is None])
+        except (OSError, sqlite3.Error) as e:
+            failures.append(e)
+            for job in jobs:
+                job.error = job.error or e
+        try:
+            self._settle(batch, sync=jobs[0].alone)
+        except (OSError, sqlite3.Error) as e:
+            failures.append(e)
+            if jobs[0].alone:  # its promise is that the bytes are gone; a save's rows are durable already
+                jobs[0].error = jobs[0].error or e
+        failures += [job.error for job in jobs if isinstance(job.error, (OSError, sqlite3.Error))]
+        if failures:
+            self.background_error = f"{type(failures[0]).__name__}: {failures[0]}"
+        elif any(job.error is None for job in jobs):
+            self.background_error = None
+
+    def _commit(self, batch: Batch, jobs: list[Job]) -> None:
+        for path in batch.dirs:
+            segment.sync_dir(path)
+        with self._manifest.transaction():
+            for job in jobs:
+                try:
+                    job.result = job.record(batch)
+                except NotFound as e:
+                    job.error = e
+        if jobs and jobs[0].alone:
+            jobs[0].committed(batch)
+        agents, branches = self._manifest.counts()
+        with self._changed:
+            self._stats["agents"], self._stats["branches"] = agents, branches
+            for name in ("writes", "bytes_written", "quarantined"):
+                self._stats[name] += getattr(batch, name)
+
+    def _settle(self, batch: Batch, sync: bool) -> None:
+        """Bring the catalog and the directories to what the manifest, whether or not it committed, says now."""
+        blocks = {key: self._manifest.block_file(key) for key in batch.blocks}
+        tails = {branch_id: self._manifest.tail_file(branch_id) for branch_id in batch.branches}
+        written = {self._layout.tail(*name) for name in batch.tail_files}
+        for branch_id in batch.branches:
+            if old := self._catalog.tail(branch_id):
+                written.add(self._layout.tail(branch_id, old.generation))
+        named = {self._layout.tail(branch_id, ref.generation) for branch_id, ref in tails.items() if ref}
+        named |= {self._layout.block(key) for key, ref in blocks.items() if ref}
+        self._garbage |= written | {self._layout.block(key) for key in blocks}
+        self._garbage -= named
+        self._catalog.update(blocks, tails)
+        for path in list(self._garbage):
+            if segment.remove_file(path):
+                batch.dirs.add(path.parent)
+            self._garbage.remove(path)
+        for path in batch.dirs if sync else ():
+            segment.sync_dir(path)
