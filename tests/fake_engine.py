@@ -16,8 +16,9 @@ CHATML = (
 )
 
 
-def tiny_tokenizer(template: str | None = CHATML) -> TokenizerWrapper:
+def tiny_tokenizer(template: str | None = CHATML, size: int = 8) -> TokenizerWrapper:
     words = ["<unk>", "<s>", "</s>", "system", "user", "assistant", "hello", "world"]
+    words += [f"w{i}" for i in range(len(words), size)]
     bare = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     bare.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     hf = PreTrainedTokenizerFast(tokenizer_object=bare, unk_token="<unk>", eos_token="</s>", chat_template=template)

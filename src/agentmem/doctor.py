@@ -1,10 +1,10 @@
 """`agentmem doctor`: what this machine gives the server, and what to do about what is missing."""
 
+import importlib.metadata
 import os
 import platform
 import shutil
 import stat
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from .config import Settings
 from .errors import ModelError
-from .models.blas import INSTALL_HINT, cxx_compiler, load_fast_blas, measure_gflops, needs_cxx_compiler
+from .models.blas import INSTALL_HINT, BlasInfo, measure_gflops
 
 Status = Literal["ok", "warn", "fail"]
 Check = dict[str, Any]  # name, status, summary, fix (None where nothing is to be done), and figures
@@ -22,21 +22,21 @@ _LITTLE_SPACE = 5 << 30  # bytes: a few hundred agents of a small model
 _NO_SPACE = 256 << 20
 
 
-def collect(settings: Settings) -> dict[str, Any]:
-    """Run every check. Reads only: makes no directory, downloads nothing, loads no weights.
+def collect(settings: Settings, blas: BlasInfo) -> dict[str, Any]:
+    """Run every check. Writes and downloads nothing, and loads no weights. blas: what load_fast_blas() gave.
 
-    Returns {"status": the worst, "checks": [...]}, ready for JSON.
+    Returns {"ok": nothing fails, "status": the worst, "checks": [...]}, ready for JSON.
     """
     checks = [
         _check_platform(),
-        *_check_mlx(settings.home_dir),
+        *_check_mlx(blas),
         _check_compiler(),
         _check_model(settings),
         _check_store(settings.store_dir),
         _check_modes(settings),
     ]
     worst = max((check["status"] for check in checks), key=("ok", "warn", "fail").index)
-    return {"status": worst, "checks": checks}
+    return {"ok": worst != "fail", "status": worst, "checks": checks}
 
 
 def render(report: dict[str, Any]) -> str:
@@ -62,13 +62,13 @@ def _check_platform() -> Check:
     )
 
 
-def _check_mlx(home: Path) -> Iterator[Check]:
-    blas = load_fast_blas(home)  # before MLX; the CLI has called it already
+def _check_mlx(blas: BlasInfo) -> Iterator[Check]:
     import mlx.core as mx
 
     device = mx.default_device()
     kind = "cpu" if device.type == mx.DeviceType.cpu else "gpu"
-    yield _check("mlx", "ok", f"MLX {mx.__version__} on {device}", version=mx.__version__, device=kind)
+    mlx = importlib.metadata.version("mlx")
+    yield _check("mlx", "ok", f"MLX {mlx} on {device}", version=mlx, device=kind)
     gflops = round(measure_gflops(), 1)
     where = f" ({blas.path})" if blas.path else ""
     summary = f"{blas.name}{where}, {gflops:g} GFLOP/s in float32 on the {kind}"
@@ -79,13 +79,11 @@ def _check_mlx(home: Path) -> Iterator[Check]:
 
 
 def _check_compiler() -> Check:
-    path = cxx_compiler()
-    if not needs_cxx_compiler():
-        return _check("compiler", "ok", "not needed: mx.compile uses the GPU's own", path=path)
-    if path is None:
-        return _check("compiler", "warn", "no g++: mx.compile is off, decode is slower", "install g++", path=None)
-    version = subprocess.run([path, "--version"], capture_output=True, text=True).stdout.splitlines()
-    return _check("compiler", "ok", f"{path} ({version[0] if version else 'no version'})", path=path)
+    """mx.compile is off on a CPU, see load_fast_blas; elsewhere it uses the GPU's own compiler. None is a fault."""
+    compiler = shutil.which("g++")
+    off = "MLX_DISABLE_COMPILE" in os.environ
+    summary = f"mx.compile is {'off' if off else 'on'}, g++ ({compiler or 'not installed'}) is not needed"
+    return _check("compiler", "ok", summary, mx_compile=not off, path=compiler)
 
 
 def _check_model(settings: Settings) -> Check:
@@ -104,7 +102,7 @@ def _check_model(settings: Settings) -> Check:
         f"{settings.model}: {found.model_type}, {found.parameters / 1e6:,.0f} M parameters, {found.dtype}, "
         f"{found.max_context:,} tokens, {found.path}"
     )
-    figures = {
+    figures: dict[str, Any] = {
         "path": str(found.path),
         "type": found.model_type,
         "parameters": found.parameters,
@@ -128,7 +126,7 @@ def _check_store(store: Path) -> Check:
         there = there.parent
     free = shutil.disk_usage(there).free
     summary = f"{store}, {free / 1e9:.1f} GB free"
-    figures = {"path": str(store), "free_bytes": free}
+    figures: dict[str, Any] = {"path": str(store), "free_bytes": free}
     if not os.access(there, os.W_OK):
         return _check("store", "fail", f"{summary}, not writable", f"make {there} writable, or set --home", **figures)
     status: Status = "fail" if free < _NO_SPACE else "warn" if free < _LITTLE_SPACE else "ok"

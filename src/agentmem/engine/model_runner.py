@@ -37,8 +37,8 @@ class ModelRunner:
     def use_centres(self, centres: list[mx.array]) -> None:
         self._space = CacheSpace(self.spec, centres)
 
-    def new_cache(self, snapshot: Snapshot | None = None) -> SequenceCache:
-        return SequenceCache(self.spec, self._space, snapshot, on_codes=self.on_codes)
+    def new_cache(self, snapshot: Snapshot | None = None, capacity: int = 0) -> SequenceCache:
+        return SequenceCache(self.spec, self._space, snapshot, capacity=capacity, on_codes=self.on_codes)
 
     def forward(self, tokens: mx.array, caches: Sequence[SequenceCache]) -> tuple[mx.array, list[list[SealedBlock]]]:
         """tokens [B, L] through the model; (logits [B, L, vocab], blocks that filled up), both lazy."""

@@ -96,19 +96,16 @@ class Snapshot:
     tail: Tail | None = None
 
 
-def values(blocks: Sequence[Mapping[str, mx.array]], part: str, stack: int, spec: KVCacheSpec) -> mx.array:
-    """The values that consecutive blocks stand for: [layers of the stack, heads, tokens, D], in cache space.
+def values(sources: Sequence[Mapping[str, mx.array]], part: str, spec: KVCacheSpec) -> list[mx.array]:
+    """What one layer's part of consecutive blocks stands for, in cache space: pieces [1, H, n, D], in order.
 
-    `part` is "k" or "v". The first of `blocks` may carry sinks.
+    `part` is "k" or "v"; names come without the stack ("k.packed"). The first of `sources` may carry sinks.
     """
-    name = f"{part}{stack}"
     if spec.bits is None:
-        return mx.concatenate([b[f"{name}.full"] for b in blocks], axis=TOKENS)
-    dense = decode(concatenate_codes(blocks, name), spec.bits["kv".index(part)], spec.dtype)
-    sinks = blocks[0].get(f"{name}.sinks")
-    if sinks is None:
-        return dense
-    return mx.concatenate([sinks, dense[:, :, sinks.shape[TOKENS] :]], axis=TOKENS)
+        return [s[f"{part}.full"] for s in sources]
+    dense = decode(concatenate_codes(sources, part), spec.bits["kv".index(part)], spec.dtype)
+    sinks = sources[0].get(f"{part}.sinks")
+    return [dense] if sinks is None else [sinks, dense[:, :, sinks.shape[TOKENS] :]]
 
 
 def concatenate_codes(blocks: Sequence[Mapping[str, mx.array]], name: str) -> Codes:

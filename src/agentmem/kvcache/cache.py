@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import mlx.core as mx
 from mlx_lm.models.base import create_causal_mask
 
-from .block import TOKENS, Arrays, SealedBlock, Snapshot, Tail, concatenate_codes, values
+from .block import TOKENS, Arrays, SealedBlock, Snapshot, Tail, concatenate_codes
 from .quantize import CacheSpace, Codes, encode
 from .spec import KVCacheSpec
 from .working import CodesLayer, DenseLayer
@@ -20,8 +20,15 @@ class SequenceCache:
     """
 
     def __init__(
-        self, spec: KVCacheSpec, space: CacheSpace, snapshot: Snapshot | None = None, *, on_codes: bool = False
+        self,
+        spec: KVCacheSpec,
+        space: CacheSpace,
+        snapshot: Snapshot | None = None,
+        *,
+        capacity: int = 0,
+        on_codes: bool = False,
     ):
+        """`capacity`: tokens known to come, the snapshot's included, so that prefill does not copy as it grows."""
         self._spec, self.space = spec, space
         layer_type = CodesLayer if on_codes and spec.bits is not None else DenseLayer
         self._layers = [layer_type(spec, i) for i in range(len(spec.layers))]
@@ -31,7 +38,10 @@ class SequenceCache:
         self._tail_prefix = (snapshot.tail.prefix, snapshot.tail.prefix_len) if snapshot.tail else (None, 0)
         self.length = len(self.blocks) * spec.block_size + (snapshot.tail.num_tokens if snapshot.tail else 0)
         if self.length:
-            self._load(snapshot)
+            self._load(snapshot, max(capacity, self.length + 1))
+        else:
+            for layer in self._layers:
+                layer.reserve(capacity)
 
     @property
     def num_layers(self) -> int:
@@ -41,11 +51,6 @@ class SequenceCache:
     def num_sealed(self) -> int:
         """Tokens in sealed blocks."""
         return len(self.blocks) * self._spec.block_size
-
-    def reserve(self, num_tokens: int) -> None:
-        """Make room for a sequence of `num_tokens`, so that prefill does not copy as it grows."""
-        for layer in self._layers:
-            layer.reserve(num_tokens)
 
     def attend(
         self, layer: int, q: mx.array, k: mx.array, v: mx.array, scale: float, sinks: mx.array | None = None
@@ -135,23 +140,15 @@ class SequenceCache:
         had = concatenate_codes([self._unstack(prefix.arrays, layer)], part)
         return Codes(*(mx.concatenate([a, b[:, :, n:]], TOKENS) for a, b in zip(had, codes, strict=True)))
 
-    def _load(self, snapshot: Snapshot) -> None:
-        blocks, tail = [b.arrays for b in snapshot.blocks], snapshot.tail
-        sources = blocks + ([tail.prefix.arrays] if tail and tail.prefix else [])
-        dense: list[list[mx.array]] = []
-        for s in range(len(self._spec.stacks)):
-            both = []
-            for part in "kv":
-                pieces = [values(sources, part, s, self._spec)] if sources else []
-                pieces += [tail.full[f"{part}{s}.full"]] if tail else []
-                both.append(mx.concatenate(pieces, TOKENS) if len(pieces) > 1 else pieces[0])
-            dense.append(both)
-        open_len = tail.num_tokens if tail else 0
+    def _load(self, snapshot: Snapshot, capacity: int) -> None:
+        """Layer by layer, so that what is decoded on the way takes the memory of one layer, not of all."""
+        tail = snapshot.tail
+        sources = [b.arrays for b in snapshot.blocks] + ([tail.prefix.arrays] if tail and tail.prefix else [])
         for i, work in enumerate(self._layers):
-            s, j = self._spec.position_in_stack[i]
-            k, v = (x[j : j + 1] for x in dense[s])
-            codes = [self._unstack(b, i) for b in blocks] if isinstance(work, CodesLayer) else ()
-            work.load(k, v, codes, open_len, self.length + 1)
+            parts = [self._unstack(arrays, i) for arrays in sources]
+            ends = self._unstack(tail.full, i) if tail else {}
+            work.load(parts, ends, tail.num_tokens if tail else 0, capacity)
+            mx.async_eval(work.arrays())
 
     def _stack(self, per_layer: list[Arrays]) -> Arrays:
         """Per layer {"k.packed": [1, ...]} to {"k0.packed": [layers of stack 0, ...]}."""

@@ -5,13 +5,17 @@ from collections.abc import Sequence
 import mlx.core as mx
 
 from .attention import FEW_QUERIES, attend_codes, attend_dense
-from .block import TOKENS, Arrays, concatenate_codes
+from .block import TOKENS, Arrays, concatenate_codes, values
 from .quantize import Codes, decode
 from .spec import KVCacheSpec
 
 _STEP = 256  # tokens by which a working copy grows
 CodesPair = tuple[Codes, Codes]  # of keys and of values
 DensePair = tuple[mx.array, mx.array]
+
+
+def _rounded(num_tokens: int) -> int:
+    return -(-num_tokens // _STEP) * _STEP
 
 
 def _replace(old: Codes, new: Codes, start: int, stop: int) -> Codes:
@@ -29,15 +33,25 @@ class DenseLayer:
         self.k = mx.zeros((*shape, self._layer.k_dim), spec.dtype)
         self.v = mx.zeros((*shape, self._layer.v_dim), spec.dtype)
 
-    def load(self, k: mx.array, v: mx.array, codes: Sequence[Arrays], open_len: int, capacity: int) -> None:
-        """Start from k, v [1, H, T, D], all tokens so far; `codes` and `open_len` matter to CodesLayer only."""
-        self.k, self.v = k, v
-        self.reserve(capacity)
+    def load(self, sources: Sequence[Arrays], ends: Arrays, open_len: int, capacity: int) -> None:
+        """Start from `sources`, this layer's part of consecutive blocks, then `ends` (k.full, v.full of the open one).
+
+        `open_len`, the open block's tokens in both, matters to CodesLayer only.
+        """
+        self.k, self.v = (self._assemble(part, sources, ends, capacity) for part in ("k", "v"))
+
+    def _assemble(self, part: str, sources: Sequence[Arrays], ends: Arrays, capacity: int) -> mx.array:
+        pieces = values(sources, part, self._spec) if sources else []
+        pieces += [ends[f"{part}.full"]] if ends else []
+        length = sum(p.shape[TOKENS] for p in pieces)
+        shape = list(pieces[0].shape)
+        shape[TOKENS] = _rounded(max(capacity, length)) - length
+        return mx.concatenate([*pieces, mx.zeros(shape, self._spec.dtype)], TOKENS)
 
     def reserve(self, num_tokens: int) -> None:
         have = self.k.shape[TOKENS]
         if num_tokens > have:
-            more = -(-num_tokens // _STEP) * _STEP - have
+            more = _rounded(num_tokens) - have
             self.k, self.v = (mx.pad(x, [(0, 0), (0, 0), (0, more), (0, 0)]) for x in (self.k, self.v))
 
     def write(self, start: int, k: mx.array, v: mx.array) -> None:
@@ -76,12 +90,14 @@ class CodesLayer:
         self._first: DensePair | None = None  # sinks
         self._open = DenseLayer(spec, layer)
 
-    def load(self, k: mx.array, v: mx.array, codes: Sequence[Arrays], open_len: int, capacity: int) -> None:
-        self._sealed = k.shape[TOKENS] - open_len
-        self._open.load(k[:, :, self._sealed :], v[:, :, self._sealed :], (), open_len, self._spec.block_size)
-        if codes:
-            self._codes = concatenate_codes(codes, "k"), concatenate_codes(codes, "v")
-            self._first = k[:, :, : self._spec.num_sinks], v[:, :, : self._spec.num_sinks]
+    def load(self, sources: Sequence[Arrays], ends: Arrays, open_len: int, capacity: int) -> None:
+        blocks = [s for s in sources if s["k.packed"].shape[TOKENS] == self._spec.block_size]
+        if open_len:
+            self._open.load(sources[len(blocks) :], ends, open_len, self._spec.block_size)
+        if blocks:
+            self._codes = concatenate_codes(blocks, "k"), concatenate_codes(blocks, "v")
+            self._first = blocks[0]["k.sinks"], blocks[0]["v.sinks"]
+            self._sealed = len(blocks) * self._spec.block_size
 
     def reserve(self, num_tokens: int) -> None:
         self._open.reserve(self._spec.block_size)

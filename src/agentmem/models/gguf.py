@@ -33,11 +33,12 @@ _MODULES = {
 
 
 def convert_gguf(source: Path, target: Path) -> None:
-    """Write config.json, model.safetensors, tokenizer.json, tokenizer_config.json and generation_config.json to `target`.
+    """Write config, weights, tokenizer and generation config into the directory `target`.
 
     The same GGUF gives the same bytes on every machine. Raises ValueError for an architecture other than llama.
     """
-    arrays, metadata = mx.load(str(source), return_metadata=True)
+    loaded: Any = mx.load(str(source), return_metadata=True)
+    arrays, metadata = loaded
     if metadata.get("general.architecture") != "llama":
         raise ValueError(f"{source.name}: only GGUF files of the llama architecture can be converted")
     tensors = {_mlx_name(name): _numpy(array) for name, array in arrays.items()}

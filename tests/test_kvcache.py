@@ -1,0 +1,211 @@
+"""DESIGN's invariants 1 to 3 on tiny models: what a token sees, exact restore, batchmates that do not matter."""
+
+import mlx.core as mx
+import pytest
+from tiny import BLOCK, KINDS, random_tokens, run, tiny_model, tiny_runner
+
+from agentmem.engine.model_runner import ModelRunner
+from agentmem.errors import ModelError
+from agentmem.kvcache import attention
+from agentmem.kvcache.block import Snapshot, Tail, from_host, to_host
+from agentmem.kvcache.quantize import decode, encode, hadamard
+
+TOKENS = random_tokens(150)
+
+
+def close(a: mx.array, b: mx.array, tolerance: float) -> bool:
+    return bool((mx.abs(a - b).max() <= tolerance * mx.abs(b).max()).item())
+
+
+def naive_logits(runner: ModelRunner, tokens: list[int]) -> mx.array:
+    """Invariant 1, word for word: one token a pass; after each full block the cache is rebuilt from its codes alone."""
+    cache, logits = runner.new_cache(), []
+    for token in tokens:
+        logits.append(run(runner, cache, [token], 1))
+        if cache.length % BLOCK == 0:
+            cache = runner.new_cache(Snapshot(tuple(cache.blocks)))
+    return mx.concatenate(logits)
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "deepseek_v2", "gpt_oss"])
+@pytest.mark.parametrize("chunk", [1, 7, 32, 64, 150])
+def test_logits_do_not_depend_on_the_prefill_chunk(kind, chunk):
+    runner = tiny_runner(kind)
+    # a code may flip where a rounding decides it, so "beyond float rounding" is a code's worth in one channel
+    assert close(run(runner, runner.new_cache(), TOKENS, chunk), naive_logits(runner, TOKENS), 5e-3)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_without_quantization_logits_equal_mlx_lms(kind):
+    from mlx_lm.models.cache import make_prompt_cache
+
+    runner = tiny_runner(kind, kv_bits="16")
+    theirs = make_prompt_cache(runner.model)
+    cache = runner.new_cache()
+    for start in (0, 40, 100, 101, 149):
+        part = mx.array([TOKENS[start : {0: 40, 40: 100, 100: 101, 101: 149, 149: 150}[start]]])
+        expected, (got, _) = runner.model(part, cache=theirs), runner.forward(part, [cache])
+        assert close(got, expected, 1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("on_codes", [False, True])
+@pytest.mark.parametrize("at", [5, BLOCK, 3 * BLOCK + 7])
+def test_logits_after_a_restore_are_bit_identical(kind, on_codes, at):
+    runner = tiny_runner(kind, on_codes=on_codes)
+    stayed = runner.new_cache()
+    run(runner, stayed, TOKENS[:at], 32)
+    snapshot = stayed.snapshot()
+    blocks = [type(b)(from_host(to_host(b.arrays))) for b in snapshot.blocks]
+    tail = snapshot.tail and Tail.from_arrays(
+        from_host(to_host(snapshot.tail.to_arrays())), snapshot.tail.num_tokens, 0, runner.spec
+    )
+    returned = runner.new_cache(Snapshot(blocks, tail))
+    assert mx.array_equal(run(runner, stayed, TOKENS[at:], 9), run(runner, returned, TOKENS[at:], 9))
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "deepseek_v2"])
+@pytest.mark.parametrize("kv_bits", ["4", "k5v4", "8"])
+def test_attention_on_codes_equals_attention_on_their_dequantized_copy(kind, kv_bits):
+    on_codes, dense = tiny_runner(kind, kv_bits, on_codes=True), tiny_runner(kind, kv_bits)
+    start = dense.new_cache()
+    run(dense, start, TOKENS[: 3 * BLOCK + 3], 32)
+    snapshot = start.snapshot()
+    for chunk in (1, 3):
+        a = run(on_codes, on_codes.new_cache(snapshot), TOKENS[3 * BLOCK + 3 : 4 * BLOCK], chunk)
+        b = run(dense, dense.new_cache(snapshot), TOKENS[3 * BLOCK + 3 : 4 * BLOCK], chunk)
+        assert close(a, b, 1e-5)
+
+
+@pytest.mark.parametrize("on_codes", [False, True])
+def test_a_batch_of_unequal_lengths_gives_each_its_own_logits(on_codes):
+    runner = tiny_runner(on_codes=on_codes)
+    lengths = (1, BLOCK - 1, BLOCK, 100)
+    alone, together = [], []
+    for caches in (alone, together):
+        for n in lengths:
+            cache = runner.new_cache()
+            run(runner, cache, TOKENS[:n], 50)
+            caches.append(cache)
+    logits, fresh = runner.decode(together, [TOKENS[n] for n in lengths])
+    assert [len(f) for f in fresh] == [0, 1, 0, 0]  # one was a token short of a block
+    for row, cache, n in zip(logits, alone, lengths, strict=True):
+        assert close(row, run(runner, cache, [TOKENS[n]], 1)[0], 1e-4)
+
+
+@pytest.mark.parametrize("on_codes", [False, True])
+@pytest.mark.parametrize("cut", [1, 3, 11, 31])
+def test_a_block_cut_inside_keeps_its_codes_through_another_seal(on_codes, cut):
+    runner = tiny_runner(on_codes=on_codes)
+    cache = runner.new_cache()
+    run(runner, cache, TOKENS, 50)
+    for index in (0, 2):
+        block = cache.blocks[index]
+        tail = Tail.of_cut_block(block, cut, runner.spec)
+        again = runner.new_cache(Snapshot(cache.blocks[:index], tail))
+        run(runner, again, random_tokens(40, seed=7), 9)
+        for name, codes in block.arrays.items():
+            kept = again.blocks[index].arrays[name]
+            assert mx.array_equal(codes[:, :, :cut], kept[:, :, :cut]), name
+
+
+def test_a_cut_sequence_goes_on_alike_from_codes_and_from_a_stored_tail():
+    runner = tiny_runner()
+    cache = runner.new_cache()
+    run(runner, cache, TOKENS, 50)
+    tail = Tail.of_cut_block(cache.blocks[3], 20, runner.spec)
+    grown = runner.new_cache(Snapshot(cache.blocks[:3], tail))
+    run(runner, grown, TOKENS[116:120], 2)  # 20 codes, then 4 in full precision
+    stored = grown.snapshot().tail
+    assert stored is not None and (stored.num_tokens, stored.prefix_len) == (24, 20)
+    read = Tail.from_arrays(from_host(to_host(stored.to_arrays())), 24, 20, runner.spec)
+    for tail in (read, read.cut(22), read.cut(10)):
+        back = runner.new_cache(Snapshot(cache.blocks[:3], tail))
+        twin = runner.new_cache(Snapshot(cache.blocks[:3], stored.cut(tail.num_tokens)))
+        assert back.length == 96 + tail.num_tokens
+        assert mx.array_equal(run(runner, back, TOKENS[:40], 9), run(runner, twin, TOKENS[:40], 9))
+
+
+def test_adopting_anothers_block_changes_what_is_attended_to():
+    runner = tiny_runner()
+    ours, others = runner.new_cache(), runner.new_cache()
+    run(runner, ours, TOKENS[:64], 64)
+    run(runner, others, random_tokens(64, seed=5), 64)
+    ours.adopt(1, others.blocks[1])
+    rebuilt = runner.new_cache(Snapshot((ours.blocks[0], others.blocks[1])))
+    assert mx.array_equal(run(runner, ours, TOKENS[64:90], 26), run(runner, rebuilt, TOKENS[64:90], 26))
+
+
+def test_an_idle_cache_takes_the_bytes_that_the_paper_counts():
+    runner = tiny_runner()
+    cache = runner.new_cache()
+    run(runner, cache, TOKENS, 50)
+    fp16 = 2 * 2 * 2 * 64 * 2 * BLOCK  # keys and values, layers, heads, head dim, bytes, tokens
+    assert cache.blocks[1].nbytes == fp16 * (1 + 8 / 64) / 4
+
+
+def test_a_code_is_within_a_step_of_its_value_and_scales_take_16_bits():
+    x = mx.random.normal((1, 2, 32, 64))
+    codes = encode(x, 4)
+    assert codes.scales.dtype == codes.biases.dtype == mx.float16
+    error = mx.abs(decode(codes, 4, mx.float32) - x)
+    step = mx.abs(codes.scales.astype(mx.float32))
+    assert mx.all(error <= step).item()
+    assert error.mean().item() < 0.3 * step.mean().item()
+
+
+@pytest.mark.parametrize(("dim", "group"), [(48, 16), (64, 64), (80, 16), (96, 32), (192, 64), (576, 64)])
+def test_the_rotation_is_its_own_inverse(dim, group):
+    matrix = hadamard(dim)
+    assert matrix.shape == (group, group)
+    assert close(matrix @ matrix, mx.eye(group), 1e-6)
+
+
+def test_the_spec_is_read_off_the_model():
+    gemma, deepseek = tiny_runner("gemma3").spec, tiny_runner("deepseek_v2").spec
+    assert [layer.kind for layer in gemma.layers] == ["sliding"] * 5 + ["global"]
+    assert {layer.window for layer in gemma.layers} == {40, None}
+    assert (deepseek.layers[0].k_dim, deepseek.layers[0].v_dim) == (192, 128)
+    assert all(layer.attention_sinks for layer in tiny_runner("gpt_oss").spec.layers)
+
+
+def test_a_model_whose_attention_is_not_understood_is_refused(monkeypatch):
+    def unscaled(q, k, v, scale, window, sinks):
+        return mx.fast.scaled_dot_product_attention(q, k, v, scale=2 * scale, mask="causal" if q.shape[2] > 1 else None)
+
+    from agentmem.kvcache import working
+
+    monkeypatch.setattr(working, "attend_dense", unscaled)
+    with pytest.raises(ModelError, match="attention is not understood"):
+        ModelRunner(tiny_model(), block_size=BLOCK)
+
+
+def test_recurrent_layers_are_refused_by_name():
+    from mlx_lm.models import mamba
+
+    model = mamba.Model(
+        mamba.ModelArgs(
+            model_type="mamba",
+            vocab_size=64,
+            hidden_size=32,
+            intermediate_size=64,
+            state_size=8,
+            num_hidden_layers=1,
+            conv_kernel=4,
+            use_bias=False,
+            use_conv_bias=True,
+            time_step_rank=4,
+        )
+    )
+    with pytest.raises(ModelError, match=r"seam|ArraysCache|scaled_dot_product_attention"):
+        ModelRunner(model)
+
+
+def test_the_seam_hands_foreign_caches_to_mlx_lm():
+    from mlx_lm.models.cache import make_prompt_cache
+
+    model = tiny_model()
+    before = model(mx.array([TOKENS[:20]]), cache=make_prompt_cache(model))
+    attention.install_seam(model)
+    attention.install_seam(model)
+    assert mx.array_equal(model(mx.array([TOKENS[:20]]), cache=make_prompt_cache(model)), before)
