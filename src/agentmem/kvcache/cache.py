@@ -171,10 +171,14 @@ class SequenceCache:
 class _BatchLayer:
     """What mlx-lm's model files see as one layer's cache: B sequences, each over its own working copy."""
 
-    def __init__(self, owner: "BatchQuantizedKVCache", index: int, offset: int | mx.array):
-        self._owner, self._index = owner, index
+    def __init__(self, caches: Sequence[SequenceCache], index: int, offset: int | mx.array):
+        self._caches, self._index = caches, index
         self.offset = offset
         self._pending: tuple[mx.array, mx.array] | None = None
+
+    @property
+    def attended(self) -> bool:
+        return self._pending is None
 
     def make_mask(self, n: int, return_array: bool = False, window_size: int | None = None):
         """Only for the model's eyes: `attend` masks by itself."""
@@ -191,12 +195,13 @@ class _BatchLayer:
     def attend(self, queries: mx.array, scale: float, sinks: mx.array | None) -> mx.array:
         assert self._pending is not None, "attention before update_and_fetch"
         (keys, vals), self._pending = self._pending, None
-        q, k, v = self._owner.space.enter(self._index, queries, keys, vals)
+        space = self._caches[0].space
+        q, k, v = space.enter(self._index, queries, keys, vals)
         out = [
             cache.attend(self._index, q[b : b + 1], k[b : b + 1], v[b : b + 1], scale, sinks)
-            for b, cache in enumerate(self._owner.caches)
+            for b, cache in enumerate(self._caches)
         ]
-        return self._owner.space.leave(out[0] if len(out) == 1 else mx.concatenate(out, axis=0))
+        return space.leave(out[0] if len(out) == 1 else mx.concatenate(out, axis=0))
 
 
 class BatchQuantizedKVCache:
@@ -206,12 +211,12 @@ class BatchQuantizedKVCache:
     """
 
     def __init__(self, caches: Sequence[SequenceCache]):
-        self.caches = caches
-        self.space = caches[0].space
+        self._caches = caches
         offset = caches[0].length if len(caches) == 1 else mx.array([c.length for c in caches])
-        self.layers = [_BatchLayer(self, i, offset) for i in range(caches[0].num_layers)]
+        # layers don't refer back to the batch: a cycle would keep working copies in RAM until Python's collector runs
+        self.layers = [_BatchLayer(caches, i, offset) for i in range(caches[0].num_layers)]
 
     def advance(self, num_tokens: int) -> list[list[SealedBlock]]:
         """Close the pass; returns for each sequence the blocks that filled up."""
-        assert all(layer._pending is None for layer in self.layers), "a layer never attended"
-        return [cache.advance(num_tokens) for cache in self.caches]
+        assert all(layer.attended for layer in self.layers), "a layer never attended"
+        return [cache.advance(num_tokens) for cache in self._caches]
