@@ -1,0 +1,94 @@
+"""Settings: where they come from, which wins, what a wrong one says. And the command line that takes them."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from agentmem.config import Settings, load_settings, parse_bytes
+from agentmem.errors import StartupError
+
+
+def agentmem(*args: str, **kwargs) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-m", "agentmem.cli", *args], capture_output=True, text=True, timeout=60, **kwargs
+    )
+
+
+def test_a_flag_wins_over_the_environment_over_the_file_over_the_default(tmp_path, monkeypatch):
+    file = tmp_path / "x.toml"
+    file.write_text('port = 1\nhost = "::1"\nmax_running = 3\n')
+    monkeypatch.setenv("AGENTMEM_PORT", "2")
+    monkeypatch.setenv("AGENTMEM_HOST", "127.0.0.2")
+    settings = load_settings({"port": "3", "model": None}, file)
+    assert (settings.port, settings.host, settings.max_running, settings.model) == (3, "127.0.0.2", 3, "demo")
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"), [("512", 512), ("8G", 8 << 30), ("1.5 gib", 3 << 29), ("64k", 1 << 16), ("2MB", 2 << 20)]
+)
+def test_sizes_are_read_in_binary_units(text, expected):
+    assert parse_bytes(text) == expected
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        ({"port": "x"}, "port"),
+        ({"port": "70000"}, "port"),
+        ({"kv_bits": "3"}, "kv_bits"),
+        ({"kv_budget": "lots"}, "kv_budget"),
+        ({"block_size": "100"}, "block_size"),
+        ({"no_such": 1}, "no_such"),
+    ],
+)
+def test_a_wrong_setting_is_one_line_that_names_it(flags, named):
+    with pytest.raises(StartupError, match=named) as error:
+        load_settings(flags)
+    assert "\n" not in str(error.value)
+
+
+def test_an_unreadable_config_file_is_a_startup_error(tmp_path):
+    bad = tmp_path / "bad.toml"
+    bad.write_text("port = = 1")
+    for path in (bad, tmp_path / "absent.toml"):
+        with pytest.raises(StartupError, match=path.name):
+            load_settings({}, path)
+
+
+def test_every_setting_is_an_option_of_serve_with_its_default():
+    text = " ".join(agentmem("serve", "--help", env={"COLUMNS": "400", "PATH": "/usr/bin"}).stdout.split())
+    for name, field in Settings.model_fields.items():
+        assert f"--{name.replace('_', '-')} " in text
+        if field.default_factory is None and field.default not in (None, []):
+            assert f"(default: {field.default})" in text
+
+
+def test_a_wrong_setting_on_the_command_line_exits_with_2():
+    result = agentmem("serve", "--port", "abc")
+    assert (result.returncode, len(result.stderr.splitlines())) == (2, 1)
+    assert "port" in result.stderr
+
+
+def test_doctor_prints_json_for_programs(tmp_path):
+    result = agentmem("doctor", "--json", "--home", str(tmp_path))
+    report = json.loads(result.stdout)
+    assert {c["name"] for c in report["checks"]} >= {"mlx", "blas", "compiler", "model", "store", "modes"}
+    assert result.returncode == (0 if report["ok"] else 1)
+
+
+def test_figures_in_the_readme_are_those_of_the_committed_results():
+    root = Path(__file__).parent.parent
+    ttft = json.loads((root / "benchmarks/results/ttft-demo.json").read_text())
+    median = ttft["median_ms"]
+    table = (root / "README.md").read_text().partition("<!-- figures: ttft-demo.json -->")[2]
+    assert f"| bare mlx-lm loop | {median['bare']:.0f} |" in table
+    assert f"| cold | {median['cold']:.0f} | {median['cold'] / median['bare']:.2f}x of the bare loop |" in table
+    assert f"| {median['warm']:.0f} | {ttft['cold_over_warm']:.0f}x faster than cold |" in table
+    assert f"| hot | {median['hot']:.0f} | {ttft['cold_over_hot']:.0f}x faster than cold |" in table
+    attention = json.loads((root / "benchmarks/results/attention-demo.json").read_text())["rows"]
+    page = (root / "docs/architecture.md").read_text()
+    for row in attention:
+        assert f"{row['dequantized']:.0f} against {row['codes']:.0f}" in page
