@@ -347,3 +347,11 @@ def test_a_model_that_does_not_load_is_a_startup_error(tmp_path):
 
 def test_corrupt_segment_is_no_startup_error():
     assert not issubclass(CorruptSegment, StoreError)
+
+
+def test_an_agent_whose_cache_is_not_on_disk_yet_can_be_deleted(tmp_path):
+    with tiny_engine(tmp_path, tail_delay=60.0) as engine:
+        engine.ask("alice", PROMPT[:10])
+        assert engine.call(engine.engine.delete_agent("default", "alice")) is True
+        assert engine.agents() == {}
+        assert engine.ask("alice", PROMPT[:10])[1].cache == "cold"

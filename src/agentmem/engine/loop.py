@@ -73,7 +73,7 @@ class EngineLoop:
         for seq in (*self.core.scheduler.active, *self.core.scheduler.waiting):
             if (seq.request.namespace, seq.request.agent_id) == (namespace, agent_id):
                 seq.discard = True
-        self.core.memory.delete_agent(namespace, agent_id).add_done_callback(lambda f: _copy_result(f, done))
+        self.core.memory.delete_agent(namespace, agent_id, done)
 
     def drain(self, grace: float) -> None:
         if self._drain_deadline is None:
@@ -258,11 +258,3 @@ class EngineLoop:
         self.core.memory.save_tails(idle_for=0.0)
         self.core.store.close()
         mx.clear_cache()
-
-
-def _copy_result(source: "Future[bool]", target: "Future[bool]") -> None:
-    error = source.exception()
-    if error is not None:
-        target.set_exception(error)
-    else:
-        target.set_result(source.result())

@@ -270,11 +270,20 @@ class Memory:
             over -= nbytes
             self.evicted_bytes += nbytes
 
-    def delete_agent(self, namespace: str, name: str) -> "Future[bool]":
+    def delete_agent(self, namespace: str, name: str, done: "Future[bool]") -> None:
+        """Forget the agent; `done` gets whether there was one, once its bytes are off the disk."""
         agent = self.contexts.agents.get((namespace, name))
         if agent is not None:
             self.contexts.drop_agent(agent)
-        return self.store.delete_agent(namespace, name)
+
+        def deleted(stored: "Future[bool]") -> None:
+            error = stored.exception()
+            if error is not None:
+                done.set_exception(error)
+            else:
+                done.set_result(stored.result() or agent is not None)
+
+        self.store.delete_agent(namespace, name).add_done_callback(deleted)
 
 
 def _failed(future: "Future[Any]") -> bool:
