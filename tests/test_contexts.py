@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from agentmem.engine.contexts import FRESH, ROOT, Branch, Contexts, Match, block_key
+from agentmem.engine.contexts import FRESH, ROOT, Branch, Contexts, Match, OpenBlock, block_key
 
 SIZE = 4
 
@@ -26,7 +26,7 @@ def put(c: Contexts, agent: str, tokens: list[int], namespace: str = "ns", linea
         node = c.seal(c.scope(namespace, agent), parent, tokens[start : start + SIZE], lineage, Fill())
         c.hold([node])
         branch.nodes.append(node)
-    branch.tail_tokens = np.array(tokens[len(branch.nodes) * SIZE :], np.uint32)
+    branch.tail = OpenBlock(np.array(tokens[len(branch.nodes) * SIZE :], np.uint32))
     c.put_branch(branch)
     return branch
 
@@ -40,7 +40,7 @@ def test_a_continued_conversation_matches_all_of_its_branch():
     branch = put(c, "alice", [1, 2, 3, 4, 5, 6])
     found = match(c, "alice", [1, 2, 3, 4, 5, 6, 7, 8])
     assert (found.length, found.source, found.extends) == (6, branch, True)
-    assert found.tail_len(SIZE) == 2
+    assert found.open_len(SIZE) == 2
 
 
 def test_the_last_token_is_never_taken_from_the_cache():

@@ -43,7 +43,7 @@ def settle(engine) -> None:
     deadline = time.monotonic() + 10
     while time.monotonic() < deadline:
         branches = list(engine.engine._core.contexts.branches())
-        if all(b.tail_disk_bytes or not len(b.tail_tokens) for b in branches) and all(
+        if all(b.tail.disk_bytes or not len(b.tail.tokens) for b in branches) and all(
             n.disk_bytes for b in branches for n in b.nodes
         ):
             return

@@ -50,31 +50,40 @@ class Node:
 
 
 @dataclass(eq=False)
+class OpenBlock:
+    """A branch's tail: its tokens, and the arrays if they are in RAM. Replaced as a whole, never grown."""
+
+    tokens: np.ndarray = field(default_factory=lambda: np.empty(0, np.uint32))
+    data: Tail | None = None
+    lineage: bytes = FRESH
+    disk_bytes: int = 0  # 0: not persisted (yet)
+    saving: "Future[Any] | None" = None
+
+
+@dataclass(eq=False)
 class Branch:
     id: str
     agent: "Agent"
     nodes: list[Node] = field(default_factory=list)
-    tail_tokens: np.ndarray = field(default_factory=lambda: np.empty(0, np.uint32))
-    tail: Tail | None = None  # in RAM
-    lineage: bytes = FRESH  # of the open block
-    tail_disk_bytes: int = 0  # 0: this tail is not on disk
-    tail_saving: "Future[Any] | None" = None
-    last_used: float = 0.0
+    tail: OpenBlock = field(default_factory=OpenBlock)
+    last_used: float = 0.0  # Unix seconds
     in_use: bool = False  # a running sequence continues it
+    disk_head: bytes | None = None  # last block of the branch's row in the store
+    save_at: float | None = None  # time.monotonic() when what is not on disk is to be saved; None: all is
 
     def tokens(self) -> np.ndarray:
-        return np.concatenate([*(n.tokens for n in self.nodes), self.tail_tokens])
+        return np.concatenate([*(n.tokens for n in self.nodes), self.tail.tokens])
 
     def __len__(self) -> int:
-        return sum(len(n.tokens) for n in self.nodes) + len(self.tail_tokens)
+        return sum(len(n.tokens) for n in self.nodes) + len(self.tail.tokens)
+
+    @property
+    def head(self) -> bytes | None:
+        return self.nodes[-1].key if self.nodes else None
 
     @property
     def is_hot(self) -> bool:
-        return all(n.data is not None for n in self.nodes) and (self.tail is not None or not len(self.tail_tokens))
-
-    @property
-    def tail_dirty(self) -> bool:
-        return self.tail is not None and not self.tail_disk_bytes and self.tail_saving is None
+        return all(n.data is not None for n in self.nodes) and (self.tail.data is not None or not len(self.tail.tokens))
 
 
 @dataclass(eq=False)
@@ -88,22 +97,34 @@ class Agent:
 
 @dataclass(frozen=True)
 class Match:
-    """The longest reusable prefix: whole nodes, then part of one more node or of a branch's tail."""
+    """The longest reusable prefix: whole nodes, then part of one more node or of a tail."""
 
     nodes: tuple[Node, ...] = ()
     length: int = 0
-    source: Branch | None = None  # whose tail (or cut node) goes on; None: shared nodes only
+    source: Branch | None = None  # None: shared nodes only
     cut_node: Node | None = None  # a sealed block of which the first tokens are kept, as codes
+    tail: OpenBlock | None = None  # of which the first tokens are kept
     extends: bool = False  # all of `source` is matched: the request continues it
 
-    def tail_len(self, block_size: int) -> int:
+    def open_len(self, block_size: int) -> int:
+        """Matched tokens after the whole nodes."""
         return self.length - len(self.nodes) * block_size
+
+    @property
+    def all_nodes(self) -> tuple[Node, ...]:
+        return self.nodes + ((self.cut_node,) if self.cut_node else ())
 
 
 def _common_prefix(a: np.ndarray, b: np.ndarray) -> int:
     n = min(len(a), len(b))
     differ = np.flatnonzero(a[:n] != b[:n])
     return int(differ[0]) if len(differ) else n
+
+
+def _preference(match: Match) -> tuple[int, bool, bool, str]:
+    """Longest first; then, by what a restart does not change, what is whole before what must be cut."""
+    assert match.source is not None
+    return match.length, match.cut_node is None, match.extends, match.source.id
 
 
 class Contexts:
@@ -132,19 +153,25 @@ class Contexts:
     def match(self, namespace: str, agent: str, tokens: Sequence[int]) -> Match:
         """The longest prefix of `tokens`, short of the last one, over the agent's branches, then over shared nodes."""
         wanted = np.array(tokens[:-1], dtype=np.uint32)
-        best = Match()
         known = self.agents.get((namespace, agent))
-        for branch in known.branches.values() if known else ():
-            n = _common_prefix(branch.tokens(), wanted)
-            if n > best.length:
-                best = self._match_branch(branch, n)
+        found = [self._match_branch(branch, wanted) for branch in known.branches.values()] if known else []
+        best = max(found, key=_preference, default=Match())
         shared = self._match_shared(self.scope(namespace, agent), wanted)
         return shared if shared.length > best.length else best
 
-    def _match_branch(self, branch: Branch, n: int) -> Match:
+    def _match_branch(self, branch: Branch, wanted: np.ndarray) -> Match:
+        n = _common_prefix(branch.tokens(), wanted)
         whole = min(n // self.block_size, len(branch.nodes))
-        cut = branch.nodes[whole] if whole < len(branch.nodes) and n > whole * self.block_size else None
-        return Match(tuple(branch.nodes[:whole]), n, branch, cut, extends=n == len(branch))
+        inside = n > whole * self.block_size
+        sealed = whole < len(branch.nodes)
+        return Match(
+            nodes=tuple(branch.nodes[:whole]),
+            length=n,
+            source=branch,
+            cut_node=branch.nodes[whole] if inside and sealed else None,
+            tail=branch.tail if inside and not sealed else None,
+            extends=n == len(branch),
+        )
 
     def _match_shared(self, scope: bytes, wanted: np.ndarray) -> Match:
         nodes: list[Node] = []
@@ -227,13 +254,9 @@ class Contexts:
                 index = branch.nodes.index(bad)
                 self.release(branch.nodes[index:])
                 branch.nodes = branch.nodes[:index]
-                self.drop_tail(branch)
-        self.nodes.pop(bad.key, None)
-
-    @staticmethod
-    def drop_tail(branch: Branch) -> None:
-        branch.tail_tokens, branch.tail, branch.lineage = np.empty(0, np.uint32), None, FRESH
-        branch.tail_disk_bytes, branch.tail_saving = 0, None
+                branch.tail = OpenBlock()
+        if self.nodes.get(bad.key) is bad:
+            del self.nodes[bad.key]
 
     def infos(self, namespace: str) -> list[AgentInfo]:
         return [_info(a) for (owner, _), a in list(self.agents.items()) if owner == namespace]
@@ -242,13 +265,14 @@ class Contexts:
 def _info(agent: Agent) -> AgentInfo:
     branches = list(agent.branches.values())
     nodes = {n.key: n for b in branches for n in b.nodes}.values()
+    held = [data for data in (*(n.data for n in nodes), *(b.tail.data for b in branches)) if data is not None]
     return AgentInfo(
         agent_id=agent.name,
         tier="hot" if branches and max(branches, key=lambda b: b.last_used).is_hot else "warm",
         tokens=max((len(b) for b in branches), default=0),
         branches=len(branches),
-        ram_bytes=sum(n.data.nbytes for n in nodes if n.data) + sum(b.tail.nbytes for b in branches if b.tail),
-        disk_bytes=sum(n.disk_bytes for n in nodes) + sum(b.tail_disk_bytes for b in branches),
+        ram_bytes=sum(data.nbytes for data in held),
+        disk_bytes=sum(n.disk_bytes for n in nodes) + sum(b.tail.disk_bytes for b in branches),
         created=agent.created,
         last_used=agent.last_used,
     )

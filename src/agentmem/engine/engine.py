@@ -89,6 +89,7 @@ class Engine:
     async def delete_agent(self, namespace: str, agent_id: str) -> bool:
         self._check_open()
         done: Future[bool] = Future()
+        done.set_running_or_notify_cancel()  # a client that goes away does not stop it
         self._post(lambda: self._core_loop.delete_agent(namespace, agent_id, done))
         return await asyncio.wrap_future(done)
 

@@ -1,17 +1,19 @@
 """What the engine thread does: take commands, then schedule, run, commit, over and over."""
 
 import logging
+import math
 import queue
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from typing import cast
 
 import mlx.core as mx
+import numpy as np
 
 from ..errors import AgentMemError, EngineFailed, ShuttingDown
 from ..kvcache.block import SealedBlock
-from .contexts import FRESH, ROOT
+from .contexts import FRESH, ROOT, Match, Node, OpenBlock
 from .output import OutputStream
 from .request import TextDelta
 from .sampling import Sampler
@@ -30,14 +32,14 @@ class EngineLoop:
         self.core, self._inbox = core, inbox
         self.ram_bytes = 0
         self._drain_deadline: float | None = None  # time.monotonic()
-        self._tails_due = 0.0  # time.monotonic()
+        self._saves_due = 0.0  # time.monotonic()
         self._failed = False
 
     def run(self) -> None:
         """Until drained."""
         while True:
             self._take_commands()
-            self._save_tails()
+            self._save_idle()
             self._end_cancelled()
             self._admit()
             step = self.core.scheduler.schedule()
@@ -52,9 +54,11 @@ class EngineLoop:
         self._failed = True
         for seq in (*self.core.scheduler.active, *self.core.scheduler.waiting):
             seq.fail(_FAILED)
-        while self._drain_deadline is None:
-            self._inbox.get()()
-        self.core.store.close()
+        try:
+            while self._drain_deadline is None:
+                self._inbox.get()()
+        finally:
+            self.core.store.close()
 
     # -- commands
 
@@ -88,6 +92,12 @@ class EngineLoop:
         try:
             if timeout > 0:
                 self._inbox.get(timeout=timeout)()
+        except queue.Empty:
+            return
+        self._run_posted()
+
+    def _run_posted(self) -> None:
+        try:
             while True:
                 self._inbox.get_nowait()()
         except queue.Empty:
@@ -99,13 +109,13 @@ class EngineLoop:
             return 0.0
         if self._drain_deadline is not None:
             return 0.02
-        return max(0.0, self._tails_due - time.monotonic())
+        return min(60.0, max(0.0, self._saves_due - time.monotonic()))
 
-    def _save_tails(self) -> None:
+    def _save_idle(self) -> None:
         now = time.monotonic()
-        if now >= self._tails_due or self.core.scheduler.schedule() is None:
-            due = self.core.memory.save_tails()
-            self._tails_due = now + (60.0 if due is None else max(due, 0.01))
+        if now >= self._saves_due:
+            due = self.core.memory.save_idle()
+            self._saves_due = math.inf if due is None else now + max(due, 0.01)
 
     # -- schedule
 
@@ -120,37 +130,37 @@ class EngineLoop:
             self._match(seq)
 
     def _match(self, seq: Sequence) -> None:
-        """Find the longest cached prefix; read what of it is on disk, or start at once."""
+        """Find the longest cached prefix; start if it is in RAM, else read what is on disk and match again.
+
+        Again, because another request may have moved the agent's branches on meanwhile.
+        """
+        if self._failed or seq.status is Status.FINISHED:
+            return
         request = seq.request
-        match = self.core.contexts.match(request.namespace, request.agent_id, request.tokens)
-        seq.match = match
-        held = [*match.nodes, *([match.cut_node] if match.cut_node else [])]
-        self.core.contexts.hold(held)
+        match = seq.match = self.core.contexts.match(request.namespace, request.agent_id, request.tokens)
+        self.core.contexts.hold(match.all_nodes)
         if not self.core.memory.missing(match):
-            self._start(seq)
-            self.core.contexts.release(held[len(match.nodes) :])
+            self._start(seq, match)
+            self.core.contexts.release(match.all_nodes)
             return
         seq.status = Status.RESTORING
 
-        def restored(nbytes: int, good: bool) -> None:
+        def restored(nbytes: int) -> None:
             seq.restored_bytes += nbytes
-            if good:
-                self._start(seq)
-                self.core.contexts.release(held[len(match.nodes) :])
-            else:
-                self.core.contexts.release(held)
-                self._match(seq)
+            self._match(seq)
+            self.core.contexts.release(match.all_nodes)
 
         self.core.memory.restore(match, restored)
 
-    def _start(self, seq: Sequence) -> None:
-        assert seq.match is not None
-        agent = self.core.contexts.agent(seq.request.namespace, seq.request.agent_id)
-        snapshot, seq.lineage = self.core.memory.snapshot(seq.match)
-        seq.nodes = list(seq.match.nodes)
-        seq.branch = self.core.memory.claim_branch(agent, seq.match)
-        seq.cache = self.core.runner.new_cache(snapshot, seq.prompt_len + 1)
-        seq.sampler = Sampler(seq.request.params, self.core.runner.vocab_size)
+    def _start(self, seq: Sequence, match: Match) -> None:
+        contexts, memory, runner = self.core.contexts, self.core.memory, self.core.runner
+        snapshot, seq.lineage = memory.snapshot(match)
+        seq.nodes = list(match.nodes)
+        contexts.hold(seq.nodes)
+        agent = contexts.agent(seq.request.namespace, seq.request.agent_id)
+        seq.branch = memory.claim_branch(agent, match, persist=not seq.discard)
+        seq.cache = runner.new_cache(snapshot, seq.prompt_len + 1)
+        seq.sampler = Sampler(seq.request.params, self.core.vocab_size)
         seq.output = OutputStream(self.core.model.tokenizer, seq.request.params)
         seq.restored = time.perf_counter()
         seq.status = Status.PREFILL
@@ -178,7 +188,7 @@ class EngineLoop:
         caches = [seq.cache for seq in step.decode if seq.cache is not None]
         logits, fresh = runner.decode(caches, [seq.tokens[-1] for seq in step.decode])
         sampled = [
-            seq.sampler(logits[i : i + 1], seq.tokens, seq.prompt_len)
+            seq.sampler(logits[i : i + 1, : self.core.vocab_size], seq.tokens, seq.prompt_len)
             for i, seq in enumerate(step.decode)
             if seq.sampler is not None
         ]
@@ -221,7 +231,7 @@ class EngineLoop:
             contexts.hold([node])
             seq.nodes.append(node)
             if not seq.discard:
-                self.core.memory.save_block(seq.branch, node)
+                self.core.memory.save_block(seq.branch, list(seq.nodes))
 
     def _leave(self, seq: Sequence) -> None:
         """Take `seq` out of the running and keep what it computed, if anything."""
@@ -235,12 +245,20 @@ class EngineLoop:
             self.core.contexts.release(seq.nodes)
             self.core.memory.abandon(branch)
         else:
-            snapshot = cache.snapshot()
-            tail_tokens = seq.tokens[cache.num_sealed : length]
-            self.core.memory.commit(branch, seq.nodes, snapshot.tail, tail_tokens, seq.lineage)
-        in_use = (node for other in self.core.scheduler.active for node in other.nodes)
-        self.core.memory.evict(in_use)
+            tail_tokens = np.array(seq.tokens[cache.num_sealed : length], dtype=np.uint32)
+            tail = OpenBlock(tail_tokens, cache.snapshot().tail, seq.lineage)
+            self.core.memory.commit(branch, seq.nodes, tail)
+            self._saves_due = min(self._saves_due, branch.save_at or math.inf)
+        self.core.memory.evict(self._in_use())
         self.ram_bytes = self.core.memory.ram_bytes()
+
+    def _in_use(self) -> Iterator[Node | OpenBlock]:
+        for seq in self.core.scheduler.active:
+            yield from seq.nodes
+            if seq.match is not None:
+                yield from seq.match.all_nodes
+                if seq.match.tail is not None:
+                    yield seq.match.tail
 
     # -- stop
 
@@ -255,6 +273,15 @@ class EngineLoop:
         return not self.core.scheduler.active
 
     def _shut_down(self) -> None:
-        self.core.memory.save_tails(idle_for=0.0)
+        """Save until all is on disk, or nothing more gets there."""
+        before = -1
+        while self.core.memory.save_idle(now=True) is not None:
+            self.core.store.flush().result()
+            self._run_posted()
+            written = self.core.store.stats()["writes"]
+            if written == before:
+                log.error("not everything could be saved: %s", self.core.store.background_error or "see above")
+                break
+            before = written
         self.core.store.close()
         mx.clear_cache()

@@ -10,7 +10,7 @@ from typing import Any, cast
 import mlx.core as mx
 
 from ..config import Settings
-from ..errors import CorruptSegment
+from ..errors import CorruptSegment, StoreError
 from ..kvcache import calibrate
 from ..kvcache.block import from_host, to_host
 from ..models.loading import LoadedModel
@@ -35,6 +35,7 @@ class Core:
     store: AgentStore
     scheduler: Scheduler
     max_context: int
+    vocab_size: int  # ids that the tokenizer knows; some models' logits are padded beyond
 
 
 def build_core(settings: Settings, load: Callable[[], LoadedModel], post: Callable[[Callable[[], None]], None]) -> Core:
@@ -42,7 +43,10 @@ def build_core(settings: Settings, load: Callable[[], LoadedModel], post: Callab
     model = load()
     runner = ModelRunner(model.model, kv_bits=settings.kv_bits, block_size=settings.block_size)
     fingerprint = _fingerprint(model.weights_hash, runner.spec.identity())
-    calibration = _calibrate(settings, model, runner, settings.store_dir / fingerprint)
+    try:
+        calibration = _calibrate(settings, model, runner, settings.store_dir / fingerprint)
+    except OSError as e:
+        raise StoreError(f"can't use the store at {settings.store_dir}: {e}; use another --home") from None
     store = AgentStore.open(settings.store_dir, fingerprint, {"calibration": calibration})
     contexts = Contexts(
         fingerprint=f"{fingerprint}/{calibration}".encode(),
@@ -58,7 +62,8 @@ def build_core(settings: Settings, load: Callable[[], LoadedModel], post: Callab
         max_running=settings.max_running, max_queue=settings.max_queue, prefill_chunk=settings.prefill_chunk
     )
     max_context = min(settings.max_context or model.max_context, model.max_context)
-    return Core(model, runner, contexts, memory, store, scheduler, max_context)
+    vocab_size = min(runner.vocab_size, max(model.tokenizer.get_vocab().values()) + 1)
+    return Core(model, runner, contexts, memory, store, scheduler, max_context, vocab_size)
 
 
 def _fingerprint(weights_hash: str, spec_identity: str) -> str:

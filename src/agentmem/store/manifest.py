@@ -211,10 +211,17 @@ class Manifest:
         )
 
     def delete_branch(self, branch_id: str) -> None:
+        """And its agent, if it was the last."""
         self._db.execute("DELETE FROM branches WHERE id = ?", (branch_id,))
+        self._delete_bare_agents()
 
     def delete_empty_branches(self) -> None:
+        """And agents that have none left."""
         self._db.execute("DELETE FROM branches WHERE head IS NULL AND tail_generation IS NULL")
+        self._delete_bare_agents()
+
+    def _delete_bare_agents(self) -> None:
+        self._db.execute("DELETE FROM agents WHERE id NOT IN (SELECT agent_id FROM branches)")
 
     def delete_agent(self, namespace: str, agent: str) -> list[str] | None:
         """The ids of the branches that went with it; None if there is no such agent."""
