@@ -5,7 +5,7 @@ import threading
 import time
 
 import pytest
-from tiny import BLOCK, random_tokens, tiny_engine, tiny_loader, tiny_runner
+from tiny import BLOCK, random_tokens, tiny_engine, tiny_loader, tiny_runner, word_ids
 
 from agentmem.engine.request import GenerateRequest, SamplingParams
 from agentmem.engine.startup import calibrate
@@ -33,11 +33,6 @@ def reference_text(tokens: list[int], n: int) -> list[int]:
     return out[1:]
 
 
-def words(text: str) -> list[int]:
-    names = {"<unk>": 0, "<s>": 1, "</s>": 2, "system": 3, "user": 4, "assistant": 5, "hello": 6, "world": 7}
-    return [names[w] if w in names else int(w[1:]) for w in text.split()]
-
-
 def settle(engine) -> None:
     """Wait until blocks and tails are on disk."""
     deadline = time.monotonic() + 10
@@ -54,13 +49,13 @@ def settle(engine) -> None:
 def test_greedy_tokens_equal_a_bare_loop(tmp_path):
     with tiny_engine(tmp_path) as engine:
         text, stats = engine.ask("alice", PROMPT, 40, temperature=0.0)
-    assert words(text) == reference_text(PROMPT, 40)
+    assert word_ids(text) == reference_text(PROMPT, 40)
     assert (stats.cache, stats.prompt_tokens, stats.completion_tokens) == ("cold", 100, 40)
 
 
 def test_a_second_turn_is_hot_and_its_answer_that_of_a_restarted_server(tmp_path):
     def second_turn(engine, first):
-        turn = PROMPT + words(first) + random_tokens(20, seed=2)
+        turn = PROMPT + word_ids(first) + random_tokens(20, seed=2)
         return engine.ask("alice", turn, 40)
 
     with tiny_engine(tmp_path / "a") as engine:
@@ -184,7 +179,7 @@ def test_stop_strings_and_stop_tokens_end_the_answer_before_them(tmp_path):
         cut = next(i for i in range(4, 30) if all_words[i] not in all_words[:i])
         stopped, stats = engine.ask("b", PROMPT, 30, stop=(all_words[cut],))
         assert stopped.split() == all_words[:cut]
-        by_token, _ = engine.ask("c", PROMPT, 30, stop_token_ids=(words(all_words[cut])[0],))
+        by_token, _ = engine.ask("c", PROMPT, 30, stop_token_ids=(word_ids(all_words[cut])[0],))
         assert by_token.split() == all_words[:cut]
         assert stats.completion_tokens == cut + 1
 

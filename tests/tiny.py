@@ -120,6 +120,12 @@ def tiny_loader(kind: str = "llama", seed: int = 0, max_context: int = 1024) -> 
     )
 
 
+def word_ids(text: str) -> list[int]:
+    """The tokens of what a tiny engine answered."""
+    vocabulary = tiny_tokenizer(size=VOCAB).get_vocab()
+    return [vocabulary[word] for word in text.split()]
+
+
 class EngineThread:
     """An engine with an event loop of its own, driven from a test without one."""
 
