@@ -145,32 +145,36 @@ def test_an_agent_deleted_while_its_request_waits_does_not_come_back(tmp_path):
         assert list(engine.agents()) == ["bob"]
 
 
-def test_a_cancelled_first_request_leaves_no_agent(tmp_path):
-    with tiny_engine(tmp_path, prefill_chunk=16) as engine:
+def test_a_first_request_cancelled_before_its_prefill_leaves_no_agent(tmp_path):
+    with tiny_engine(tmp_path) as engine:
         engine.ask("bob", [*SYSTEM, 8, 8, 8])
+    with tiny_engine(tmp_path) as engine:
+        gate = threading.Event()
+        hold_back(engine, "read_block", {1, 2}, gate)
 
         async def overlap():
-            busy = asyncio.create_task(engine.answer("dave", random_tokens(900, seed=3), 4))
-            await asyncio.sleep(0.01)
             carol = asyncio.create_task(engine.answer("carol", [*SYSTEM, 9, 9, 9, 9], 4))
-            await asyncio.sleep(0.03)
+            await asyncio.sleep(0.1)  # restoring the blocks that bob has
             carol.cancel()
-            await busy
+            await asyncio.gather(carol, return_exceptions=True)
+            gate.set()
 
         engine.call(overlap())
     with tiny_engine(tmp_path) as engine:
-        assert "carol" not in engine.agents()
+        assert list(engine.agents()) == ["bob"]
 
 
 def test_blocks_shared_with_a_deleted_agent_are_saved_again(tmp_path):
-    with tiny_engine(tmp_path) as engine:
+    with tiny_engine(tmp_path, tiny_loader(max_context=100_000)) as engine:
 
         async def overlap():
-            alice = asyncio.create_task(engine.answer("alice", [*SYSTEM, 9, 9, 9], 300))
-            await asyncio.sleep(0.15)
+            alice = asyncio.create_task(engine.answer("alice", [*SYSTEM, 9, 9, 9], 20_000))
+            while not engine.engine.health()["store"]["blocks"]:
+                await asyncio.sleep(0.01)
             await engine.engine.delete_agent("default", "alice")
             answer = await engine.answer("bob", [*SYSTEM, 8, 8, 8], 4)
-            await alice
+            assert not alice.done()
+            alice.cancel()
             return answer
 
         assert engine.call(overlap())[1].cached_tokens == 2 * BLOCK

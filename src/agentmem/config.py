@@ -69,6 +69,11 @@ class Settings(BaseSettings):
         "auto", description="what attention of running sequences reads; auto: measured once per model and device"
     )
     prefill_chunk: int = Field(512, ge=16, le=8192, description="prompt tokens a forward pass")
+    max_itl_ms: float | None = Field(
+        None,
+        gt=0,
+        description="longest gap in an answer that others' prefill may cause (default: that of 128 tokens)",
+    )
     max_running: int = Field(8, ge=1, le=256, description="sequences decoded at once")
     max_queue: int = Field(64, ge=1, le=10_000, description="requests waiting; one more is answered 429")
     max_branches: int = Field(4, ge=1, le=64, description="branches kept of one agent; the least recently used goes")

@@ -69,6 +69,8 @@ class EngineLoop:
             if self._drain_deadline is not None:
                 raise ShuttingDown("the server is shutting down")
             self.core.scheduler.add(seq)
+            request = seq.request  # where it stands in the queue depends on what is cached
+            seq.match = self.core.contexts.match(request.namespace, request.agent_id, request.tokens)
         except AgentMemError as e:
             seq.fail(e)
 
@@ -180,11 +182,14 @@ class EngineLoop:
         if step.prefill is not None:
             seq = step.prefill
             assert seq.cache is not None
-            at = seq.cache.length
-            self._sealed(seq, runner.prefill(seq.cache, seq.tokens[at : at + step.chunk]))
+            at, began = seq.cache.length, time.perf_counter()
+            fresh_blocks = runner.prefill(seq.cache, seq.tokens[at : at + step.chunk])
+            self.core.scheduler.pace.saw_prefill((time.perf_counter() - began) * 1e3, step.chunk)
+            self._sealed(seq, fresh_blocks)
             self._prefilled_maybe(seq)
         if not step.decode:
             return [], []
+        began = time.perf_counter()
         caches = [seq.cache for seq in step.decode if seq.cache is not None]
         logits, fresh = runner.decode(caches, [seq.tokens[-1] for seq in step.decode])
         sampled = [
@@ -193,6 +198,7 @@ class EngineLoop:
             if seq.sampler is not None
         ]
         runner.settle(sampled, fresh)
+        self.core.scheduler.pace.saw_decode((time.perf_counter() - began) * 1e3)
         return [cast(int, token.item()) for token in sampled], fresh
 
     # -- commit

@@ -32,6 +32,7 @@ class GenerateRequest:
     agent_id: str
     tokens: list[int]  # the rendered prompt, at least one
     params: SamplingParams
+    priority: int = 0  # lower goes first
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,19 @@
-"""Who takes part in the next step: all running sequences decode, and the oldest waiting one prefills a chunk."""
+"""Who takes part in the next step: all running sequences decode, and one of the others prefills a chunk.
 
-from collections import deque
+Which one: the lowest `priority` number, then the shortest remaining prefill, less the time it has waited: a warm agent
+overtakes a cold one, and nobody starves. How much: a whole chunk while nobody decodes; else as much as keeps the gap
+between two tokens of the others within `max_itl_ms`, by what prefill and decode were last measured to take.
+"""
+
+import time
 from dataclasses import dataclass
 
 from ..errors import Busy
 from .sequence import Sequence, Status
+
+_SHARED_CHUNK = 128  # prompt tokens between two tokens of others, where no max_itl_ms is set
+_MIN_CHUNK = 16  # below, a pass costs about as much as this many tokens anyway
+_NEWEST = 0.5  # weight of the newest measurement
 
 
 @dataclass(frozen=True)
@@ -14,12 +23,29 @@ class Step:
     chunk: int  # prompt tokens of `prefill` in this step
 
 
-class Scheduler:
-    """First come, first served. `active` holds what has left the queue: restoring, prefilling, decoding."""
+class Pace:
+    """What passes take on this machine, in ms: exponentially weighted means of what was measured."""
 
-    def __init__(self, *, max_running: int, max_queue: int, prefill_chunk: int):
+    def __init__(self) -> None:
+        self.decode_ms = 0.0  # a step
+        self.prefill_ms = 0.0  # a token
+
+    def saw_decode(self, ms: float) -> None:
+        self.decode_ms += (ms - self.decode_ms) * (_NEWEST if self.decode_ms else 1.0)
+
+    def saw_prefill(self, ms: float, num_tokens: int) -> None:
+        if num_tokens >= _MIN_CHUNK:  # shorter ones say more of the pass than of its tokens
+            self.prefill_ms += (ms / num_tokens - self.prefill_ms) * (_NEWEST if self.prefill_ms else 1.0)
+
+
+class Scheduler:
+    """`waiting` is the queue; `active` holds what has left it: restoring, prefilling, decoding."""
+
+    def __init__(self, *, max_running: int, max_queue: int, prefill_chunk: int, max_itl_ms: float | None = None):
         self._max_running, self._max_queue, self._prefill_chunk = max_running, max_queue, prefill_chunk
-        self.waiting: deque[Sequence] = deque()
+        self._max_itl_ms = max_itl_ms
+        self.pace = Pace()
+        self.waiting: list[Sequence] = []
         self.active: list[Sequence] = []
 
     def add(self, seq: Sequence) -> None:
@@ -35,7 +61,8 @@ class Scheduler:
         """Move sequences from the queue to the active ones while there is room; the caller gives them their caches."""
         fresh = []
         while self.can_admit:
-            seq = self.waiting.popleft()
+            seq = min(self.waiting, key=self._urgency)
+            self.waiting.remove(seq)
             self.active.append(seq)
             fresh.append(seq)
         return fresh
@@ -48,17 +75,26 @@ class Scheduler:
     def schedule(self) -> Step | None:
         """None: nothing can run now."""
         decode = tuple(s for s in self.active if s.status is Status.DECODE)
-        prefill = next((s for s in self.active if s.status is Status.PREFILL), None)
+        prefill = min((s for s in self.active if s.status is Status.PREFILL), key=self._urgency, default=None)
         if not decode and prefill is None:
             return None
-        return Step(decode, prefill, self._chunk(prefill) if prefill else 0)
+        return Step(decode, prefill, self._chunk(prefill, shared=bool(decode)) if prefill else 0)
 
-    def _chunk(self, seq: Sequence) -> int:
-        """Up to the next multiple of the chunk size: where a prefill began does not shift what follows.
+    def _urgency(self, seq: Sequence) -> tuple[int, float]:
+        waited_ms = (time.perf_counter() - seq.submitted) * 1e3
+        return seq.request.priority, seq.num_to_prefill * self.pace.prefill_ms - waited_ms
 
-        The last prompt token is left: it is the first input of decode, so that no prefill computes logits.
-        """
+    def _chunk(self, seq: Sequence, *, shared: bool) -> int:
+        """The last prompt token is left: it is the first input of decode, so that no prefill computes logits."""
         assert seq.cache is not None
         at = seq.cache.length
-        stop = (at // self._prefill_chunk + 1) * self._prefill_chunk
-        return min(stop, seq.prompt_len - 1) - at
+        # alone, up to a multiple of the chunk size: where a prefill began does not shift what follows
+        size = self._shared_chunk() if shared else self._prefill_chunk - at % self._prefill_chunk
+        return min(size, seq.prompt_len - 1 - at)
+
+    def _shared_chunk(self) -> int:
+        """Prompt tokens that fit between two tokens of others."""
+        if self._max_itl_ms is None or not self.pace.prefill_ms:
+            return min(_SHARED_CHUNK, self._prefill_chunk)
+        room_ms = self._max_itl_ms - self.pace.decode_ms
+        return min(max(_MIN_CHUNK, int(room_ms / self.pace.prefill_ms)), self._prefill_chunk)

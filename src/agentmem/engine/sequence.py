@@ -54,6 +54,12 @@ class Sequence:
         return len(self.tokens) - self.prompt_len
 
     @property
+    def num_to_prefill(self) -> int:
+        """Prompt tokens that are not in the cache; before it has one, as many as matched when it was submitted."""
+        have = self.cache.length if self.cache is not None else self.match.length if self.match else 0
+        return self.prompt_len - have
+
+    @property
     def cache_state(self) -> CacheState:
         if self.restored_bytes:
             return "warm"

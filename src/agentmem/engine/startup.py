@@ -59,7 +59,10 @@ def build_core(settings: Settings, load: Callable[[], LoadedModel], post: Callab
     )
     memory.load_index()
     scheduler = Scheduler(
-        max_running=settings.max_running, max_queue=settings.max_queue, prefill_chunk=settings.prefill_chunk
+        max_running=settings.max_running,
+        max_queue=settings.max_queue,
+        prefill_chunk=settings.prefill_chunk,
+        max_itl_ms=settings.max_itl_ms,
     )
     max_context = min(settings.max_context or model.max_context, model.max_context)
     vocab_size = min(runner.vocab_size, max(model.tokenizer.get_vocab().values()) + 1)

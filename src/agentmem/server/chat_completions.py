@@ -57,7 +57,7 @@ class ChatCompletions:
         limits = [limit for limit in (body.max_tokens, body.max_completion_tokens) if limit is not None]
         limits = limits or [self._settings.default_max_tokens]
         max_tokens = min(*limits, self._engine.max_context - len(tokens))
-        return GenerateRequest(NAMESPACE, agent_id, tokens, sampling_params(body, max_tokens))
+        return GenerateRequest(NAMESPACE, agent_id, tokens, sampling_params(body, max_tokens), body.priority or 0)
 
 
 @dataclass(frozen=True)

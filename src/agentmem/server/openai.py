@@ -152,6 +152,7 @@ class ChatCompletionRequest(_Wire):
         list[Annotated[Text, Field(min_length=1)]] | None, Field(max_length=_MAX_STOPS), BeforeValidator(_stop_list)
     ] = None
     ignore_eos: bool | None = None
+    priority: Annotated[int, Field(ge=-1000, le=1000)] | None = None
 
     # promise nothing about the output
     user: str | None = None
