@@ -1,6 +1,7 @@
 """From settings to a running engine's parts: model, runner, calibration, store, contexts."""
 
 import hashlib
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.resources import files
@@ -21,6 +22,7 @@ from .memory import Memory
 from .model_runner import ModelRunner
 from .scheduler import Scheduler
 
+log = logging.getLogger(__name__)
 CACHE_FORMAT = "1"  # rises when the meaning of a stored code changes: rotation, centring, quantization
 
 
@@ -87,6 +89,7 @@ def _calibrate(settings: Settings, model: LoadedModel, runner: ModelRunner, dire
     path = directory / "calibration.safetensors"
     found = _read_calibration(path)
     if found is None:
+        log.info("first start of this model with these settings: calibrating over %d tokens", calibrate.NUM_TOKENS)
         tokens = calibrate.calibration_tokens(lambda text: model.tokenizer.encode(text, add_special_tokens=False))
         centres = runner.calibrate(tokens)
         runner.use_centres(centres)

@@ -10,6 +10,8 @@ from .quantize import CacheSpace, Codes, encode
 from .spec import KVCacheSpec
 from .working import CodesLayer, DenseLayer
 
+_ON_CPU = mx.default_device() == mx.Device(mx.cpu)
+
 
 class SequenceCache:
     """The cache of one running sequence, over all layers.
@@ -201,7 +203,10 @@ class _BatchLayer:
             cache.attend(self._index, q[b : b + 1], k[b : b + 1], v[b : b + 1], scale, sinks)
             for b, cache in enumerate(self._caches)
         ]
-        return space.leave(out[0] if len(out) == 1 else mx.concatenate(out, axis=0))
+        left = space.leave(out[0] if len(out) == 1 else mx.concatenate(out, axis=0))
+        if _ON_CPU and queries.shape[2] == 1:
+            mx.async_eval(left)  # compute this layer while Python builds the next: 3-7 % of a decode step
+        return left
 
 
 class BatchQuantizedKVCache:
