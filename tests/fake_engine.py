@@ -55,6 +55,9 @@ class FakeEngine:
     def health(self):
         return {"status": self.status, "errors": []}
 
+    def metrics(self):
+        return b"agentmem_running_requests 0.0\n"
+
     async def agents(self, namespace):
         return [AgentInfo(name, "warm", 5, 1, 0, 100, 1.0, 2.0) for name in self.agent_ids]
 

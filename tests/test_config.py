@@ -88,6 +88,10 @@ def test_figures_in_the_readme_are_those_of_the_committed_results():
     assert f"| cold | {median['cold']:.0f} | {median['cold'] / median['bare']:.2f}x of the bare loop |" in table
     assert f"| {median['warm']:.0f} | {ttft['cold_over_warm']:.0f}x faster than cold |" in table
     assert f"| hot | {median['hot']:.0f} | {ttft['cold_over_hot']:.0f}x faster than cold |" in table
+    throughput = json.loads((root / "benchmarks/results/throughput-demo.json").read_text())
+    for row in throughput["rows"]:
+        figures = f"{row['tokens_per_s']:.1f} | {row['speedup']:.2f}x | {row['bytes_ratio']:.2f}x"
+        assert f"| {row['case']} | {figures} |" in (root / "README.md").read_text()
     attention = json.loads((root / "benchmarks/results/attention-demo.json").read_text())["rows"]
     page = (root / "docs/architecture.md").read_text()
     for row in attention:

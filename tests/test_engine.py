@@ -350,3 +350,28 @@ def test_an_agent_whose_cache_is_not_on_disk_yet_can_be_deleted(tmp_path):
         assert engine.call(engine.engine.delete_agent("default", "alice")) is True
         assert engine.agents() == {}
         assert engine.ask("alice", PROMPT[:10])[1].cache == "cold"
+
+
+def figures(engine) -> dict[str, float]:
+    lines = engine.engine.metrics().decode().splitlines()
+    return {name: float(value) for name, value in (line.rsplit(" ", 1) for line in lines if not line.startswith("#"))}
+
+
+def test_metrics_count_what_requests_report(tmp_path):
+    with tiny_engine(tmp_path, tail_delay=0.0) as engine:
+        engine.ask("alice", PROMPT, 10)
+        engine.ask("alice", PROMPT, 10)
+        settle(engine)
+        seen = figures(engine)
+    assert seen['agentmem_requests_total{cache="cold"}'] == seen['agentmem_requests_total{cache="hot"}'] == 1
+    assert (seen["agentmem_prompt_tokens_total"], seen["agentmem_cached_tokens_total"]) == (200, 99)
+    assert seen["agentmem_completion_tokens_total"] == 20
+    assert seen["agentmem_inter_token_seconds_count"] == 18
+    assert seen['agentmem_ttft_seconds_count{cache="hot"}'] == 1
+    assert seen["agentmem_running_requests"] == seen["agentmem_waiting_requests"] == 0
+    assert seen["agentmem_written_bytes_total"] >= seen["agentmem_disk_bytes"] > 0
+    with tiny_engine(tmp_path) as engine:
+        restored = engine.ask("alice", PROMPT)[1].restored_bytes
+        seen = figures(engine)
+    assert seen["agentmem_restored_bytes_total"] == restored > 0
+    assert seen['agentmem_requests_total{cache="warm"}'] == 1

@@ -10,6 +10,7 @@ from urllib.parse import quote
 
 import openai
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 from server_process import ServerProcess
 
 pytestmark = pytest.mark.demo
@@ -88,6 +89,12 @@ def test_the_openai_sdk_streams_the_answer_it_gets_at_once(tmp_path, demo_model_
             "".join(c.choices[0].delta.content or "" for c in chunks if c.choices) == whole.choices[0].message.content
         )
         assert chunks[-1].usage.prompt_tokens_details.cached_tokens == whole.usage.prompt_tokens - 1
+        scraped = server.client.get(server.url.removesuffix("/v1") + "/metrics")
+        families = {f.name: f for f in text_string_to_metric_families(scraped.text)}
+        assert {s.labels["cache"]: s.value for s in families["agentmem_requests"].samples if "total" in s.name} == {
+            "cold": 1,
+            "hot": 1,
+        }
         client.close()
         assert server.stop() == 0
 

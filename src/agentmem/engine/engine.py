@@ -83,6 +83,9 @@ class Engine:
             "store": self._core.store.stats(),
         }
 
+    def metrics(self) -> bytes:
+        return self._core_loop.metrics.text()
+
     async def agents(self, namespace: str) -> list[AgentInfo]:
         return self._core.contexts.infos(namespace)
 

@@ -13,6 +13,7 @@ import numpy as np
 
 from ..errors import AgentMemError, EngineFailed, ShuttingDown
 from ..kvcache.block import SealedBlock
+from ..metrics import EngineFigures, Metrics
 from .contexts import FRESH, ROOT, Match, Node, OpenBlock
 from .output import OutputStream
 from .request import TextDelta
@@ -31,6 +32,7 @@ class EngineLoop:
     def __init__(self, core: Core, inbox: "queue.SimpleQueue[Callable[[], None]]"):
         self.core, self._inbox = core, inbox
         self.ram_bytes = 0
+        self.metrics = Metrics(self._figures)
         self._drain_deadline: float | None = None  # time.monotonic()
         self._saves_due = 0.0  # time.monotonic()
         self._failed = False
@@ -207,8 +209,12 @@ class EngineLoop:
         for seq, token, blocks in zip(step.decode, sampled, fresh, strict=True):
             self._sealed(seq, blocks)
             seq.tokens.append(token)
+            now = time.perf_counter()
             if seq.num_generated == 1:
-                seq.first_token = time.perf_counter()
+                seq.first_token = now
+            else:
+                self.metrics.token_after(now - seq.last_token)
+            seq.last_token = now
             assert seq.output is not None
             text, stopped = seq.output.feed(token)
             full = seq.num_generated >= seq.request.params.max_tokens or len(seq.tokens) >= self.core.max_context
@@ -218,6 +224,7 @@ class EngineLoop:
                 seq.emit(TextDelta(text))
             if stopped or full:
                 self._leave(seq)
+                self.metrics.finished(seq.stats())
                 seq.finish("stop" if stopped else "length")
 
     def _sealed(self, seq: Sequence, blocks: list[SealedBlock]) -> None:
@@ -265,6 +272,22 @@ class EngineLoop:
                 yield from seq.match.all_nodes
                 if seq.match.tail is not None:
                     yield seq.match.tail
+
+    def _figures(self) -> EngineFigures:
+        """Called on the event loop: reads counts that the engine thread changes, each whole."""
+        statuses = [seq.status for seq in list(self.core.scheduler.active)]
+        store = self.core.store.stats()
+        return EngineFigures(
+            running=sum(status is not Status.RESTORING for status in statuses),
+            waiting=len(self.core.scheduler.waiting),
+            restoring=sum(status is Status.RESTORING for status in statuses),
+            ram_bytes=self.ram_bytes,
+            disk_bytes=store["block_bytes"] + store["tail_bytes"],
+            written_bytes=store["bytes_written"],
+            restored_bytes=self.core.memory.restored_bytes,
+            evicted_bytes=self.core.memory.evicted_bytes,
+            quarantined=store["quarantined"],
+        )
 
     # -- stop
 

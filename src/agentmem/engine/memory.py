@@ -43,6 +43,7 @@ class Memory:
     ):
         self.contexts, self.store, self._spec = contexts, store, spec
         self._kv_budget, self._tail_delay, self._post = kv_budget, tail_delay, post
+        self.restored_bytes = self.evicted_bytes = 0  # since the start
 
     def load_index(self) -> None:
         """Enter what the store's manifest names: every agent warm."""
@@ -90,7 +91,9 @@ class Memory:
         def count_down() -> None:
             left[0] -= 1
             if left[0] == 0:
-                done(sum(self._take_in(match, target, future) for target, future in reads))
+                nbytes = sum(self._take_in(match, target, future) for target, future in reads)
+                self.restored_bytes += nbytes
+                done(nbytes)
 
         for _, future in reads:
             future.add_done_callback(lambda _: self._post(count_down))
@@ -277,6 +280,7 @@ class Memory:
                 return
             if target.data is not None and target.disk_bytes and id(target) not in busy:
                 over -= target.data.nbytes
+                self.evicted_bytes += target.data.nbytes
                 target.data = None
 
     def delete_agent(self, namespace: str, name: str, done: "Future[bool]") -> None:

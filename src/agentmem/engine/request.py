@@ -93,6 +93,10 @@ class EngineAPI(Protocol):
         """{"status": "ok" | "degraded" | "failed" | "stopping", "errors": [...], ...figures}"""
         ...
 
+    def metrics(self) -> bytes:
+        """Prometheus' text format, see metrics.py."""
+        ...
+
     async def agents(self, namespace: str) -> list[AgentInfo]: ...
 
     async def delete_agent(self, namespace: str, agent_id: str) -> bool:

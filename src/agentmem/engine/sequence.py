@@ -44,6 +44,7 @@ class Sequence:
     restored: float = 0.0  # cache in place, prefill begins
     prefilled: float = 0.0
     first_token: float = 0.0
+    last_token: float = 0.0
 
     @property
     def prompt_len(self) -> int:

@@ -6,6 +6,7 @@ from typing import Any, cast
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
+from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse, Response
@@ -66,6 +67,10 @@ def _add_agent_routes(app: FastAPI, engine: EngineAPI) -> None:
     async def health() -> Response:
         health = engine.health()
         return JSONResponse(health, 200 if health["status"] in ("ok", "degraded") else 503)
+
+    @app.get("/metrics", response_model=None)
+    async def metrics() -> Response:
+        return Response(engine.metrics(), media_type=CONTENT_TYPE_LATEST)
 
     @app.get("/v1/agents")
     async def list_agents() -> dict[str, Any]:
