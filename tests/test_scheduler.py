@@ -92,6 +92,22 @@ def test_the_chunk_follows_what_was_measured():
     assert 95 <= made.schedule().chunk <= 105
 
 
+def test_beside_a_restore_a_chunk_is_short():
+    made = scheduler()
+    activate(made, Status.PREFILL, sequence(2000))
+    activate(made, Status.RESTORING, sequence(2000))
+    assert made.schedule().chunk == 32
+
+
+def test_without_a_bound_the_gap_stays_that_of_the_first_128_tokens():
+    made = scheduler()
+    activate(made, Status.DECODE, sequence(10))
+    activate(made, Status.PREFILL, sequence(2000))
+    for _ in range(12):
+        made.pace.saw_prefill(4 * 128.0, 128)
+    assert made.schedule().chunk == 32
+
+
 def test_every_decoding_sequence_is_in_every_step():
     made = scheduler()
     running = [sequence(10) for _ in range(3)]

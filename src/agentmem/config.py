@@ -72,7 +72,7 @@ class Settings(BaseSettings):
     max_itl_ms: float | None = Field(
         None,
         gt=0,
-        description="longest gap in an answer that others' prefill may cause (default: that of 128 tokens)",
+        description="longest gap in an answer that others' prefill may cause (default: that of the first 128 tokens)",
     )
     max_running: int = Field(8, ge=1, le=256, description="sequences decoded at once")
     max_queue: int = Field(64, ge=1, le=10_000, description="requests waiting; one more is answered 429")

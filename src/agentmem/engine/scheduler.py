@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from ..errors import Busy
 from .sequence import Sequence, Status
 
-_SHARED_CHUNK = 128  # prompt tokens between two tokens of others, where no max_itl_ms is set
+_SHARED_CHUNK = 128  # where no max_itl_ms is set, a gap may last as long as this many tokens took at first
+_CHUNK_BESIDE_RESTORE = 32  # a read ends within milliseconds, and must not wait for a long chunk then
 _MIN_CHUNK = 16  # below, a pass costs about as much as this many tokens anyway
 _NEWEST = 0.5  # weight of the newest measurement
 
@@ -29,12 +30,14 @@ class Pace:
     def __init__(self) -> None:
         self.decode_ms = 0.0  # a step
         self.prefill_ms = 0.0  # a token
+        self.first_prefill_ms = 0.0  # the first one measured: over a short context, so about the fastest
 
     def saw_decode(self, ms: float) -> None:
         self.decode_ms += (ms - self.decode_ms) * (_NEWEST if self.decode_ms else 1.0)
 
     def saw_prefill(self, ms: float, num_tokens: int) -> None:
         if num_tokens >= _MIN_CHUNK:  # shorter ones say more of the pass than of its tokens
+            self.first_prefill_ms = self.first_prefill_ms or ms / num_tokens
             self.prefill_ms += (ms / num_tokens - self.prefill_ms) * (_NEWEST if self.prefill_ms else 1.0)
 
 
@@ -90,11 +93,16 @@ class Scheduler:
         at = seq.cache.length
         # alone, up to a multiple of the chunk size: where a prefill began does not shift what follows
         size = self._shared_chunk() if shared else self._prefill_chunk - at % self._prefill_chunk
+        if any(s.status is Status.RESTORING for s in self.active):
+            size = min(size, _CHUNK_BESIDE_RESTORE)
         return min(size, seq.prompt_len - 1 - at)
 
     def _shared_chunk(self) -> int:
         """Prompt tokens that fit between two tokens of others."""
-        if self._max_itl_ms is None or not self.pace.prefill_ms:
+        if not self.pace.prefill_ms:
             return min(_SHARED_CHUNK, self._prefill_chunk)
-        room_ms = self._max_itl_ms - self.pace.decode_ms
+        if self._max_itl_ms is None:
+            room_ms = self.pace.first_prefill_ms * _SHARED_CHUNK
+        else:
+            room_ms = self._max_itl_ms - self.pace.decode_ms
         return min(max(_MIN_CHUNK, int(room_ms / self.pace.prefill_ms)), self._prefill_chunk)
