@@ -375,3 +375,17 @@ def test_metrics_count_what_requests_report(tmp_path):
         seen = figures(engine)
     assert seen["agentmem_restored_bytes_total"] == restored > 0
     assert seen['agentmem_requests_total{cache="warm"}'] == 1
+
+
+def test_sending_the_same_prompt_again_writes_nothing(tmp_path):
+    with tiny_engine(tmp_path, tail_delay=0.0) as engine:
+        engine.ask("alice", PROMPT)
+        settle(engine)
+        before = engine.engine.health()["store"]["bytes_written"]
+        for _ in range(3):
+            assert engine.ask("alice", PROMPT)[1].cached_tokens == 99
+        engine.ask("alice", PROMPT[:70], 1)
+        settle(engine)
+        time.sleep(0.2)
+        assert engine.engine.health()["store"]["bytes_written"] == before
+        assert engine.agents()["alice"].branches == 1

@@ -238,6 +238,12 @@ class Contexts:
             self.drop_branch(old)
         return gone
 
+    def covering(self, branch: Branch, tokens: np.ndarray) -> Branch | None:
+        """Another branch of the agent that already holds all of `tokens`, such as after a prompt was sent again."""
+        known = self.agents.get((branch.agent.namespace, branch.agent.name))
+        others = (b for b in known.branches.values() if b is not branch) if known else ()
+        return next((b for b in others if _common_prefix(b.tokens(), tokens) == len(tokens)), None)
+
     def drop_branch(self, branch: Branch) -> None:
         branch.agent.branches.pop(branch.id, None)
         self.release(branch.nodes)

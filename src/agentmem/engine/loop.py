@@ -252,14 +252,17 @@ class EngineLoop:
         seq.status = Status.FINISHED
         if seq.cache is None or seq.branch is None or seq.match is None:
             return
-        cache, branch, length = seq.cache, seq.branch, seq.cache.length
+        cache, branch = seq.cache, seq.branch
         seq.cache = None
-        if seq.discard or length == seq.match.length:
+        tokens = np.array(seq.tokens[: cache.length], dtype=np.uint32)
+        same = self.core.contexts.covering(branch, tokens)
+        if seq.discard or same is not None or cache.length == seq.match.length:
             self.core.contexts.release(seq.nodes)
             self.core.memory.abandon(branch)
+            if same is not None:
+                same.last_used = same.agent.last_used = time.time()
         else:
-            tail_tokens = np.array(seq.tokens[cache.num_sealed : length], dtype=np.uint32)
-            tail = OpenBlock(tail_tokens, cache.snapshot().tail, seq.lineage)
+            tail = OpenBlock(tokens[cache.num_sealed :], cache.snapshot().tail, seq.lineage)
             self.core.memory.commit(branch, seq.nodes, tail)
             self._saves_due = min(self._saves_due, branch.save_at or math.inf)
         self.core.memory.evict(self._in_use())
