@@ -20,8 +20,8 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_
 ConfigOption = Annotated[Path | None, typer.Option("--config", help="TOML file with settings, see configs/")]
 JsonOption = Annotated[bool, typer.Option("--json", help="print JSON, for programs")]
 
-CURL = """curl {url}/v1/chat/completions -H 'Content-Type: application/json' \\
-  -d '{{"agent_id": "alice", "messages": [{{"role": "user", "content": "What is the capital of France?"}}]}}'"""
+CURL = """curl {url}/v1/chat/completions -H 'Content-Type: application/json' -d '{{"agent_id": "alice",
+  "temperature": 0, "messages": [{{"role": "user", "content": "What is the capital of France?"}}]}}'"""
 
 
 def main() -> None:
@@ -88,13 +88,13 @@ def serve(flags: dict[str, Any], config: ConfigOption = None) -> None:
     from .server.run import serve as serve_engine
 
     async def start() -> Engine:
-        print(f"Loading {settings.model} ...", flush=True)
-        engine = Engine(settings, lambda: load_model(settings.model, settings.home_dir))
+        _say(f"Loading {settings.model} ...")
+        engine = Engine(settings, lambda: load_model(settings.model, settings.home_dir, _say))
         await asyncio.to_thread(engine.start)
         return engine
 
     def ready(url: str) -> None:
-        print(f"Ready: {url}/v1 (Ctrl-C stops). Try:\n\n{CURL.format(url=url)}\n", flush=True)
+        _say(f"Ready: {url}/v1 (Ctrl-C stops). Try:\n\n{CURL.format(url=url)}\n")
 
     raise typer.Exit(serve_engine(start, settings, ready))
 
@@ -107,7 +107,7 @@ def pull(flags: dict[str, Any], model: Annotated[str, typer.Argument(help="demo,
     _prepare_mlx(settings)
     from .models.loading import resolve_model
 
-    print(resolve_model(model, settings.home_dir))
+    print(resolve_model(model, settings.home_dir, _say))
 
 
 @app.command()
@@ -127,6 +127,11 @@ def doctor(flags: dict[str, Any], config: ConfigOption = None, as_json: JsonOpti
 def version() -> None:
     """Print the version."""
     print(__version__)
+
+
+def _say(text: str) -> None:
+    """At once, also into a pipe or a log."""
+    print(text, flush=True)
 
 
 def _prepare_mlx(settings: Settings, *, warn: bool = True) -> Any:
