@@ -26,6 +26,11 @@ def test_a_flag_wins_over_the_environment_over_the_file_over_the_default(tmp_pat
     assert (settings.port, settings.host, settings.max_running, settings.model) == (3, "127.0.0.2", 3, "demo")
 
 
+def test_a_list_in_the_environment_is_separated_by_commas(monkeypatch):
+    monkeypatch.setenv("AGENTMEM_ALLOWED_HOSTS", "box.local, 10.0.0.7")
+    assert load_settings({}).allowed_hosts == ["box.local", "10.0.0.7"]
+
+
 @pytest.mark.parametrize(
     ("text", "expected"), [("512", 512), ("8G", 8 << 30), ("1.5 gib", 3 << 29), ("64k", 1 << 16), ("2MB", 2 << 20)]
 )

@@ -209,3 +209,21 @@ def test_the_seam_hands_foreign_caches_to_mlx_lm():
     attention.install_seam(model)
     attention.install_seam(model)
     assert mx.array_equal(model(mx.array([TOKENS[:20]]), cache=make_prompt_cache(model)), before)
+
+
+def test_head_dims_that_cannot_be_quantized_are_kept_whole_and_the_reason_is_given():
+    from mlx_lm.models import llama
+
+    args = llama.ModelArgs(
+        model_type="llama",
+        hidden_size=96,
+        num_hidden_layers=1,
+        intermediate_size=64,
+        num_attention_heads=2,
+        rms_norm_eps=1e-5,
+        vocab_size=64,
+        head_dim=48,
+    )
+    runner = ModelRunner(llama.Model(args), block_size=BLOCK)
+    assert runner.spec.bits is None
+    assert "48" in (runner.spec.unquantized_reason or "")

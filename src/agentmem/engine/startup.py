@@ -44,6 +44,8 @@ def build_core(settings: Settings, load: Callable[[], LoadedModel], post: Callab
     """Load everything. Raises StartupError. On the engine thread: MLX's streams belong to one."""
     model = load()
     runner = ModelRunner(model.model, kv_bits=settings.kv_bits, block_size=settings.block_size)
+    if runner.spec.unquantized_reason:
+        log.warning("not quantized: %s", runner.spec.unquantized_reason)
     fingerprint = _fingerprint(model.weights_hash, runner.spec.identity())
     try:
         calibration = _calibrate(settings, model, runner, settings.store_dir / fingerprint)
