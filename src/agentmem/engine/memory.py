@@ -105,9 +105,8 @@ class Memory:
         n = match.open_len(self._spec.block_size)
         if match.cut_node is not None:
             assert match.cut_node.data is not None
-            return Snapshot(blocks, Tail.of_cut_block(match.cut_node.data, n, self._spec)), cut_lineage(
-                match.cut_node, n
-            )
+            tail = Tail.of_cut_block(match.cut_node.data, n, self._spec)
+            return Snapshot(blocks, tail), cut_lineage(match.cut_node, n)
         if match.tail is None:
             return Snapshot(blocks), FRESH
         assert match.tail.data is not None
