@@ -103,10 +103,6 @@ class Settings(BaseSettings):
         return self.home.expanduser().resolve()
 
     @property
-    def models_dir(self) -> Path:
-        return self.home_dir / "models"
-
-    @property
     def store_dir(self) -> Path:
         return self.home_dir / "store"
 

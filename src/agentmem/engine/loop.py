@@ -265,8 +265,7 @@ class EngineLoop:
             tail = OpenBlock(tokens[cache.num_sealed :], cache.snapshot().tail, seq.lineage)
             self.core.memory.commit(branch, seq.nodes, tail)
             self._saves_due = min(self._saves_due, branch.save_at or math.inf)
-        self.core.memory.evict(self._in_use())
-        self.ram_bytes = self.core.memory.ram_bytes()
+        self.ram_bytes = self.core.memory.evict(self._in_use())
 
     def _in_use(self) -> Iterator[Node | OpenBlock]:
         for seq in self.core.scheduler.active:

@@ -263,11 +263,14 @@ class Memory:
         nodes = sum(n.data.nbytes for n in self.contexts.nodes.values() if n.data is not None)
         return nodes + sum(b.tail.data.nbytes for b in self.contexts.branches() if b.tail.data is not None)
 
-    def evict(self, in_use: Iterable[Node | OpenBlock]) -> None:
-        """Drop the least recently used blocks and tails from RAM until the budget holds; only what is on disk goes."""
-        over = self.ram_bytes() - self._kv_budget
-        if over <= 0:
-            return
+    def evict(self, in_use: Iterable[Node | OpenBlock]) -> int:
+        """Drop the least recently used blocks and tails from RAM until the budget holds; only what is on disk goes.
+
+        Returns the bytes that stay.
+        """
+        left = self.ram_bytes()
+        if left <= self._kv_budget:
+            return left
         busy = {id(target) for target in in_use}
         idle: list[tuple[float, Node | OpenBlock]] = [(n.last_used, n) for n in self.contexts.nodes.values()]
         for branch in self.contexts.branches():
@@ -275,12 +278,13 @@ class Memory:
                 self._save_rest(branch)  # it can go once it is on disk
             idle.append((branch.last_used, branch.tail))
         for _, target in sorted(idle, key=lambda item: item[0]):
-            if over <= 0:
-                return
+            if left <= self._kv_budget:
+                break
             if target.data is not None and target.disk_bytes and id(target) not in busy:
-                over -= target.data.nbytes
+                left -= target.data.nbytes
                 self.evicted_bytes += target.data.nbytes
                 target.data = None
+        return left
 
     def delete_agent(self, namespace: str, name: str, done: "Future[bool]") -> None:
         """Forget the agent; `done` gets whether there was one, once its bytes are off the disk."""

@@ -149,7 +149,7 @@ class SequenceCache:
         for i, work in enumerate(self._layers):
             parts = [self._unstack(arrays, i) for arrays in sources]
             ends = self._unstack(tail.full, i) if tail else {}
-            work.load(parts, ends, tail.num_tokens if tail else 0, capacity)
+            work.load(parts, ends, capacity)
             mx.async_eval(work.arrays())
 
     def _stack(self, per_layer: list[Arrays]) -> Arrays:

@@ -33,11 +33,8 @@ class DenseLayer:
         self.k = mx.zeros((*shape, self._layer.k_dim), spec.dtype)
         self.v = mx.zeros((*shape, self._layer.v_dim), spec.dtype)
 
-    def load(self, sources: Sequence[Arrays], ends: Arrays, open_len: int, capacity: int) -> None:
-        """Start from `sources`, this layer's part of consecutive blocks, then `ends` (k.full, v.full of the open one).
-
-        `open_len`, the open block's tokens in both, matters to CodesLayer only.
-        """
+    def load(self, sources: Sequence[Arrays], ends: Arrays, capacity: int) -> None:
+        """Start from `sources`, this layer's part of consecutive blocks, then `ends` (k.full, v.full of the open one)."""
         self.k, self.v = (self._assemble(part, sources, ends, capacity) for part in ("k", "v"))
 
     def _assemble(self, part: str, sources: Sequence[Arrays], ends: Arrays, capacity: int) -> mx.array:
@@ -90,10 +87,11 @@ class CodesLayer:
         self._first: DensePair | None = None  # sinks
         self._open = DenseLayer(spec, layer)
 
-    def load(self, sources: Sequence[Arrays], ends: Arrays, open_len: int, capacity: int) -> None:
+    def load(self, sources: Sequence[Arrays], ends: Arrays, capacity: int) -> None:
         blocks = [s for s in sources if s["k.packed"].shape[TOKENS] == self._spec.block_size]
-        if open_len:
-            self._open.load(sources[len(blocks) :], ends, open_len, self._spec.block_size)
+        open_parts = sources[len(blocks) :]
+        if open_parts or ends:
+            self._open.load(open_parts, ends, self._spec.block_size)
         if blocks:
             self._codes = concatenate_codes(blocks, "k"), concatenate_codes(blocks, "v")
             self._first = blocks[0]["k.sinks"], blocks[0]["v.sinks"]
