@@ -34,7 +34,7 @@ class DenseLayer:
         self.v = mx.zeros((*shape, self._layer.v_dim), spec.dtype)
 
     def load(self, sources: Sequence[Arrays], ends: Arrays, capacity: int) -> None:
-        """Start from `sources`, this layer's part of consecutive blocks, then `ends` (k.full, v.full of the open one)."""
+        """Start from `sources`, this layer's part of blocks, then `ends`: k.full, v.full of the open block."""
         self.k, self.v = (self._assemble(part, sources, ends, capacity) for part in ("k", "v"))
 
     def _assemble(self, part: str, sources: Sequence[Arrays], ends: Arrays, capacity: int) -> mx.array:
