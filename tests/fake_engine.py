@@ -66,6 +66,9 @@ class FakeEngine:
         self.agent_ids = [name for name in self.agent_ids if name != agent_id]
         return known
 
+    async def prefetch_agent(self, namespace, agent_id):
+        return 100 if agent_id in self.agent_ids else None
+
     def begin_drain(self):
         self.status = "stopping"
         self.log.append("drain")

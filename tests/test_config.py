@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from agentmem.config import Settings, load_settings, parse_bytes
+from agentmem.engine.footprint import resolve
 from agentmem.errors import StartupError
 
 
@@ -45,6 +46,8 @@ def test_sizes_are_read_in_binary_units(text, expected):
         ({"port": "70000"}, "port"),
         ({"kv_bits": "3"}, "kv_bits"),
         ({"kv_budget": "lots"}, "kv_budget"),
+        ({"kv_budget": "130%"}, "kv_budget"),
+        ({"kv_budget": "0"}, "kv_budget"),
         ({"block_size": "100"}, "block_size"),
         ({"no_such": 1}, "no_such"),
     ],
@@ -53,6 +56,11 @@ def test_a_wrong_setting_is_one_line_that_names_it(flags, named):
     with pytest.raises(StartupError, match=named) as error:
         load_settings(flags)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(("text", "of_8_gib"), [("50%", 4 << 30), ("1.5G", 3 << 29), ("64000", 64000)])
+def test_a_budget_is_a_size_or_a_share(text, of_8_gib):
+    assert resolve(load_settings({"kv_budget": text}).kv_budget, 8 << 30) == of_8_gib
 
 
 def test_an_unreadable_config_file_is_a_startup_error(tmp_path):
@@ -68,7 +76,8 @@ def test_every_setting_is_an_option_of_serve_with_its_default():
     for name, field in Settings.model_fields.items():
         assert f"--{name.replace('_', '-')} " in text
         if field.default_factory is None and field.default not in (None, []):
-            assert f"(default: {field.default})" in text
+            default = f"{field.default:.0%}" if field.annotation == int | float else field.default
+            assert f"(default: {default})" in text
 
 
 def test_a_wrong_setting_on_the_command_line_exits_with_2():

@@ -5,7 +5,7 @@ import threading
 import time
 
 import pytest
-from tiny import BLOCK, random_tokens, tiny_engine, tiny_loader, tiny_runner, word_ids
+from tiny import BLOCK, ONE_SEQUENCE, random_tokens, tiny_engine, tiny_loader, tiny_runner, word_ids
 
 from agentmem.engine.request import GenerateRequest, SamplingParams
 from agentmem.engine.startup import calibrate
@@ -93,11 +93,11 @@ def test_evicted_agents_come_back_warm_with_the_same_answer(tmp_path):
         for name, prompt in prompts.items():
             engine.ask(name, prompt)
             expected[name] = engine.ask(name, prompt)[0]
-    with tiny_engine(tmp_path / "small", kv_budget=1, tail_delay=0.0) as engine:
+    with tiny_engine(tmp_path / "small", kv_budget=ONE_SEQUENCE, tail_delay=0.0) as engine:
         for name, prompt in prompts.items():
             engine.ask(name, prompt)
         settle(engine)
-        engine.ask("d", random_tokens(10, seed=9))  # what is on disk by now leaves RAM
+        engine.ask("d", random_tokens(10, seed=9))  # what is on disk by now leaves RAM for it
         for name, prompt in prompts.items():
             text, stats = engine.ask(name, prompt)
             assert (text, stats.cache) == (expected[name], "warm")

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from fake_engine import tiny_tokenizer
 from mlx_lm.tokenizer_utils import SPMStreamingDetokenizer, TokenizerWrapper
-from tiny import BLOCK, EngineThread, random_tokens, tiny_engine, tiny_loader, word_ids
+from tiny import BLOCK, ONE_SEQUENCE, EngineThread, random_tokens, tiny_engine, tiny_loader, word_ids
 
 from agentmem.errors import StartupError
 
@@ -61,17 +61,19 @@ def hold_back(engine: EngineThread, method: str, calls: set[int], gate: threadin
 
 
 def test_what_a_restore_matched_in_ram_is_not_evicted_meanwhile(tmp_path):
-    with tiny_engine(tmp_path, tail_delay=0.0, kv_budget=1) as engine:
+    with tiny_engine(tmp_path, tail_delay=0.0) as engine:
         engine.ask("alice", PROMPT)
         wait_until_saved(engine)
-        on_engine(engine, lambda: setattr(branches(engine)[0].nodes[0], "data", None))
+        core = engine.engine._core
+        on_engine(engine, lambda: core.contexts.pool.drop(branches(engine)[0].nodes[0]))
         gate = threading.Event()
         hold_back(engine, "read_block", {1}, gate)
 
         async def overlap():
             alice = asyncio.create_task(engine.answer("alice", PROMPT))
             await asyncio.sleep(0.2)
-            await engine.answer("bob", random_tokens(10, seed=5))  # its end evicts
+            await asyncio.to_thread(on_engine, engine, lambda: core.budget.evict_idle(1 << 30))
+            assert core.contexts.pool.nbytes > 0
             gate.set()
             return await alice
 
@@ -81,7 +83,7 @@ def test_what_a_restore_matched_in_ram_is_not_evicted_meanwhile(tmp_path):
 
 def test_many_agents_in_a_tiny_budget_never_break_the_engine(tmp_path):
     system = random_tokens(3 * BLOCK)
-    with tiny_engine(tmp_path, tail_delay=0.0, kv_budget=150_000) as engine:
+    with tiny_engine(tmp_path, tail_delay=0.0, kv_budget=4 * ONE_SEQUENCE) as engine:
 
         async def agent(i: int) -> None:
             tokens = system + random_tokens(40 + 7 * i, seed=i)

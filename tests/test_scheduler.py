@@ -58,8 +58,26 @@ def test_the_queue_is_left_in_the_same_order():
     long, short, urgent = sequence(900), sequence(50), sequence(900, priority=-5)
     for seq in (long, short, urgent):
         made.add(seq)
-    assert made.admit() == [urgent, short]
+    assert made.upcoming() == [urgent, short, long]
+    for expected in (urgent, short):
+        assert made.next_waiting() is expected
+        made.activate(expected)
+    assert made.next_waiting() is None
     assert made.waiting == [long]
+
+
+def test_the_newest_of_the_least_urgent_is_suspended_first():
+    made = scheduler()
+    old, new, urgent = (
+        sequence(100, cached=50, waited=2.0),
+        sequence(100, cached=50),
+        sequence(9, cached=5, priority=-1),
+    )
+    activate(made, Status.DECODE, old, new, urgent)
+    assert made.least_urgent() is new
+    made.suspend(new)
+    assert made.waiting == [new]
+    assert made.least_urgent() is old
 
 
 def test_alone_a_prefill_takes_whole_chunks_that_end_at_multiples():

@@ -499,9 +499,11 @@ def test_agent_is_listed_until_it_is_deleted(call, path, agent_id):
     listed = call("GET", "/v1/agents").json()["data"]
     assert agent_id in [a["agent_id"] for a in listed]
     assert {"tier", "tokens", "branches", "ram_bytes", "disk_bytes", "created", "last_used"} < set(listed[0])
+    assert call("POST", f"/v1/agents/{path}/prefetch").json() == {"agent_id": agent_id, "restored_bytes": 100}
     assert call("DELETE", f"/v1/agents/{path}").json() == {"agent_id": agent_id, "deleted": True}
     assert agent_id not in [a["agent_id"] for a in call("GET", "/v1/agents").json()["data"]]
     refused(call("DELETE", f"/v1/agents/{path}"), 404, "agent_id", "agent_not_found")
+    refused(call("POST", f"/v1/agents/{path}/prefetch"), 404, "agent_id", "agent_not_found")
 
 
 def test_openapi_describes_the_request(call):

@@ -2,7 +2,9 @@
 
 import asyncio
 import threading
+import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ from agentmem.models.loading import LoadedModel
 
 VOCAB = 256
 BLOCK = 32
+ONE_SEQUENCE = 820_000  # bytes that a tiny llama's sequence of up to 256 tokens takes while it runs
 _COMMON = {"hidden_size": 128, "intermediate_size": 128, "num_attention_heads": 4, "vocab_size": VOCAB}
 _HEADS = {"num_key_value_heads": 2, "head_dim": 64, "rms_norm_eps": 1e-5}
 _MAKE: dict[str, Callable[[], Any]] = {
@@ -156,8 +159,24 @@ class EngineThread:
                 return "".join(text), event.stats
         raise AssertionError("the stream ended without Finished")
 
+    def on_engine(self, function: Callable[[], Any]) -> Any:
+        """Run it on the engine thread, between two steps."""
+        done: Future[Any] = Future()
+        self.engine._post(lambda: done.set_result(function()))
+        return done.result(10)
+
+    @property
+    def core(self) -> Any:
+        return self.engine._core
+
+    def wait_until_saved(self) -> None:
+        deadline = time.monotonic() + 10
+        while any(b.save_at is not None for b in list(self.core.contexts.branches())):
+            assert time.monotonic() < deadline, "not everything was persisted"
+            time.sleep(0.02)
+
     def agents(self) -> dict[str, Any]:
-        return {a.agent_id: a for a in self.call(self.engine.agents("default"))}
+        return {a.agent_id: a for a in self.core.contexts.infos("default")}
 
     def stop(self) -> None:
         self.call(self.engine.stop())

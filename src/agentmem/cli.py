@@ -61,7 +61,8 @@ _LISTS = {name for name, field in Settings.model_fields.items() if get_origin(fi
 def _option(name: str) -> inspect.Parameter:
     field = Settings.model_fields[name]
     choices = get_args(field.annotation) if str(field.annotation).startswith("typing.Literal") else ()
-    hint = "" if field.default_factory or field.default in (None, []) else f" (default: {field.default})"
+    default = f"{field.default:.0%}" if field.annotation == int | float else field.default
+    hint = "" if field.default_factory or field.default in (None, []) else f" (default: {default})"
     kind: Any = list[str] if name in _LISTS else str
     option = typer.Option(
         "--" + name.replace("_", "-"),
@@ -73,7 +74,7 @@ def _option(name: str) -> inspect.Parameter:
     )
 
 
-_METAVARS: dict[Any, str] = {int: "N", float: "SECONDS", Path: "DIR"}
+_METAVARS: dict[Any, str] = {int: "N", float: "SECONDS", Path: "DIR", Path | None: "FILE"}
 
 
 @app.command()

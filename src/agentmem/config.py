@@ -25,9 +25,17 @@ def parse_bytes(value: Any) -> Any:
         raise ValueError(f"{value!r} is not a size; write bytes, or a number with K, M, G or T, such as 8G") from None
 
 
-def default_kv_budget() -> int:
-    """A quarter of physical RAM, in bytes."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 4
+def parse_share(value: Any) -> Any:
+    """ "60%" to 0.6; anything else as `parse_bytes`."""
+    if not isinstance(value, str) or not value.strip().endswith("%"):
+        return parse_bytes(value)
+    try:
+        share = float(value.strip().removesuffix("%")) / 100
+    except ValueError:
+        share = 0.0
+    if not 0 < share <= 1:
+        raise ValueError(f"{value!r} is not a share; write 1% to 100%, or a size such as 8G")
+    return share
 
 
 def _split_commas(value: Any) -> Any:
@@ -41,6 +49,7 @@ def _multiple_of_32(value: int) -> int:
 
 
 Bytes = Annotated[int, BeforeValidator(parse_bytes)]
+BytesOrShare = Annotated[int | float, BeforeValidator(parse_share)]
 
 
 class Settings(BaseSettings):
@@ -79,9 +88,17 @@ class Settings(BaseSettings):
     max_branches: int = Field(4, ge=1, le=64, description="branches kept of one agent; the least recently used goes")
     max_context: int | None = Field(None, ge=16, description="prompt and answer, in tokens (default: the model's)")
     default_max_tokens: int = Field(2048, ge=1, description="answer tokens where a request names no limit")
-    kv_budget: Bytes = Field(
-        default_factory=default_kv_budget, description="RAM for caches, such as 8G (default: a quarter of RAM)"
+    kv_budget: BytesOrShare = Field(
+        0.6,
+        gt=0,
+        description="RAM for all caches: a size such as 8G, or a share of what the model leaves of the device's memory",
     )
+    memory_limit: BytesOrShare = Field(
+        0.9,
+        gt=0,
+        description="of the process: above it idle caches go, then new requests get 503; a size, or a share of RAM",
+    )
+    trace: Path | None = Field(None, description="file for a trace of every step and restore (Chrome trace events)")
     tail_delay: float = Field(3.0, ge=0, description="seconds of rest after which an agent's tail is written")
     grace: float = Field(10.0, ge=0, description="seconds that running answers get to finish at shutdown")
     max_body: Bytes = Field(8 << 20, ge=1024, description="largest request body, such as 8M")

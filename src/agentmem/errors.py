@@ -27,10 +27,11 @@ class InvalidRequest(AgentMemError):
 class ContextLengthExceeded(InvalidRequest):
     code = "context_length_exceeded"
 
-    def __init__(self, prompt_tokens: int, max_context: int):
+    def __init__(self, prompt_tokens: int, max_context: int, why: str = ""):
+        """`why`: what sets the limit, if not the model."""
         super().__init__(
-            f"This model's maximum context length is {max_context} tokens, of which at least one is for the answer, "
-            f"but the messages result in {prompt_tokens} tokens. Shorten the messages.",
+            f"This model's maximum context length is {max_context} tokens{why}, of which at least one is for the "
+            f"answer, but the messages result in {prompt_tokens} tokens. Shorten the messages.",
             param="messages",
         )
 
@@ -48,6 +49,15 @@ class Busy(AgentMemError):
     type = "rate_limit_error"
     code = "queue_full"
     retry_after = 1
+
+
+class MemoryPressure(Busy):
+    """The process is above `--memory-limit`, and evicting did not help."""
+
+    status = 503
+    type = "server_error"
+    code = "memory_pressure"
+    retry_after = 5
 
 
 class ShuttingDown(Busy):

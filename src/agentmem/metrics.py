@@ -20,10 +20,12 @@ class EngineFigures:
     waiting: int
     restoring: int
     ram_bytes: int
+    reserved_bytes: int
     disk_bytes: int
     written_bytes: int
     restored_bytes: int
     evicted_bytes: int
+    suspensions: int
     quarantined: int
 
 
@@ -61,11 +63,14 @@ class Metrics(Collector):
         now = self._read()
         for name in ("running", "waiting", "restoring"):
             yield GaugeMetricFamily(f"agentmem_{name}_requests", f"requests {name}", getattr(now, name))
-        yield GaugeMetricFamily("agentmem_ram_bytes", "blocks and tails in RAM", now.ram_bytes)
+        yield GaugeMetricFamily("agentmem_ram_bytes", "caches in RAM, and reserved; within kv_budget", now.ram_bytes)
+        text = "of agentmem_ram_bytes: working copies, what running requests may still take, reads in flight"
+        yield GaugeMetricFamily("agentmem_reserved_bytes", text, now.reserved_bytes)
         yield GaugeMetricFamily("agentmem_disk_bytes", "blocks and tails on disk", now.disk_bytes)
         for name in ("written", "restored", "evicted"):
             text = {"written": "to disk", "restored": "from disk to RAM", "evicted": "from RAM"}[name]
             yield CounterMetricFamily(f"agentmem_{name}_bytes", f"bytes {name} {text}", getattr(now, f"{name}_bytes"))
+        yield CounterMetricFamily("agentmem_suspensions", "times a request gave up its RAM to others", now.suspensions)
         yield CounterMetricFamily("agentmem_quarantined_files", "stored files found damaged", now.quarantined)
 
     def text(self) -> bytes:

@@ -1,24 +1,24 @@
 """Agents, their branches, and the tree of blocks that the branches share: what is cached, and for whom.
 
-A branch is a path of nodes (sealed blocks) plus a tail. Nodes are keyed by content, so that branches, and agents of one
-namespace, hold one node together where their prefixes are the same. Engine thread only, except `infos`.
+A branch is a path of nodes (sealed blocks) plus a tail (an open block). Nodes are keyed by content, so that branches,
+and agents of one namespace, hold one node together where their prefixes are the same. Engine thread only, except
+`infos`.
 """
 
 import hashlib
 import time
 import uuid
-from collections.abc import Iterable, Sequence
-from concurrent.futures import Future
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
 from ..kvcache.block import SealedBlock, Tail
+from .block_pool import FRESH, BlockPool, Entry, Node, OpenBlock
 from .request import AgentInfo
 
 ROOT = b""
-FRESH = b""  # the lineage of a block that was never cut
 
 
 def block_key(scope: bytes, parent: bytes, tokens: np.ndarray, lineage: bytes) -> bytes:
@@ -36,31 +36,6 @@ def block_key(scope: bytes, parent: bytes, tokens: np.ndarray, lineage: bytes) -
 
 
 @dataclass(eq=False)
-class Node:
-    """One sealed block: where it lies in the tree, and its arrays if they are in RAM."""
-
-    key: bytes
-    parent: bytes
-    tokens: np.ndarray  # uint32 [block_size]
-    data: SealedBlock | None = None
-    disk_bytes: int = 0  # 0: not persisted (yet)
-    saving: "Future[Any] | None" = None
-    refs: int = 0  # branches and running sequences that hold it
-    last_used: float = 0.0
-
-
-@dataclass(eq=False)
-class OpenBlock:
-    """A branch's tail: its tokens, and the arrays if they are in RAM. Replaced as a whole, never grown."""
-
-    tokens: np.ndarray = field(default_factory=lambda: np.empty(0, np.uint32))
-    data: Tail | None = None
-    lineage: bytes = FRESH
-    disk_bytes: int = 0  # 0: not persisted (yet)
-    saving: "Future[Any] | None" = None
-
-
-@dataclass(eq=False)
 class Branch:
     id: str
     agent: "Agent"
@@ -73,6 +48,10 @@ class Branch:
 
     def tokens(self) -> np.ndarray:
         return np.concatenate([*(n.tokens for n in self.nodes), self.tail.tokens])
+
+    def whole(self) -> "Match":
+        tail = self.tail if len(self.tail.tokens) else None
+        return Match(tuple(self.nodes), len(self), self, tail=tail, extends=True)
 
     def __len__(self) -> int:
         return sum(len(n.tokens) for n in self.nodes) + len(self.tail.tokens)
@@ -93,6 +72,12 @@ class Agent:
     created: float
     last_used: float
     branches: dict[str, Branch] = field(default_factory=dict)
+    pinned: bool = False  # its caches stay in RAM
+
+    def entries(self) -> Iterator[Entry]:
+        for branch in self.branches.values():
+            yield from branch.nodes
+            yield branch.tail
 
 
 @dataclass(frozen=True)
@@ -113,6 +98,16 @@ class Match:
     @property
     def all_nodes(self) -> tuple[Node, ...]:
         return self.nodes + ((self.cut_node,) if self.cut_node else ())
+
+    def entries(self) -> Iterator[Entry]:
+        yield from self.all_nodes
+        if self.tail is not None:
+            yield self.tail
+
+    @property
+    def missing(self) -> list[Entry]:
+        """What has to be read from disk."""
+        return [entry for entry in self.entries() if entry.data is None]
 
 
 def _common_prefix(a: np.ndarray, b: np.ndarray) -> int:
@@ -137,6 +132,7 @@ class Contexts:
         self._sharing, self._max_branches = sharing, max_branches
         self.agents: dict[tuple[str, str], Agent] = {}
         self.nodes: dict[bytes, Node] = {}
+        self.pool = BlockPool()
 
     def scope(self, namespace: str, agent: str) -> bytes:
         owner = [namespace] if self._sharing == "namespace" else [namespace, agent]
@@ -199,7 +195,8 @@ class Contexts:
         if found is not None and found.data is None:
             key, found = block_key(scope, parent, array, lineage + uuid.uuid4().bytes), None
         if found is None:
-            found = self.nodes[key] = Node(key, parent, array, data)
+            found = self.nodes[key] = Node(key, parent, array)
+            self.pool.put(found, data)
         return found
 
     @staticmethod
@@ -209,11 +206,27 @@ class Contexts:
             node.refs += 1
             node.last_used = now
 
+    @staticmethod
+    def touch(match: Match) -> None:
+        """Note that what matched is used now."""
+        for entry in match.entries():
+            entry.last_used = time.time()
+
+    def set_tail(self, branch: Branch, tail: OpenBlock, data: Tail | None = None) -> None:
+        """Replace the branch's tail; `data`: the new one's arrays."""
+        self.pool.drop(branch.tail)
+        branch.tail = tail
+        tail.last_used = time.time()
+        if data is not None:
+            self.pool.put(tail, data)
+
     def release(self, nodes: Iterable[Node]) -> None:
         for node in nodes:
             node.refs -= 1
-            if node.refs == 0 and self.nodes.get(node.key) is node:
-                del self.nodes[node.key]
+            if node.refs == 0:
+                self.pool.drop(node)
+                if self.nodes.get(node.key) is node:
+                    del self.nodes[node.key]
 
     def put_branch(self, branch: Branch) -> list[Branch]:
         """Enter a branch that a sequence leaves; returns the branches that it displaces: its own prefixes, the oldest.
@@ -246,6 +259,7 @@ class Contexts:
 
     def drop_branch(self, branch: Branch) -> None:
         branch.agent.branches.pop(branch.id, None)
+        self.set_tail(branch, OpenBlock())  # a read of the old one that is on its way finds no place
         self.release(branch.nodes)
 
     def drop_agent(self, agent: Agent) -> None:
@@ -260,9 +274,17 @@ class Contexts:
                 index = branch.nodes.index(bad)
                 self.release(branch.nodes[index:])
                 branch.nodes = branch.nodes[:index]
-                branch.tail = OpenBlock()
+                self.set_tail(branch, OpenBlock())
         if self.nodes.get(bad.key) is bad:
             del self.nodes[bad.key]
+
+    def lose(self, entry: Entry) -> None:
+        """Its arrays are gone, and were never on disk."""
+        if isinstance(entry, Node):
+            self.cut_at(entry)
+        for branch in self.branches():
+            if branch.tail is entry:
+                branch.tail = OpenBlock()
 
     def infos(self, namespace: str) -> list[AgentInfo]:
         return [_info(a) for (owner, _), a in list(self.agents.items()) if owner == namespace]

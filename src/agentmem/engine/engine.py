@@ -40,13 +40,13 @@ class Engine:
         self._thread.start()
         self._core = self._ready.result()
         self.model_name = self._core.model.name
-        self.max_context = self._core.max_context
+        self.max_context = self._core.budget.max_context
         self.tokenizer = self._core.model.tokenizer
 
     async def generate(self, request: GenerateRequest) -> AsyncIterator[TextDelta | Finished]:
         self._check_open()
         if len(request.tokens) >= self.max_context:
-            raise ContextLengthExceeded(len(request.tokens), self.max_context)
+            raise ContextLengthExceeded(len(request.tokens), self.max_context, self._core.budget.explain_limit())
         loop, events = asyncio.get_running_loop(), asyncio.Queue[Event]()
         seq = Sequence(
             request,
@@ -67,7 +67,7 @@ class Engine:
             self._post(lambda: None)
 
     def health(self) -> dict[str, Any]:
-        errors = [e for e in (self._failure, self._core.store.background_error) if e]
+        errors = [e for e in (self._failure, self._core.store.background_error, self._core_loop.memory_error) if e]
         status = "failed" if self._failure else "stopping" if self._stopping else "degraded" if errors else "ok"
         return {
             "status": status,
@@ -79,7 +79,8 @@ class Engine:
             "running": len(self._core.scheduler.active),
             "waiting": len(self._core.scheduler.waiting),
             "ram_bytes": self._core_loop.ram_bytes,
-            "kv_budget": self._settings.kv_budget,
+            "reserved_bytes": self._core_loop.reserved_bytes,
+            "kv_budget": self._core.budget.limit,
             "store": self._core.store.stats(),
         }
 
@@ -94,6 +95,13 @@ class Engine:
         done: Future[bool] = Future()
         done.set_running_or_notify_cancel()  # a client that goes away does not stop it
         self._post(lambda: self._core_loop.delete_agent(namespace, agent_id, done))
+        return await asyncio.wrap_future(done)
+
+    async def prefetch_agent(self, namespace: str, agent_id: str) -> int | None:
+        self._check_open()
+        done: Future[int | None] = Future()
+        done.set_running_or_notify_cancel()
+        self._post(lambda: self._core_loop.prefetch_agent(namespace, agent_id, done))
         return await asyncio.wrap_future(done)
 
     def begin_drain(self) -> None:

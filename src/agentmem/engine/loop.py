@@ -1,28 +1,27 @@
 """What the engine thread does: take commands, then schedule, run, commit, over and over."""
 
 import logging
-import math
 import queue
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future
 from typing import cast
 
 import mlx.core as mx
-import numpy as np
 
-from ..errors import AgentMemError, EngineFailed, ShuttingDown
+from ..errors import AgentMemError, EngineFailed, MemoryPressure, ShuttingDown
 from ..kvcache.block import SealedBlock
 from ..metrics import EngineFigures, Metrics
-from .contexts import FRESH, ROOT, Match, Node, OpenBlock
-from .output import OutputStream
+from .admission import Admission
+from .block_pool import FRESH
+from .contexts import ROOT
 from .request import TextDelta
-from .sampling import Sampler
 from .scheduler import Step
 from .sequence import Sequence, Status
 from .startup import Core
 
 log = logging.getLogger(__name__)
+_WATCH_INTERVAL = 0.25  # s between two looks at the process' memory
 _FAILED = EngineFailed("the engine failed and must be restarted; /health has the error")
 
 
@@ -31,22 +30,26 @@ class EngineLoop:
 
     def __init__(self, core: Core, inbox: "queue.SimpleQueue[Callable[[], None]]"):
         self.core, self._inbox = core, inbox
-        self.ram_bytes = 0
+        self._admission = Admission(core, lambda: self._failed)
+        self.ram_bytes = self.reserved_bytes = 0  # as they were between two steps
+        self.memory_error: str | None = None
         self.metrics = Metrics(self._figures)
         self._drain_deadline: float | None = None  # time.monotonic()
-        self._saves_due = 0.0  # time.monotonic()
+        self._watch_due = 0.0  # time.monotonic()
         self._failed = False
 
     def run(self) -> None:
         """Until drained."""
         while True:
             self._take_commands()
-            self._save_idle()
+            self._watch_memory()
             self._end_cancelled()
-            self._admit()
-            step = self.core.scheduler.schedule()
+            self._admission.admit()
+            self._admission.grow()
+            step = self._schedule()
             if step is not None:
                 self._commit(step, *self._run_step(step))
+            self._note_bytes()
             if self._drain_deadline is not None and self._drained():
                 self._shut_down()
                 return
@@ -61,6 +64,7 @@ class EngineLoop:
                 self._inbox.get()()
         finally:
             self.core.store.close()
+            self.core.trace.close()
 
     # -- commands
 
@@ -70,9 +74,10 @@ class EngineLoop:
                 raise _FAILED
             if self._drain_deadline is not None:
                 raise ShuttingDown("the server is shutting down")
+            if self.memory_error:
+                raise MemoryPressure(self.memory_error)
             self.core.scheduler.add(seq)
-            request = seq.request  # where it stands in the queue depends on what is cached
-            seq.match = self.core.contexts.match(request.namespace, request.agent_id, request.tokens)
+            self._admission.look_up(seq)  # where it stands in the queue depends on what is cached
         except AgentMemError as e:
             seq.fail(e)
 
@@ -82,6 +87,14 @@ class EngineLoop:
             if (seq.request.namespace, seq.request.agent_id) == (namespace, agent_id):
                 seq.discard = True
         self.core.memory.delete_agent(namespace, agent_id, done)
+
+    def prefetch_agent(self, namespace: str, agent_id: str, done: "Future[int | None]") -> None:
+        try:
+            if self._failed:
+                raise _FAILED
+            self._admission.prefetch_agent(namespace, agent_id, done)
+        except AgentMemError as e:
+            done.set_exception(e)
 
     def drain(self, grace: float) -> None:
         if self._drain_deadline is None:
@@ -109,72 +122,38 @@ class EngineLoop:
 
     def _idle_time(self) -> float:
         """Seconds that the thread may sleep."""
-        if self.core.scheduler.schedule() is not None or self.core.scheduler.can_admit:
+        if self.core.scheduler.schedule() is not None or self._admission.can_admit:
             return 0.0
         if self._drain_deadline is not None:
             return 0.02
-        return min(60.0, max(0.0, self._saves_due - time.monotonic()))
+        if self._admission.short or self.memory_error:
+            return _WATCH_INTERVAL
+        return min(60.0, max(0.0, self.core.memory.next_save - time.monotonic()))
 
-    def _save_idle(self) -> None:
+    def _watch_memory(self) -> None:
+        """Save what rests; keep the process below `--memory-limit`."""
         now = time.monotonic()
-        if now >= self._saves_due:
-            due = self.core.memory.save_idle()
-            self._saves_due = math.inf if due is None else now + max(due, 0.01)
+        if now >= self.core.memory.next_save:
+            self.core.memory.save_idle()
+        if now >= self._watch_due:
+            self._watch_due = now + _WATCH_INTERVAL
+            self.memory_error = self.core.budget.relieve_process()
+
+    def _note_bytes(self) -> None:
+        self.ram_bytes, self.reserved_bytes = self.core.budget.used_bytes, self.core.budget.reserved_bytes
 
     # -- schedule
 
     def _end_cancelled(self) -> None:
         for seq in [*self.core.scheduler.active, *self.core.scheduler.waiting]:
             if seq.cancelled and seq.status is not Status.RESTORING:  # a restore ends by itself, soon
-                self._leave(seq)
+                self._admission.leave(seq)
 
-    def _admit(self) -> None:
-        for seq in self.core.scheduler.admit():
-            seq.started = time.perf_counter()
-            self._match(seq)
-
-    def _match(self, seq: Sequence) -> None:
-        """Find the longest cached prefix; start if it is in RAM, else read what is on disk and match again.
-
-        Again, because another request may have moved the agent's branches on meanwhile.
-        """
-        if self._failed or seq.status is Status.FINISHED:
-            return
-        request = seq.request
-        match = seq.match = self.core.contexts.match(request.namespace, request.agent_id, request.tokens)
-        self.core.contexts.hold(match.all_nodes)
-        if not self.core.memory.missing(match):
-            self._start(seq, match)
-            self.core.contexts.release(match.all_nodes)
-            return
-        seq.status = Status.RESTORING
-
-        def restored(nbytes: int) -> None:
-            seq.restored_bytes += nbytes
-            self._match(seq)
-            self.core.contexts.release(match.all_nodes)
-
-        self.core.memory.restore(match, restored)
-
-    def _start(self, seq: Sequence, match: Match) -> None:
-        contexts, memory, runner = self.core.contexts, self.core.memory, self.core.runner
-        snapshot, seq.lineage = memory.snapshot(match)
-        seq.nodes = list(match.nodes)
-        contexts.hold(seq.nodes)
-        agent = contexts.agent(seq.request.namespace, seq.request.agent_id)
-        seq.branch = memory.claim_branch(agent, match, persist=not seq.discard)
-        seq.cache = runner.new_cache(snapshot, seq.prompt_len + 1)
-        seq.sampler = Sampler(seq.request.params, self.core.vocab_size)
-        seq.output = OutputStream(self.core.model.tokenizer, seq.request.params)
-        seq.restored = time.perf_counter()
-        seq.status = Status.PREFILL
-        self._prefilled_maybe(seq)
-
-    def _prefilled_maybe(self, seq: Sequence) -> None:
-        assert seq.cache is not None
-        if seq.cache.length == seq.prompt_len - 1:
-            seq.prefilled = time.perf_counter()
-            seq.status = Status.DECODE
+    def _schedule(self) -> Step | None:
+        step = self.core.scheduler.schedule()
+        if step is not None and step.prefill is not None and self._admission.look_again(step.prefill):
+            step = self.core.scheduler.schedule()
+        return step
 
     # -- run
 
@@ -187,8 +166,9 @@ class EngineLoop:
             at, began = seq.cache.length, time.perf_counter()
             fresh_blocks = runner.prefill(seq.cache, seq.tokens[at : at + step.chunk])
             self.core.scheduler.pace.saw_prefill((time.perf_counter() - began) * 1e3, step.chunk)
+            self.core.trace.span("prefill", began, agent=seq.request.agent_id, tokens=step.chunk)
             self._sealed(seq, fresh_blocks)
-            self._prefilled_maybe(seq)
+            self._admission.prefilled_maybe(seq)
         if not step.decode:
             return [], []
         began = time.perf_counter()
@@ -201,6 +181,8 @@ class EngineLoop:
         ]
         runner.settle(sampled, fresh)
         self.core.scheduler.pace.saw_decode((time.perf_counter() - began) * 1e3)
+        agents = [seq.request.agent_id for seq in step.decode]
+        self.core.trace.span("decode", began, agents=agents, sealed=sum(map(len, fresh)))
         return [cast(int, token.item()) for token in sampled], fresh
 
     # -- commit
@@ -217,13 +199,13 @@ class EngineLoop:
             seq.last_token = now
             assert seq.output is not None
             text, stopped = seq.output.feed(token)
-            full = seq.num_generated >= seq.request.params.max_tokens or len(seq.tokens) >= self.core.max_context
+            full = seq.num_generated >= seq.request.params.max_tokens or len(seq.tokens) >= self.core.budget.max_context
             if full and not stopped:
                 text += seq.output.finish()
             if text:
                 seq.emit(TextDelta(text))
             if stopped or full:
-                self._leave(seq)
+                self._admission.leave(seq)
                 self.metrics.finished(seq.stats())
                 seq.finish("stop" if stopped else "length")
 
@@ -231,6 +213,7 @@ class EngineLoop:
         """Enter the blocks that a step filled up into the tree, and queue them to be written."""
         if not blocks:
             return
+        began = time.perf_counter()
         contexts, size = self.core.contexts, self.core.runner.spec.block_size
         scope = contexts.scope(seq.request.namespace, seq.request.agent_id)
         assert seq.cache is not None and seq.branch is not None
@@ -245,35 +228,7 @@ class EngineLoop:
             seq.nodes.append(node)
             if not seq.discard:
                 self.core.memory.save_block(seq.branch, list(seq.nodes))
-
-    def _leave(self, seq: Sequence) -> None:
-        """Take `seq` out of the running and keep what it computed, if anything."""
-        self.core.scheduler.remove(seq)
-        seq.status = Status.FINISHED
-        if seq.cache is None or seq.branch is None or seq.match is None:
-            return
-        cache, branch = seq.cache, seq.branch
-        seq.cache = None
-        tokens = np.array(seq.tokens[: cache.length], dtype=np.uint32)
-        same = self.core.contexts.covering(branch, tokens)
-        if seq.discard or same is not None or cache.length == seq.match.length:
-            self.core.contexts.release(seq.nodes)
-            self.core.memory.abandon(branch)
-            if same is not None:
-                same.last_used = same.agent.last_used = time.time()
-        else:
-            tail = OpenBlock(tokens[cache.num_sealed :], cache.snapshot().tail, seq.lineage)
-            self.core.memory.commit(branch, seq.nodes, tail)
-            self._saves_due = min(self._saves_due, branch.save_at or math.inf)
-        self.ram_bytes = self.core.memory.evict(self._in_use())
-
-    def _in_use(self) -> Iterator[Node | OpenBlock]:
-        for seq in self.core.scheduler.active:
-            yield from seq.nodes
-            if seq.match is not None:
-                yield from seq.match.all_nodes
-                if seq.match.tail is not None:
-                    yield seq.match.tail
+        self.core.trace.span("seal", began, agent=seq.request.agent_id, blocks=len(blocks))
 
     def _figures(self) -> EngineFigures:
         """Called on the event loop: reads counts that the engine thread changes, each whole."""
@@ -284,10 +239,12 @@ class EngineLoop:
             waiting=len(self.core.scheduler.waiting),
             restoring=sum(status is Status.RESTORING for status in statuses),
             ram_bytes=self.ram_bytes,
+            reserved_bytes=self.reserved_bytes,
             disk_bytes=store["block_bytes"] + store["tail_bytes"],
             written_bytes=store["bytes_written"],
             restored_bytes=self.core.memory.restored_bytes,
-            evicted_bytes=self.core.memory.evicted_bytes,
+            evicted_bytes=self.core.contexts.pool.evicted_bytes,
+            suspensions=self._admission.suspensions,
             quarantined=store["quarantined"],
         )
 
@@ -299,14 +256,14 @@ class EngineLoop:
             return not self.core.scheduler.active
         for seq in list(self.core.scheduler.active):
             if seq.status is not Status.RESTORING:
-                self._leave(seq)
+                self._admission.leave(seq)
                 seq.fail(ShuttingDown("the server is shutting down: the answer was cut after the grace time"))
         return not self.core.scheduler.active
 
     def _shut_down(self) -> None:
         """Save until all is on disk, or nothing more gets there."""
         before = -1
-        while self.core.memory.save_idle(now=True) is not None:
+        while self.core.memory.save_idle(now=True):
             self.core.store.flush().result()
             self._run_posted()
             written = self.core.store.stats()["writes"]
@@ -315,4 +272,5 @@ class EngineLoop:
                 break
             before = written
         self.core.store.close()
+        self.core.trace.close()
         mx.clear_cache()

@@ -1,9 +1,11 @@
-"""Moves caches between RAM and disk: restore what a request matched, save what it sealed, evict what is idle."""
+"""Moves caches between RAM and disk: restore what a request matched, save what it sealed and what rests."""
 
 import hashlib
+import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from concurrent.futures import Future
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -12,10 +14,12 @@ from ..errors import CorruptSegment, NotFound
 from ..kvcache.block import SealedBlock, Snapshot, Tail, from_host, to_host
 from ..kvcache.spec import KVCacheSpec
 from ..store.agent_store import AgentStore
-from .contexts import FRESH, ROOT, Agent, Branch, Contexts, Match, Node, OpenBlock
+from .block_pool import FRESH, Entry, Node, OpenBlock
+from .contexts import ROOT, Agent, Branch, Contexts, Match
 
 _LINEAGE_POSITION = 4  # bytes at the end of a lineage: the token position of the cut
 _RETRY = 1.0  # s after a save that failed
+_SOONEST = 0.01  # s between two looks at what rests
 
 
 def cut_lineage(node: Node, num_tokens: int) -> bytes:
@@ -37,13 +41,14 @@ class Memory:
         store: AgentStore,
         spec: KVCacheSpec,
         *,
-        kv_budget: int,
         tail_delay: float,
         post: Callable[[Callable[[], None]], None],
     ):
         self.contexts, self.store, self._spec = contexts, store, spec
-        self._kv_budget, self._tail_delay, self._post = kv_budget, tail_delay, post
-        self.restored_bytes = self.evicted_bytes = 0  # since the start
+        self._tail_delay, self._post = tail_delay, post
+        self.next_save = 0.0  # time.monotonic() when `save_idle` is due
+        self.restored_bytes = 0  # since the start
+        self.incoming_bytes = 0  # being read
 
     def load_index(self) -> None:
         """Enter what the store's manifest names: every agent warm."""
@@ -71,32 +76,36 @@ class Memory:
 
     # -- restore
 
-    def missing(self, match: Match) -> bool:
-        """Whether part of the match has to be read from disk."""
-        return any(n.data is None for n in match.all_nodes) or (match.tail is not None and match.tail.data is None)
-
     def restore(self, match: Match, done: Callable[[int], None]) -> None:
         """Read what `match` lacks, then call done(bytes read): the caller matches again, over what there is by then.
 
-        A bad block or tail is quarantined and forgotten.
+        The caller holds the match's nodes meanwhile. A bad block or tail is quarantined and forgotten.
         """
-        reads: list[tuple[Node | OpenBlock, Future[Any]]] = [
-            (n, self.store.read_block(n.key)) for n in match.all_nodes if n.data is None
-        ]
-        if match.tail is not None and match.tail.data is None:
-            assert match.source is not None
-            reads.append((match.tail, self.store.read_tail(match.source.id)))
-        left = [len(reads)]
+        left, read = list(match.missing), [0]
+        assert left
 
-        def count_down() -> None:
-            left[0] -= 1
-            if left[0] == 0:
-                nbytes = sum(self._take_in(match, target, future) for target, future in reads)
-                self.restored_bytes += nbytes
-                done(nbytes)
+        def arrived(entry: Entry, nbytes: int, future: "Future[Any]") -> None:
+            self.incoming_bytes -= nbytes
+            taken = self._take_in(match, entry, future)
+            self.restored_bytes += taken
+            read[0] += taken
+            left.remove(entry)
+            if not left:
+                done(read[0])
 
-        for _, future in reads:
-            future.add_done_callback(lambda _: self._post(count_down))
+        for entry in match.missing:
+            future, nbytes = self._read(match, entry), entry.disk_bytes
+            self.incoming_bytes += nbytes
+            future.add_done_callback(partial(self._post_later, arrived, entry, nbytes))
+
+    def _post_later(self, function: Callable[..., None], *args: Any) -> None:
+        self._post(lambda: function(*args))
+
+    def _read(self, match: Match, entry: Entry) -> "Future[Any]":
+        if isinstance(entry, Node):
+            return self.store.read_block(entry.key)
+        assert match.source is not None
+        return self.store.read_tail(match.source.id)
 
     def snapshot(self, match: Match) -> tuple[Snapshot, bytes]:
         """What the matched prefix looks like as a cache, all of it in RAM; and the lineage of its open block."""
@@ -115,37 +124,42 @@ class Memory:
             lineage = lineage[:-_LINEAGE_POSITION] + n.to_bytes(_LINEAGE_POSITION, "little")
         return Snapshot(blocks, match.tail.data.cut(n)), lineage
 
-    def _take_in(self, match: Match, target: Node | OpenBlock, future: "Future[Any]") -> int:
-        """Put what was read in its place, unless another request did so meanwhile; returns its bytes."""
-        if target.data is not None:
+    def _take_in(self, match: Match, entry: Entry, future: "Future[Any]") -> int:
+        """Put what was read in its place, unless it is there, or the place is gone, by now; returns its bytes."""
+        if entry.data is not None:
             return 0
         try:
             result = future.result()
         except CorruptSegment:
-            self._quarantine(match, target)
+            self._quarantine(match, entry)
             return 0
-        if isinstance(target, Node):
-            target.data = SealedBlock(from_host(result))
-            return target.data.nbytes
-        tensors, metadata = result
-        head = match.nodes[-1].key if match.nodes else ROOT
-        if metadata["identity"] != tail_identity(head, target.tokens):
-            self._quarantine(match, target)
-            return 0
-        target.lineage = bytes.fromhex(metadata["lineage"])
-        arrays = from_host(tensors)
-        target.data = Tail.from_arrays(arrays, len(target.tokens), int(metadata["prefix_len"]), self._spec)
-        return target.data.nbytes
+        data: SealedBlock | Tail
+        if isinstance(entry, Node):
+            data = SealedBlock(from_host(result))
+        else:
+            assert match.source is not None
+            if match.source.tail is not entry:
+                return 0
+            tensors, metadata = result
+            head = match.nodes[-1].key if match.nodes else ROOT
+            if metadata["identity"] != tail_identity(head, entry.tokens):
+                self._quarantine(match, entry)
+                return 0
+            entry.lineage = bytes.fromhex(metadata["lineage"])
+            data = Tail.from_arrays(from_host(tensors), len(entry.tokens), int(metadata["prefix_len"]), self._spec)
+        self.contexts.pool.put(entry, data)
+        entry.last_used = time.time()
+        return data.nbytes
 
-    def _quarantine(self, match: Match, target: Node | OpenBlock) -> None:
+    def _quarantine(self, match: Match, entry: Entry) -> None:
         """Unless the block was sealed again, or the branch got another tail, while the read was on its way."""
-        if isinstance(target, Node):
-            if self.contexts.nodes.get(target.key) is target:
-                self.store.quarantine_block(target.key)
-                self.contexts.cut_at(target)
-        elif match.source is not None and match.source.tail is target:
+        if isinstance(entry, Node):
+            if self.contexts.nodes.get(entry.key) is entry:
+                self.store.quarantine_block(entry.key)
+                self.contexts.cut_at(entry)
+        elif match.source is not None and match.source.tail is entry:
             self.store.quarantine_tail(match.source.id)
-            match.source.tail = OpenBlock()
+            self.contexts.set_tail(match.source, OpenBlock())
 
     # -- save
 
@@ -176,12 +190,14 @@ class Memory:
         )
         saving.add_done_callback(lambda f: self._post(lambda: self._block_saved(branch, nodes, f)))
 
-    def commit(self, branch: Branch, nodes: list[Node], tail: OpenBlock) -> None:
+    def commit(self, branch: Branch, nodes: list[Node], tail: OpenBlock, data: Tail | None) -> None:
         """A sequence ends: its branch takes over its nodes (already held) and its tail."""
         before, branch.nodes = branch.nodes, nodes
         self.contexts.release(before)
-        branch.tail, branch.in_use = tail, False
+        self.contexts.set_tail(branch, tail, data)
+        branch.in_use = False
         branch.save_at = time.monotonic() + self._tail_delay
+        self.next_save = min(self.next_save, branch.save_at)
         for old in self.contexts.put_branch(branch):
             self.store.delete_branch(old.id)
 
@@ -191,18 +207,18 @@ class Memory:
         if branch.id not in branch.agent.branches:
             self.store.delete_branch(branch.id)
 
-    def save_idle(self, *, now: bool = False) -> float | None:
-        """Save what rested for `tail_delay` s; `now`: all that is not on disk. Returns the s until the next is due."""
+    def save_idle(self, *, now: bool = False) -> bool:
+        """Save what rested for `tail_delay` s; `now`: all that is not on disk. Whether something is left to save."""
         clock = time.monotonic()
-        waits = []
+        self.next_save = math.inf
         for branch in list(self.contexts.branches()):
             if branch.save_at is None or branch.in_use:
                 continue
             if now or branch.save_at <= clock:
                 self._save_rest(branch)
             if branch.save_at is not None:
-                waits.append(max(0.0, branch.save_at - clock))
-        return min(waits, default=None)
+                self.next_save = min(self.next_save, max(branch.save_at, clock + _SOONEST))
+        return self.next_save < math.inf
 
     def _save_rest(self, branch: Branch) -> None:
         """Queue a branch's unsaved blocks, root first, and its tail. Looked at again until all of it is on disk."""
@@ -255,36 +271,6 @@ class Memory:
             for node in nodes:
                 if node.data is not None:
                     node.disk_bytes = 0
-
-    # -- RAM
-
-    def ram_bytes(self) -> int:
-        """Bytes of blocks and tails in RAM, each counted once."""
-        nodes = sum(n.data.nbytes for n in self.contexts.nodes.values() if n.data is not None)
-        return nodes + sum(b.tail.data.nbytes for b in self.contexts.branches() if b.tail.data is not None)
-
-    def evict(self, in_use: Iterable[Node | OpenBlock]) -> int:
-        """Drop the least recently used blocks and tails from RAM until the budget holds; only what is on disk goes.
-
-        Returns the bytes that stay.
-        """
-        left = self.ram_bytes()
-        if left <= self._kv_budget:
-            return left
-        busy = {id(target) for target in in_use}
-        idle: list[tuple[float, Node | OpenBlock]] = [(n.last_used, n) for n in self.contexts.nodes.values()]
-        for branch in self.contexts.branches():
-            if branch.tail.data is not None and not branch.tail.disk_bytes and not branch.in_use:
-                self._save_rest(branch)  # it can go once it is on disk
-            idle.append((branch.last_used, branch.tail))
-        for _, target in sorted(idle, key=lambda item: item[0]):
-            if left <= self._kv_budget:
-                break
-            if target.data is not None and target.disk_bytes and id(target) not in busy:
-                left -= target.data.nbytes
-                self.evicted_bytes += target.data.nbytes
-                target.data = None
-        return left
 
     def delete_agent(self, namespace: str, name: str, done: "Future[bool]") -> None:
         """Forget the agent; `done` gets whether there was one, once its bytes are off the disk."""

@@ -103,6 +103,10 @@ class EngineAPI(Protocol):
         """Forget the agent; True once its bytes are off the disk, False if there was none."""
         ...
 
+    async def prefetch_agent(self, namespace: str, agent_id: str) -> int | None:
+        """Read the agent's newest branch into RAM; the bytes read, None if there is no such agent. Raises Busy."""
+        ...
+
     def begin_drain(self) -> None:
         """Refuse new requests; cut running ones (ShuttingDown) after the grace time."""
         ...

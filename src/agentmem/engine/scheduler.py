@@ -56,19 +56,29 @@ class Scheduler:
             raise Busy(f"{len(self.waiting)} requests are waiting already (max_queue): try again later")
         self.waiting.append(seq)
 
-    @property
-    def can_admit(self) -> bool:
-        return bool(self.waiting) and len(self.active) < self._max_running
+    def upcoming(self) -> list[Sequence]:
+        """The queue, in the order in which it will be served as things stand."""
+        return sorted(self.waiting, key=self._urgency)
 
-    def admit(self) -> list[Sequence]:
-        """Move sequences from the queue to the active ones while there is room; the caller gives them their caches."""
-        fresh = []
-        while self.can_admit:
-            seq = min(self.waiting, key=self._urgency)
-            self.waiting.remove(seq)
-            self.active.append(seq)
-            fresh.append(seq)
-        return fresh
+    def next_waiting(self) -> Sequence | None:
+        """The one that may become active now, if RAM allows."""
+        if len(self.active) >= self._max_running:
+            return None
+        return min(self.waiting, key=self._urgency, default=None)
+
+    def activate(self, seq: Sequence) -> None:
+        self.waiting.remove(seq)
+        self.active.append(seq)
+
+    def suspend(self, seq: Sequence) -> None:
+        """Back into the queue, however full it is."""
+        self.active.remove(seq)
+        self.waiting.append(seq)
+
+    def least_urgent(self) -> Sequence:
+        """Of those that hold a cache, the one to suspend: the highest `priority` number, the newest."""
+        holders = (seq for seq in self.active if seq.cache is not None)
+        return max(holders, key=lambda seq: (seq.request.priority, seq.submitted))
 
     def remove(self, seq: Sequence) -> None:
         for queue in (self.waiting, self.active):
@@ -88,14 +98,13 @@ class Scheduler:
         return seq.request.priority, seq.num_to_prefill * self.pace.prefill_ms - waited_ms
 
     def _chunk(self, seq: Sequence, *, shared: bool) -> int:
-        """The last prompt token is left: it is the first input of decode, so that no prefill computes logits."""
         assert seq.cache is not None
         at = seq.cache.length
         # alone, up to a multiple of the chunk size: where a prefill began does not shift what follows
         size = self._shared_chunk() if shared else self._prefill_chunk - at % self._prefill_chunk
         if any(s.status is Status.RESTORING for s in self.active):
             size = min(size, _CHUNK_BESIDE_RESTORE)
-        return min(size, seq.prompt_len - 1 - at)
+        return min(size, seq.num_to_prefill)
 
     def _shared_chunk(self) -> int:
         """Prompt tokens that fit between two tokens of others."""

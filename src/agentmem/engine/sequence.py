@@ -1,13 +1,14 @@
 """Sequence: one running request, from submission to its last token."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from enum import Enum, auto
 
 from ..errors import AgentMemError
 from ..kvcache.cache import SequenceCache
-from .contexts import Branch, Match, Node
+from .block_pool import Entry, Node
+from .contexts import Branch, Match
 from .output import OutputStream
 from .request import CacheState, Finished, FinishReason, GenerateRequest, RequestStats, TextDelta
 from .sampling import Sampler
@@ -27,14 +28,19 @@ class Status(Enum):
 class Sequence:
     request: GenerateRequest
     emit: Callable[[Event], object]
-    tokens: list[int]  # prompt, then the answer; the last one is not in the cache yet
+    tokens: list[int]  # prompt, then the answer so far
     sampler: Sampler | None = None
     output: OutputStream | None = None
     status: Status = Status.WAITING
     cancelled: bool = False
     discard: bool = False  # the agent was deleted meanwhile: nothing of this sequence is kept
-    match: Match | None = None
+    match: Match | None = None  # until the cache is made from it
+    prefetching: bool = False  # waits, and what it matched is being read
+    capacity: int = 0  # tokens that RAM is reserved for
     cache: SequenceCache | None = None
+    suspended: bool = False  # gave its RAM to others, at least once
+    cached_at_start: int = 0  # tokens that `cache` began with
+    num_cached: int = 0  # the same, when the sequence first left the queue
     branch: Branch | None = None
     nodes: list[Node] = field(default_factory=list)  # of the sealed blocks, in order
     lineage: bytes = b""  # of the open block, see contexts.block_key
@@ -56,15 +62,24 @@ class Sequence:
 
     @property
     def num_to_prefill(self) -> int:
-        """Prompt tokens that are not in the cache; before it has one, as many as matched when it was submitted."""
+        """Tokens not in the cache, but for the last: that is decode's next input, so that no prefill computes logits.
+
+        Before there is a cache, as many as matched when it was last looked up.
+        """
         have = self.cache.length if self.cache is not None else self.match.length if self.match else 0
-        return self.prompt_len - have
+        return len(self.tokens) - 1 - have
+
+    def entries(self) -> Iterator[Entry]:
+        """What of the block pool it works with."""
+        yield from self.nodes
+        if self.match is not None:
+            yield from self.match.entries()
 
     @property
     def cache_state(self) -> CacheState:
         if self.restored_bytes:
             return "warm"
-        return "hot" if self.match and self.match.length else "cold"
+        return "hot" if self.num_cached else "cold"
 
     def stats(self) -> RequestStats:
         def span(start: float, stop: float) -> float:
@@ -73,7 +88,7 @@ class Sequence:
         return RequestStats(
             prompt_tokens=self.prompt_len,
             completion_tokens=self.num_generated,
-            cached_tokens=self.match.length if self.match else 0,
+            cached_tokens=self.num_cached,
             cache=self.cache_state,
             restored_bytes=self.restored_bytes,
             restore_ms=span(self.started, self.restored),

@@ -11,16 +11,19 @@ from typing import Any, cast
 import mlx.core as mx
 
 from ..config import Settings
-from ..errors import CorruptSegment, StoreError
+from ..errors import CorruptSegment, StartupError, StoreError
 from ..kvcache import calibrate
 from ..kvcache.block import from_host, to_host
 from ..models.loading import LoadedModel
 from ..store import segment
 from ..store.agent_store import AgentStore
+from .budget import RamBudget
 from .contexts import Contexts
+from .footprint import physical_memory, resolve, room_for_caches
 from .memory import Memory
 from .model_runner import ModelRunner
 from .scheduler import Scheduler
+from .trace import Trace
 
 log = logging.getLogger(__name__)
 CACHE_FORMAT = "1"  # rises when the meaning of a stored code changes: rotation, centring, quantization
@@ -36,7 +39,8 @@ class Core:
     memory: Memory
     store: AgentStore
     scheduler: Scheduler
-    max_context: int
+    budget: RamBudget
+    trace: Trace
     vocab_size: int  # ids that the tokenizer knows; some models' logits are padded beyond
 
 
@@ -51,16 +55,31 @@ def build_core(settings: Settings, load: Callable[[], LoadedModel], post: Callab
         calibration = _calibrate(settings, model, runner, settings.store_dir / fingerprint)
     except OSError as e:
         raise StoreError(f"can't use the store at {settings.store_dir}: {e}; use another --home") from None
+    trace = Trace(settings.trace)
     store = AgentStore.open(settings.store_dir, fingerprint, {"calibration": calibration})
+    try:
+        return _core(settings, model, runner, store, trace, f"{fingerprint}/{calibration}".encode(), post)
+    except StartupError:
+        store.close()
+        raise
+
+
+def _core(
+    settings: Settings,
+    model: LoadedModel,
+    runner: ModelRunner,
+    store: AgentStore,
+    trace: Trace,
+    fingerprint: bytes,
+    post: Callable[[Callable[[], None]], None],
+) -> Core:
     contexts = Contexts(
-        fingerprint=f"{fingerprint}/{calibration}".encode(),
+        fingerprint=fingerprint,
         block_size=runner.spec.block_size,
         sharing=settings.sharing,
         max_branches=settings.max_branches,
     )
-    memory = Memory(
-        contexts, store, runner.spec, kv_budget=settings.kv_budget, tail_delay=settings.tail_delay, post=post
-    )
+    memory = Memory(contexts, store, runner.spec, tail_delay=settings.tail_delay, post=post)
     memory.load_index()
     scheduler = Scheduler(
         max_running=settings.max_running,
@@ -68,9 +87,17 @@ def build_core(settings: Settings, load: Callable[[], LoadedModel], post: Callab
         prefill_chunk=settings.prefill_chunk,
         max_itl_ms=settings.max_itl_ms,
     )
-    max_context = min(settings.max_context or model.max_context, model.max_context)
+    budget = RamBudget(
+        resolve(settings.kv_budget, room_for_caches()),
+        resolve(settings.memory_limit, physical_memory()),
+        memory,
+        runner.spec,
+        on_codes=runner.on_codes,
+        max_context=min(settings.max_context or model.max_context, model.max_context),
+        active=lambda: scheduler.active,
+    )
     vocab_size = min(runner.vocab_size, max(model.tokenizer.get_vocab().values()) + 1)
-    return Core(model, runner, contexts, memory, store, scheduler, max_context, vocab_size)
+    return Core(model, runner, contexts, memory, store, scheduler, budget, trace, vocab_size)
 
 
 def _fingerprint(weights_hash: str, spec_identity: str) -> str:

@@ -27,6 +27,19 @@ def quant_group(dim: int) -> int:
     return QUANT_GROUP if dim % QUANT_GROUP == 0 else 32
 
 
+def sealed_bytes(spec: KVCacheSpec, num_tokens: int) -> int:
+    """Of the first `num_tokens` tokens of a sequence in sealed blocks, all layers, the sinks included."""
+    if spec.bits is None:
+        return num_tokens * spec.dense_bytes
+    dims = (
+        (layer.num_kv_heads, d, b)
+        for layer in spec.layers
+        for d, b in zip((layer.k_dim, layer.v_dim), spec.bits, strict=True)
+    )
+    a_token = sum(heads * (dim * bits // 8 + dim // quant_group(dim) * 4) for heads, dim, bits in dims)
+    return num_tokens * a_token + min(num_tokens, spec.num_sinks) * spec.dense_bytes
+
+
 def encode(x: mx.array, bits: int) -> Codes:
     """Affine codes of x [..., D]. Scales are 16-bit whatever x is, so that 4 bits are 4.5 and not 5."""
     packed, scales, biases = mx.quantize(x, group_size=quant_group(x.shape[-1]), bits=bits)

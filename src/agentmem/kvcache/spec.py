@@ -53,6 +53,11 @@ class KVCacheSpec:
         return f"head dims {sorted(odd)} are not multiples of 32: blocks keep the model's dtype"
 
     @cached_property
+    def dense_bytes(self) -> int:
+        """Of one token in the model's dtype, all layers."""
+        return sum(layer.num_kv_heads * (layer.k_dim + layer.v_dim) for layer in self.layers) * self.dtype.size
+
+    @cached_property
     def stacks(self) -> tuple[tuple[int, ...], ...]:
         """Layer indices by shape, in order of first appearance: Gemma's 48 equal layers give one stack of 48."""
         by_shape: dict[tuple[int, int, int], list[int]] = {}

@@ -6,16 +6,24 @@ import mlx.core as mx
 
 from .attention import FEW_QUERIES, attend_codes, attend_dense
 from .block import TOKENS, Arrays, concatenate_codes, values
-from .quantize import Codes, decode
+from .quantize import Codes, decode, sealed_bytes
 from .spec import KVCacheSpec
 
-_STEP = 256  # tokens by which a working copy grows
+STEP = 256  # tokens by which a working copy grows
 CodesPair = tuple[Codes, Codes]  # of keys and of values
 DensePair = tuple[mx.array, mx.array]
 
 
 def _rounded(num_tokens: int) -> int:
-    return -(-num_tokens // _STEP) * _STEP
+    return -(-num_tokens // STEP) * STEP
+
+
+def working_bytes(spec: KVCacheSpec, num_tokens: int, *, on_codes: bool) -> int:
+    """RAM of a running sequence's working copy with room for `num_tokens` tokens, all layers."""
+    if not on_codes or spec.bits is None:
+        return _rounded(num_tokens) * spec.dense_bytes
+    sealed = num_tokens // spec.block_size * spec.block_size
+    return _rounded(spec.block_size) * spec.dense_bytes + sealed_bytes(spec, sealed)
 
 
 def _replace(old: Codes, new: Codes, start: int, stop: int) -> Codes:

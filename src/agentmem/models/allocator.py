@@ -14,6 +14,12 @@ KEPT_BYTES = 512 << 20  # free memory at the heap's end that stays with the proc
 _LARGEST_MMAP_THRESHOLD = 32 << 20  # glibc takes no more
 
 
+def release_freed_memory() -> None:
+    """Give back what `keep_freed_memory` keeps."""
+    if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)) is not None:
+        trim(0)
+
+
 def keep_freed_memory() -> bool:
     """Whether glibc took it. Call it before threads start: each would otherwise get a heap of its own."""
     if sys.platform != "linux":

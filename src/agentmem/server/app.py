@@ -76,11 +76,22 @@ def _add_agent_routes(app: FastAPI, engine: EngineAPI) -> None:
     async def list_agents() -> dict[str, Any]:
         return {"object": "list", "data": [asdict(agent) for agent in await engine.agents(NAMESPACE)]}
 
+    @app.post("/v1/agents/{agent_id:path}/prefetch")
+    async def prefetch_agent(agent_id: str) -> dict[str, Any]:
+        restored = await engine.prefetch_agent(NAMESPACE, agent_id)
+        if restored is None:
+            raise _no_agent(agent_id)
+        return {"agent_id": agent_id, "restored_bytes": restored}
+
     @app.delete("/v1/agents/{agent_id:path}")
     async def delete_agent(agent_id: str) -> dict[str, Any]:
         if not await engine.delete_agent(NAMESPACE, agent_id):
-            raise NotFound(f"There is no agent {agent_id[:200]!r}.", param="agent_id", code="agent_not_found")
+            raise _no_agent(agent_id)
         return {"agent_id": agent_id, "deleted": True}
+
+
+def _no_agent(agent_id: str) -> NotFound:
+    return NotFound(f"There is no agent {agent_id[:200]!r}.", param="agent_id", code="agent_not_found")
 
 
 async def _agentmem_error(request: Request, exc: Exception) -> Response:

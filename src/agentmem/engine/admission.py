@@ -1,0 +1,277 @@
+"""How sequences get their caches and give them back: admitted when RAM allows, suspended when it runs out, left idle.
+
+A second request of an agent, while one runs, does not wait: it starts from what the agent's branches and the shared
+blocks hold when its prefill begins, on a branch of its own.
+"""
+
+import logging
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+
+import numpy as np
+
+from ..errors import Busy
+from ..kvcache.working import STEP
+from .block_pool import OpenBlock
+from .contexts import Match
+from .output import OutputStream
+from .sampling import Sampler
+from .sequence import Sequence, Status
+from .startup import Core
+
+log = logging.getLogger(__name__)
+_PREFETCH = 4  # of the queue, looked at in advance
+_GIVE_UP = 15.0  # s without room and without anything running
+
+
+class Admission:
+    """Engine thread only."""
+
+    def __init__(self, core: Core, stopped: Callable[[], bool]):
+        """`stopped`: whether the engine has failed, so that a restore that ends starts nothing more."""
+        self._core, self._trace, self._stopped = core, core.trace, stopped
+        self.suspensions = 0  # since the start
+        self.short = False  # the most urgent of the queue waits for RAM
+
+    @property
+    def can_admit(self) -> bool:
+        seq = self._core.scheduler.next_waiting()
+        return seq is not None and not self.short and not seq.prefetching
+
+    # -- from the queue to a cache
+
+    def admit(self) -> None:
+        """Start what waits, in order, as far as RAM goes; then read ahead for the next."""
+        self.short = False
+        while (seq := self._core.scheduler.next_waiting()) is not None and not self.short:
+            if seq.prefetching:
+                break
+            self.look_up(seq)
+            if self._reserve(seq):
+                self._core.scheduler.activate(seq)
+                seq.started = seq.started or time.perf_counter()
+                self._restore_or_start(seq)
+            else:
+                self.short = True
+        self._note_progress()
+        if self._core.scheduler.waiting:
+            self._prefetch()
+
+    def look_up(self, seq: Sequence) -> Match:
+        request = seq.request
+        seq.match = self._core.contexts.match(request.namespace, request.agent_id, seq.tokens)
+        return seq.match
+
+    def _reserve(self, seq: Sequence) -> bool:
+        """Room for all tokens so far and what is to be read, and for the others to go on a while."""
+        budget, match = self._core.budget, seq.match
+        assert match is not None
+        seq.capacity = 0
+        capacity = budget.capacity_for(len(seq.tokens))
+        needed = budget.running_bytes(capacity, len(match.nodes) * self._core.runner.spec.block_size)
+        needed += sum(entry.disk_bytes for entry in match.missing)
+        growing = sum(s is not seq for s in self._core.scheduler.active) * budget.growth_bytes
+        if not budget.make_room(needed + growing, match.entries()):
+            return False
+        seq.capacity = capacity
+        return True
+
+    def _restore_or_start(self, seq: Sequence) -> None:
+        """Start if all that matched is in RAM, else read what is on disk and look again.
+
+        Again, because another request may have moved the agent's branches on meanwhile.
+        """
+        match = seq.match
+        assert match is not None
+        if not match.missing:
+            self._start(seq, match)
+            return
+        seq.status = Status.RESTORING
+        self._core.contexts.hold(match.all_nodes)
+        began = time.perf_counter()
+
+        def restored(nbytes: int) -> None:
+            self._restored(seq, began, nbytes)
+            if not self._stopped() and seq.status is Status.RESTORING:
+                self.look_up(seq)
+                if self._reserve(seq):
+                    self._restore_or_start(seq)
+                else:
+                    self._requeue(seq)
+            self._core.contexts.release(match.all_nodes)
+
+        self._core.memory.restore(match, restored)
+
+    def _start(self, seq: Sequence, match: Match) -> None:
+        contexts, memory = self._core.contexts, self._core.memory
+        snapshot, seq.lineage = memory.snapshot(match)
+        seq.nodes, seq.match = list(match.nodes), None
+        contexts.hold(seq.nodes)
+        contexts.touch(match)
+        agent = contexts.agent(seq.request.namespace, seq.request.agent_id)
+        seq.branch = memory.claim_branch(agent, match, persist=not seq.discard)
+        seq.cache = self._core.runner.new_cache(snapshot, seq.capacity)
+        seq.cached_at_start = match.length
+        if not seq.suspended:
+            seq.num_cached = match.length
+        if seq.output is None:
+            seq.sampler = Sampler(seq.request.params, self._core.vocab_size)
+            seq.output = OutputStream(self._core.model.tokenizer, seq.request.params)
+        seq.restored = seq.restored or time.perf_counter()
+        seq.status = Status.PREFILL
+        self.prefilled_maybe(seq)
+
+    @staticmethod
+    def prefilled_maybe(seq: Sequence) -> None:
+        if seq.num_to_prefill == 0:
+            seq.prefilled = seq.prefilled or time.perf_counter()
+            seq.status = Status.DECODE
+
+    def look_again(self, seq: Sequence) -> bool:
+        """Before its first chunk: start from blocks that another request has sealed meanwhile, if there are any."""
+        assert seq.cache is not None and seq.branch is not None
+        if seq.cache.length > seq.cached_at_start:
+            return False
+        match = self._core.contexts.match(seq.request.namespace, seq.request.agent_id, seq.tokens)
+        if match.length < seq.cache.length + self._core.runner.spec.block_size or match.missing:
+            return False
+        self._core.contexts.hold(match.all_nodes)
+        self._core.contexts.release(seq.nodes)
+        self._core.memory.abandon(seq.branch)
+        self._start(seq, match)
+        self._core.contexts.release(match.all_nodes)
+        return True
+
+    # -- ahead of need
+
+    def _prefetch(self) -> None:
+        """Read what the next in the queue matched, as far as that evicts nothing that any of them needs."""
+        queue = self._core.scheduler.upcoming()[:_PREFETCH]
+        for seq in queue:
+            if not seq.prefetching:
+                self.look_up(seq)
+        wanted = [entry for seq in queue if seq.match is not None for entry in seq.match.entries()]
+        for seq in queue:
+            match = seq.match
+            if seq.prefetching or match is None or not match.missing:
+                continue
+            nbytes = sum(entry.disk_bytes for entry in match.missing)
+            if not self._core.budget.make_room(nbytes, wanted, urgent=False):
+                return
+            self._read_ahead(seq, match)
+
+    def _read_ahead(self, seq: Sequence, match: Match) -> None:
+        seq.prefetching, began = True, time.perf_counter()
+        self._core.contexts.hold(match.all_nodes)
+
+        def restored(nbytes: int) -> None:
+            seq.prefetching = False
+            self._restored(seq, began, nbytes)
+            self._core.contexts.release(match.all_nodes)
+
+        self._core.memory.restore(match, restored)
+
+    def _restored(self, seq: Sequence, began: float, nbytes: int) -> None:
+        if not seq.suspended:
+            seq.restored_bytes += nbytes
+        self._trace.span("restore", began, agent=seq.request.agent_id, bytes=nbytes)
+
+    def prefetch_agent(self, namespace: str, name: str, done: "Future[int | None]") -> None:
+        """Bring the agent's newest branch into RAM; `done` gets the bytes read, None if there is no such agent.
+
+        Busy: there is no room now.
+        """
+        agent = self._core.contexts.agents.get((namespace, name))
+        if agent is None or not agent.branches:
+            done.set_result(None)
+            return
+        branch = max(agent.branches.values(), key=lambda b: b.last_used)
+        match = branch.whole()
+        nbytes, budget = sum(entry.disk_bytes for entry in match.missing), self._core.budget
+        if not match.missing:
+            self._core.contexts.touch(match)
+            done.set_result(0)
+        elif not budget.make_room(nbytes, match.entries(), urgent=False):
+            raise Busy(
+                f"There is no room for the {nbytes:,} bytes of agent {name[:200]!r}: {budget.used_bytes:,} of the "
+                f"{budget.limit:,} bytes of RAM for caches (kv_budget) are in use or reserved.",
+                code="kv_budget_full",
+            )
+        else:
+            self._core.contexts.hold(match.all_nodes)
+            began = time.perf_counter()
+
+            def restored(nbytes: int) -> None:
+                self._trace.span("restore", began, agent=name, bytes=nbytes)
+                self._core.contexts.release(match.all_nodes)
+                done.set_result(nbytes)
+
+            self._core.memory.restore(match, restored)
+
+    # -- RAM of the running
+
+    def grow(self) -> None:
+        """Before a step: room for one more token of each that decodes, at the cost of the least urgent."""
+        for seq in list(self._core.scheduler.active):
+            while seq.cache is not None and seq.status is Status.DECODE and seq.cache.length >= seq.capacity:
+                if self._core.budget.make_room(self._core.budget.growth_bytes, ()):
+                    seq.capacity += STEP
+                else:
+                    self._suspend(self._core.scheduler.least_urgent())
+
+    def _suspend(self, seq: Sequence) -> None:
+        """Give its RAM to others; it goes on from here when there is room again."""
+        log.info("suspended a request of agent %r after %d tokens: no RAM", seq.request.agent_id, seq.num_generated)
+        self.suspensions += 1
+        seq.suspended = True
+        self._give_back(seq)
+        self._requeue(seq)
+
+    def _requeue(self, seq: Sequence) -> None:
+        seq.capacity, seq.match, seq.status = 0, None, Status.WAITING
+        self._core.scheduler.suspend(seq)
+
+    def leave(self, seq: Sequence) -> None:
+        """Take `seq` out of the running and keep what it computed, if anything."""
+        self._core.scheduler.remove(seq)
+        seq.status = Status.FINISHED
+        self._give_back(seq)
+
+    def _give_back(self, seq: Sequence) -> None:
+        """What its cache holds becomes a branch of its agent; the working copy goes."""
+        contexts, cache, branch, nodes = self._core.contexts, seq.cache, seq.branch, seq.nodes
+        seq.cache = seq.branch = seq.match = None
+        seq.nodes, seq.capacity = [], 0
+        if cache is None or branch is None:
+            return
+        tokens = np.array(seq.tokens[: cache.length], dtype=np.uint32)
+        same = contexts.covering(branch, tokens)
+        if seq.discard or same is not None or cache.length == seq.cached_at_start:
+            contexts.release(nodes)
+            self._core.memory.abandon(branch)
+            if same is not None:
+                same.last_used = same.agent.last_used = time.time()
+        else:
+            tail = OpenBlock(tokens[cache.num_sealed :], lineage=seq.lineage)
+            self._core.memory.commit(branch, nodes, tail, cache.snapshot().tail)
+
+    def _note_progress(self) -> None:
+        """Where nothing runs that could give back RAM, give up unsaved caches after a while, then the request."""
+        scheduler, budget = self._core.scheduler, self._core.budget
+        if not self.short or scheduler.active:
+            budget.short_since = None
+            return
+        now = time.monotonic()
+        budget.short_since = budget.short_since or now
+        seq = scheduler.next_waiting()
+        if seq is not None and now - budget.short_since > _GIVE_UP:
+            budget.short_since = None
+            scheduler.remove(seq)
+            seq.fail(
+                Busy(
+                    f"No RAM for caches came free: of kv_budget ({budget.limit:,} bytes) {budget.used_bytes:,} are in "
+                    "use by agents that are pinned or can't be saved.",
+                    code="kv_budget_full",
+                )
+            )

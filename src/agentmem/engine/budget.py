@@ -1,0 +1,153 @@
+"""RamBudget: what `--kv-budget` has left, counted by real bytes, and what must go to make room.
+
+Counted are blocks and tails in RAM, what is being read from disk, and for each running sequence the working copy it has
+room for, the blocks it will seal up to there, and the copy of its tail that it will leave.
+"""
+
+import logging
+import time
+from collections.abc import Callable, Iterable
+
+import mlx.core as mx
+
+from ..errors import StartupError
+from ..kvcache.quantize import sealed_bytes
+from ..kvcache.spec import KVCacheSpec
+from ..kvcache.working import STEP, working_bytes
+from ..models.allocator import release_freed_memory
+from .block_pool import Entry
+from .footprint import process_footprint
+from .memory import Memory
+from .sequence import Sequence
+
+log = logging.getLogger(__name__)
+_STUCK = 5.0  # s without room and without anything running, after which unsaved caches are given up
+_EVICT_FROM, _EVICT_TO = 0.95, 0.9  # of the memory limit
+_FILE_HEADER = 4096  # bytes, at most
+_SAVE_INTERVAL = 0.25  # s
+
+
+class RamBudget:
+    def __init__(
+        self,
+        limit: int,
+        memory_limit: int,
+        memory: Memory,
+        spec: KVCacheSpec,
+        *,
+        on_codes: bool,
+        max_context: int,
+        active: Callable[[], Iterable[Sequence]],
+    ):
+        """`active`: the sequences that hold RAM or are about to. Raises StartupError: too small for any sequence."""
+        self.limit, self._memory_limit = limit, memory_limit
+        self._memory, self._spec, self._on_codes, self._active = memory, spec, on_codes, active
+        self.short_since: float | None = None  # time.monotonic(): a request waits for RAM, and nothing runs
+        self.growth_bytes = self.running_bytes(2 * STEP) - self.running_bytes(STEP)
+        self._saves_asked = 0.0
+        self.max_context = self._largest(max_context)
+        self._cut_by_budget = self.max_context < max_context
+
+    @staticmethod
+    def capacity_for(num_tokens: int) -> int:
+        """Working copies grow in steps."""
+        return -(-num_tokens // STEP) * STEP
+
+    def running_bytes(self, capacity: int, num_sealed: int = 0) -> int:
+        """A sequence with room for `capacity` tokens, beside the blocks of its first `num_sealed` tokens."""
+        spec = self._spec
+        new_blocks = sealed_bytes(spec, capacity // spec.block_size * spec.block_size) - sealed_bytes(spec, num_sealed)
+        tail = spec.block_size * spec.dense_bytes + sealed_bytes(spec, spec.block_size)  # or the block that was cut
+        return working_bytes(spec, capacity, on_codes=self._on_codes) + max(0, new_blocks) + tail
+
+    def explain_limit(self) -> str:
+        """Why `max_context` is not what was wanted; nothing if it is."""
+        if not self._cut_by_budget:
+            return ""
+        return f" (that is what kv_budget, {self.limit:,} bytes of RAM, has room for)"
+
+    @property
+    def reserved_bytes(self) -> int:
+        """Beside what is in the block pool."""
+        running = sum(self._running_bytes(seq) for seq in self._active())
+        return running + self._memory.incoming_bytes
+
+    @property
+    def used_bytes(self) -> int:
+        return self._memory.contexts.pool.nbytes + self.reserved_bytes
+
+    def _running_bytes(self, seq: Sequence) -> int:
+        if not seq.capacity:
+            return 0
+        match_nodes = len(seq.match.nodes) if seq.match else 0
+        return self.running_bytes(seq.capacity, max(len(seq.nodes), match_nodes) * self._spec.block_size)
+
+    def make_room(self, nbytes: int, kept: Iterable[Entry], *, urgent: bool = True) -> bool:
+        """Evict what is idle until `nbytes` more fit; False, and nothing evicted, if they can't now.
+
+        `urgent`: a request can't go on without: what is not on disk yet is saved now, or given up if it can't be.
+        """
+        contexts = self._memory.contexts
+        short = nbytes + self.used_bytes - self.limit
+        if short <= 0:
+            return True
+        stay = {id(e) for seq in self._active() for e in seq.entries()} | {id(e) for e in kept} | self._pinned()
+        lost = contexts.pool.evict(short, stay, lossy=urgent and self._may_lose())
+        if lost is None and urgent:
+            self._save_soon()
+        for entry in lost or ():
+            log.warning("the cache of %d tokens left RAM unsaved: they will be prefilled again", len(entry.tokens))
+            contexts.lose(entry)
+        return lost is not None
+
+    def evict_idle(self, nbytes: int) -> None:
+        """Drop `nbytes` of what is on disk and in no one's use, or all of that."""
+        stay = {id(e) for seq in self._active() for e in seq.entries()} | self._pinned()
+        self._memory.contexts.pool.evict(nbytes, stay, partly=True)
+
+    def _pinned(self) -> set[int]:
+        return {id(e) for agent in self._memory.contexts.agents.values() if agent.pinned for e in agent.entries()}
+
+    def relieve_process(self) -> str | None:
+        """Keep the process below `memory_limit` by evicting. Returns what to tell new requests if that won't do."""
+        footprint = process_footprint()
+        if footprint < _EVICT_FROM * self._memory_limit:
+            return None
+        self.evict_idle(footprint - int(_EVICT_TO * self._memory_limit))
+        self._save_soon()
+        mx.clear_cache()
+        release_freed_memory()
+        footprint = process_footprint()
+        if footprint <= self._memory_limit:
+            return None
+        return f"the process takes {footprint:,} bytes, more than memory_limit ({self._memory_limit:,})"
+
+    def _may_lose(self) -> bool:
+        """Whether to give up caches that are not on disk: a store that can't write must not stop the serving."""
+        stuck = self.short_since is not None and time.monotonic() - self.short_since > _STUCK
+        return stuck or self._memory.store.background_error is not None
+
+    def _save_soon(self) -> None:
+        """What rests unsaved can leave RAM once it is on disk."""
+        now = time.monotonic()
+        if now - self._saves_asked > _SAVE_INTERVAL:
+            self._saves_asked = now
+            self._memory.save_idle(now=True)
+
+    def _largest(self, wanted: int) -> int:
+        """Tokens of the longest sequence, of at most `wanted`, that fits with nothing else in RAM."""
+        if (needed := self._alone_bytes(STEP)) > self.limit:
+            raise StartupError(
+                f"kv_budget: {self.limit:,} bytes of RAM for caches are too few for this model, which needs "
+                f"{needed:,} for a sequence of {STEP} tokens; give it more, or use a smaller --block-size"
+            )
+        capacity = STEP
+        while capacity < wanted and self._alone_bytes(capacity + STEP) <= self.limit:
+            capacity += STEP
+        return min(capacity, wanted)
+
+    def _alone_bytes(self, capacity: int) -> int:
+        """The most that a sequence takes: the tail that it starts from, and files with headers, come on top."""
+        spec = self._spec
+        before = spec.block_size * spec.dense_bytes + sealed_bytes(spec, spec.block_size)
+        return self.running_bytes(capacity) + before + (capacity // spec.block_size + 2) * _FILE_HEADER
