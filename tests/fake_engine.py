@@ -28,7 +28,7 @@ def tiny_tokenizer(template: str | None = CHATML, size: int = 8) -> TokenizerWra
 class FakeEngine:
     """Answers `words`, `delay` seconds apart after `first_delay`; then raises `error`, where there is one."""
 
-    model_name, max_context, status = "org/tiny", 64, "ok"
+    model_name, max_context, why_max_context, status = "org/tiny", 64, "", "ok"
     words, delay, first_delay, error = ("Hello", " wörld"), 0.0, 0.0, None
 
     def __init__(self, **options):

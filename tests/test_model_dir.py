@@ -97,6 +97,7 @@ BREAK = {
     "a type that is a path": (edit_config(model_type="../x"), "not supported"),
     "config lacks a size": (edit_config(hidden_size=None), "hidden_size"),
     "config of another shape": (edit_config(intermediate_size=256), "can't be loaded"),
+    "config with a number for a text": (edit_config(hidden_act=3), "can't be loaded"),
     "config with more layers": (edit_config(num_hidden_layers=3), "can't be loaded"),
     "no weights": (remove("model.safetensors"), "model.safetensors is missing"),
     "weights cut by a byte": (lambda path: cut_weights((path / "model.safetensors").stat().st_size - 1)(path), "bytes"),

@@ -262,6 +262,12 @@ def test_prompt_that_fills_the_context_is_refused_with_both_numbers(engine, chat
     assert engine.requests == []
 
 
+def test_what_sets_the_limit_is_said(engine, chat):
+    engine.why_max_context = " (kv_budget is small)"
+    message = refused(chat(messages=[{"role": "user", "content": "hello " * 90}]), 400, "messages")
+    assert "64 tokens (kv_budget is small)" in message
+
+
 def test_longest_prompt_that_leaves_one_token_is_served(engine, chat):
     assert chat(messages=[{"role": "user", "content": "hello " * 58}]).status_code == 200
     assert (len(engine.requests[0].tokens), engine.requests[0].params.max_tokens) == (63, 1)

@@ -37,7 +37,7 @@ class Admission:
     @property
     def can_admit(self) -> bool:
         seq = self._core.scheduler.next_waiting()
-        return seq is not None and not self.short and not seq.prefetching
+        return seq is not None and not self.short
 
     # -- from the queue to a cache
 
@@ -45,15 +45,13 @@ class Admission:
         """Start what waits, in order, as far as RAM goes; then read ahead for the next."""
         self.short = False
         while (seq := self._core.scheduler.next_waiting()) is not None and not self.short:
-            if seq.prefetching:
-                break
-            self.look_up(seq)
-            if self._reserve(seq):
+            if not seq.reading:
+                self.look_up(seq)
+            self.short = not self._reserve(seq)
+            if not self.short:
                 self._core.scheduler.activate(seq)
                 seq.started = seq.started or time.perf_counter()
                 self._restore_or_start(seq)
-            else:
-                self.short = True
         self._note_progress()
         if self._core.scheduler.waiting:
             self._prefetch()
@@ -84,15 +82,24 @@ class Admission:
         """
         match = seq.match
         assert match is not None
-        if not match.missing:
-            self._start(seq, match)
-            return
         seq.status = Status.RESTORING
+        if seq.reading:  # ahead of need, and it is needed now
+            return
+        if match.missing:
+            self._read(seq, match)
+        else:
+            self._start(seq, match)
+
+    def _read(self, seq: Sequence, match: Match) -> None:
+        """What `match` lacks, and go on if `seq` is restoring by the time it is there."""
+        seq.reading, began = True, time.perf_counter()
         self._core.contexts.hold(match.all_nodes)
-        began = time.perf_counter()
 
         def restored(nbytes: int) -> None:
-            self._restored(seq, began, nbytes)
+            seq.reading = False
+            if not seq.suspended:
+                seq.restored_bytes += nbytes
+            self._trace.span("restore", began, agent=seq.request.agent_id, bytes=nbytes)
             if not self._stopped() and seq.status is Status.RESTORING:
                 self.look_up(seq)
                 if self._reserve(seq):
@@ -149,33 +156,17 @@ class Admission:
         """Read what the next in the queue matched, as far as that evicts nothing that any of them needs."""
         queue = self._core.scheduler.upcoming()[:_PREFETCH]
         for seq in queue:
-            if not seq.prefetching:
+            if not seq.reading:
                 self.look_up(seq)
         wanted = [entry for seq in queue if seq.match is not None for entry in seq.match.entries()]
         for seq in queue:
             match = seq.match
-            if seq.prefetching or match is None or not match.missing:
+            if seq.reading or match is None or not match.missing:
                 continue
             nbytes = sum(entry.disk_bytes for entry in match.missing)
             if not self._core.budget.make_room(nbytes, wanted, urgent=False):
                 return
-            self._read_ahead(seq, match)
-
-    def _read_ahead(self, seq: Sequence, match: Match) -> None:
-        seq.prefetching, began = True, time.perf_counter()
-        self._core.contexts.hold(match.all_nodes)
-
-        def restored(nbytes: int) -> None:
-            seq.prefetching = False
-            self._restored(seq, began, nbytes)
-            self._core.contexts.release(match.all_nodes)
-
-        self._core.memory.restore(match, restored)
-
-    def _restored(self, seq: Sequence, began: float, nbytes: int) -> None:
-        if not seq.suspended:
-            seq.restored_bytes += nbytes
-        self._trace.span("restore", began, agent=seq.request.agent_id, bytes=nbytes)
+            self._read(seq, match)
 
     def prefetch_agent(self, namespace: str, name: str, done: "Future[int | None]") -> None:
         """Bring the agent's newest branch into RAM; `done` gets the bytes read, None if there is no such agent.

@@ -46,7 +46,8 @@ class RamBudget:
         self.growth_bytes = self.running_bytes(2 * STEP) - self.running_bytes(STEP)
         self._saves_asked = 0.0
         self.max_context = self._largest(max_context)
-        self._cut_by_budget = self.max_context < max_context
+        cut = self.max_context < max_context
+        self.why_max_context = f" (kv_budget, {limit:,} bytes of RAM, has no room for more)" if cut else ""
 
     @staticmethod
     def capacity_for(num_tokens: int) -> int:
@@ -59,12 +60,6 @@ class RamBudget:
         new_blocks = sealed_bytes(spec, capacity // spec.block_size * spec.block_size) - sealed_bytes(spec, num_sealed)
         tail = spec.block_size * spec.dense_bytes + sealed_bytes(spec, spec.block_size)  # or the block that was cut
         return working_bytes(spec, capacity, on_codes=self._on_codes) + max(0, new_blocks) + tail
-
-    def explain_limit(self) -> str:
-        """Why `max_context` is not what was wanted; nothing if it is."""
-        if not self._cut_by_budget:
-            return ""
-        return f" (that is what kv_budget, {self.limit:,} bytes of RAM, has room for)"
 
     @property
     def reserved_bytes(self) -> int:

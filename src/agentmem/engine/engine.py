@@ -41,12 +41,13 @@ class Engine:
         self._core = self._ready.result()
         self.model_name = self._core.model.name
         self.max_context = self._core.budget.max_context
+        self.why_max_context = self._core.budget.why_max_context
         self.tokenizer = self._core.model.tokenizer
 
     async def generate(self, request: GenerateRequest) -> AsyncIterator[TextDelta | Finished]:
         self._check_open()
         if len(request.tokens) >= self.max_context:
-            raise ContextLengthExceeded(len(request.tokens), self.max_context, self._core.budget.explain_limit())
+            raise ContextLengthExceeded(len(request.tokens), self.max_context, self.why_max_context)
         loop, events = asyncio.get_running_loop(), asyncio.Queue[Event]()
         seq = Sequence(
             request,

@@ -80,6 +80,7 @@ class EngineAPI(Protocol):
 
     model_name: str
     max_context: int  # prompt and answer, in tokens
+    why_max_context: str  # what sets it, if not the model
     tokenizer: Any  # mlx_lm TokenizerWrapper
 
     def generate(self, request: GenerateRequest) -> AsyncIterator[TextDelta | Finished]:

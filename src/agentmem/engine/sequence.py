@@ -35,7 +35,7 @@ class Sequence:
     cancelled: bool = False
     discard: bool = False  # the agent was deleted meanwhile: nothing of this sequence is kept
     match: Match | None = None  # until the cache is made from it
-    prefetching: bool = False  # waits, and what it matched is being read
+    reading: bool = False  # what it matched is on its way from disk, perhaps ahead of need
     capacity: int = 0  # tokens that RAM is reserved for
     cache: SequenceCache | None = None
     suspended: bool = False  # gave its RAM to others, at least once

@@ -8,7 +8,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 from huggingface_hub import try_to_load_from_cache
-from huggingface_hub.errors import HTTPError, RevisionResolutionError, XetDownloadError
+from huggingface_hub.errors import HTTPError, RevisionResolutionError, StrictDataclassError, XetDownloadError
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import _download, dequantize_model, load_tokenizer
 from mlx_lm.utils import load_model as load_mlx_model
@@ -93,12 +93,18 @@ def load_model(name: str, home: Path, progress: Progress = print) -> LoadedModel
     )
 
 
+_LOAD_ERRORS = (
+    *(OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, ImportError),
+    StrictDataclassError,  # transformers', of a config field of a wrong type
+)
+
+
 def _load(found: ModelDir) -> tuple[nn.Module, TokenizerWrapper]:
     """mlx-lm's own loading; it never sets a wired limit (kernel panics are reported with one: mlx issue 3186)."""
     try:
         model, config = load_mlx_model(found.path, lazy=True)
         tokenizer = load_tokenizer(found.path, eos_token_ids=config.get("eos_token_id"))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, ImportError) as e:
+    except _LOAD_ERRORS as e:
         raise ModelError(f"model {found.path} can't be loaded: {_one_line(e)}") from e
     return model, tokenizer
 

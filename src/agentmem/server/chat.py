@@ -51,10 +51,13 @@ def resolve_agent_id(body: str | None, header: bytes | None) -> str:
 class ChatRenderer:
     """Renders messages with the model's chat template, in one thread: HF tokenizers are not re-entrant."""
 
-    def __init__(self, tokenizer: Any, max_context: int):
-        """`tokenizer` is an mlx_lm TokenizerWrapper; `max_context` counts prompt and answer, in tokens."""
+    def __init__(self, tokenizer: Any, max_context: int, why_max: str = ""):
+        """`tokenizer` is an mlx_lm TokenizerWrapper; `max_context` counts prompt and answer, in tokens.
+
+        `why_max` says what sets it, if not the model.
+        """
         self._tokenizer = tokenizer
-        self._max_context = max_context
+        self._max_context, self._why_max = max_context, why_max
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="tokenizer")
 
     async def render(self, messages: Sequence[Message]) -> list[int]:
@@ -66,7 +69,7 @@ class ChatRenderer:
         loop = asyncio.get_running_loop()
         tokens = await loop.run_in_executor(self._thread, self._apply_template, messages)
         if len(tokens) >= self._max_context:
-            raise ContextLengthExceeded(len(tokens), self._max_context)
+            raise ContextLengthExceeded(len(tokens), self._max_context, self._why_max)
         return tokens
 
     def _apply_template(self, messages: Sequence[Message]) -> list[int]:

@@ -34,7 +34,7 @@ class ChatCompletions:
     def __init__(self, engine: EngineAPI, settings: Settings):
         self._engine = engine
         self._settings = settings
-        self._renderer = ChatRenderer(engine.tokenizer, engine.max_context)
+        self._renderer = ChatRenderer(engine.tokenizer, engine.max_context, engine.why_max_context)
 
     async def create(self, body: ChatCompletionRequest, request: Request) -> Response:
         check_model(body.model, self._engine.model_name)
