@@ -22,6 +22,7 @@ from .startup import Core
 
 log = logging.getLogger(__name__)
 _PREFETCH = 4  # of the queue, looked at in advance
+LOOK_INTERVAL = 0.05  # s between two looks at the queue, unless something enters or ends
 _GIVE_UP = 15.0  # s without room and without anything running
 
 
@@ -33,6 +34,7 @@ class Admission:
         self._core, self._trace, self._stopped = core, core.trace, stopped
         self.suspensions = 0  # since the start
         self.short = False  # the most urgent of the queue waits for RAM
+        self._look_at = 0.0  # time.monotonic(); before, there is hardly more room than at the last look
 
     @property
     def can_admit(self) -> bool:
@@ -43,6 +45,15 @@ class Admission:
 
     def admit(self) -> None:
         """Start what waits, in order, as far as RAM goes; then read ahead for the next."""
+        if not self._core.scheduler.waiting:
+            self.short, self._core.budget.short_since = False, None
+        elif time.monotonic() >= self._look_at:
+            self._admit()
+            self._prefetch()
+            self._note_progress()
+            self._look_at = time.monotonic() + LOOK_INTERVAL
+
+    def _admit(self) -> None:
         self.short = False
         while (seq := self._core.scheduler.next_waiting()) is not None and not self.short:
             if not seq.reading:
@@ -52,9 +63,11 @@ class Admission:
                 self._core.scheduler.activate(seq)
                 seq.started = seq.started or time.perf_counter()
                 self._restore_or_start(seq)
-        self._note_progress()
-        if self._core.scheduler.waiting:
-            self._prefetch()
+
+    def entered(self, seq: Sequence) -> None:
+        """A new one in the queue; where it stands there depends on what is cached."""
+        self.look_up(seq)
+        self._look_at = 0.0
 
     def look_up(self, seq: Sequence) -> Match:
         request = seq.request
@@ -232,6 +245,7 @@ class Admission:
     def _give_back(self, seq: Sequence) -> None:
         """What its cache holds becomes a branch of its agent; the working copy goes."""
         contexts, cache, branch, nodes = self._core.contexts, seq.cache, seq.branch, seq.nodes
+        self._look_at = 0.0
         seq.cache = seq.branch = seq.match = None
         seq.nodes, seq.capacity = [], 0
         if cache is None or branch is None:

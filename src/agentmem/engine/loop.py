@@ -12,7 +12,7 @@ import mlx.core as mx
 from ..errors import AgentMemError, EngineFailed, MemoryPressure, ShuttingDown
 from ..kvcache.block import SealedBlock
 from ..metrics import EngineFigures, Metrics
-from .admission import Admission
+from .admission import LOOK_INTERVAL, Admission
 from .block_pool import FRESH
 from .contexts import ROOT
 from .request import TextDelta
@@ -77,7 +77,7 @@ class EngineLoop:
             if self.memory_error:
                 raise MemoryPressure(self.memory_error)
             self.core.scheduler.add(seq)
-            self._admission.look_up(seq)  # where it stands in the queue depends on what is cached
+            self._admission.entered(seq)
         except AgentMemError as e:
             seq.fail(e)
 
@@ -127,7 +127,7 @@ class EngineLoop:
         if self._drain_deadline is not None:
             return 0.02
         if self._admission.short or self.memory_error:
-            return _WATCH_INTERVAL
+            return LOOK_INTERVAL
         return min(60.0, max(0.0, self.core.memory.next_save - time.monotonic()))
 
     def _watch_memory(self) -> None:

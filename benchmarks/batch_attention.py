@@ -1,0 +1,232 @@
+"""Decode steps of a batch by three ways to run attention, everything else being equal.
+
+per sequence  each sequence over a working copy of its own: what agentmem serves with
+merged        one padded [B, H, capacity, D] buffer a layer, one attention call, a mask where lengths differ
+grouped       one such buffer, and one call, for the sequences whose lengths round up to the same multiple of 256
+
+Merged and grouped have to copy a buffer whenever a sequence joins (`join`, ms); per sequence copies nothing. Bytes are
+those of working copies. `differs` is the largest difference of the first step's logits from per sequence; 0 means equal
+bit for bit. Caches hold random values (time does not depend on them). The ways take turns step by step: A B C A B C.
+
+    python benchmarks/batch_attention.py --json benchmarks/results/batch-attention-demo.json
+"""
+
+import argparse
+import itertools
+import json
+import statistics
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from agentmem.models.allocator import keep_freed_memory
+from agentmem.models.blas import load_fast_blas
+
+HOME = Path("~/.agentmem").expanduser()
+keep_freed_memory()
+load_fast_blas(HOME)
+
+import mlx.core as mx  # noqa: E402  (after the BLAS)
+from machine import describe_machine  # noqa: E402
+from throughput import snapshot  # noqa: E402
+
+from agentmem.engine.model_runner import ModelRunner  # noqa: E402
+from agentmem.kvcache.cache import SequenceCache  # noqa: E402
+from agentmem.kvcache.quantize import CacheSpace  # noqa: E402
+from agentmem.models.loading import load_model  # noqa: E402
+
+STEP = 256  # buffers grow, and groups are formed, by this many tokens
+ON_CPU = mx.default_device() == mx.Device(mx.cpu)
+
+
+@dataclass
+class Buffer:
+    """One layer's keys and values [B, H, capacity, D] of a group. All sequences end at the same column: `width`."""
+
+    k: mx.array
+    v: mx.array
+
+
+@dataclass
+class Group:
+    """Sequences that share buffers. A row's first `width - length` columns are padding:
+
+    lengths 3, 5:   . . a a a
+                    b b b b b
+    """
+
+    lengths: list[int]
+    buffers: list[Buffer]
+    width: int
+
+    def mask(self) -> mx.array | None:
+        """[B, 1, 1, width + 1], True where a row has a token; None where no row is padded."""
+        if len(set(self.lengths)) == 1:
+            return None
+        padding = mx.array([max(self.lengths) - n for n in self.lengths])
+        return (mx.arange(self.width + 1) >= padding[:, None])[:, None, None]
+
+
+class GroupedLayer:
+    """What a model's file sees as one layer's cache, for one pass of one token a sequence."""
+
+    def __init__(self, index: int, space: CacheSpace, groups: list[Group], masks: list[Any], offset: mx.array):
+        self._index, self._space, self._groups, self._masks = index, space, groups, masks
+        self.offset = offset
+
+    def make_mask(self, n: int, return_array: bool = False, window_size: int | None = None) -> None:
+        return None
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        self._pending = keys, values
+        self.offset = self.offset + 1
+        return keys, values
+
+    def attend(self, queries: mx.array, scale: float, sinks: mx.array | None) -> mx.array:
+        q, k, v = self._space.enter(self._index, queries, *self._pending)
+        out, row = [], 0
+        for group, mask in zip(self._groups, self._masks, strict=True):
+            rows, buffer, stop = slice(row, row + len(group.lengths)), group.buffers[self._index], group.width + 1
+            buffer.k[:, :, group.width : stop] = k[rows]
+            buffer.v[:, :, group.width : stop] = v[rows]
+            keys, values = buffer.k[:, :, :stop], buffer.v[:, :, :stop]
+            out.append(mx.fast.scaled_dot_product_attention(q[rows], keys, values, scale=scale, mask=mask))
+            row = rows.stop
+        left = self._space.leave(out[0] if len(out) == 1 else mx.concatenate(out, axis=0))
+        if ON_CPU:
+            mx.async_eval(left)  # as the served code does
+        return left
+
+
+class GroupedBatch:
+    """Sequences decoded over shared buffers; blocks are not sealed."""
+
+    def __init__(self, runner: ModelRunner, caches: list[SequenceCache], lengths: list[int], sizes: list[int]):
+        """`sizes`: of groups of neighbours. The copies made here are what a join costs."""
+        self._runner, self._space, self._groups = runner, caches[0].space, []
+        for stop, size in zip(itertools.accumulate(sizes), sizes, strict=True):
+            members = slice(stop - size, stop)
+            self._groups.append(_merge(caches[members], lengths[members]))
+
+    @property
+    def nbytes(self) -> int:
+        return sum(b.k.nbytes + b.v.nbytes for group in self._groups for b in group.buffers)
+
+    def step(self, tokens: list[int]) -> mx.array:
+        offset = mx.array([n for group in self._groups for n in group.lengths])
+        masks = [group.mask() for group in self._groups]
+        num_layers = len(self._runner.spec.layers)
+        layers = [GroupedLayer(i, self._space, self._groups, masks, offset) for i in range(num_layers)]
+        logits = self._runner.model(mx.array(tokens)[:, None], cache=layers)[:, -1]
+        mx.eval(logits)
+        for group in self._groups:
+            group.width += 1
+            group.lengths = [n + 1 for n in group.lengths]
+        return logits
+
+
+def _merge(caches: list[SequenceCache], lengths: list[int]) -> Group:
+    width = max(lengths)
+    capacity = (width // STEP + 1) * STEP
+    arrays = [cache.arrays() for cache in caches]  # k, v of layer 0, k, v of layer 1, ...
+
+    def merged(i: int) -> mx.array:
+        pads = [(width - n, capacity - width) for n in lengths]
+        rows = [
+            mx.pad(a[i][:, :, :n], [(0, 0), (0, 0), p, (0, 0)]) for a, n, p in zip(arrays, lengths, pads, strict=True)
+        ]
+        out = mx.concatenate(rows, axis=0)
+        mx.eval(out)
+        return out
+
+    return Group(list(lengths), [Buffer(merged(i), merged(i + 1)) for i in range(0, len(arrays[0]), 2)], width)
+
+
+class PerSequenceBatch:
+    """The served code."""
+
+    def __init__(self, runner: ModelRunner, caches: list[SequenceCache]):
+        self._runner, self._caches = runner, caches
+
+    @property
+    def nbytes(self) -> int:
+        return sum(a.nbytes for cache in self._caches for a in cache.arrays())
+
+    def step(self, tokens: list[int]) -> mx.array:
+        logits, fresh = self._runner.decode(self._caches, tokens)
+        self._runner.settle([logits], fresh)
+        return logits
+
+
+def group_sizes(lengths: list[int]) -> list[int]:
+    """Sizes of the runs of `lengths` (ascending) that round up to the same multiple of STEP."""
+    return [len(list(run)) for _, run in itertools.groupby(lengths, key=lambda n: -(-n // STEP))]
+
+
+def cases(batches: list[int]) -> list[tuple[str, list[int]]]:
+    """(name, lengths, ascending): equal ones, and 64 to 2,048 spread evenly in their logarithm."""
+    out = [(f"{b} x {n}", [n] * b) for n in (64, 512, 1024) for b in batches]
+    spread = [(b, [round(64 * 32 ** (i / (b - 1))) for i in range(b)]) for b in batches if b > 1]
+    return out + [(f"{b} of 64 to 2048", lengths) for b, lengths in spread]
+
+
+def measure(runner: ModelRunner, lengths: list[int], steps: int) -> dict[str, dict[str, float]]:
+    """Each way's step_ms, join_ms, bytes and logits_differ_by."""
+    snapshots = {n: snapshot(runner, n) for n in set(lengths)}
+    caches = [runner.new_cache(snapshots[n], n + steps + 1) for n in lengths]
+    mx.eval([cache.arrays() for cache in caches])
+    ways: dict[str, PerSequenceBatch | GroupedBatch] = {"per sequence": PerSequenceBatch(runner, caches)}
+    rows: dict[str, dict[str, float]] = {"per sequence": {"join_ms": 0.0}}
+    for name, sizes in (("merged", [len(lengths)]), ("grouped", group_sizes(lengths))):
+        began = time.perf_counter()
+        ways[name] = GroupedBatch(runner, caches, lengths, sizes)
+        rows[name] = {"join_ms": (time.perf_counter() - began) * 1e3}
+    times: dict[str, list[float]] = {name: [] for name in ways}
+    first: dict[str, mx.array] = {}
+    for _ in range(steps):
+        for name, way in ways.items():
+            began = time.perf_counter()
+            logits = way.step([5] * len(lengths))
+            times[name].append((time.perf_counter() - began) * 1e3)
+            first.setdefault(name, logits)
+    for name, way in ways.items():
+        difference = mx.abs(first[name] - first["per sequence"]).max().item()
+        step_ms = statistics.median(times[name][2:])
+        rows[name] |= {"step_ms": step_ms, "bytes": way.nbytes, "logits_differ_by": difference}
+    return rows
+
+
+def check_model(runner: ModelRunner) -> None:
+    if len(runner.spec.stacks) != 1 or any(x.window or x.attention_sinks for x in runner.spec.layers):
+        raise SystemExit("this benchmark takes models whose layers are all alike, with global attention and no sinks")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="demo")
+    parser.add_argument("--batches", default="1,2,4,8,16", help="batch sizes, comma-separated")
+    parser.add_argument("--steps", type=int, default=22, help="decode steps of each way; the first two are not counted")
+    parser.add_argument("--json", type=Path, help="where to write the result")
+    args = parser.parse_args()
+    loaded = load_model(args.model, HOME)
+    runner = ModelRunner(loaded.model)
+    check_model(runner)
+    table = []
+    print(f"{'lengths':18} {'way':14} {'ms a step':>9} {'join ms':>8} {'MB':>6} {'differs':>8}")
+    for name, lengths in cases([int(b) for b in args.batches.split(",")]):
+        for way, row in measure(runner, lengths, args.steps).items():
+            table.append({"case": name, "lengths": lengths, "way": way, **row})
+            print(
+                f"{name:18} {way:14} {row['step_ms']:9.1f} {row['join_ms']:8.1f} {row['bytes'] / 1e6:6.0f} "
+                f"{row['logits_differ_by']:8.1g}",
+                flush=True,
+            )
+    result = {"benchmark": "batch_attention", "machine": describe_machine(), "model": loaded.name, "rows": table}
+    if args.json:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        args.json.write_text(json.dumps(result, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

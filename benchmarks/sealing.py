@@ -1,0 +1,73 @@
+"""What sealing a block, and handing its bytes to the writer, adds to a decode step.
+
+Agents answer at length, beside each other, over HTTP; from the server's trace: the time of decode steps in which some
+agent's block filled up (it is quantized there, all layers), of those in which none did, and of the handing over after.
+
+    python benchmarks/sealing.py --json benchmarks/results/sealing-demo.json
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+from machine import describe_machine
+from server_process import ServerProcess
+
+
+def read_trace(path: Path) -> list[dict[str, Any]]:
+    """Chrome's trace events: a line "[", then one event a line, each with a comma behind it."""
+    return [json.loads(line.rstrip(",\n")) for line in path.read_text().splitlines() if line.startswith("{")]
+
+
+def measure(model: Path, agents: int, answer_tokens: int) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as directory:
+        trace = Path(directory) / "trace.json"
+        with ServerProcess(Path(directory), "--trace", str(trace), model=model) as server:
+            server.client.timeout = 600
+
+            def talk(i: int) -> None:
+                messages = [{"role": "user", "content": f"Story {i}. Tell me a long one." + " And on." * 40 * i}]
+                server.chat(messages, f"agent-{i}", max_tokens=answer_tokens, ignore_eos=True)
+
+            with ThreadPoolExecutor(agents) as pool:
+                list(pool.map(talk, range(agents)))
+            server.stop()
+        events = read_trace(trace)
+    steps = [e for e in events if e["name"] == "decode" and len(e["args"]["agents"]) == agents]
+    plain = [e["dur"] / 1e3 for e in steps if not e["args"]["sealed"]]
+    sealing = [e["dur"] / 1e3 for e in steps if e["args"]["sealed"] == 1]
+    handing = [e["dur"] / 1e3 for e in events if e["name"] == "seal"]
+    row: dict[str, Any] = {"agents": agents, "steps": len(plain), "seals": len(sealing)}
+    row |= {"step_ms": statistics.median(plain), "sealing_step_ms": statistics.median(sealing)}
+    row |= {"hand_over_ms": statistics.median(handing), "hand_over_max_ms": max(handing)}
+    row["seal_ms"] = row["sealing_step_ms"] - row["step_ms"] + row["hand_over_ms"]
+    row["seal_over_step"] = row["seal_ms"] / row["step_ms"]
+    return row
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, default=Path("~/.agentmem/models/demo").expanduser())
+    parser.add_argument("--answer-tokens", type=int, default=800)
+    parser.add_argument("--json", type=Path, help="where to write the result")
+    args = parser.parse_args()
+    rows = []
+    for agents in (1, 4):
+        rows.append(row := measure(args.model, agents, args.answer_tokens))
+        print({k: round(v, 2) for k, v in row.items()}, flush=True)
+    result = {"benchmark": "sealing", "machine": describe_machine(), "model": args.model.name, "rows": rows}
+    if args.json:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        args.json.write_text(json.dumps(result, indent=2) + "\n")
+    if any(row["seal_over_step"] >= 1 for row in rows):
+        sys.exit("FAILED: sealing costs more than a decode step")
+
+
+if __name__ == "__main__":
+    main()
