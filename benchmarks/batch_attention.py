@@ -7,6 +7,7 @@ grouped       one such buffer, and one call, for the sequences whose lengths rou
 Merged and grouped have to copy a buffer whenever a sequence joins (`join`, ms); per sequence copies nothing. Bytes are
 those of working copies. `differs` is the largest difference of the first step's logits from per sequence; 0 means equal
 bit for bit. Caches hold random values (time does not depend on them). The ways take turns step by step: A B C A B C.
+Wants a quiet machine.
 
     python benchmarks/batch_attention.py --json benchmarks/results/batch-attention-demo.json
 """

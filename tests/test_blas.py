@@ -37,6 +37,25 @@ def test_the_found_blas_is_several_times_faster_than_the_reference(tmp_path):
     assert fast > 4 * slow, f"{fast:.1f} against {slow:.1f} GFLOP/s"
 
 
+def test_threads_of_the_blas_sleep_after_a_product(tmp_path):
+    code = """
+load_fast_blas(home)
+import time
+import mlx.core as mx
+a = mx.random.normal((512, 512))
+spent = []
+for _ in range(5):
+    mx.eval(a @ a)
+    began = time.process_time()
+    time.sleep(0.05)
+    spent.append(time.process_time() - began)
+print(sorted(spent)[2])
+"""
+    assert float(output(tmp_path, code)) < 0.01
+    if (os.cpu_count() or 1) > 1:
+        assert float(output(tmp_path, code, OPENBLAS_THREAD_TIMEOUT="28")) > 0.01  # what a user sets is kept
+
+
 def test_products_through_the_shim_equal_numpys(tmp_path):
     code = """
 assert blas._load_wheel(blas._wheel_library(), home / "cache")

@@ -82,6 +82,9 @@ def _load(home: Path | None) -> BlasInfo:
 
 
 def _find_blas(cache: Path) -> BlasInfo:
+    # By default OpenBLAS's threads spin for 70 ms after each product, on the cores that the many small operations of a
+    # decode step want: steps took 10-20 % longer. This is in log2 of cycles; below 16 short prefills wait for sleepers.
+    os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "16")  # OpenBLAS reads it when it is loaded
     chosen = os.environ.get("AGENTMEM_BLAS")
     if chosen == "reference":
         return BlasInfo("reference", None, None)
