@@ -100,6 +100,21 @@ def test_a_sequence_that_gives_its_ram_to_others_goes_on_with_the_same_tokens(tm
         assert all(branch.in_use is False for branch in engine.core.contexts.branches())
 
 
+def test_a_suspended_answer_may_finish_at_shutdown(tmp_path):
+    with tiny_engine(tmp_path, kv_budget=4 * ONE_SEQUENCE, tail_delay=0.0, grace=30.0) as engine:
+
+        async def stop_when_one_is_suspended() -> list[int]:
+            answers = [engine.answer(name, tokens, 160) for name, tokens in PROMPTS.items()]
+            tasks = [asyncio.create_task(answer) for answer in answers]
+            while "agentmem_suspensions_total 0.0" in engine.engine.metrics().decode():
+                await asyncio.sleep(0.005)
+            assert not any(task.done() for task in tasks)
+            engine.engine.begin_drain()
+            return [stats.completion_tokens for _, stats in await asyncio.gather(*tasks)]
+
+        assert engine.call(stop_when_one_is_suspended()) == [160] * 4
+
+
 def test_what_does_not_fit_now_waits_and_a_full_queue_says_so(tmp_path):
     with tiny_engine(tmp_path, kv_budget=ONE_SEQUENCE, max_queue=2, tail_delay=0.0) as engine:
 

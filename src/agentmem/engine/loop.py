@@ -99,7 +99,7 @@ class EngineLoop:
     def drain(self, grace: float) -> None:
         if self._drain_deadline is None:
             self._drain_deadline = time.monotonic() + grace
-            for seq in list(self.core.scheduler.waiting):
+            for seq in [s for s in self.core.scheduler.waiting if not s.suspended]:
                 self.core.scheduler.remove(seq)
                 seq.fail(ShuttingDown("the server is shutting down"))
 
@@ -252,13 +252,14 @@ class EngineLoop:
 
     def _drained(self) -> bool:
         assert self._drain_deadline is not None
+        scheduler = self.core.scheduler
         if time.monotonic() < self._drain_deadline:
-            return not self.core.scheduler.active
-        for seq in list(self.core.scheduler.active):
+            return not scheduler.active and not scheduler.waiting
+        for seq in (*scheduler.active, *scheduler.waiting):
             if seq.status is not Status.RESTORING:
                 self._admission.leave(seq)
                 seq.fail(ShuttingDown("the server is shutting down: the answer was cut after the grace time"))
-        return not self.core.scheduler.active
+        return not scheduler.active and not scheduler.waiting
 
     def _shut_down(self) -> None:
         """Save until all is on disk, or nothing more gets there."""
