@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 
 from agentmem.engine.request import GenerateRequest, SamplingParams
-from agentmem.engine.scheduler import Scheduler
+from agentmem.engine.scheduler import Scheduler, Step
 from agentmem.engine.sequence import Sequence, Status
 from agentmem.errors import Busy
 
@@ -51,6 +51,17 @@ def test_priority_comes_before_length():
     urgent = sequence(4000, priority=-1)
     activate(made, Status.PREFILL, sequence(100), urgent)
     assert made.schedule().prefill is urgent
+
+
+def test_beside_decode_a_prefill_waits_for_a_read_but_not_for_long():
+    made = scheduler()
+    cold, talking = sequence(4000), sequence(100, cached=99)
+    activate(made, Status.PREFILL, cold)
+    assert made.schedule(reading_ms=1.0).prefill is cold
+    activate(made, Status.DECODE, talking)
+    assert made.schedule(reading_ms=1.0) == Step((talking,), None, 0)
+    assert made.schedule(reading_ms=300.0).prefill is cold
+    assert made.schedule().prefill is cold
 
 
 def test_the_queue_is_left_in_the_same_order():

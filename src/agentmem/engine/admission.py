@@ -108,11 +108,11 @@ class Admission:
         seq.reading, began = True, time.perf_counter()
         self._core.contexts.hold(match.all_nodes)
 
-        def restored(nbytes: int) -> None:
+        def restored(nbytes: int, at: float) -> None:
             seq.reading = False
             if not seq.suspended:
                 seq.restored_bytes += nbytes
-            self._trace.span("restore", began, agent=seq.request.agent_id, bytes=nbytes)
+            self._trace.span("restore", began, at, agent=seq.request.agent_id, bytes=nbytes)
             if not self._stopped() and seq.status is Status.RESTORING:
                 self.look_up(seq)
                 if self._reserve(seq):
@@ -206,8 +206,8 @@ class Admission:
             self._core.contexts.hold(match.all_nodes)
             began = time.perf_counter()
 
-            def restored(nbytes: int) -> None:
-                self._trace.span("restore", began, agent=name, bytes=nbytes)
+            def restored(nbytes: int, at: float) -> None:
+                self._trace.span("restore", began, at, agent=name, bytes=nbytes)
                 self._core.contexts.release(match.all_nodes)
                 done.set_result(nbytes)
 

@@ -150,9 +150,11 @@ class EngineLoop:
                 self._admission.leave(seq)
 
     def _schedule(self) -> Step | None:
-        step = self.core.scheduler.schedule()
+        memory = self.core.memory
+        reading_ms = (time.perf_counter() - memory.reading_since) * 1e3 if memory.incoming_bytes else None
+        step = self.core.scheduler.schedule(reading_ms)
         if step is not None and step.prefill is not None and self._admission.look_again(step.prefill):
-            step = self.core.scheduler.schedule()
+            step = self.core.scheduler.schedule(reading_ms)
         return step
 
     # -- run

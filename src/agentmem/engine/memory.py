@@ -3,7 +3,7 @@
 import hashlib
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from functools import partial
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import CorruptSegment, NotFound
-from ..kvcache.block import SealedBlock, Snapshot, Tail, from_host, to_host
+from ..kvcache.block import RawArrays, SealedBlock, Snapshot, Tail, copy_host, from_raw, to_host
 from ..kvcache.spec import KVCacheSpec
 from ..store.agent_store import AgentStore
 from .block_pool import FRESH, Entry, Node, OpenBlock
@@ -32,6 +32,15 @@ def tail_identity(head: bytes, tokens: np.ndarray) -> str:
     return hashlib.blake2b(head + np.ascontiguousarray(tokens, "<u4").tobytes(), digest_size=16).hexdigest()
 
 
+def _copy(future: "Future[Any]", entry: Entry) -> tuple[RawArrays, Mapping[str, str]] | BaseException:
+    """What was read, as arrays, and a tail's metadata; or why not, to be raised on the engine thread."""
+    try:
+        tensors, metadata = (future.result(), {}) if isinstance(entry, Node) else future.result()
+        return copy_host(tensors), metadata
+    except BaseException as e:
+        return e
+
+
 class Memory:
     """Engine thread only; the store's futures come back through `post`, which runs a function on that thread."""
 
@@ -49,6 +58,7 @@ class Memory:
         self.next_save = 0.0  # time.monotonic() when `save_idle` is due
         self.restored_bytes = 0  # since the start
         self.incoming_bytes = 0  # being read
+        self.reading_since = 0.0  # time.perf_counter(), while there are any
 
     def load_index(self) -> None:
         """Enter what the store's manifest names: every agent warm."""
@@ -76,30 +86,35 @@ class Memory:
 
     # -- restore
 
-    def restore(self, match: Match, done: Callable[[int], None]) -> None:
-        """Read what `match` lacks, then call done(bytes read): the caller matches again, over what there is by then.
+    def restore(self, match: Match, done: Callable[[int, float], None]) -> None:
+        """Read what `match` lacks, then call done: the caller matches again, over what there is by then.
 
-        The caller holds the match's nodes meanwhile. A bad block or tail is quarantined and forgotten.
+        `done` gets the bytes read and when the last were there (time.perf_counter()). The caller holds the match's
+        nodes meanwhile. A bad block or tail is quarantined and forgotten.
         """
         left, read = list(match.missing), [0]
         assert left
 
-        def arrived(entry: Entry, nbytes: int, future: "Future[Any]") -> None:
+        def arrived(entry: Entry, nbytes: int, result: Any, at: float) -> None:
             self.incoming_bytes -= nbytes
-            taken = self._take_in(match, entry, future)
+            taken = self._take_in(match, entry, result)
             self.restored_bytes += taken
             read[0] += taken
             left.remove(entry)
             if not left:
-                done(read[0])
+                done(read[0], at)
 
+        def copied(entry: Entry, nbytes: int, future: "Future[Any]") -> None:
+            """On the reader's thread, so that decode goes on."""
+            result, at = _copy(future, entry), time.perf_counter()
+            self._post(lambda: arrived(entry, nbytes, result, at))
+
+        if not self.incoming_bytes:
+            self.reading_since = time.perf_counter()
         for entry in match.missing:
-            future, nbytes = self._read(match, entry), entry.disk_bytes
+            nbytes = entry.disk_bytes
             self.incoming_bytes += nbytes
-            future.add_done_callback(partial(self._post_later, arrived, entry, nbytes))
-
-    def _post_later(self, function: Callable[..., None], *args: Any) -> None:
-        self._post(lambda: function(*args))
+            self._read(match, entry).add_done_callback(partial(copied, entry, nbytes))
 
     def _read(self, match: Match, entry: Entry) -> "Future[Any]":
         if isinstance(entry, Node):
@@ -124,29 +139,29 @@ class Memory:
             lineage = lineage[:-_LINEAGE_POSITION] + n.to_bytes(_LINEAGE_POSITION, "little")
         return Snapshot(blocks, match.tail.data.cut(n)), lineage
 
-    def _take_in(self, match: Match, entry: Entry, future: "Future[Any]") -> int:
+    def _take_in(self, match: Match, entry: Entry, result: Any) -> int:
         """Put what was read in its place, unless it is there, or the place is gone, by now; returns its bytes."""
         if entry.data is not None:
             return 0
-        try:
-            result = future.result()
-        except CorruptSegment:
+        if isinstance(result, CorruptSegment):
             self._quarantine(match, entry)
             return 0
+        if isinstance(result, BaseException):
+            raise result
+        raw, metadata = result
         data: SealedBlock | Tail
         if isinstance(entry, Node):
-            data = SealedBlock(from_host(result))
+            data = SealedBlock(from_raw(raw))
         else:
             assert match.source is not None
             if match.source.tail is not entry:
                 return 0
-            tensors, metadata = result
             head = match.nodes[-1].key if match.nodes else ROOT
             if metadata["identity"] != tail_identity(head, entry.tokens):
                 self._quarantine(match, entry)
                 return 0
             entry.lineage = bytes.fromhex(metadata["lineage"])
-            data = Tail.from_arrays(from_host(tensors), len(entry.tokens), int(metadata["prefix_len"]), self._spec)
+            data = Tail.from_arrays(from_raw(raw), len(entry.tokens), int(metadata["prefix_len"]), self._spec)
         self.contexts.pool.put(entry, data)
         entry.last_used = time.time()
         return data.nbytes

@@ -30,14 +30,21 @@ class Trace:
                 raise StartupError(f"trace: can't write {path}: {e}") from None
             self._file.write("[\n")
 
-    def span(self, name: str, began: float, **args: Any) -> None:
-        """From `began` (time.perf_counter()) to now."""
+    def span(self, name: str, began: float, ended: float | None = None, **args: Any) -> None:
+        """From `began` to `ended` (time.perf_counter()), by default now."""
         if self._file is None:
             return
-        now = time.perf_counter()
+        ended = ended or time.perf_counter()
         self._count += 1
         row = _ROWS.get(name, 2 + self._count % 16)
-        event = {"name": name, "ph": "X", "ts": began * 1e6, "dur": (now - began) * 1e6, "pid": os.getpid(), "tid": row}
+        event = {
+            "name": name,
+            "ph": "X",
+            "ts": began * 1e6,
+            "dur": (ended - began) * 1e6,
+            "pid": os.getpid(),
+            "tid": row,
+        }
         self._file.write(json.dumps(event | {"args": args}) + ",\n")
 
     def close(self) -> None:

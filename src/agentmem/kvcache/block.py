@@ -24,6 +24,7 @@ from .quantize import Codes, decode
 from .spec import KVCacheSpec
 
 Arrays = dict[str, mx.array]
+RawArrays = dict[str, tuple[str, mx.array]]  # dtype as in HostTensor, array
 TOKENS = 2  # the token axis of every array here
 
 
@@ -124,11 +125,21 @@ def to_host(arrays: Arrays) -> dict[str, HostTensor]:
     return {n: HostTensor(_HOST_DTYPES[a.dtype], a.shape, memoryview(cast(Any, raw[n]))) for n, a in arrays.items()}
 
 
-def from_host(tensors: Mapping[str, HostTensor]) -> Arrays:
-    """The inverse: evaluated arrays that own their memory. Engine thread only (bfloat16 is a view)."""
-    arrays = {}
-    for name, t in tensors.items():
-        array = mx.array(np.frombuffer(t.data, _NUMPY_DTYPES[t.dtype]).reshape(t.shape))
-        arrays[name] = array.view(mx.bfloat16) if t.dtype == "BF16" else array
+def copy_host(tensors: Mapping[str, HostTensor]) -> RawArrays:
+    """Arrays that own their memory, evaluated, bfloat16 as uint16. Any thread: no stream is used."""
+    return {
+        name: (t.dtype, mx.array(np.frombuffer(t.data, _NUMPY_DTYPES[t.dtype]).reshape(t.shape)))
+        for name, t in tensors.items()
+    }
+
+
+def from_raw(raw: RawArrays) -> Arrays:
+    """Engine thread only."""
+    arrays = {name: a.view(mx.bfloat16) if dtype == "BF16" else a for name, (dtype, a) in raw.items()}
     mx.eval(arrays)
     return arrays
+
+
+def from_host(tensors: Mapping[str, HostTensor]) -> Arrays:
+    """The inverse of `to_host`. Engine thread only."""
+    return from_raw(copy_host(tensors))
