@@ -58,7 +58,7 @@ class Admission:
         while (seq := self._core.scheduler.next_waiting()) is not None and not self.short:
             if not seq.reading:
                 self.look_up(seq)
-            self.short = not self._reserve(seq)
+            self.short = not self._reserve(seq, self._growth())
             if not self.short:
                 self._core.scheduler.activate(seq)
                 seq.started = seq.started or time.perf_counter()
@@ -69,21 +69,24 @@ class Admission:
         self.look_up(seq)
         self._look_at = 0.0
 
-    def look_up(self, seq: Sequence) -> Match:
-        request = seq.request
-        seq.match = self._core.contexts.match(request.namespace, request.agent_id, seq.tokens)
-        return seq.match
+    def look_up(self, seq: Sequence) -> None:
+        request, contexts = seq.request, self._core.contexts
+        own = contexts.match_whole(seq.kept, seq.tokens) if seq.kept is not None else None
+        seq.match = own or contexts.match(request.namespace, request.agent_id, seq.tokens)
 
-    def _reserve(self, seq: Sequence) -> bool:
-        """Room for all tokens so far and what is to be read, and for the others to go on a while."""
+    def _growth(self) -> int:
+        """Bytes that let all that hold a cache go on a while."""
+        return sum(self._core.budget.growth_bytes(seq.capacity) for seq in self._core.scheduler.active if seq.cache)
+
+    def _reserve(self, seq: Sequence, slack: int) -> bool:
+        """Room for all tokens so far and what is to be read, with `slack` bytes left."""
         budget, match = self._core.budget, seq.match
         assert match is not None
         seq.capacity = 0
         capacity = budget.capacity_for(len(seq.tokens))
         needed = budget.running_bytes(capacity, len(match.nodes) * self._core.runner.spec.block_size)
         needed += sum(entry.disk_bytes for entry in match.missing)
-        growing = sum(s is not seq for s in self._core.scheduler.active) * budget.growth_bytes
-        if not budget.make_room(needed + growing, match.entries()):
+        if not budget.make_room(needed + slack, match.entries()):
             return False
         seq.capacity = capacity
         return True
@@ -115,11 +118,12 @@ class Admission:
             self._trace.span("restore", began, at, agent=seq.request.agent_id, bytes=nbytes)
             if not self._stopped() and seq.status is Status.RESTORING:
                 self.look_up(seq)
-                if self._reserve(seq):
+                if self._reserve(seq, 0):
                     self._restore_or_start(seq)
                 else:
                     self._requeue(seq)
             self._core.contexts.release(match.all_nodes)
+            self._look_at = 0.0
 
         self._core.memory.restore(match, restored)
 
@@ -129,6 +133,7 @@ class Admission:
         seq.nodes, seq.match = list(match.nodes), None
         contexts.hold(seq.nodes)
         contexts.touch(match)
+        self._let_go(seq)
         agent = contexts.agent(seq.request.namespace, seq.request.agent_id)
         seq.branch = memory.claim_branch(agent, match, persist=not seq.discard)
         seq.cache = self._core.runner.new_cache(snapshot, seq.capacity)
@@ -167,6 +172,8 @@ class Admission:
 
     def _prefetch(self) -> None:
         """Read what the next in the queue matched, as far as that evicts nothing that any of them needs."""
+        if self._core.budget.under_pressure:
+            return
         queue = self._core.scheduler.upcoming()[:_PREFETCH]
         for seq in queue:
             if not seq.reading:
@@ -177,7 +184,7 @@ class Admission:
             if seq.reading or match is None or not match.missing:
                 continue
             nbytes = sum(entry.disk_bytes for entry in match.missing)
-            if not self._core.budget.make_room(nbytes, wanted, urgent=False):
+            if not self._core.budget.make_room(nbytes + self._growth(), wanted, urgent=False):
                 return
             self._read(seq, match)
 
@@ -219,7 +226,7 @@ class Admission:
         """Before a step: room for one more token of each that decodes, at the cost of the least urgent."""
         for seq in list(self._core.scheduler.active):
             while seq.cache is not None and seq.status is Status.DECODE and seq.cache.length >= seq.capacity:
-                if self._core.budget.make_room(self._core.budget.growth_bytes, ()):
+                if self._core.budget.make_room(self._core.budget.growth_bytes(seq.capacity), ()):
                     seq.capacity += STEP
                 else:
                     self._suspend(self._core.scheduler.least_urgent())
@@ -228,21 +235,32 @@ class Admission:
         """Give its RAM to others; it goes on from here when there is room again."""
         log.info("suspended a request of agent %r after %d tokens: no RAM", seq.request.agent_id, seq.num_generated)
         self.suspensions += 1
-        seq.suspended = True
-        self._give_back(seq)
+        seq.suspended, branch = True, seq.branch
+        self._give_back(seq, suspended=True)
+        if branch is not None and branch.agent.branches.get(branch.id) is branch:
+            branch.in_use = branch.suspended = True
+            seq.kept = branch
         self._requeue(seq)
 
+    @staticmethod
+    def _let_go(seq: Sequence) -> None:
+        if seq.kept is not None:
+            seq.kept.in_use = seq.kept.suspended = False
+            seq.kept = None
+
     def _requeue(self, seq: Sequence) -> None:
-        seq.capacity, seq.match, seq.status = 0, None, Status.WAITING
+        seq.capacity, seq.status = 0, Status.WAITING
         self._core.scheduler.suspend(seq)
+        self.look_up(seq)  # where it stands in the queue depends on it
 
     def leave(self, seq: Sequence) -> None:
         """Take `seq` out of the running and keep what it computed, if anything."""
         self._core.scheduler.remove(seq)
         seq.status = Status.FINISHED
+        self._let_go(seq)
         self._give_back(seq)
 
-    def _give_back(self, seq: Sequence) -> None:
+    def _give_back(self, seq: Sequence, *, suspended: bool = False) -> None:
         """What its cache holds becomes a branch of its agent; the working copy goes."""
         contexts, cache, branch, nodes = self._core.contexts, seq.cache, seq.branch, seq.nodes
         self._look_at = 0.0
@@ -251,7 +269,9 @@ class Admission:
         if cache is None or branch is None:
             return
         tokens = np.array(seq.tokens[: cache.length], dtype=np.uint32)
-        same = contexts.covering(branch, tokens)
+        same = None if suspended else contexts.covering(branch, tokens)
+        for node in nodes:
+            node.last_used = time.time()
         if seq.discard or same is not None or cache.length == seq.cached_at_start:
             contexts.release(nodes)
             self._core.memory.abandon(branch)

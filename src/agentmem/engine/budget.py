@@ -27,6 +27,16 @@ _FILE_HEADER = 4096  # bytes, at most
 _SAVE_INTERVAL = 0.25  # s
 
 
+def _footprint_above(limit: float) -> int | None:
+    """The process's bytes if they are more than `limit`, also without the memory that is only kept for reuse."""
+    if process_footprint() <= limit:
+        return None
+    mx.clear_cache()
+    release_freed_memory()
+    footprint = process_footprint()
+    return footprint if footprint > limit else None
+
+
 class RamBudget:
     def __init__(
         self,
@@ -43,7 +53,7 @@ class RamBudget:
         self.limit, self._memory_limit = limit, memory_limit
         self._memory, self._spec, self._on_codes, self._active = memory, spec, on_codes, active
         self.short_since: float | None = None  # time.monotonic(): a request waits for RAM, and nothing runs
-        self.growth_bytes = self.running_bytes(2 * STEP) - self.running_bytes(STEP)
+        self.under_pressure = False  # the process is near its memory limit
         self._saves_asked = 0.0
         self.max_context = self._largest(max_context)
         cut = self.max_context < max_context
@@ -60,6 +70,10 @@ class RamBudget:
         new_blocks = sealed_bytes(spec, capacity // spec.block_size * spec.block_size) - sealed_bytes(spec, num_sealed)
         tail = spec.block_size * spec.dense_bytes + sealed_bytes(spec, spec.block_size)  # or the block that was cut
         return working_bytes(spec, capacity, on_codes=self._on_codes) + max(0, new_blocks) + tail
+
+    def growth_bytes(self, capacity: int) -> int:
+        """Of the next step from `capacity` tokens."""
+        return self.running_bytes(capacity + STEP) - self.running_bytes(capacity)
 
     @property
     def reserved_bytes(self) -> int:
@@ -105,15 +119,14 @@ class RamBudget:
 
     def relieve_process(self) -> str | None:
         """Keep the process below `memory_limit` by evicting. Returns what to tell new requests if that won't do."""
-        footprint = process_footprint()
-        if footprint < _EVICT_FROM * self._memory_limit:
+        footprint = _footprint_above(_EVICT_FROM * self._memory_limit)
+        self.under_pressure = footprint is not None
+        if footprint is None:
             return None
         self.evict_idle(footprint - int(_EVICT_TO * self._memory_limit))
         self._save_soon()
-        mx.clear_cache()
-        release_freed_memory()
-        footprint = process_footprint()
-        if footprint <= self._memory_limit:
+        footprint = _footprint_above(self._memory_limit)
+        if footprint is None:
             return None
         return f"the process takes {footprint:,} bytes, more than memory_limit ({self._memory_limit:,})"
 

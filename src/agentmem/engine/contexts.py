@@ -42,7 +42,8 @@ class Branch:
     nodes: list[Node] = field(default_factory=list)
     tail: OpenBlock = field(default_factory=OpenBlock)
     last_used: float = 0.0  # Unix seconds
-    in_use: bool = False  # a running sequence continues it
+    in_use: bool = False  # a sequence continues it
+    suspended: bool = False  # that sequence waits for RAM: what is here may be saved and evicted
     disk_head: bytes | None = None  # last block of the branch's row in the store
     save_at: float | None = None  # time.monotonic() when what is not on disk is to be saved; None: all is
 
@@ -154,6 +155,14 @@ class Contexts:
         best = max(found, key=_preference, default=Match())
         shared = self._match_shared(self.scope(namespace, agent), wanted)
         return shared if shared.length > best.length else best
+
+    def match_whole(self, branch: Branch, tokens: Sequence[int]) -> Match | None:
+        """`branch`, if it still holds all of `tokens` but the last."""
+        wanted = np.array(tokens[:-1], dtype=np.uint32)
+        if branch.agent.branches.get(branch.id) is not branch:
+            return None
+        match = self._match_branch(branch, wanted)
+        return match if match.length == len(wanted) and match.extends else None
 
     def _match_branch(self, branch: Branch, wanted: np.ndarray) -> Match:
         n = _common_prefix(branch.tokens(), wanted)

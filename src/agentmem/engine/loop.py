@@ -36,6 +36,7 @@ class EngineLoop:
         self.metrics = Metrics(self._figures)
         self._drain_deadline: float | None = None  # time.monotonic()
         self._watch_due = 0.0  # time.monotonic()
+        self._last_prefill = 0.0  # time.perf_counter()
         self._failed = False
 
     def run(self) -> None:
@@ -64,6 +65,7 @@ class EngineLoop:
                 self._inbox.get()()
         finally:
             self.core.store.close()
+            self._run_posted()  # what was still being read for someone
             self.core.trace.close()
 
     # -- commands
@@ -140,7 +142,8 @@ class EngineLoop:
             self.memory_error = self.core.budget.relieve_process()
 
     def _note_bytes(self) -> None:
-        self.ram_bytes, self.reserved_bytes = self.core.budget.used_bytes, self.core.budget.reserved_bytes
+        self.reserved_bytes = self.core.budget.reserved_bytes
+        self.ram_bytes = self.core.contexts.pool.nbytes + self.reserved_bytes
 
     # -- schedule
 
@@ -151,7 +154,8 @@ class EngineLoop:
 
     def _schedule(self) -> Step | None:
         memory = self.core.memory
-        reading_ms = (time.perf_counter() - memory.reading_since) * 1e3 if memory.incoming_bytes else None
+        since = max(memory.reading_since, self._last_prefill)
+        reading_ms = (time.perf_counter() - since) * 1e3 if memory.incoming_bytes else None
         step = self.core.scheduler.schedule(reading_ms)
         if step is not None and step.prefill is not None and self._admission.look_again(step.prefill):
             step = self.core.scheduler.schedule(reading_ms)
@@ -168,6 +172,7 @@ class EngineLoop:
             at, began = seq.cache.length, time.perf_counter()
             fresh_blocks = runner.prefill(seq.cache, seq.tokens[at : at + step.chunk])
             self.core.scheduler.pace.saw_prefill((time.perf_counter() - began) * 1e3, step.chunk)
+            self._last_prefill = time.perf_counter()
             self.core.trace.span("prefill", began, agent=seq.request.agent_id, tokens=step.chunk)
             self._sealed(seq, fresh_blocks)
             self._admission.prefilled_maybe(seq)
@@ -275,5 +280,6 @@ class EngineLoop:
                 break
             before = written
         self.core.store.close()
+        self._run_posted()  # what was still being read for someone
         self.core.trace.close()
         mx.clear_cache()

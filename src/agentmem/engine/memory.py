@@ -5,7 +5,6 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -19,6 +18,7 @@ from .contexts import ROOT, Agent, Branch, Contexts, Match
 
 _LINEAGE_POSITION = 4  # bytes at the end of a lineage: the token position of the cut
 _RETRY = 1.0  # s after a save that failed
+Arrived = Callable[[Entry, int, float], None]  # what, its bytes, when (time.perf_counter())
 _SOONEST = 0.01  # s between two looks at what rests
 
 
@@ -58,6 +58,7 @@ class Memory:
         self.next_save = 0.0  # time.monotonic() when `save_idle` is due
         self.restored_bytes = 0  # since the start
         self.incoming_bytes = 0  # being read
+        self._reads: dict[int, list[Arrived]] = {}  # by id of the entry: who waits for it
         self.reading_since = 0.0  # time.perf_counter(), while there are any
 
     def load_index(self) -> None:
@@ -95,32 +96,44 @@ class Memory:
         left, read = list(match.missing), [0]
         assert left
 
-        def arrived(entry: Entry, nbytes: int, result: Any, at: float) -> None:
-            self.incoming_bytes -= nbytes
-            taken = self._take_in(match, entry, result)
-            self.restored_bytes += taken
-            read[0] += taken
+        def arrived(entry: Entry, nbytes: int, at: float) -> None:
+            read[0] += nbytes
             left.remove(entry)
             if not left:
                 done(read[0], at)
 
-        def copied(entry: Entry, nbytes: int, future: "Future[Any]") -> None:
-            """On the reader's thread, so that decode goes on."""
-            result, at = _copy(future, entry), time.perf_counter()
-            self._post(lambda: arrived(entry, nbytes, result, at))
-
         if not self.incoming_bytes:
             self.reading_since = time.perf_counter()
         for entry in match.missing:
-            nbytes = entry.disk_bytes
-            self.incoming_bytes += nbytes
-            self._read(match, entry).add_done_callback(partial(copied, entry, nbytes))
+            self._read(match, entry, arrived)
 
-    def _read(self, match: Match, entry: Entry) -> "Future[Any]":
+    def _read(self, match: Match, entry: Entry, arrived: Arrived) -> None:
+        """Once, however many wait for it."""
+        others = self._reads.setdefault(id(entry), [])
+        others.append(arrived)
+        if len(others) > 1:
+            return
+        nbytes = entry.disk_bytes
+        self.incoming_bytes += nbytes
+
+        def copied(future: "Future[Any]") -> None:
+            """On the reader's thread, so that decode goes on."""
+            result, at = _copy(future, entry), time.perf_counter()
+            self._post(lambda: self._arrived(match, entry, nbytes, result, at))
+
         if isinstance(entry, Node):
-            return self.store.read_block(entry.key)
-        assert match.source is not None
-        return self.store.read_tail(match.source.id)
+            future: Future[Any] = self.store.read_block(entry.key)
+        else:
+            assert match.source is not None
+            future = self.store.read_tail(match.source.id)
+        future.add_done_callback(copied)
+
+    def _arrived(self, match: Match, entry: Entry, nbytes: int, result: Any, at: float) -> None:
+        self.incoming_bytes -= nbytes
+        taken = self._take_in(match, entry, result)
+        self.restored_bytes += taken
+        for arrived in self._reads.pop(id(entry)):
+            arrived(entry, taken, at)
 
     def snapshot(self, match: Match) -> tuple[Snapshot, bytes]:
         """What the matched prefix looks like as a cache, all of it in RAM; and the lineage of its open block."""
@@ -219,6 +232,8 @@ class Memory:
     def abandon(self, branch: Branch) -> None:
         """A sequence ends with nothing to keep."""
         branch.in_use = False
+        if branch.save_at is not None:
+            self.next_save = min(self.next_save, branch.save_at)
         if branch.id not in branch.agent.branches:
             self.store.delete_branch(branch.id)
 
@@ -227,7 +242,7 @@ class Memory:
         clock = time.monotonic()
         self.next_save = math.inf
         for branch in list(self.contexts.branches()):
-            if branch.save_at is None or branch.in_use:
+            if branch.save_at is None or (branch.in_use and not branch.suspended):
                 continue
             if now or branch.save_at <= clock:
                 self._save_rest(branch)

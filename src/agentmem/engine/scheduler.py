@@ -13,7 +13,7 @@ from .sequence import Sequence, Status
 
 _SHARED_CHUNK = 128  # where no max_itl_ms is set, a gap may last as long as this many tokens took at first
 _CHUNK_BESIDE_RESTORE = 32  # a read ends within milliseconds, and must not wait for a long chunk then
-_HOLD_PREFILL_MS = 250.0
+_HOLD_PREFILL_MS = 100.0
 _MIN_CHUNK = 16  # below, a pass costs about as much as this many tokens anyway
 _NEWEST = 0.5  # weight of the newest measurement
 
@@ -87,7 +87,7 @@ class Scheduler:
                 queue.remove(seq)
 
     def schedule(self, reading_ms: float | None = None) -> Step | None:
-        """None: nothing can run now. `reading_ms`: for how long caches have been read without a pause, if they are.
+        """None: nothing can run now. `reading_ms`: how long caches have been read since the last prefill, if they are.
 
         A read ends within a decode step or two, and what it brings is often just one more step from its first token:
         where others decode, prefill waits for it, for a while.

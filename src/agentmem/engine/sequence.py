@@ -39,6 +39,7 @@ class Sequence:
     capacity: int = 0  # tokens that RAM is reserved for
     cache: SequenceCache | None = None
     suspended: bool = False  # gave its RAM to others, at least once
+    kept: Branch | None = None  # what it had computed by then, while it waits to go on
     cached_at_start: int = 0  # tokens that `cache` began with
     num_cached: int = 0  # the same, when the sequence first left the queue
     branch: Branch | None = None

@@ -103,8 +103,9 @@ class SequenceCache:
             return Snapshot(tuple(self.blocks))
         prefix, prefix_len = self._tail_prefix
         ends = [work.read(self.num_sealed + prefix_len, self.length) for work in self._layers]
-        full = self._stack([{"k.full": k, "v.full": v} for k, v in ends])
-        mx.eval(full)
+        full = _compact(self._stack([{"k.full": k, "v.full": v} for k, v in ends]))
+        if prefix is not None:
+            prefix = SealedBlock(_compact(prefix.arrays))
         return Snapshot(tuple(self.blocks), Tail(n, full, prefix, prefix_len))
 
     def all_keys(self) -> list[mx.array]:
@@ -168,6 +169,13 @@ class SequenceCache:
             for name, a in arrays.items()
             if name[1:].partition(".")[0] == tag
         }
+
+
+def _compact(arrays: Arrays) -> Arrays:
+    """Evaluated copies of what may be views, so that a tail of a few tokens does not keep a whole buffer in RAM."""
+    copies = {name: mx.contiguous(a) for name, a in arrays.items()}
+    mx.eval(copies)
+    return copies
 
 
 class _BatchLayer:

@@ -9,10 +9,9 @@ from typing import NamedTuple
 
 import mlx.core as mx
 
-from .spec import KVCacheSpec
+from .spec import KVCacheSpec, quant_group
 
 ROTATION_GROUP = 64
-QUANT_GROUP = 64
 
 
 class Codes(NamedTuple):
@@ -23,21 +22,10 @@ class Codes(NamedTuple):
     biases: mx.array
 
 
-def quant_group(dim: int) -> int:
-    return QUANT_GROUP if dim % QUANT_GROUP == 0 else 32
-
-
 def sealed_bytes(spec: KVCacheSpec, num_tokens: int) -> int:
     """Of the first `num_tokens` tokens of a sequence in sealed blocks, all layers, the sinks included."""
-    if spec.bits is None:
-        return num_tokens * spec.dense_bytes
-    dims = (
-        (layer.num_kv_heads, d, b)
-        for layer in spec.layers
-        for d, b in zip((layer.k_dim, layer.v_dim), spec.bits, strict=True)
-    )
-    a_token = sum(heads * (dim * bits // 8 + dim // quant_group(dim) * 4) for heads, dim, bits in dims)
-    return num_tokens * a_token + min(num_tokens, spec.num_sinks) * spec.dense_bytes
+    sinks = min(num_tokens, spec.num_sinks) if spec.bits is not None else 0
+    return num_tokens * spec.sealed_bytes + sinks * spec.dense_bytes
 
 
 def encode(x: mx.array, bits: int) -> Codes:

@@ -12,7 +12,13 @@ from ..errors import ModelError
 LayerKind = Literal["global", "sliding"]
 KVBits = Literal["4", "k5v4", "8", "16"]
 
+QUANT_GROUP = 64
 _BITS: dict[KVBits, tuple[int, int] | None] = {"4": (4, 4), "k5v4": (5, 4), "8": (8, 8), "16": None}
+
+
+def quant_group(dim: int) -> int:
+    """Values of a head that share a scale and a bias, 16 bits each."""
+    return QUANT_GROUP if dim % QUANT_GROUP == 0 else 32
 
 
 @dataclass(frozen=True)
@@ -23,6 +29,10 @@ class LayerSpec:
     v_dim: int
     window: int | None = None  # tokens a sliding layer sees, itself included
     attention_sinks: bool = False  # the layer hands sink logits to its softmax (gpt-oss)
+
+    @property
+    def dims(self) -> tuple[int, int]:
+        return self.k_dim, self.v_dim
 
     @property
     def stack_key(self) -> tuple[int, int, int]:
@@ -39,12 +49,12 @@ class KVCacheSpec:
     block_size: int = 256
     num_sinks: int = 4  # first tokens of a sequence, kept in full precision
 
-    @property
+    @cached_property
     def bits(self) -> tuple[int, int] | None:
         """Bits of (keys, values); None where blocks keep the model's dtype."""
         return _BITS[self.kv_bits] if not self.unquantized_reason else None
 
-    @property
+    @cached_property
     def unquantized_reason(self) -> str | None:
         """In words, why blocks stay in full precision although fewer bits were asked for; else None."""
         odd = {d for layer in self.layers for d in (layer.k_dim, layer.v_dim) if d % 32}
@@ -56,6 +66,16 @@ class KVCacheSpec:
     def dense_bytes(self) -> int:
         """Of one token in the model's dtype, all layers."""
         return sum(layer.num_kv_heads * (layer.k_dim + layer.v_dim) for layer in self.layers) * self.dtype.size
+
+    @cached_property
+    def sealed_bytes(self) -> int:
+        """Of one token in a sealed block, all layers; sinks come on top."""
+        if self.bits is None:
+            return self.dense_bytes
+        sizes = (
+            (layer.num_kv_heads, d, b) for layer in self.layers for d, b in zip(layer.dims, self.bits, strict=True)
+        )
+        return sum(heads * (dim * bits // 8 + dim // quant_group(dim) * 4) for heads, dim, bits in sizes)
 
     @cached_property
     def stacks(self) -> tuple[tuple[int, ...], ...]:
