@@ -264,3 +264,62 @@ def test_above_the_memory_limit_idle_caches_leave_and_new_requests_are_refused_u
             engine.on_engine(lambda: None)
             threading.Event().wait(0.02)
         assert engine.ask("a3", PROMPTS["a3"])[1].cache == "cold"
+
+
+def test_a_prompt_sent_again_and_suspended_goes_on_over_what_it_computed_itself(tmp_path):
+    """Not over the agent's other branch of the same tokens, which saw other precision at other places."""
+
+    def second_answers(home, suspend_at: int) -> list[str]:
+        with tiny_engine(home, tail_delay=0.0) as engine:
+            admission, answers = engine.engine._loop._admission, []
+            grow = admission.grow
+
+            def suspend_once() -> None:
+                for seq in list(engine.core.scheduler.active):
+                    if seq.num_generated == suspend_at and seq.cached_at_start and not seq.suspended:
+                        admission._suspend(seq)
+                        assert seq.kept is not None
+                grow()
+
+            engine.on_engine(lambda: setattr(admission, "grow", suspend_once))
+            for seed in range(4):
+                prompt, params = random_tokens(100, seed=seed), {"temperature": 0.0, "frequency_penalty": 1.0}
+                engine.ask(f"a{seed}", prompt, 150, **params)
+                answers.append(engine.ask(f"a{seed}", prompt, 150, **params)[0])
+            suspensions = 4 if suspend_at < 150 else 0
+            assert f"agentmem_suspensions_total {suspensions}.0" in engine.engine.metrics().decode()
+            return answers
+
+    assert second_answers(tmp_path / "suspended", 70) == second_answers(tmp_path / "alone", 999)
+
+
+def test_blocks_that_many_wait_for_are_read_once(tmp_path):
+    system = random_tokens(6 * BLOCK, seed=3)
+    with tiny_engine(tmp_path) as engine:
+        for i in range(4):
+            engine.ask(f"a{i}", system + random_tokens(20, seed=i))
+    with tiny_engine(tmp_path) as engine:
+        read, read_block = [], engine.core.store.read_block
+        engine.core.store.read_block = lambda key: read.append(key) or read_block(key)
+
+        async def all_at_once() -> list[str]:
+            asked = [engine.answer(f"a{i}", system + random_tokens(20, seed=i)) for i in range(4)]
+            return [stats.cache for _, stats in await asyncio.gather(*asked)]
+
+        assert engine.call(all_at_once()) == ["warm"] * 4
+        assert len(read) == len(set(read)) >= 6
+
+
+def test_a_tail_that_a_cancelled_request_had_claimed_is_still_saved(tmp_path):
+    with tiny_engine(tmp_path, tail_delay=0.3) as engine:
+        engine.ask("a0", PROMPTS["a0"])
+
+        def claim_and_abandon() -> None:
+            [branch] = engine.core.contexts.branches()
+            match = engine.core.contexts.match("default", "a0", [*branch.tokens().tolist(), 9])
+            assert engine.core.memory.claim_branch(branch.agent, match, persist=True) is branch
+            engine.core.memory.save_idle()
+            engine.core.memory.abandon(branch)
+
+        engine.on_engine(claim_and_abandon)
+        engine.wait_until_saved()
