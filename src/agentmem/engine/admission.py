@@ -292,7 +292,7 @@ class Admission:
         seq = scheduler.next_waiting()
         if seq is not None and now - budget.short_since > _GIVE_UP:
             budget.short_since = None
-            scheduler.remove(seq)
+            self.leave(seq)
             seq.fail(
                 Busy(
                     f"No RAM for caches came free: of kv_budget ({budget.limit:,} bytes) {budget.used_bytes:,} are in "
