@@ -4,7 +4,6 @@ python benchmarks/attention.py --contexts 1024,4096 --json benchmarks/results/at
 """
 
 import argparse
-import json
 from pathlib import Path
 
 from agentmem.models.allocator import keep_freed_memory
@@ -14,7 +13,7 @@ HOME = Path("~/.agentmem").expanduser()
 keep_freed_memory()
 load_fast_blas(HOME)
 
-from machine import describe_machine  # noqa: E402  (after the BLAS)
+from machine import describe_machine, write_result  # noqa: E402  (after the BLAS)
 
 from agentmem.engine.model_runner import ModelRunner  # noqa: E402
 from agentmem.models.loading import load_model  # noqa: E402
@@ -33,9 +32,7 @@ def main() -> None:
         rows.append({"context": context, **runner.choose_attention(context)})
         print("  ".join(f"{k} {v:,.0f}" for k, v in rows[-1].items()) + "  (ms a decode step, median of 4)")
     result = {"benchmark": "attention", "machine": describe_machine(), "model": loaded.name, "rows": rows}
-    if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(result, indent=2) + "\n")
+    write_result(result, args.json)
 
 
 if __name__ == "__main__":

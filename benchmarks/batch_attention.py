@@ -14,7 +14,6 @@ Wants a quiet machine.
 
 import argparse
 import itertools
-import json
 import statistics
 import time
 from dataclasses import dataclass
@@ -29,7 +28,7 @@ keep_freed_memory()
 load_fast_blas(HOME)
 
 import mlx.core as mx  # noqa: E402  (after the BLAS)
-from machine import describe_machine  # noqa: E402
+from machine import describe_machine, write_result  # noqa: E402
 from throughput import snapshot  # noqa: E402
 
 from agentmem.engine.model_runner import ModelRunner  # noqa: E402
@@ -224,9 +223,7 @@ def main() -> None:
                 flush=True,
             )
     result = {"benchmark": "batch_attention", "machine": describe_machine(), "model": loaded.name, "rows": table}
-    if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(result, indent=2) + "\n")
+    write_result(result, args.json)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,12 @@
 """What a result was measured on."""
 
+import json
 import os
 import platform
 import subprocess
 from datetime import UTC, datetime
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -32,3 +34,10 @@ def _cpu_name() -> str:
     with open("/proc/cpuinfo") as file:
         names = [line.partition(":")[2].strip() for line in file if line.startswith("model name")]
     return names[0] if names else platform.processor()
+
+
+def write_result(result: dict[str, Any], path: Path | None) -> None:
+    """As JSON, if there is a path."""
+    if path:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(result, indent=2) + "\n")

@@ -41,6 +41,7 @@ import mlx.core as mx
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 from http_throughput import DEMO, prompts
 from machine import describe_machine
+from sealing import read_trace
 from server_process import ServerProcess
 from streams import StreamError, read_metrics, report
 
@@ -132,8 +133,7 @@ def started(model: Path, kv_budget: int | None = None) -> Iterator[Run]:
                 stop.set()
             watching.result()
             server.stop()
-        # Chrome's trace events: a line "[", then one event a line, each with a comma behind it
-        run.trace = [json.loads(line.rstrip(",\n")) for line in trace.open() if line.strip() not in ("[", "]", "")]
+        run.trace = read_trace(trace)
 
 
 def rss_bytes(pid: int) -> int:

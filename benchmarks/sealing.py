@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
-from machine import describe_machine
+from machine import describe_machine, write_result
 from server_process import ServerProcess
 
 
@@ -62,9 +62,7 @@ def main() -> None:
         rows.append(row := measure(args.model, agents, args.answer_tokens))
         print({k: round(v, 2) for k, v in row.items()}, flush=True)
     result = {"benchmark": "sealing", "machine": describe_machine(), "model": args.model.name, "rows": rows}
-    if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(result, indent=2) + "\n")
+    write_result(result, args.json)
     if any(row["seal_over_step"] >= 1 for row in rows):
         sys.exit("FAILED: sealing costs more than a decode step")
 

@@ -28,7 +28,7 @@ import httpx
 from prometheus_client.parser import text_string_to_metric_families
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
-from machine import describe_machine
+from machine import describe_machine, write_result
 from server_process import ServerProcess
 from tiny_model_dir import write_tiny_model
 
@@ -114,9 +114,7 @@ def report(result: dict[str, Any], failures: list[str], path: Path | None) -> No
     """Print and write the result; exit with 1 if a demand failed."""
     result = {**result, "failures": failures}
     print(json.dumps({k: v for k, v in result.items() if k not in ("rows", "samples")}, indent=2))
-    if path:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(result, indent=2) + "\n")
+    write_result(result, path)
     for failure in failures:
         print(f"FAILED: {failure}", file=sys.stderr)
     sys.exit(1 if failures else 0)

@@ -8,7 +8,6 @@ join of a batch is not part of it (mlx-lm pads and copies all caches there, ours
 """
 
 import argparse
-import json
 import statistics
 import time
 from pathlib import Path
@@ -22,7 +21,7 @@ keep_freed_memory()
 load_fast_blas(HOME)
 
 import mlx.core as mx  # noqa: E402  (after the BLAS)
-from machine import describe_machine  # noqa: E402
+from machine import describe_machine, write_result  # noqa: E402
 from mlx_lm.generate import BatchGenerator  # noqa: E402
 from mlx_lm.models.cache import make_prompt_cache  # noqa: E402
 
@@ -135,9 +134,7 @@ def main() -> None:
     result = {"benchmark": "throughput", "machine": describe_machine(), "model": loaded.name, "rows": rows}
     result["batch_8_over_1"] = rows[1]["tokens_per_s"] / rows[0]["tokens_per_s"]
     print(f"8 x 500 over 1 x 500: {result['batch_8_over_1']:.2f}x")
-    if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(result, indent=2) + "\n")
+    write_result(result, args.json)
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ keep_freed_memory()
 load_fast_blas(HOME)
 
 import mlx.core as mx  # noqa: E402  (after the BLAS)
-from machine import describe_machine  # noqa: E402
+from machine import describe_machine, write_result  # noqa: E402
 from mlx_lm.models.cache import make_prompt_cache  # noqa: E402
 
 from agentmem.engine.engine import Engine  # noqa: E402
@@ -102,9 +102,7 @@ def main() -> None:
         "cold_over_hot": medians["cold"] / medians["hot"],
     }
     print(json.dumps({k: v for k, v in result.items() if k != "rows"}, indent=2))
-    if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(result, indent=2) + "\n")
+    write_result(result, args.json)
     mx.clear_streams()
 
 

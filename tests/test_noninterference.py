@@ -33,6 +33,7 @@ from tiny import BLOCK, EngineThread, random_tokens, tiny_engine, tiny_loader
 from agentmem.engine import admission
 from agentmem.engine.request import GenerateRequest, SamplingParams, TextDelta
 from agentmem.engine.sampling import Sampler
+from agentmem.kvcache.working import capacity_for
 from agentmem.models.loading import LoadedModel, load_model
 
 ROUNDING = 0.01  # of logits, whose standard deviation is about 1
@@ -185,7 +186,7 @@ def alone(setup: Setup, agents: Iterable[Agent]) -> list[Control]:
             for i, agent in enumerate(unknown):
                 answers = engine.call(converse(engine, (f"namespace {i}", "agent"), agent, Counter()))
                 longest, budget = agent.system + sum(t.new + t.answer for t in agent.turns), engine.core.budget
-                CONTROLS[setup, agent] = Control(answers, budget.running_bytes(budget.capacity_for(longest)))
+                CONTROLS[setup, agent] = Control(answers, budget.running_bytes(capacity_for(longest)))
     return [CONTROLS[setup, agent] for agent in agents]
 
 

@@ -6,13 +6,12 @@ blocks hold when its prefill begins, on a branch of its own.
 
 import logging
 import time
-from collections.abc import Callable
 from concurrent.futures import Future
 
 import numpy as np
 
 from ..errors import Busy
-from ..kvcache.working import STEP
+from ..kvcache.working import STEP, capacity_for
 from .block_pool import OpenBlock
 from .contexts import Match
 from .output import OutputStream
@@ -29,9 +28,8 @@ _GIVE_UP = 15.0  # s without room and without anything running
 class Admission:
     """Engine thread only."""
 
-    def __init__(self, core: Core, stopped: Callable[[], bool]):
-        """`stopped`: whether the engine has failed, so that a restore that ends starts nothing more."""
-        self._core, self._trace, self._stopped = core, core.trace, stopped
+    def __init__(self, core: Core):
+        self._core, self._trace = core, core.trace
         self.suspensions = 0  # since the start
         self.short = False  # the most urgent of the queue waits for RAM
         self._look_at = 0.0  # time.monotonic(); before, there is hardly more room than at the last look
@@ -83,7 +81,7 @@ class Admission:
         budget, match = self._core.budget, seq.match
         assert match is not None
         seq.capacity = 0
-        capacity = budget.capacity_for(len(seq.tokens))
+        capacity = capacity_for(len(seq.tokens))
         needed = budget.running_bytes(capacity, len(match.nodes) * self._core.runner.spec.block_size)
         needed += sum(entry.disk_bytes for entry in match.missing)
         if not budget.make_room(needed + slack, match.entries()):
@@ -116,7 +114,7 @@ class Admission:
             if not seq.suspended:
                 seq.restored_bytes += nbytes
             self._trace.span("restore", began, at, agent=seq.request.agent_id, bytes=nbytes)
-            if not self._stopped() and seq.status is Status.RESTORING:
+            if seq.status is Status.RESTORING:
                 self.look_up(seq)
                 if self._reserve(seq, 0):
                     self._restore_or_start(seq)

@@ -55,21 +55,17 @@ class RamBudget:
         self.short_since: float | None = None  # time.monotonic(): a request waits for RAM, and nothing runs
         self.under_pressure = False  # the process is near its memory limit
         self._saves_asked = 0.0
+        # the most that a tail takes: all of it dense, and the block that it was cut from
+        self._tail_bytes = spec.block_size * spec.dense_bytes + sealed_bytes(spec, spec.block_size)
         self.max_context = self._largest(max_context)
         cut = self.max_context < max_context
         self.why_max_context = f" (kv_budget, {limit:,} bytes of RAM, has no room for more)" if cut else ""
-
-    @staticmethod
-    def capacity_for(num_tokens: int) -> int:
-        """Working copies grow in steps."""
-        return -(-num_tokens // STEP) * STEP
 
     def running_bytes(self, capacity: int, num_sealed: int = 0) -> int:
         """A sequence with room for `capacity` tokens, beside the blocks of its first `num_sealed` tokens."""
         spec = self._spec
         new_blocks = sealed_bytes(spec, capacity // spec.block_size * spec.block_size) - sealed_bytes(spec, num_sealed)
-        tail = spec.block_size * spec.dense_bytes + sealed_bytes(spec, spec.block_size)  # or the block that was cut
-        return working_bytes(spec, capacity, on_codes=self._on_codes) + max(0, new_blocks) + tail
+        return working_bytes(spec, capacity, on_codes=self._on_codes) + max(0, new_blocks) + self._tail_bytes
 
     def growth_bytes(self, capacity: int) -> int:
         """Of the next step from `capacity` tokens."""
@@ -100,7 +96,7 @@ class RamBudget:
         short = nbytes + self.used_bytes - self.limit
         if short <= 0:
             return True
-        stay = {id(e) for seq in self._active() for e in seq.entries()} | {id(e) for e in kept} | self._pinned()
+        stay = self._in_use() | {id(e) for e in kept}
         lost = contexts.pool.evict(short, stay, lossy=urgent and self._may_lose())
         if lost is None and urgent:
             self._save_soon()
@@ -111,11 +107,13 @@ class RamBudget:
 
     def evict_idle(self, nbytes: int) -> None:
         """Drop `nbytes` of what is on disk and in no one's use, or all of that."""
-        stay = {id(e) for seq in self._active() for e in seq.entries()} | self._pinned()
-        self._memory.contexts.pool.evict(nbytes, stay, partly=True)
+        self._memory.contexts.pool.evict(nbytes, self._in_use(), partly=True)
 
-    def _pinned(self) -> set[int]:
-        return {id(e) for agent in self._memory.contexts.agents.values() if agent.pinned for e in agent.entries()}
+    def _in_use(self) -> set[int]:
+        """Ids of what active sequences work with, and of what pinned agents hold."""
+        pinned = (agent for agent in self._memory.contexts.agents.values() if agent.pinned)
+        held = (*(seq.entries() for seq in self._active()), *(agent.entries() for agent in pinned))
+        return {id(entry) for entries in held for entry in entries}
 
     def relieve_process(self) -> str | None:
         """Keep the process below `memory_limit` by evicting. Returns what to tell new requests if that won't do."""
@@ -156,6 +154,4 @@ class RamBudget:
 
     def _alone_bytes(self, capacity: int) -> int:
         """The most that a sequence takes: the tail that it starts from, and files with headers, come on top."""
-        spec = self._spec
-        before = spec.block_size * spec.dense_bytes + sealed_bytes(spec, spec.block_size)
-        return self.running_bytes(capacity) + before + (capacity // spec.block_size + 2) * _FILE_HEADER
+        return self.running_bytes(capacity) + self._tail_bytes + (capacity // self._spec.block_size + 2) * _FILE_HEADER

@@ -30,7 +30,7 @@ class EngineLoop:
 
     def __init__(self, core: Core, inbox: "queue.SimpleQueue[Callable[[], None]]"):
         self.core, self._inbox = core, inbox
-        self._admission = Admission(core, lambda: self._failed)
+        self._admission = Admission(core)
         self.ram_bytes = self.reserved_bytes = 0  # as they were between two steps
         self.memory_error: str | None = None
         self.metrics = Metrics(self._figures)
@@ -124,7 +124,7 @@ class EngineLoop:
 
     def _idle_time(self) -> float:
         """Seconds that the thread may sleep."""
-        if self.core.scheduler.schedule() is not None or self._admission.can_admit:
+        if self.core.scheduler.can_run or self._admission.can_admit:
             return 0.0
         if self._drain_deadline is not None:
             return 0.02

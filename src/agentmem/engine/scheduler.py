@@ -86,6 +86,10 @@ class Scheduler:
             if seq in queue:
                 queue.remove(seq)
 
+    @property
+    def can_run(self) -> bool:
+        return any(s.status in (Status.DECODE, Status.PREFILL) for s in self.active)
+
     def schedule(self, reading_ms: float | None = None) -> Step | None:
         """None: nothing can run now. `reading_ms`: how long caches have been read since the last prefill, if they are.
 

@@ -14,16 +14,17 @@ CodesPair = tuple[Codes, Codes]  # of keys and of values
 DensePair = tuple[mx.array, mx.array]
 
 
-def _rounded(num_tokens: int) -> int:
+def capacity_for(num_tokens: int) -> int:
+    """Working copies grow in steps."""
     return -(-num_tokens // STEP) * STEP
 
 
 def working_bytes(spec: KVCacheSpec, num_tokens: int, *, on_codes: bool) -> int:
     """RAM of a running sequence's working copy with room for `num_tokens` tokens, all layers."""
     if not on_codes or spec.bits is None:
-        return _rounded(num_tokens) * spec.dense_bytes
+        return capacity_for(num_tokens) * spec.dense_bytes
     sealed = num_tokens // spec.block_size * spec.block_size
-    return _rounded(spec.block_size) * spec.dense_bytes + sealed_bytes(spec, sealed)
+    return capacity_for(spec.block_size) * spec.dense_bytes + sealed_bytes(spec, sealed)
 
 
 def _replace(old: Codes, new: Codes, start: int, stop: int) -> Codes:
@@ -50,13 +51,13 @@ class DenseLayer:
         pieces += [ends[f"{part}.full"]] if ends else []
         length = sum(p.shape[TOKENS] for p in pieces)
         shape = list(pieces[0].shape)
-        shape[TOKENS] = _rounded(max(capacity, length)) - length
+        shape[TOKENS] = capacity_for(max(capacity, length)) - length
         return mx.concatenate([*pieces, mx.zeros(shape, self._spec.dtype)], TOKENS)
 
     def reserve(self, num_tokens: int) -> None:
         have = self.k.shape[TOKENS]
         if num_tokens > have:
-            more = _rounded(num_tokens) - have
+            more = capacity_for(num_tokens) - have
             self.k, self.v = (mx.pad(x, [(0, 0), (0, 0), (0, more), (0, 0)]) for x in (self.k, self.v))
 
     def write(self, start: int, k: mx.array, v: mx.array) -> None:
