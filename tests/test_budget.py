@@ -122,7 +122,8 @@ def test_what_does_not_fit_now_waits_and_a_full_queue_says_so(tmp_path):
             answers = []
             for name, tokens in PROMPTS.items():
                 answers.append(asyncio.create_task(engine.answer(name, tokens, 50)))
-                await asyncio.sleep(0.03)
+                while not engine.engine.health()["running"]:  # the others come while the first one runs
+                    await asyncio.sleep(0.001)
             return await asyncio.gather(*answers, return_exceptions=True)
 
         results = engine.call(four())
