@@ -43,7 +43,7 @@ def call(engine, settings):
 
     def call(method, path, **kwargs):
         async def one():
-            transport = httpx.ASGITransport(create_app(engine, settings), raise_app_exceptions=False)
+            transport = httpx.ASGITransport(create_app(engine, settings, None), raise_app_exceptions=False)
             async with httpx.AsyncClient(transport=transport, base_url="http://localhost:8000") as client:
                 return await client.request(method, path, **kwargs)
 
@@ -64,7 +64,7 @@ def chat(call):
 def listening(engine, settings):
     """The app on a real port; yields (host, port)."""
     sock = socket.create_server(("127.0.0.1", 0))
-    config = uvicorn.Config(create_app(engine, settings), lifespan="off", ws="none", log_config=None)
+    config = uvicorn.Config(create_app(engine, settings, None), lifespan="off", ws="none", log_config=None)
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [sock]})
     thread.start()

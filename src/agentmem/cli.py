@@ -20,7 +20,7 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_
 ConfigOption = Annotated[Path | None, typer.Option("--config", help="TOML file with settings, see configs/")]
 JsonOption = Annotated[bool, typer.Option("--json", help="print JSON, for programs")]
 
-CURL = """curl {url}/v1/chat/completions -H 'Content-Type: application/json' -d '{{"agent_id": "alice",
+CURL = """curl {url}/v1/chat/completions{key} -H 'Content-Type: application/json' -d '{{"agent_id": "alice",
   "temperature": 0, "messages": [{{"role": "user", "content": "What is the capital of France?"}}]}}'"""
 
 
@@ -95,7 +95,8 @@ def serve(flags: dict[str, Any], config: ConfigOption = None) -> None:
         return engine
 
     def ready(url: str) -> None:
-        _say(f"Ready: {url}/v1 (Ctrl-C stops). Try:\n\n{CURL.format(url=url)}\n")
+        key = " -H 'Authorization: Bearer KEY'" if settings.api_keys else ""
+        _say(f"Ready: {url}/v1 (Ctrl-C stops). Try:\n\n{CURL.format(url=url, key=key)}\n")
 
     raise typer.Exit(serve_engine(start, settings, ready))
 

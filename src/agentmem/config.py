@@ -64,6 +64,11 @@ class Settings(BaseSettings):
     allowed_hosts: Annotated[list[str], NoDecode, BeforeValidator(_split_commas)] = Field(
         default=[], description="further Host header values to accept (default: the listening address and localhost)"
     )
+    api_keys: Path | None = Field(
+        None,
+        description="TOML file that gives each namespace its key or keys "
+        "(default: no key needed, all in the namespace 'default')",
+    )
 
     kv_bits: Literal["4", "k5v4", "8", "16"] = Field(
         "4", description="bits of a sealed block: 4, 8, 16 (the model's own dtype), or k5v4 (keys 5, values 4)"

@@ -36,6 +36,14 @@ class ContextLengthExceeded(InvalidRequest):
         )
 
 
+class Unauthorized(AgentMemError):
+    """No API key, or one that this server does not know. Type and code are OpenAI's."""
+
+    status = 401
+    type = "invalid_request_error"
+    code = "invalid_api_key"
+
+
 class NotFound(AgentMemError):
     status = 404
     type = "invalid_request_error"

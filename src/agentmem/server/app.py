@@ -14,17 +14,18 @@ from starlette.responses import JSONResponse, Response
 from .. import __version__
 from ..config import Settings
 from ..engine.request import EngineAPI
-from ..errors import AgentMemError, Busy, NotFound
-from .chat import NAMESPACE
+from ..errors import AgentMemError, Busy, NotFound, Unauthorized
+from .auth import ApiKeyCheck, ApiKeys, namespace_of
 from .chat_completions import ChatCompletions, check_model
 from .middleware import BodyLimit, HostCheck, RequestId
 from .openai import ChatCompletionRequest, error_body, validation_error_body
 
 
-def create_app(engine: EngineAPI, settings: Settings) -> FastAPI:
-    """The app that serves `engine`, which must outlive it."""
+def create_app(engine: EngineAPI, settings: Settings, keys: ApiKeys | None) -> FastAPI:
+    """The app that serves `engine`, which must outlive it, to whoever has one of `keys`; to all where it is None."""
     app = FastAPI(title="agentmem", version=__version__, docs_url=None, redoc_url=None, redirect_slashes=False)
     app.add_middleware(BodyLimit, limit=settings.max_body)
+    app.add_middleware(ApiKeyCheck, keys=keys, on_error=_agentmem_error)
     hosts = ["localhost", "127.0.0.1", "::1", settings.host, *settings.allowed_hosts]
     app.add_middleware(HostCheck, allowed=hosts)
     app.add_middleware(RequestId)  # the last one added is the outermost
@@ -73,19 +74,20 @@ def _add_agent_routes(app: FastAPI, engine: EngineAPI) -> None:
         return Response(engine.metrics(), media_type=CONTENT_TYPE_LATEST)
 
     @app.get("/v1/agents")
-    async def list_agents() -> dict[str, Any]:
-        return {"object": "list", "data": [asdict(agent) for agent in await engine.agents(NAMESPACE)]}
+    async def list_agents(request: Request) -> dict[str, Any]:
+        agents = await engine.agents(namespace_of(request))
+        return {"object": "list", "data": [asdict(agent) for agent in agents]}
 
     @app.post("/v1/agents/{agent_id:path}/prefetch")
-    async def prefetch_agent(agent_id: str) -> dict[str, Any]:
-        restored = await engine.prefetch_agent(NAMESPACE, agent_id)
+    async def prefetch_agent(agent_id: str, request: Request) -> dict[str, Any]:
+        restored = await engine.prefetch_agent(namespace_of(request), agent_id)
         if restored is None:
             raise _no_agent(agent_id)
         return {"agent_id": agent_id, "restored_bytes": restored}
 
     @app.delete("/v1/agents/{agent_id:path}")
-    async def delete_agent(agent_id: str) -> dict[str, Any]:
-        if not await engine.delete_agent(NAMESPACE, agent_id):
+    async def delete_agent(agent_id: str, request: Request) -> dict[str, Any]:
+        if not await engine.delete_agent(namespace_of(request), agent_id):
             raise _no_agent(agent_id)
         return {"agent_id": agent_id, "deleted": True}
 
@@ -96,7 +98,8 @@ def _no_agent(agent_id: str) -> NotFound:
 
 async def _agentmem_error(request: Request, exc: Exception) -> Response:
     error = cast(AgentMemError, exc)
-    headers = {"retry-after": str(error.retry_after)} if isinstance(error, Busy) else None
+    headers = {"retry-after": str(error.retry_after)} if isinstance(error, Busy) else {}
+    headers |= {"www-authenticate": "Bearer"} if isinstance(error, Unauthorized) else {}
     body = error_body(error.message, type=error.type, param=error.param, code=error.code)
     return JSONResponse(body, error.status, headers)
 

@@ -11,7 +11,6 @@ from jinja2 import TemplateError
 
 from ..errors import ContextLengthExceeded, InvalidRequest
 
-NAMESPACE = "default"  # the only one until there are API keys
 ANONYMOUS = "anonymous"
 MAX_AGENT_ID = 256  # characters
 

@@ -14,7 +14,8 @@ from starlette.responses import JSONResponse, Response
 from ..config import Settings
 from ..engine.request import EngineAPI, Finished, GenerateRequest, RequestStats, SamplingParams
 from ..errors import AgentMemError, NotFound
-from .chat import NAMESPACE, ChatRenderer, Message, resolve_agent_id
+from .auth import namespace_of
+from .chat import ChatRenderer, Message, resolve_agent_id
 from .events import Event, Events, EventStream, unless_disconnected
 from .openai import ChatCompletionRequest, ChatMessage, error_body
 
@@ -57,7 +58,8 @@ class ChatCompletions:
         limits = [limit for limit in (body.max_tokens, body.max_completion_tokens) if limit is not None]
         limits = limits or [self._settings.default_max_tokens]
         max_tokens = min(*limits, self._engine.max_context - len(tokens))
-        return GenerateRequest(NAMESPACE, agent_id, tokens, sampling_params(body, max_tokens), body.priority or 0)
+        params = sampling_params(body, max_tokens)
+        return GenerateRequest(namespace_of(request), agent_id, tokens, params, body.priority or 0)
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from ..config import Settings
 from ..engine.request import EngineAPI
 from ..errors import StartupError
 from .app import create_app
+from .auth import ApiKeys, read_api_keys
 
 _ANY = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # listening everywhere: an address to reach it at
 
@@ -21,9 +22,9 @@ _ANY = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # listening everywhere: an address
 def serve(start_engine: Callable[[], Awaitable[EngineAPI]], settings: Settings, ready: Callable[[str], None]) -> int:
     """Serve until SIGTERM or SIGINT; the exit code. `ready` is called with the URL once requests are accepted.
 
-    The port is bound before `start_engine` is awaited, so that one in use is found before a model is loaded. The first
-    signal lets running answers finish within `settings.grace` seconds, a second one drops them; `engine.stop()` is
-    awaited in any case. Raises StartupError.
+    Keys are read and the port is bound before `start_engine` is awaited, so that what is wrong there is found before a
+    model is loaded. The first signal lets running answers finish within `settings.grace` seconds, a second one drops
+    them; `engine.stop()` is awaited in any case. Raises StartupError.
     """
     return asyncio.run(_serve(start_engine, settings, ready))
 
@@ -31,10 +32,11 @@ def serve(start_engine: Callable[[], Awaitable[EngineAPI]], settings: Settings, 
 async def _serve(
     start_engine: Callable[[], Awaitable[EngineAPI]], settings: Settings, ready: Callable[[str], None]
 ) -> int:
+    keys = read_api_keys(settings.api_keys)
     with _bind(settings.host, settings.port) as sock:
         engine = await start_engine()
         try:
-            server = _Server(engine, settings, lambda: ready(_url(settings.host, sock)))
+            server = _Server(engine, settings, keys, lambda: ready(_url(settings.host, sock)))
             for number in (signal.SIGTERM, signal.SIGINT):
                 asyncio.get_running_loop().add_signal_handler(number, server.on_signal)
             await server.serve([sock])
@@ -44,9 +46,9 @@ async def _serve(
 
 
 class _Server(uvicorn.Server):
-    def __init__(self, engine: EngineAPI, settings: Settings, ready: Callable[[], None]):
+    def __init__(self, engine: EngineAPI, settings: Settings, keys: ApiKeys | None, ready: Callable[[], None]):
         config = uvicorn.Config(
-            create_app(engine, settings),
+            create_app(engine, settings, keys),
             host=settings.host,
             port=settings.port,
             lifespan="off",
