@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 
 from agentmem.errors import CorruptSegment, InvalidRequest, NotFound, ShuttingDown, StoreError
-from agentmem.store import segment
+from agentmem.store import schema, segment
 from agentmem.store.agent_store import AgentStore
 from agentmem.store.layout import Layout
 from agentmem.store.reader import Catalog, Reader
-from agentmem.store.records import FileRef
+from agentmem.store.records import AgentRecord, FileRef
 from agentmem.store.writer import StoreWriteSkipped
 from agentmem.tensors import HostTensor
 
@@ -90,14 +90,17 @@ def test_what_was_saved_is_there_after_reopening(tmp_path):
     with opened(tmp_path) as store:
         record = save(store, B1, "alice", "abc").result()
         save_tail(store, B1, "alice", "abc", "t").result()
-        assert record.key == key("abc")
-        assert record.parent == key("ab")
+        assert record.nbytes == Layout(tmp_path / "f0").block(key("abc")).stat().st_size
         assert holds(store, "a")
     with opened(tmp_path) as store:
         found = store.index()
         (branch,) = found.branches
         assert [a.name for a in found.agents] == ["alice"]
-        assert [b.key for b in found.blocks] == [key("a"), key("ab"), key("abc")]
+        assert [(b.key, b.parent) for b in found.blocks] == [
+            (key("a"), None),
+            (key("ab"), key("a")),
+            (key("abc"), key("ab")),
+        ]
         assert (branch.namespace, branch.agent, branch.head) == ("ns", "alice", key("abc"))
         assert np.array_equal(branch.tail.tokens, tokens("t"))
         assert all(np.array_equal(b.tokens, tokens(n)) for b, n in zip(found.blocks, ["a", "ab", "abc"], strict=True))
@@ -129,7 +132,7 @@ def test_every_file_and_directory_is_private_under_umask_0(tmp_path):
 def test_a_key_that_is_stored_keeps_its_first_bytes_and_costs_no_write(store):
     first = save(store, B1, "alice", "a").result()
     other = store.save_block(B2, "ns", "bob", key("a"), None, tokens("a"), tensors("other"), {}).result()
-    assert (other.checksum, other.created) == (first.checksum, first.created)
+    assert other.checksum == first.checksum
     assert store.stats()["writes"] == 1
     assert holds(store, "a")
 
@@ -265,7 +268,7 @@ def test_a_second_open_names_the_process_that_holds_the_store(tmp_path):
     with opened(tmp_path):
         code = f"from agentmem.store.agent_store import AgentStore as S; S.open({str(tmp_path)!r}, 'f0', {META!r})"
         child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-        assert f"StoreError: the store at {tmp_path / 'f0'} is in use by process {os.getpid()}" in child.stderr
+        assert f"InUse: the store at {tmp_path / 'f0'} is in use by process {os.getpid()}" in child.stderr
         with pytest.raises(StoreError, match=f"process {os.getpid()}"):
             AgentStore.open(tmp_path, "f0", META)
     with opened(tmp_path):
@@ -279,6 +282,7 @@ def test_a_newer_format_is_refused_and_left_as_it_is(tmp_path, in_log):
     with contextlib.ExitStack() as stack:
         db = stack.enter_context(contextlib.closing(sqlite3.connect(tmp_path / "f0" / "manifest.sqlite")))
         db.execute("PRAGMA user_version = 99")
+        db.execute(f"PRAGMA application_id = {(0x61676D << 8) + 99}")
         if not in_log:
             stack.close()  # folds the log into the database
         snapshot = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file() and p.suffix != ".sqlite-shm"}
@@ -287,12 +291,66 @@ def test_a_newer_format_is_refused_and_left_as_it_is(tmp_path, in_log):
         assert {p: p.read_bytes() for p in snapshot} == snapshot
 
 
-def test_a_broken_manifest_is_a_store_error(tmp_path):
-    with opened(tmp_path):
-        pass
-    (tmp_path / "f0" / "manifest.sqlite").write_bytes(b"no database" * 1000)
-    with pytest.raises(StoreError, match="move it away"):
-        AgentStore.open(tmp_path, "f0", META)
+@pytest.mark.parametrize("damage", [b"no database" * 1000, b"", "format"])
+def test_a_damaged_manifest_is_put_aside_and_the_store_starts_empty(tmp_path, damage):
+    with opened(tmp_path) as store:
+        save(store, B1, "alice", "ab").result()
+    path = tmp_path / "f0" / "manifest.sqlite"
+    if damage == "format":
+        with contextlib.closing(sqlite3.connect(path)) as db:
+            db.execute("PRAGMA user_version = 6")  # a flipped bit
+    else:
+        path.write_bytes(damage)
+    with opened(tmp_path) as store:
+        assert store.index().blocks == []
+        assert [f for f in files(tmp_path) if "quarantine" not in f] == []
+        assert damage == b"" or len(list((tmp_path / "f0" / "quarantine").iterdir())) == 1
+        save(store, B1, "alice", "ab").result()
+
+
+@pytest.mark.parametrize("table", ["agents", "branches", "blocks"])
+def test_a_changed_value_in_a_row_costs_that_row_and_what_is_built_on_it(tmp_path, table):
+    with opened(tmp_path) as store:
+        save(store, B1, "alice", "abc").result()
+        save(store, B2, "bob", "x").result()
+    change = {
+        "agents": "UPDATE agents SET name = 'bliss' WHERE name = 'alice'",
+        "branches": f"UPDATE branches SET head = x'{key('ab').hex()}' WHERE id = '{B1}'",
+        "blocks": f"UPDATE blocks SET tokens = x'00' || x'ff' || substr(tokens, 3) WHERE key = x'{key('ab').hex()}'",
+    }[table]
+    with contextlib.closing(sqlite3.connect(tmp_path / "f0" / "manifest.sqlite", isolation_level=None)) as db:
+        for (name,) in db.execute("SELECT name FROM sqlite_schema WHERE type = 'trigger'").fetchall():
+            trigger = db.execute("SELECT sql FROM sqlite_schema WHERE name = ?", (name,)).fetchone()
+            db.execute(f"DROP TRIGGER {name}")
+            if name.startswith(table):
+                db.execute(change) if name.endswith("updated") else None
+            db.execute(*trigger)
+    branches, blocks = index(tmp_path)
+    assert branches[B2].head == key("x")
+    assert branches.keys() == {B2}  # nobody knows any more what came before a lost block
+    assert blocks == {key("x")}
+
+
+def test_a_store_of_the_first_format_is_brought_to_this_one(tmp_path):
+    with opened(tmp_path) as store:
+        save(store, B1, "alice", "ab").result()
+        save_tail(store, B1, "alice", "ab", "t").result()
+    path = tmp_path / "f0" / "manifest.sqlite"
+    old = tmp_path / "old.sqlite"
+    with contextlib.closing(sqlite3.connect(old, isolation_level=None)) as db:
+        schema.MIGRATIONS[0](db)
+        db.execute("PRAGMA user_version = 1")
+        db.execute("ATTACH ? AS new", (str(path),))
+        for table in ("meta", "agents", "blocks", "branches"):
+            columns = ", ".join(name for _, name, *_ in db.execute(f"PRAGMA main.table_info({table})"))
+            db.execute(f"INSERT INTO main.{table} ({columns}) SELECT {columns} FROM new.{table}")
+    old.replace(path)
+    with opened(tmp_path) as store:
+        found = store.index()
+        assert [(a.name, a.pinned, a.ttl) for a in found.agents] == [("alice", False, None)]
+        assert {b.key for b in found.blocks} == {key("a"), key("ab")}
+        assert store.read_tail(B1).result()[1]["name"] == "t"
+        assert store.stats()["damaged_rows"] == 0
 
 
 @pytest.mark.parametrize("name", ["../../x", "/etc/passwd", "a\0b", "🦊" * 20, "n" * 200, "", "' OR 1=1 --"])
@@ -405,7 +463,7 @@ def test_a_full_backlog_refuses_a_save_at_once_and_recovers(tmp_path):
         assert store.backlog_bytes == 8_000
         refused = store.save_block(B2, "ns", "bob", key("b"), None, tokens("b"), tensors("b"), {})
         assert isinstance(refused.exception(timeout=0), StoreWriteSkipped)
-        touched = store.touch("ns", "alice", 9e9)
+        touched = store.touch(AgentRecord("ns", "alice", 1.0, 9e9))
         gate.set()
         first.result()
         touched.result()
@@ -466,10 +524,10 @@ def test_a_tail_replaced_between_lookup_and_read_is_no_corruption(tmp_path):
 def test_last_use_is_kept_and_never_goes_back(tmp_path):
     with opened(tmp_path) as store:
         save(store, B1, "alice", "a").result()
-        store.touch("ns", "alice", 9e9)
-        store.touch("ns", "alice", 1.0)
-        store.touch("ns", "nobody", 1.0)
+        store.touch(AgentRecord("ns", "alice", 1.0, 9e9), B1)
+        store.touch(AgentRecord("ns", "alice", 1.0, 1.0), B1)
+        store.touch(AgentRecord("ns", "nobody", 1.0, 1.0))
         store.save_branch(B1, "ns", "alice", key("a"), 8e9).result()
     with opened(tmp_path) as store:
         assert [(a.name, a.last_used) for a in store.index().agents] == [("alice", 9e9)]
-        assert [b.last_used for b in store.index().branches] == [8e9]
+        assert [b.last_used for b in store.index().branches] == [9e9]

@@ -11,14 +11,16 @@ A failed write sets `background_error`, until a later one succeeds. Errors of fu
   ShuttingDown, EngineFailed  the store is closed; its writer met a bug
 """
 
-import fcntl
 import os
 import re
+import shutil
 import sqlite3
 import time
-from collections.abc import Mapping
+import uuid
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,56 +29,93 @@ import numpy as np
 from ..errors import ShuttingDown, StoreError
 from ..tensors import HostTensor
 from . import jobs
+from .crypto import Vault
+from .keys import FileKeys
 from .layout import Layout
+from .lock import acquire, announce
 from .manifest import Manifest
-from .reader import Catalog, Reader, Segment
-from .reconcile import reconcile
-from .records import BlockRecord, StoreIndex, TailRecord
+from .reader import READERS, Catalog, Reader, Segment, read_segment
+from .reconcile import open_manifest, reconcile
+from .records import AgentRecord, FileRef, StoreIndex
+from .room import Limits, Room
+from .schema import Damaged
 from .segment import make_private_dir
+from .trim import Trimmed
 from .writer import Writer
 
 MAX_BACKLOG_BYTES = 256 << 20
+_ENCRYPTION = "encryption"  # in the manifest's meta: a value that only the same master key gives
+Linked = dict[bytes | str, tuple[Path, FileRef]]
 
 
 class AgentStore:
     @classmethod
     def open(
-        cls, root: Path, fingerprint: str, meta: dict[str, str], max_backlog: int = MAX_BACKLOG_BYTES
+        cls,
+        root: Path,
+        fingerprint: str,
+        meta: dict[str, str],
+        *,
+        max_backlog: int = MAX_BACKLOG_BYTES,
+        limits: Limits | None = None,
+        unlock: Callable[[bool], Vault] | None = None,
+        readers: int = READERS,
     ) -> "AgentStore":
         """Open root/fingerprint, created if need be. Blocks made with another `meta` are dropped, all of them.
 
-        Raises StoreError: in use by another process, of a newer format, or unreadable.
+        `unlock`: encrypt; gives the master key's vault, and is told whether a new master key may be made.
+        Raises StoreError: in use by another process, of a newer format, encrypted otherwise, or unreadable.
         """
         assert re.fullmatch(r"[0-9A-Za-z][0-9A-Za-z._-]*", fingerprint), fingerprint
         layout = Layout(Path(root) / fingerprint)
         with ExitStack() as undo:
             try:
                 make_private_dir(layout.root)
-                lock = _lock(layout)
+                lock = acquire(layout)
                 undo.callback(os.close, lock)
-                manifest = Manifest.open(layout.manifest)
-                undo.callback(manifest.close)
                 for directory in (layout.blocks, layout.tails, layout.quarantine):
                     make_private_dir(directory)
-                if manifest.meta() != meta:
+                manifest = open_manifest(layout)
+                undo.callback(manifest.close)
+                vault = _unlock(layout, manifest, unlock)
+                if manifest.meta() != (meta := meta | _encryption(vault)):
                     with manifest.transaction():
                         manifest.reset(meta)
-                reconcile(layout, manifest)
-                store = cls(layout, manifest, lock, max_backlog)
-            except (OSError, sqlite3.Error) as e:
+                keys = FileKeys(vault, manifest) if vault else None
+                reconcile(layout, manifest, keys.block_keys() if keys else None)
+                room = Room(layout.root, layout.manifest, limits or Limits())
+                store = cls(layout, manifest, lock, max_backlog, keys, room, readers)
+                store.address_secret = vault.derive(b"content addresses") if vault else b""
+            except (OSError, sqlite3.Error, Damaged) as e:
                 raise StoreError(f"can't open the store at {layout.root}: {e}; to start empty, move it away") from e
             undo.pop_all()
         return store
 
-    def __init__(self, layout: Layout, manifest: Manifest, lock: int, max_backlog: int):
+    address_secret = b""  # goes into the keys of blocks: without it their names on disk would confirm guessed content
+
+    def __init__(
+        self,
+        layout: Layout,
+        manifest: Manifest,
+        lock: int,
+        max_backlog: int,
+        keys: FileKeys | None,
+        room: Room,
+        readers: int,
+    ):
         """Use `open`."""
-        self._manifest = manifest
-        self._lock = lock
+        self._layout, self._manifest, self._lock = layout, manifest, lock
         self._closed = False
-        self._index = manifest.index()
-        self._catalog = Catalog(manifest.block_files(), manifest.tail_files())
-        self._writer = Writer(layout, manifest, self._catalog, max_backlog)
-        self._reader = Reader(layout, self._catalog)
+        self.on_trim: Callable[[Trimmed], None] = lambda _: None  # called on the writer's thread
+        block_keys = keys.block_keys() if keys else {}
+        tail_keys = keys.tail_keys() if keys else {}
+        self._index = manifest.index(block_keys, tail_keys)
+        blocks = {key: replace(ref, key=block_keys.get(key)) for key, ref in manifest.block_files().items()}
+        tails = {id: replace(ref, key=tail_keys.get(id)) for id, ref in manifest.tail_files().items()}
+        self._catalog = Catalog(blocks, tails)
+        self._damaged_rows = manifest.damaged_rows
+        self._writer = Writer(layout, manifest, self._catalog, max_backlog, keys, room, lambda gone: self.on_trim(gone))
+        self._reader = Reader(layout, self._catalog, readers)
 
     def index(self) -> StoreIndex:
         """What the store held when it was opened."""
@@ -94,7 +133,7 @@ class AgentStore:
         tokens: np.ndarray,
         tensors: Mapping[str, HostTensor],
         metadata: Mapping[str, str],
-    ) -> Future[BlockRecord]:
+    ) -> Future[FileRef]:
         """Store the block and make it the branch's head; a tail goes, as the block holds its tokens.
 
         If the key is stored already, that block stays, and is the result.
@@ -113,7 +152,7 @@ class AgentStore:
         tokens: np.ndarray,
         tensors: Mapping[str, HostTensor],
         metadata: Mapping[str, str],
-    ) -> Future[TailRecord]:
+    ) -> Future[FileRef]:
         """Make `head` the branch's head, and these its tokens after it."""
         now = time.time()
         return self._writer.submit(jobs.SaveTail(branch_id, namespace, agent, head, now, tokens, tensors, metadata))
@@ -127,9 +166,31 @@ class AgentStore:
         """
         return self._writer.submit(jobs.BranchJob(branch_id, namespace, agent, head, last_used))
 
-    def touch(self, namespace: str, agent: str, last_used: float) -> Future[None]:
-        """Note the agent's last use, if it is stored."""
-        return self._writer.submit(jobs.Touch(namespace, agent, last_used))
+    def fork_branch(
+        self, source: str, branch_id: str, namespace: str, agent: str, head: bytes | None, last_used: float
+    ) -> Future[int]:
+        """A branch with the head of `source`, and its tail if that still follows this head: bytes of the tail, or 0.
+
+        Writes no file: the tail's gets a second name.
+        """
+        return self._writer.submit(jobs.ForkBranch(branch_id, namespace, agent, head, last_used, source))
+
+    def touch(self, agent: AgentRecord, branch_id: str | None = None) -> Future[None]:
+        """Note an agent's and a branch's last use, and what else is known of the agent."""
+        return self._writer.submit(jobs.Touch(agent, branch_id))
+
+    def move_agent(self, source: tuple[str, str], target: tuple[str, str]) -> Future[None]:
+        """Give all branches of an agent (namespace, name) to another one, at once."""
+        return self._writer.submit(jobs.MoveAgent(source, target))
+
+    def link_files(self, blocks: list[bytes], branches: list[str]) -> Future[Linked]:
+        """Second names for files of blocks and tails, for `read_linked`; `unlink` ends it. NotFound if one is gone."""
+        return self._writer.submit(jobs.LinkFiles(self._layout.exports / uuid.uuid4().hex, blocks, branches))
+
+    @staticmethod
+    def unlink(linked: Linked) -> None:
+        for directory in {path.parent for path, _ in linked.values()}:
+            shutil.rmtree(directory, ignore_errors=True)
 
     def delete_branch(self, branch_id: str) -> Future[None]:
         """Resolves when its bytes are gone, but for blocks that another branch reaches."""
@@ -159,6 +220,12 @@ class AgentStore:
         """Tensors and metadata."""
         return _closed() if self._closed else self._reader.read_tail(branch_id)
 
+    @staticmethod
+    def read_linked(linked: Linked, name: bytes | str) -> Segment:
+        """A block by its key, or a tail by its branch; on the caller's thread. Raises CorruptSegment."""
+        path, ref = linked[name]
+        return read_segment(path, ref, b"block:" + name if isinstance(name, bytes) else b"tail")
+
     @property
     def backlog_bytes(self) -> int:
         """Bytes of tensors that wait for the writer."""
@@ -170,7 +237,11 @@ class AgentStore:
 
     def stats(self) -> dict[str, int]:
         """What is stored, and counts since the store was opened."""
-        return {**self._catalog.stats(), **self._writer.stats()}
+        return {**self._catalog.stats(), **self._writer.stats(), "damaged_rows": self._damaged_rows}
+
+    def announce(self, url: str) -> None:
+        """Say in the lock file where the server that has the store open can be reached."""
+        announce(self._lock, url)
 
     def close(self) -> None:
         """Does what is queued (this blocks), then lets go of the directory. Idempotent."""
@@ -183,24 +254,27 @@ class AgentStore:
         os.close(self._lock)
 
 
-def _lock(layout: Layout) -> int:
-    """The open lock file; closing it, or the process's end, lets go."""
-    fd = os.open(layout.lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
-    try:
-        os.fchmod(fd, 0o600)
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        os.ftruncate(fd, 0)
-        os.pwrite(fd, str(os.getpid()).encode(), 0)
-    except BlockingIOError:
-        pid = os.pread(fd, 20, 0).decode() or "unknown"
-        os.close(fd)
+def _unlock(layout: Layout, manifest: Manifest, unlock: Callable[[bool], Vault] | None) -> Vault | None:
+    """Raises StoreError if what is stored can't be read that way."""
+    stored = manifest.meta().get(_ENCRYPTION)
+    empty = not manifest.parents() and not manifest.tail_files()
+    if unlock is None:
+        if stored and not empty:
+            raise StoreError(f"the store at {layout.root} is encrypted: start with --encrypt")
+        return None
+    vault = unlock(empty or not stored)
+    if not empty and stored is None:
         raise StoreError(
-            f"the store at {layout.root} is in use by process {pid}; stop it, or use another --home"
-        ) from None
-    except OSError:
-        os.close(fd)
-        raise
-    return fd
+            f"the store at {layout.root} holds caches in the clear: delete them (agentmem store clear) or use another "
+            "--home, then start with --encrypt"
+        )
+    if not empty and stored != vault.check.hex():
+        raise StoreError(f"the store at {layout.root} is encrypted with another master key: give the right one")
+    return vault
+
+
+def _encryption(vault: Vault | None) -> dict[str, str]:
+    return {_ENCRYPTION: vault.check.hex()} if vault else {}
 
 
 def _closed() -> Future[Any]:

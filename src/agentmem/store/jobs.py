@@ -1,20 +1,26 @@
 """What the writer can be asked to do. A job writes its file, then changes rows in the batch's transaction."""
 
 import re
+import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ..errors import InvalidRequest
+from ..errors import InvalidRequest, NotFound
 from ..tensors import HostTensor
-from . import segment
+from . import crypto, segment
+from .keys import FileKeys
 from .layout import Layout
 from .manifest import Manifest
-from .records import BlockRecord, TailRecord
+from .reconcile import empty_quarantine, trim_quarantine
+from .records import AgentRecord, BlockRecord, FileRef, TailRecord
+from .room import Room
+
+_FILE_HEADER = 4096  # bytes, at most, beside its tensors
 
 
 @dataclass
@@ -23,8 +29,11 @@ class Batch:
 
     layout: Layout
     manifest: Manifest
+    keys: FileKeys | None  # of encrypted files
+    room: Room
     generations: Iterator[int]
     new_blocks: dict[bytes, BlockRecord] = field(default_factory=dict)  # files that no row names yet
+    new_keys: dict[bytes, bytes] = field(default_factory=dict)  # of those, if they are encrypted
     blocks: set[bytes] = field(default_factory=set)  # whose row or file may have changed
     branches: set[str] = field(default_factory=set)  # whose tail may have changed
     tail_files: set[tuple[str, int]] = field(default_factory=set)  # written: branch, generation
@@ -33,15 +42,23 @@ class Batch:
     bytes_written: int = 0
     quarantined: int = 0
 
-    def write(self, path: Path, tensors: Mapping[str, HostTensor], metadata: Mapping[str, str]) -> tuple[int, bytes]:
-        """Size and checksum of the file, which is durable once its directory (in `dirs`) is synced."""
-        data = segment.encode(tensors, metadata)
-        segment.make_private_dir(path.parent)
+    def write(
+        self, path: Path, tensors: Mapping[str, HostTensor], metadata: Mapping[str, str], context: bytes
+    ) -> FileRef:
+        """The file is durable once its directory (in `dirs`) is synced."""
+        data: bytes | bytearray = segment.encode(tensors, metadata)
+        key = crypto.new_key() if self.keys else None
+        if key:
+            data = crypto.seal(key, data, context)
+        if not path.parent.is_dir():
+            segment.make_private_dir(path.parent)
+            self.room.grew(1)
         self.dirs.add(path.parent)
         segment.write_file(path, data)
+        self.room.grew(len(data))
         self.writes += 1
         self.bytes_written += len(data)
-        return len(data), segment.checksum(data)
+        return FileRef(len(data), segment.checksum(data), key=key)
 
     def delete_unreachable(self) -> None:
         self.blocks.update(self.manifest.delete_unreachable())
@@ -66,6 +83,11 @@ class Job:
     def nbytes(self) -> int:
         """Of the tensors held until it is done."""
         return 0
+
+    @property
+    def file_bytes(self) -> int:
+        """At most, of the file that it writes."""
+        return self.nbytes + _FILE_HEADER if self.nbytes else 0
 
     def stage(self, batch: Batch) -> None:
         """Write files. Raises OSError, which fails this job only."""
@@ -98,9 +120,16 @@ class BranchJob(Job):
             raise InvalidRequest(f"agent id {self.agent!r} isn't valid Unicode", param="agent_id") from None
 
     def record(self, batch: Batch) -> Any:
+        self.put_branch(batch)
+
+    def put_branch(self, batch: Batch) -> int:
+        """The agent's id."""
         batch.manifest.require_block(self.head)
-        batch.manifest.put_branch(self.branch_id, self.namespace, self.agent, self.head, self.last_used)
+        agent_id = batch.manifest.put_branch(self.branch_id, self.namespace, self.agent, self.head, self.last_used)
+        if batch.keys:
+            batch.keys.cover(agent_id, self.head, batch.new_keys)
         batch.branches.add(self.branch_id)
+        return agent_id
 
 
 @dataclass(eq=False)
@@ -123,45 +152,99 @@ class SaveBlock(SaveJob):
         if self.key in batch.new_blocks or batch.manifest.block_file(self.key):
             return  # the first computation of a key stays
         batch.blocks.add(self.key)
-        nbytes, checksum = batch.write(batch.layout.block(self.key), self.tensors, self.metadata)
-        batch.new_blocks[self.key] = BlockRecord(self.key, self.parent, self.tokens, nbytes, checksum, self.last_used)
+        file = batch.write(batch.layout.block(self.key), self.tensors, self.metadata, b"block:" + self.key)
+        if file.key:
+            batch.new_keys[self.key] = file.key
+        batch.new_blocks[self.key] = BlockRecord(
+            self.key, self.parent, self.tokens, file.nbytes, file.checksum, self.last_used
+        )
 
-    def record(self, batch: Batch) -> BlockRecord:
-        block = batch.manifest.block(self.key)
-        if block is None:
+    def record(self, batch: Batch) -> FileRef:
+        file = batch.manifest.block_file(self.key)
+        if file is None:
             block = batch.new_blocks[self.key]
             batch.manifest.require_block(block.parent)
-            batch.manifest.add_block(block)
-        super().record(batch)
-        return block
+            batch.manifest.add_block(block, batch.new_keys.get(self.key))
+            file = FileRef(block.nbytes, block.checksum)
+        self.put_branch(batch)
+        return file
 
 
 @dataclass(eq=False)
 class SaveTail(SaveJob):
     generation: int = field(init=False)
-    tail: TailRecord = field(init=False)
+    file: FileRef = field(init=False)
 
     def stage(self, batch: Batch) -> None:
         self.generation = next(batch.generations)
         batch.branches.add(self.branch_id)
         batch.tail_files.add((self.branch_id, self.generation))
         path = batch.layout.tail(self.branch_id, self.generation)
-        self.tail = TailRecord(self.tokens, *batch.write(path, self.tensors, self.metadata))
+        self.file = batch.write(path, self.tensors, self.metadata, b"tail")
 
-    def record(self, batch: Batch) -> TailRecord:
-        super().record(batch)
-        batch.manifest.set_tail(self.branch_id, self.tail, self.generation)
-        return self.tail
+    def record(self, batch: Batch) -> FileRef:
+        agent_id, key = self.put_branch(batch), self.file.key
+        wrapped = batch.keys.wrap(key, agent_id) if batch.keys and key else None
+        tail = TailRecord(self.tokens, self.file.nbytes, self.file.checksum)
+        batch.manifest.set_tail(self.branch_id, tail, self.generation, key, wrapped)
+        return self.file
+
+
+@dataclass(eq=False)
+class ForkBranch(BranchJob):
+    """A branch that holds what another one does: its head, and its tail under a second name of the file."""
+
+    alone = True  # what was saved of the source before must be recorded
+    source: str
+    generation: int | None = field(default=None, init=False)
+
+    def stage(self, batch: Batch) -> None:
+        tail = batch.manifest.tail_file(self.source)
+        if tail is None or batch.manifest.heads().get(self.source) != self.head:
+            return
+        self.generation = next(batch.generations)
+        path = batch.layout.tail(self.branch_id, self.generation)
+        batch.tail_files.add((self.branch_id, self.generation))
+        batch.dirs.add(path.parent)
+        path.hardlink_to(batch.layout.tail(self.source, tail.generation))
+
+    def record(self, batch: Batch) -> int:
+        """Bytes of the tail; 0: the source has none on disk, or goes on from another block there."""
+        agent_id = self.put_branch(batch)
+        if self.generation is None:
+            return 0
+        wrapped = None
+        if batch.keys and (file_key := batch.keys.tail_key(self.source)):
+            wrapped = batch.keys.wrap(file_key, agent_id)
+        batch.manifest.copy_tail(self.source, self.branch_id, self.generation, wrapped)
+        tail = batch.manifest.tail_file(self.branch_id)
+        return tail.nbytes if tail else 0
 
 
 @dataclass(eq=False)
 class Touch(Job):
-    namespace: str
-    agent: str
-    last_used: float
+    """Note what was used, and what was changed of an agent. An agent that holds nothing yet is entered."""
+
+    agent: AgentRecord
+    branch_id: str | None = None
 
     def record(self, batch: Batch) -> None:
-        batch.manifest.touch(self.namespace, self.agent, self.last_used)
+        batch.manifest.put_agent(self.agent)
+        if self.branch_id is not None:
+            batch.manifest.touch_branch(self.branch_id, self.agent.last_used)
+
+
+@dataclass(eq=False)
+class MoveAgent(Job):
+    """Put an agent under another name, all of it at once."""
+
+    alone = True
+    source: tuple[str, str]  # namespace, name
+    target: tuple[str, str]
+
+    def record(self, batch: Batch) -> None:
+        target = AgentRecord(*self.target, created=time.time(), last_used=time.time())
+        batch.manifest.move_agent(self.source, batch.manifest.put_agent(target), batch.keys)
 
 
 @dataclass(eq=False)
@@ -189,9 +272,42 @@ class DeleteAgent(Job):
 
     def committed(self, batch: Batch) -> None:
         batch.manifest.truncate_wal()
-        for path in batch.layout.quarantine.iterdir():  # whose they were is not known any more
-            segment.remove_file(path)
+        batch.room.shrank(empty_quarantine(batch.layout))  # whose they were is not known any more
         batch.dirs.add(batch.layout.quarantine)
+
+
+@dataclass(eq=False)
+class LinkFiles(Job):
+    """Give files a second name in a directory of their own, so that they can be read whatever happens to the first."""
+
+    alone = True
+    directory: Path
+    blocks: list[bytes]
+    branches: list[str]  # whose tails
+
+    def stage(self, batch: Batch) -> None:
+        segment.make_private_dir(self.directory)
+        self.result = {}
+        for key in self.blocks:
+            if ref := batch.manifest.block_file(key):
+                file_key = batch.keys.block_key(key) if batch.keys else None
+                self.result[key] = self._link(batch.layout.block(key), ref, file_key)
+        for branch_id in self.branches:
+            if ref := batch.manifest.tail_file(branch_id):
+                file_key = batch.keys.tail_key(branch_id) if batch.keys else None
+                self.result[branch_id] = self._link(batch.layout.tail(branch_id, ref.generation), ref, file_key)
+
+    def _link(self, path: Path, ref: FileRef, file_key: bytes | None) -> tuple[Path, FileRef]:
+        link = self.directory / path.name
+        link.hardlink_to(path)
+        return link, replace(ref, key=file_key)
+
+    def record(self, batch: Batch) -> dict[bytes | str, tuple[Path, FileRef]]:
+        """By block and branch."""
+        missing = [name for name in (*self.blocks, *self.branches) if name not in self.result]
+        if missing:
+            raise NotFound(f"{len(missing)} of its blocks and tails are not on disk any more")
+        return self.result
 
 
 @dataclass(eq=False)
@@ -200,12 +316,12 @@ class QuarantineBlock(Job):
     key: bytes
 
     def record(self, batch: Batch) -> None:
-        block = batch.manifest.block(self.key)
-        if block is None:
+        if batch.manifest.block_file(self.key) is None:
             return
+        parent = batch.manifest.parent(self.key)
         branches = batch.manifest.branches_through(self.key)
         for branch_id in branches:
-            batch.manifest.cut_branch(branch_id, block.parent)
+            batch.manifest.cut_branch(branch_id, parent)
         batch.branches.update(branches)
         batch.blocks.add(self.key)
         batch.delete_unreachable()
@@ -213,6 +329,7 @@ class QuarantineBlock(Job):
     def committed(self, batch: Batch) -> None:
         if self.key in batch.blocks:
             batch.move_to_quarantine(batch.layout.block(self.key))
+            batch.room.shrank(trim_quarantine(batch.layout))
 
 
 @dataclass(eq=False)
@@ -230,3 +347,4 @@ class QuarantineTail(Job):
     def committed(self, batch: Batch) -> None:
         if self.path:
             batch.move_to_quarantine(self.path)
+            batch.room.shrank(trim_quarantine(batch.layout))

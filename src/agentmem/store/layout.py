@@ -13,7 +13,8 @@ class Layout:
     lock                              flock'ed by the one process that has the store open; its pid
     blocks/ab/KEY.safetensors         KEY in hex, ab its first byte
     tails/BRANCH-N.safetensors        N grows, so a tail that is replaced is never overwritten
-    quarantine/                       files that failed verification
+    quarantine/                       files that failed verification, a damaged manifest among them; 64 MB at most
+    exports/ID/                       second names of files that are being exported
     """
 
     root: Path
@@ -37,6 +38,10 @@ class Layout:
     @property
     def quarantine(self) -> Path:
         return self.root / "quarantine"
+
+    @property
+    def exports(self) -> Path:
+        return self.root / "exports"
 
     def block(self, key: bytes) -> Path:
         name = key.hex()

@@ -5,57 +5,49 @@ One connection, used by one thread at a time: by whoever opens the store, then b
 
 import os
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ..errors import NotFound, StoreError
-from .records import AgentRecord, BlockRecord, BranchRecord, FileRef, StoreIndex, TailRecord
+from . import schema
+from .crypto import seal, unseal
+from .records import AgentRecord, BlockRecord, BranchRecord, FileRef, Holding, StoreIndex, TailRecord
+
+if TYPE_CHECKING:
+    from .keys import FileKeys
+
+_NO_TAIL = "tail_tokens = NULL, tail_nbytes = NULL, tail_checksum = NULL, tail_generation = NULL, tail_key = NULL"
 
 
-def _v1(db: sqlite3.Connection) -> None:
-    db.execute("CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL)")
-    db.execute(
-        "CREATE TABLE agents (id INTEGER PRIMARY KEY, namespace TEXT NOT NULL, name TEXT NOT NULL,"
-        " created REAL NOT NULL, last_used REAL NOT NULL, UNIQUE (namespace, name))"
-    )
-    db.execute(
-        "CREATE TABLE blocks (key BLOB PRIMARY KEY, parent BLOB, tokens BLOB NOT NULL, nbytes INTEGER NOT NULL,"
-        " checksum BLOB NOT NULL, created REAL NOT NULL)"
-    )
-    db.execute("CREATE INDEX blocks_parent ON blocks (parent)")
-    db.execute(
-        "CREATE TABLE branches (id TEXT PRIMARY KEY, agent_id INTEGER NOT NULL REFERENCES agents ON DELETE CASCADE,"
-        " head BLOB, tail_tokens BLOB, tail_nbytes INTEGER, tail_checksum BLOB, tail_generation INTEGER,"
-        " last_used REAL NOT NULL)"
-    )
-    db.execute("CREATE INDEX branches_agent ON branches (agent_id)")
-    db.execute("CREATE INDEX branches_head ON branches (head)")
+_HOURS_KEPT = 48
 
 
-MIGRATIONS = [_v1]  # to change the tables, append a function; never edit one that was released
-
-_NO_TAIL = "tail_tokens = NULL, tail_nbytes = NULL, tail_checksum = NULL, tail_generation = NULL"
-
-
-def _pack(tokens: np.ndarray) -> bytes:
-    return np.ascontiguousarray(tokens, "<u4").tobytes()
+def _pack(tokens: np.ndarray, file_key: bytes | None) -> bytes:
+    data = np.ascontiguousarray(tokens, "<u4").tobytes()
+    return bytes(seal(file_key, data, b"tokens")) if file_key else data
 
 
-def _unpack(blob: bytes) -> np.ndarray:
-    return np.frombuffer(blob, "<u4")
+def _unpack(blob: bytes, file_key: bytes | None) -> np.ndarray:
+    """Raises CorruptSegment."""
+    return np.frombuffer(unseal(file_key, blob, b"tokens") if file_key else blob, "<u4")
 
 
 class Manifest:
+    damaged_rows = 0  # found and dropped when it was opened
+
     def __init__(self, db: sqlite3.Connection):
-        self._db = db
+        self.db = db
 
     @classmethod
     def open(cls, path: Path) -> "Manifest":
-        """Open, creating and migrating as needed. A newer format raises StoreError and leaves every byte as it was."""
+        """Open, creating and migrating as needed; rows that are damaged are gone.
+
+        A newer format raises StoreError and leaves every byte as it was. schema.Damaged: it is no manifest any more.
+        """
         _refuse_newer(path)
         # SQLite gives -wal and -shm the database's mode
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
@@ -67,6 +59,8 @@ class Manifest:
             # secure_delete: a deleted agent's tokens don't stay in free pages. fullfsync: macOS, see segment._fsync
             for pragma in (
                 "journal_mode = WAL",
+                "journal_size_limit = 1048576",
+                "wal_autocheckpoint = 200",
                 "synchronous = FULL",
                 "fullfsync = ON",
                 "checkpoint_fullfsync = ON",
@@ -74,77 +68,84 @@ class Manifest:
                 "secure_delete = ON",
             ):
                 db.execute(f"PRAGMA {pragma}")
+            schema.migrate(db)
+            schema.check(db)
             manifest = cls(db)
-            manifest._migrate()
+            with manifest.transaction():
+                manifest.damaged_rows = schema.drop_damaged_rows(db)
             return manifest
-        except sqlite3.Error:
+        except (sqlite3.Error, schema.Damaged) as e:
             db.close()
+            if isinstance(e, sqlite3.Error) and schema.is_damage(e):
+                raise schema.Damaged(str(e)) from e
             raise
 
-    def _migrate(self) -> None:
-        (version,) = self._db.execute("PRAGMA user_version").fetchone()
-        for number, migrate in enumerate(MIGRATIONS[version:], version + 1):
-            with self.transaction():
-                migrate(self._db)
-                self._db.execute(f"PRAGMA user_version = {number}")
-
     def close(self) -> None:
-        self._db.close()
+        self.db.close()
 
     @contextmanager
     def transaction(self) -> Iterator[None]:
         """All or nothing, durable when it ends without an error."""
-        self._db.execute("BEGIN IMMEDIATE")
+        self.db.execute("BEGIN IMMEDIATE")
         try:
             yield
-            self._db.execute("COMMIT")
+            self.db.execute("COMMIT")
         finally:
-            if self._db.in_transaction:
-                self._db.execute("ROLLBACK")
+            if self.db.in_transaction:
+                self.db.execute("ROLLBACK")
 
     def truncate_wal(self) -> None:
         """Copy the log into the database and empty it: what was deleted isn't in it any more."""
-        self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+        self.db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
 
     # What the store holds
 
     def meta(self) -> dict[str, str]:
-        return dict(self._db.execute("SELECT key, value FROM meta"))
+        return dict(self.db.execute("SELECT key, value FROM meta"))
 
     def reset(self, meta: dict[str, str]) -> None:
         """Forget everything; `meta` is what the blocks to come are made with."""
-        for table in ("branches", "agents", "blocks", "meta"):
-            self._db.execute(f"DELETE FROM {table}")
-        self._db.executemany("INSERT INTO meta VALUES (?, ?)", meta.items())
+        for table in ("block_keys", "branches", "agents", "blocks", "meta"):
+            self.db.execute(f"DELETE FROM {table}")
+        self.db.executemany("INSERT INTO meta VALUES (?, ?)", meta.items())
 
-    def index(self) -> StoreIndex:
-        agents = self._db.execute("SELECT namespace, name, created, last_used FROM agents ORDER BY id")
-        branches = self._db.execute(
+    def agents(self) -> list[AgentRecord]:
+        rows = self.db.execute(
+            "SELECT namespace, name, created, last_used, pinned, ttl, requests, hit_tokens FROM agents ORDER BY id"
+        )
+        return [
+            AgentRecord(space, name, made, used, bool(pinned), *rest) for space, name, made, used, pinned, *rest in rows
+        ]
+
+    def index(self, block_keys: Mapping[bytes, bytes], tail_keys: Mapping[str, bytes]) -> StoreIndex:
+        """`block_keys`, `tail_keys`: of encrypted files, by block and by branch."""
+        branches = self.db.execute(
             "SELECT b.id, namespace, name, head, tail_tokens, tail_nbytes, tail_checksum, b.last_used"
             " FROM branches b JOIN agents a ON a.id = agent_id ORDER BY b.rowid"
         )
-        blocks = self._db.execute("SELECT key, parent, tokens, nbytes, checksum, created FROM blocks ORDER BY rowid")
+        blocks = self.db.execute("SELECT key, parent, tokens, nbytes, checksum, created FROM blocks ORDER BY rowid")
         return StoreIndex(
-            [AgentRecord(*row) for row in agents],
-            [_branch(*row) for row in branches],
-            [_block(*row) for row in blocks],
+            self.agents(),
+            [_branch(tail_keys.get(row[0]), *row) for row in branches],
+            [_block(block_keys.get(row[0]), *row) for row in blocks],
         )
 
-    def block(self, key: bytes) -> BlockRecord | None:
-        row = self._db.execute(
-            "SELECT key, parent, tokens, nbytes, checksum, created FROM blocks WHERE key = ?", (key,)
-        ).fetchone()
-        return row and _block(*row)
+    def parent(self, key: bytes) -> bytes | None:
+        """NotFound: there is no such block."""
+        row = self.db.execute("SELECT parent FROM blocks WHERE key = ?", (key,)).fetchone()
+        if row is None:
+            raise NotFound(f"block {key.hex()} isn't in the store")
+        return row[0]
 
     def block_file(self, key: bytes) -> FileRef | None:
-        row = self._db.execute("SELECT nbytes, checksum FROM blocks WHERE key = ?", (key,)).fetchone()
+        row = self.db.execute("SELECT nbytes, checksum FROM blocks WHERE key = ?", (key,)).fetchone()
         return row and FileRef(*row)
 
     def tail_file(self, branch_id: str) -> FileRef | None:
         return self.tail_files("AND id = ?", branch_id).get(branch_id)
 
     def tail_files(self, where: str = "", *values: Any) -> dict[str, FileRef]:
-        rows = self._db.execute(
+        rows = self.db.execute(
             "SELECT id, tail_nbytes, tail_checksum, tail_generation FROM branches"
             f" WHERE tail_generation IS NOT NULL {where}",
             values,
@@ -152,18 +153,35 @@ class Manifest:
         return {branch_id: FileRef(*ref) for branch_id, *ref in rows}
 
     def block_files(self) -> dict[bytes, FileRef]:
-        return {key: FileRef(*ref) for key, *ref in self._db.execute("SELECT key, nbytes, checksum FROM blocks")}
+        return {key: FileRef(*ref) for key, *ref in self.db.execute("SELECT key, nbytes, checksum FROM blocks")}
 
     def parents(self) -> dict[bytes, bytes | None]:
         """Parent by key, each after its parent (which had to be there when it was added)."""
-        return dict(self._db.execute("SELECT key, parent FROM blocks ORDER BY rowid"))
+        return dict(self.db.execute("SELECT key, parent FROM blocks ORDER BY rowid"))
+
+    def holdings(self) -> list[Holding]:
+        """What each branch holds, and how long ago it was used: for choosing what leaves a full store."""
+        rows = self.db.execute(
+            "SELECT b.id, head, tail_nbytes, b.last_used, pinned FROM branches b JOIN agents a ON a.id = agent_id"
+        )
+        return [Holding(id, head, tail or 0, last_used, bool(pinned)) for id, head, tail, last_used, pinned in rows]
+
+    def expired(self, now: float) -> list[tuple[str, str]]:
+        """Namespace and name of the agents whose time is over."""
+        return self.db.execute(
+            "SELECT namespace, name FROM agents WHERE ttl IS NOT NULL AND last_used + ttl < ?", (now,)
+        ).fetchall()
+
+    def writes(self) -> dict[int, int]:
+        """Bytes written to files, by hour since 1970, of the last days."""
+        return dict(self.db.execute("SELECT hour, bytes FROM writes ORDER BY hour"))
 
     def heads(self) -> dict[str, bytes | None]:
-        return dict(self._db.execute("SELECT id, head FROM branches"))
+        return dict(self.db.execute("SELECT id, head FROM branches"))
 
     def counts(self) -> tuple[int, int]:
         """Agents, branches."""
-        return self._db.execute("SELECT (SELECT count(*) FROM agents), (SELECT count(*) FROM branches)").fetchone()
+        return self.db.execute("SELECT (SELECT count(*) FROM agents), (SELECT count(*) FROM branches)").fetchone()
 
     # Changes, each inside a transaction
 
@@ -172,69 +190,136 @@ class Manifest:
         if key is not None and self.block_file(key) is None:
             raise NotFound(f"block {key.hex()} isn't in the store; save it, from the root on, before what follows it")
 
-    def add_block(self, block: BlockRecord) -> None:
-        self._db.execute(
+    def add_block(self, block: BlockRecord, file_key: bytes | None) -> None:
+        tokens = _pack(block.tokens, file_key)
+        self.db.execute(
             "INSERT INTO blocks (key, parent, tokens, nbytes, checksum, created) VALUES (?, ?, ?, ?, ?, ?)",
-            (block.key, block.parent, _pack(block.tokens), block.nbytes, block.checksum, block.created),
+            (block.key, block.parent, tokens, block.nbytes, block.checksum, block.created),
         )
 
-    def put_branch(self, branch_id: str, namespace: str, agent: str, head: bytes | None, last_used: float) -> None:
-        """Add the branch (and its agent) or move it to `head`; a tail that doesn't follow `head` goes."""
-        (agent_id,) = self._db.execute(
+    def delete_block(self, key: bytes) -> None:
+        """Branches that end in it end in its parent then, without a tail."""
+        self.db.execute(f"UPDATE branches SET head = ?, {_NO_TAIL} WHERE head = ?", (self.parent(key), key))
+        self._delete_blocks([(key,)])
+
+    def _delete_blocks(self, keys: Iterable[tuple[bytes]]) -> None:
+        keys = list(keys)
+        self.db.executemany("DELETE FROM blocks WHERE key = ?", keys)
+        self.db.executemany("DELETE FROM block_keys WHERE block = ?", keys)
+
+    def put_agent(self, agent: AgentRecord) -> int:
+        """Add or change it; its id. What was counted and its last use never go back."""
+        (agent_id,) = self.db.execute(
+            "INSERT INTO agents (namespace, name, created, last_used, pinned, ttl, requests, hit_tokens)"
+            " VALUES (?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT DO UPDATE SET"
+            " last_used = max(last_used, excluded.last_used), pinned = excluded.pinned, ttl = excluded.ttl,"
+            " requests = max(requests, excluded.requests), hit_tokens = max(hit_tokens, excluded.hit_tokens)"
+            " RETURNING id",
+            (
+                *(agent.namespace, agent.name, agent.created, agent.last_used),
+                *(int(agent.pinned), agent.ttl, agent.requests, agent.hit_tokens),
+            ),
+        ).fetchone()
+        return agent_id
+
+    def put_branch(self, branch_id: str, namespace: str, agent: str, head: bytes | None, last_used: float) -> int:
+        """Add the branch (and agent) or move it to `head`; a tail that doesn't follow `head` goes.
+
+        Returns the agent's id.
+        """
+        (agent_id,) = self.db.execute(
             "INSERT INTO agents (namespace, name, created, last_used) VALUES (?, ?, ?, ?)"
             " ON CONFLICT DO UPDATE SET last_used = max(last_used, excluded.last_used) RETURNING id",
             (namespace, agent, last_used, last_used),
         ).fetchone()
-        self._db.execute(f"UPDATE branches SET {_NO_TAIL} WHERE id = ? AND head IS NOT ?", (branch_id, head))
-        self._db.execute(
+        self.db.execute(f"UPDATE branches SET {_NO_TAIL} WHERE id = ? AND head IS NOT ?", (branch_id, head))
+        self.db.execute(
             "INSERT INTO branches (id, agent_id, head, last_used) VALUES (?, ?, ?, ?)"
             " ON CONFLICT DO UPDATE SET head = excluded.head, last_used = max(last_used, excluded.last_used)",
             (branch_id, agent_id, head, last_used),
         )
+        return agent_id
 
-    def set_tail(self, branch_id: str, tail: TailRecord, generation: int) -> None:
-        self._db.execute(
-            "UPDATE branches SET tail_tokens = ?, tail_nbytes = ?, tail_checksum = ?, tail_generation = ? WHERE id = ?",
-            (_pack(tail.tokens), tail.nbytes, tail.checksum, generation, branch_id),
+    def set_tail(
+        self, branch_id: str, tail: TailRecord, generation: int, file_key: bytes | None, wrapped: bytes | None
+    ):
+        """`wrapped`: the file's key under the agent's."""
+        self.db.execute(
+            "UPDATE branches SET tail_tokens = ?, tail_nbytes = ?, tail_checksum = ?, tail_generation = ?, tail_key = ?"
+            " WHERE id = ?",
+            (_pack(tail.tokens, file_key), tail.nbytes, tail.checksum, generation, wrapped, branch_id),
+        )
+
+    def copy_tail(self, source: str, branch_id: str, generation: int, wrapped: bytes | None) -> None:
+        """Of a branch with the same head; the file has another name."""
+        self.db.execute(
+            "UPDATE branches SET (tail_tokens, tail_nbytes, tail_checksum) ="
+            " (SELECT tail_tokens, tail_nbytes, tail_checksum FROM branches WHERE id = ?),"
+            " tail_generation = ?, tail_key = ? WHERE id = ?",
+            (source, generation, wrapped, branch_id),
         )
 
     def clear_tail(self, branch_id: str) -> None:
-        self._db.execute(f"UPDATE branches SET {_NO_TAIL} WHERE id = ?", (branch_id,))
+        self.db.execute(f"UPDATE branches SET {_NO_TAIL} WHERE id = ?", (branch_id,))
 
     def cut_branch(self, branch_id: str, head: bytes | None) -> None:
-        self._db.execute(f"UPDATE branches SET head = ?, {_NO_TAIL} WHERE id = ?", (head, branch_id))
+        self.db.execute(f"UPDATE branches SET head = ?, {_NO_TAIL} WHERE id = ?", (head, branch_id))
 
-    def touch(self, namespace: str, agent: str, last_used: float) -> None:
-        self._db.execute(
-            "UPDATE agents SET last_used = max(last_used, ?) WHERE namespace = ? AND name = ?",
-            (last_used, namespace, agent),
+    def touch_branch(self, branch_id: str, last_used: float) -> None:
+        self.db.execute("UPDATE branches SET last_used = max(last_used, ?) WHERE id = ?", (last_used, branch_id))
+
+    def move_agent(self, source: tuple[str, str], agent_id: int, keys: "FileKeys | None") -> None:
+        """Give an agent's branches to another one. NotFound: there is no such agent."""
+        source_id = self._agent_id(*source)
+        if source_id is None:
+            raise NotFound(f"there is no agent {source[1]!r} to be moved")
+        if keys:
+            keys.rewrap(source_id, agent_id)
+        self.db.execute("UPDATE branches SET agent_id = ? WHERE agent_id = ?", (agent_id, source_id))
+        self.db.execute("DELETE FROM agents WHERE id = ?", (source_id,))
+
+    def _agent_id(self, namespace: str, name: str) -> int | None:
+        row = self.db.execute("SELECT id FROM agents WHERE namespace = ? AND name = ?", (namespace, name)).fetchone()
+        return row and row[0]
+
+    def count_writes(self, nbytes: int, hour: int) -> None:
+        self.db.execute(
+            "INSERT INTO writes VALUES (?, ?) ON CONFLICT DO UPDATE SET bytes = bytes + excluded.bytes", (hour, nbytes)
         )
+        self.db.execute("DELETE FROM writes WHERE hour < ?", (hour - _HOURS_KEPT,))
 
     def delete_branch(self, branch_id: str) -> None:
         """And its agent, if it was the last."""
-        self._db.execute("DELETE FROM branches WHERE id = ?", (branch_id,))
-        self._delete_bare_agents()
+        self._delete_branches("id = ?", branch_id)
 
-    def delete_empty_branches(self) -> None:
-        """And agents that have none left."""
-        self._db.execute("DELETE FROM branches WHERE head IS NULL AND tail_generation IS NULL")
-        self._delete_bare_agents()
+    def delete_empty_branches(self) -> list[str]:
+        """And agents that have none left; their ids."""
+        return self._delete_branches("head IS NULL AND tail_generation IS NULL")
 
-    def _delete_bare_agents(self) -> None:
-        self._db.execute("DELETE FROM agents WHERE id NOT IN (SELECT agent_id FROM branches)")
+    def _delete_branches(self, where: str, *values: Any) -> list[str]:
+        rows = self.db.execute(f"DELETE FROM branches WHERE {where} RETURNING id, agent_id", values).fetchall()
+        self.db.executemany(
+            "DELETE FROM agents WHERE id = ?1 AND NOT EXISTS (SELECT 1 FROM branches WHERE agent_id = ?1)",
+            [(agent_id,) for _, agent_id in rows],
+        )
+        return [branch_id for branch_id, _ in rows]
+
+    def delete_bare_agents(self) -> None:
+        """Those that hold nothing."""
+        self.db.execute("DELETE FROM agents WHERE id NOT IN (SELECT agent_id FROM branches)")
 
     def delete_agent(self, namespace: str, agent: str) -> list[str] | None:
-        """The ids of the branches that went with it; None if there is no such agent."""
-        row = self._db.execute("SELECT id FROM agents WHERE namespace = ? AND name = ?", (namespace, agent)).fetchone()
-        if row is None:
+        """With its key. The ids of the branches that went with it; None if there is no such agent."""
+        agent_id = self._agent_id(namespace, agent)
+        if agent_id is None:
             return None
-        branches = [b for (b,) in self._db.execute("SELECT id FROM branches WHERE agent_id = ?", row)]
-        self._db.execute("DELETE FROM agents WHERE id = ?", row)
+        branches = [b for (b,) in self.db.execute("SELECT id FROM branches WHERE agent_id = ?", (agent_id,))]
+        self.db.execute("DELETE FROM agents WHERE id = ?", (agent_id,))
         return branches
 
     def branches_through(self, key: bytes) -> list[str]:
         """The branches whose chain contains the block."""
-        rows = self._db.execute(
+        rows = self.db.execute(
             "WITH RECURSIVE below(key) AS"
             " (VALUES (?) UNION SELECT blocks.key FROM blocks JOIN below ON parent = below.key)"
             " SELECT id FROM branches WHERE head IN below",
@@ -244,33 +329,38 @@ class Manifest:
 
     def delete_unreachable(self) -> list[bytes]:
         """Delete every block in no branch's chain; their keys."""
-        rows = self._db.execute(
+        rows = self.db.execute(
             "WITH RECURSIVE live(key) AS (SELECT head FROM branches WHERE head IS NOT NULL"
             " UNION SELECT parent FROM blocks JOIN live USING (key) WHERE parent IS NOT NULL)"
             " SELECT key FROM blocks WHERE key NOT IN live"
         ).fetchall()
-        self._db.executemany("DELETE FROM blocks WHERE key = ?", rows)
+        self._delete_blocks(rows)
         return [key for (key,) in rows]
 
 
 def _refuse_newer(path: Path) -> None:
     if not path.exists():
         return
-    # read-only: closing a writable connection would fold the log into the database
-    with closing(sqlite3.connect(path.absolute().as_uri() + "?mode=ro", uri=True)) as db:
-        (version,) = db.execute("PRAGMA user_version").fetchone()
-    if version > len(MIGRATIONS):
+    try:
+        # read-only: closing a writable connection would fold the log into the database
+        with closing(sqlite3.connect(path.absolute().as_uri() + "?mode=ro", uri=True)) as db:
+            version = schema.newer_format(db)
+    except sqlite3.Error as e:
+        if schema.is_damage(e):
+            raise schema.Damaged(str(e)) from e
+        raise
+    if version is not None:
         raise StoreError(
-            f"{path} has format {version}, this agentmem knows up to {len(MIGRATIONS)}: it was written by a newer one; "
-            "use that, or another --home"
+            f"{path} has format {version}, this agentmem knows up to {len(schema.MIGRATIONS)}: it was written by a "
+            "newer one; use that, or another --home"
         )
 
 
-def _branch(branch_id: str, namespace: str, agent: str, head: bytes | None, *rest: Any) -> BranchRecord:
+def _branch(key: bytes | None, branch_id: str, namespace: str, agent: str, head: bytes | None, *rest: Any):
     tokens, nbytes, checksum, last_used = rest
-    tail = None if tokens is None else TailRecord(_unpack(tokens), nbytes, checksum)
+    tail = None if tokens is None else TailRecord(_unpack(tokens, key), nbytes, checksum)
     return BranchRecord(branch_id, namespace, agent, head, tail, last_used)
 
 
-def _block(key: bytes, parent: bytes | None, tokens: bytes, *rest: Any) -> BlockRecord:
-    return BlockRecord(key, parent, _unpack(tokens), *rest)
+def _block(file_key: bytes | None, key: bytes, parent: bytes | None, tokens: bytes, *rest: Any) -> BlockRecord:
+    return BlockRecord(key, parent, _unpack(tokens, file_key), *rest)

@@ -3,14 +3,23 @@
 import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 
 from ..errors import CorruptSegment
 from ..tensors import HostTensor
+from .crypto import unseal
 from .layout import Layout
 from .records import FileRef
 from .segment import decode, read_verified
 
+READERS = 4  # threads: with the file cache cold they overlap its reads, else their checksums and decryption
 Segment = tuple[dict[str, HostTensor], dict[str, str]]
+
+
+def read_segment(path: Path, ref: FileRef, context: bytes) -> Segment:
+    """What the file holds, verified, and decrypted where it has a key. Raises CorruptSegment."""
+    data = read_verified(path, ref.nbytes, ref.checksum)
+    return decode(unseal(ref.key, data, context) if ref.key else data)
 
 
 class Catalog:
@@ -50,7 +59,7 @@ class Catalog:
 
 
 class Reader:
-    def __init__(self, layout: Layout, catalog: Catalog, threads: int = 2):
+    def __init__(self, layout: Layout, catalog: Catalog, threads: int = READERS):
         self._layout = layout
         self._catalog = catalog
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="agentmem-reader")
@@ -67,22 +76,26 @@ class Reader:
 
     def _read_block(self, key: bytes) -> dict[str, HostTensor]:
         tensors, _ = self._read(
-            f"block {key.hex()}", lambda: self._catalog.block(key), lambda _: self._layout.block(key)
+            f"block {key.hex()}",
+            b"block:" + key,
+            lambda: self._catalog.block(key),
+            lambda _: self._layout.block(key),
         )
         return tensors
 
     def _read_tail(self, branch_id: str) -> Segment:
         return self._read(
             f"tail of branch {branch_id}",
+            b"tail",
             lambda: self._catalog.tail(branch_id),
             lambda ref: self._layout.tail(branch_id, ref.generation),
         )
 
-    def _read(self, what: str, find: Callable[[], FileRef | None], path: Callable) -> Segment:
+    def _read(self, what: str, context: bytes, find: Callable[[], FileRef | None], path: Callable) -> Segment:
         ref = find()
         while ref is not None:
             try:
-                return decode(read_verified(path(ref), ref.nbytes, ref.checksum))
+                return read_segment(path(ref), ref, context)
             except CorruptSegment:
                 # a tail may have been replaced, or a block deleted, since `find`: that is no corruption
                 before, ref = ref, find()

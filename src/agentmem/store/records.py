@@ -1,6 +1,6 @@
 """What the store knows of agents, branches, blocks and their files."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -38,8 +38,23 @@ class BranchRecord:
 class AgentRecord:
     namespace: str
     name: str
-    created: float
+    created: float  # Unix seconds
     last_used: float
+    pinned: bool = False  # never leaves a full store, nor RAM
+    ttl: float | None = None  # seconds that it is kept after its last use
+    requests: int = 0  # since it was created
+    hit_tokens: int = 0  # of its prompts, that were cached
+
+
+@dataclass(frozen=True)
+class Holding:
+    """What a branch holds on disk."""
+
+    branch_id: str
+    head: bytes | None
+    tail_bytes: int  # 0: no tail
+    last_used: float
+    pinned: bool
 
 
 @dataclass(frozen=True)
@@ -56,3 +71,4 @@ class FileRef:
     nbytes: int
     checksum: bytes
     generation: int = 0  # of a tail
+    key: bytes | None = field(default=None, repr=False)  # of an encrypted file

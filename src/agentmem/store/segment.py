@@ -89,7 +89,7 @@ def write_durable(path: Path, buf: bytes) -> None:
     sync_dir(path.parent)
 
 
-def write_file(path: Path, buf: bytes) -> None:
+def write_file(path: Path, buf: bytes | bytearray) -> None:
     """As write_durable, without the directory's fsync: until sync_dir, a power loss may undo the rename."""
     temp = path.with_name(path.name + ".tmp")
     try:
@@ -108,13 +108,14 @@ def write_file(path: Path, buf: bytes) -> None:
         raise
 
 
-def remove_file(path: Path) -> bool:
-    """Afterwards nothing is there; False if nothing was."""
+def remove_file(path: Path) -> int | None:
+    """Afterwards nothing is there. Bytes that it occupied, 0 if it has other names; None if nothing was there."""
     try:
+        stat = os.lstat(path)
         os.unlink(path)
     except (FileNotFoundError, NotADirectoryError):
-        return False
-    return True
+        return None
+    return stat.st_blocks * 512 if stat.st_nlink == 1 else 0
 
 
 def read_verified(path: Path, nbytes: int, digest: bytes) -> bytearray:

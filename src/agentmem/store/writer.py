@@ -9,17 +9,24 @@ import itertools
 import sqlite3
 import sys
 import threading
+import time
 from collections import deque
+from collections.abc import Callable
 from concurrent.futures import Future
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ..errors import AgentMemError, EngineFailed, NotFound, ShuttingDown
+from ..errors import AgentMemError, CorruptSegment, EngineFailed, NotFound, ShuttingDown
 from . import segment
-from .jobs import Batch, Flush, Job
+from .jobs import Batch, BranchJob, Flush, Job
+from .keys import FileKeys
 from .layout import Layout
 from .manifest import Manifest
 from .reader import Catalog
+from .records import FileRef
+from .room import Room, StoreFull, rounded
+from .trim import Trimmed, trim
 
 MAX_BATCH_JOBS = 32  # bounds how long the first of a batch waits for the last
 
@@ -29,7 +36,18 @@ class StoreWriteSkipped(AgentMemError):
 
 
 class Writer:
-    def __init__(self, layout: Layout, manifest: Manifest, catalog: Catalog, max_backlog: int):
+    def __init__(
+        self,
+        layout: Layout,
+        manifest: Manifest,
+        catalog: Catalog,
+        max_backlog: int,
+        keys: FileKeys | None,
+        room: Room,
+        trimmed: Callable[[Trimmed], None],
+    ):
+        """`trimmed` is told, on the writer's thread, what had to leave."""
+        self._keys, self._room, self._trimmed = keys, room, trimmed
         self._layout = layout
         self._manifest = manifest
         self._catalog = catalog
@@ -45,7 +63,8 @@ class Writer:
         self.background_error: str | None = None
         agents, branches = manifest.counts()
         self._stats = {"agents": agents, "branches": branches}
-        self._stats |= dict.fromkeys(("writes", "bytes_written", "quarantined", "skipped"), 0)
+        self._stats |= dict.fromkeys(("writes", "bytes_written", "quarantined", "skipped", "trimmed_bytes"), 0)
+        self._stats |= {"disk_bytes": room.used, "bytes_written_last_hour": 0}
         self._garbage: set[Path] = set()  # paths that no row names; only the thread uses it
         self._thread = threading.Thread(target=self._run, name="agentmem-writer", daemon=True)
         self._thread.start()
@@ -137,13 +156,19 @@ class Writer:
 
     def _process(self, jobs: list[Job]) -> None:
         """Sets each job's result or error, and the latch."""
-        batch = Batch(self._layout, self._manifest, self._generations)
+        batch = Batch(self._layout, self._manifest, self._keys, self._room, self._generations)
+        failures: list[Exception] = []
+        try:
+            self._make_room(sum(rounded(job.file_bytes) for job in jobs), jobs)
+        except (OSError, sqlite3.Error) as e:
+            failures.append(e)
         for job in jobs:
             try:
+                if job.file_bytes and self._room.short_by(job.file_bytes):
+                    raise self._room.full()
                 job.stage(batch)
-            except (OSError, sqlite3.Error) as e:
+            except (OSError, sqlite3.Error, StoreFull) as e:
                 job.error = e
-        failures: list[Exception] = []
         try:
             self._commit(batch, [job for job in jobs if job.error is None])
         except (OSError, sqlite3.Error) as e:
@@ -156,11 +181,30 @@ class Writer:
             failures.append(e)
             if jobs[0].alone:  # its promise is that the bytes are gone; a save's rows are durable already
                 jobs[0].error = jobs[0].error or e
-        failures += [job.error for job in jobs if isinstance(job.error, (OSError, sqlite3.Error))]
+        failures += [job.error for job in jobs if isinstance(job.error, (OSError, sqlite3.Error, StoreFull))]
         if failures:
             self.background_error = f"{type(failures[0]).__name__}: {failures[0]}"
         elif any(job.error is None for job in jobs):
             self.background_error = None
+
+    def _make_room(self, nbytes: int, jobs: list[Job]) -> None:
+        """Let go of what was not used for longest, if files of `nbytes` would not fit."""
+        self._room.count_manifest()
+        if not nbytes or not (short := self._room.short_by(nbytes)):
+            return
+        moved = [job for job in jobs if isinstance(job, BranchJob)]
+        blocks = {key for job in moved for key in (job.head, getattr(job, "parent", None)) if key}
+        with self._manifest.transaction():
+            gone = trim(self._manifest, short + self._room.slack, {job.branch_id for job in moved}, blocks)
+        before = {branch_id: self._catalog.tail(branch_id) for branch_id in gone.tails}
+        self._catalog.update(dict.fromkeys(gone.blocks), dict.fromkeys(gone.tails))
+        self._garbage |= {self._layout.block(key) for key in gone.blocks}
+        self._garbage |= {self._layout.tail(id, ref.generation) for id, ref in before.items() if ref}
+        self._collect_garbage(set())
+        with self._changed:
+            self._stats["trimmed_bytes"] += gone.nbytes
+        if gone.blocks or gone.tails:
+            self._trimmed(gone)
 
     def _commit(self, batch: Batch, jobs: list[Job]) -> None:
         for path in batch.dirs:
@@ -169,8 +213,11 @@ class Writer:
             for job in jobs:
                 try:
                     job.result = job.record(batch)
-                except NotFound as e:
+                except (NotFound, CorruptSegment) as e:
                     job.error = e
+            hour = int(time.time() // 3600)
+            if batch.bytes_written:
+                self._manifest.count_writes(batch.bytes_written, hour)
         if jobs and jobs[0].alone:
             jobs[0].committed(batch)
         agents, branches = self._manifest.counts()
@@ -178,11 +225,13 @@ class Writer:
             self._stats["agents"], self._stats["branches"] = agents, branches
             for name in ("writes", "bytes_written", "quarantined"):
                 self._stats[name] += getattr(batch, name)
+            self._stats["disk_bytes"] = self._room.used
+            self._stats["bytes_written_last_hour"] = self._last_hour(hour)
 
     def _settle(self, batch: Batch, sync: bool) -> None:
         """Bring the catalog and the directories to what the manifest, whether or not it committed, says now."""
-        blocks = {key: self._manifest.block_file(key) for key in batch.blocks}
-        tails = {branch_id: self._manifest.tail_file(branch_id) for branch_id in batch.branches}
+        blocks = {key: self._block_file(key) for key in batch.blocks}
+        tails = {branch_id: self._tail_file(branch_id) for branch_id in batch.branches}
         written = {self._layout.tail(*name) for name in batch.tail_files}
         for branch_id in batch.branches:
             if old := self._catalog.tail(branch_id):
@@ -192,9 +241,28 @@ class Writer:
         self._garbage |= written | {self._layout.block(key) for key in blocks}
         self._garbage -= named
         self._catalog.update(blocks, tails)
-        for path in list(self._garbage):
-            if segment.remove_file(path):
-                batch.dirs.add(path.parent)
-            self._garbage.remove(path)
+        self._collect_garbage(batch.dirs)
         for path in batch.dirs if sync else ():
             segment.sync_dir(path)
+
+    def _collect_garbage(self, dirs: set[Path]) -> None:
+        """Remove the files that no row names; `dirs` gets where."""
+        for path in list(self._garbage):
+            freed = segment.remove_file(path)
+            if freed is not None:
+                self._room.shrank(freed)
+                dirs.add(path.parent)
+            self._garbage.remove(path)
+
+    def _block_file(self, key: bytes) -> FileRef | None:
+        ref = self._manifest.block_file(key)
+        return replace(ref, key=self._keys.block_key(key)) if ref and self._keys else ref
+
+    def _tail_file(self, branch_id: str) -> FileRef | None:
+        ref = self._manifest.tail_file(branch_id)
+        return replace(ref, key=self._keys.tail_key(branch_id)) if ref and self._keys else ref
+
+    def _last_hour(self, hour: int) -> int:
+        """Bytes written in this hour and the one before, scaled to one hour's length."""
+        writes, into = self._manifest.writes(), time.time() % 3600 / 3600
+        return int(writes.get(hour, 0) + writes.get(hour - 1, 0) * (1 - into))

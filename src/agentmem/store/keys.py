@@ -1,0 +1,96 @@
+"""Keys of encrypted files: each file has one of its own, wrapped by the data key of every agent that holds the file.
+
+An agent's data key is wrapped by the master key. Delete the agent, and what only it held can't be read any more; what
+another agent shares is under that one's key as well.
+"""
+
+from collections.abc import Mapping
+
+from ..errors import CorruptSegment
+from .crypto import Vault, new_key, seal, unseal
+from .manifest import Manifest
+
+
+class FileKeys:
+    """On the thread that has the manifest; changes are made inside its transaction."""
+
+    def __init__(self, vault: Vault, manifest: Manifest):
+        self._vault, self._db = vault, manifest.db
+
+    def block_key(self, block: bytes) -> bytes | None:
+        return self.block_keys(block).get(block)
+
+    def block_keys(self, block: bytes | None = None) -> dict[bytes, bytes]:
+        """Of one block, or of all. A key that can't be unwrapped is left out, and so its block can't be read."""
+        rows = self._db.execute(
+            "SELECT block, agent_id, wrapped FROM block_keys WHERE ?1 IS NULL OR block = ?1", (block,)
+        )
+        return self._unwrap(rows.fetchall())
+
+    def tail_key(self, branch_id: str) -> bytes | None:
+        return self.tail_keys(branch_id).get(branch_id)
+
+    def tail_keys(self, branch_id: str | None = None) -> dict[str, bytes]:
+        rows = self._db.execute(
+            "SELECT id, agent_id, tail_key FROM branches WHERE tail_key IS NOT NULL AND (?1 IS NULL OR id = ?1)",
+            (branch_id,),
+        )
+        return self._unwrap(rows.fetchall())
+
+    def wrap(self, file_key: bytes, agent_id: int) -> bytes:
+        return bytes(seal(self._data_key(agent_id), file_key, b"file"))
+
+    def cover(self, agent_id: int, head: bytes | None, new: Mapping[bytes, bytes]) -> None:
+        """Let the agent read the chain of blocks that ends in `head`; `new`: keys of files that no agent holds yet."""
+        while head is not None and not self._covers(agent_id, head):
+            file_key = new.get(head) or self.block_key(head)
+            if file_key is None:
+                raise CorruptSegment(f"the key of block {head.hex()} is lost")
+            row = (head, agent_id, self.wrap(file_key, agent_id))
+            self._db.execute("INSERT INTO block_keys (block, agent_id, wrapped) VALUES (?, ?, ?)", row)
+            (head,) = self._db.execute("SELECT parent FROM blocks WHERE key = ?", (head,)).fetchone()
+
+    def rewrap(self, agent_id: int, to_agent_id: int) -> None:
+        """Put all that an agent holds under another one's key, before its branches move there."""
+        for branch_id, file_key in self.tail_keys().items():
+            self._db.execute(
+                "UPDATE branches SET tail_key = ? WHERE id = ? AND agent_id = ?",
+                (self.wrap(file_key, to_agent_id), branch_id, agent_id),
+            )
+        for (head,) in self._db.execute("SELECT head FROM branches WHERE agent_id = ?", (agent_id,)).fetchall():
+            self.cover(to_agent_id, head, {})
+
+    def _covers(self, agent_id: int, block: bytes) -> bool:
+        row = self._db.execute("SELECT 1 FROM block_keys WHERE block = ? AND agent_id = ?", (block, agent_id))
+        return row.fetchone() is not None
+
+    def _unwrap(self, rows: list[tuple]) -> dict:
+        data_keys: dict[int, bytes | None] = {}
+        found = {}
+        for name, agent_id, wrapped in rows:
+            if agent_id not in data_keys:
+                data_keys[agent_id] = self._stored_data_key(agent_id)
+            if (data_key := data_keys[agent_id]) is not None:
+                try:
+                    found[name] = unseal(data_key, wrapped, b"file")
+                except CorruptSegment:
+                    continue
+        return found
+
+    def _stored_data_key(self, agent_id: int) -> bytes | None:
+        row = self._db.execute("SELECT data_key FROM agents WHERE id = ?", (agent_id,)).fetchone()
+        if row is None or row[0] is None:
+            return None
+        try:
+            return self._vault.unwrap(row[0], b"agent")
+        except CorruptSegment:
+            return None
+
+    def _data_key(self, agent_id: int) -> bytes:
+        """Made when the agent first needs it. Not kept in RAM: a rolled back transaction takes it along."""
+        data_key = self._stored_data_key(agent_id)
+        if data_key is None:
+            data_key = new_key()
+            wrapped = self._vault.wrap(data_key, b"agent")
+            self._db.execute("UPDATE agents SET data_key = ? WHERE id = ?", (wrapped, agent_id))
+        return data_key

@@ -1,0 +1,98 @@
+"""How much disk the store takes, by what its files really occupy, and how much more it may."""
+
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..errors import AgentMemError
+
+_PAGE = 4096  # bytes: what file systems round a file up to
+_SLACK = 0.01  # of the quota, freed in addition: not every write should have to make room
+
+
+class StoreFull(AgentMemError):
+    """No room under the quota, or too little free on the disk, and nothing that may leave: the save isn't made."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    quota: int | None = None  # bytes that the store's directory may take
+    min_free: int = 0  # bytes that the disk keeps free for others
+
+
+class Room:
+    """On the writer's thread, after it was opened."""
+
+    def __init__(self, root: Path, manifest: Path, limits: Limits):
+        self._root, self._limits = root, limits
+        self._manifest = [manifest.with_name(manifest.name + suffix) for suffix in ("", "-wal", "-shm")]
+        self.used = disk_usage(root)
+        self._manifest_bytes = self._count_manifest()
+
+    @property
+    def limits(self) -> Limits:
+        return self._limits
+
+    def count_manifest(self) -> None:
+        """It changes without being told: look again."""
+        before, self._manifest_bytes = self._manifest_bytes, self._count_manifest()
+        self.used += self._manifest_bytes - before
+
+    def _count_manifest(self) -> int:
+        return sum(_occupied(path) for path in self._manifest)
+
+    def grew(self, nbytes: int) -> None:
+        """By a file of `nbytes`."""
+        self.used += rounded(nbytes)
+
+    def shrank(self, nbytes: int) -> None:
+        """By what a file occupied."""
+        self.used -= nbytes
+
+    def short_by(self, nbytes: int) -> int:
+        """Bytes that must go before files of `nbytes` fit; 0: none."""
+        short = 0
+        if self._limits.quota is not None:
+            short = self.used + rounded(nbytes) - self._limits.quota
+        if self._limits.min_free:
+            short = max(short, rounded(nbytes) + self._limits.min_free - shutil.disk_usage(self._root).free)
+        return max(0, short)
+
+    @property
+    def slack(self) -> int:
+        return int(self._limits.quota * _SLACK) if self._limits.quota else 0
+
+    def full(self) -> StoreFull:
+        quota, free = self._limits.quota, self._limits.min_free
+        return StoreFull(
+            f"the store is full: it takes {self.used:,} bytes (store_quota {quota or 0:,}, store_min_free {free:,}), "
+            "and what is left is pinned or in use"
+        )
+
+
+def rounded(nbytes: int) -> int:
+    return -(-nbytes // _PAGE) * _PAGE
+
+
+def disk_usage(root: Path) -> int:
+    """Bytes that a directory occupies, as `du` counts them: each file once, whatever its names."""
+    return sum({(stat.st_dev, stat.st_ino): stat.st_blocks * 512 for stat in _stats(root)}.values())
+
+
+def _stats(root: Path) -> Iterator[os.stat_result]:
+    yield os.lstat(root)
+    with os.scandir(root) as entries:
+        for entry in entries:
+            if entry.is_dir(follow_symlinks=False):
+                yield from _stats(Path(entry.path))
+            else:
+                yield entry.stat(follow_symlinks=False)
+
+
+def _occupied(path: Path) -> int:
+    try:
+        return path.stat().st_blocks * 512
+    except FileNotFoundError:
+        return 0
