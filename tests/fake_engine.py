@@ -59,7 +59,14 @@ class FakeEngine:
         return b"agentmem_running_requests 0.0\n"
 
     async def agents(self, namespace):
-        return [AgentInfo(name, "warm", 5, 1, 0, 100, 1.0, 2.0) for name in self.agent_ids]
+        return [self.info(name) for name in self.agent_ids]
+
+    @staticmethod
+    def info(name):
+        return AgentInfo(name, "warm", 5, 1, 0, 100, 1.0, 2.0, False, None, False, 1, 3)
+
+    def announce(self, url):
+        self.url = url
 
     async def delete_agent(self, namespace, agent_id):
         known = agent_id in self.agent_ids

@@ -405,7 +405,7 @@ def test_oversized_body_is_not_kept_in_memory():
 
     tracemalloc.start()
     try:
-        asyncio.run(BodyLimit(app, limit=4096)({"type": "http", "headers": []}, receive, send))
+        asyncio.run(BodyLimit(app, limit=4096)({"type": "http", "path": "/", "headers": []}, receive, send))
         assert tracemalloc.get_traced_memory()[1] < 4 << 20
     finally:
         tracemalloc.stop()

@@ -1,4 +1,4 @@
-"""The command line: `agentmem serve | pull | doctor`. Options of serve are the settings of config.py."""
+"""The command line. Options of serve are the settings of config.py; agents and store have files of their own."""
 
 import asyncio
 import inspect
@@ -11,11 +11,14 @@ from typing import Annotated, Any, get_args, get_origin
 
 import typer
 
-from . import __version__
+from . import __version__, cli_agents, cli_store
 from .config import Settings, load_settings
-from .errors import StartupError
+from .errors import AgentMemError, StartupError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
+
+app.add_typer(cli_agents.app, name="agents")
+app.add_typer(cli_store.app, name="store")
 
 ConfigOption = Annotated[Path | None, typer.Option("--config", help="TOML file with settings, see configs/")]
 JsonOption = Annotated[bool, typer.Option("--json", help="print JSON, for programs")]
@@ -25,12 +28,12 @@ CURL = """curl {url}/v1/chat/completions{key} -H 'Content-Type: application/json
 
 
 def main() -> None:
-    """Entry point: a user's fault is one line on stderr and exit code 2."""
+    """Entry point: a user's fault is one line on stderr and exit code 2; what the server refuses is exit code 1."""
     try:
         app()
-    except StartupError as e:
+    except AgentMemError as e:
         print(f"agentmem: {e}", file=sys.stderr)
-        raise SystemExit(2) from None
+        raise SystemExit(2 if isinstance(e, StartupError) else 1) from None
     except KeyboardInterrupt:
         raise SystemExit(130) from None
 
@@ -63,11 +66,12 @@ def _option(name: str) -> inspect.Parameter:
     choices = get_args(field.annotation) if str(field.annotation).startswith("typing.Literal") else ()
     default = f"{field.default:.0%}" if field.annotation == int | float else field.default
     hint = "" if field.default_factory or field.default in (None, []) else f" (default: {default})"
-    kind: Any = list[str] if name in _LISTS else str
+    kind: Any = list[str] if name in _LISTS else bool if field.annotation is bool else str
+    flag = "--" + name.replace("_", "-")
     option = typer.Option(
-        "--" + name.replace("_", "-"),
+        f"{flag}/--no{flag[1:]}" if kind is bool else flag,
         help=f"{field.description}{hint}",
-        metavar="|".join(choices) or _METAVARS.get(field.annotation, "TEXT"),
+        metavar=None if kind is bool else "|".join(choices) or _METAVARS.get(field.annotation, "TEXT"),
     )
     return inspect.Parameter(
         name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, option]

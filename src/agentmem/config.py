@@ -104,7 +104,22 @@ class Settings(BaseSettings):
         description="of the process: above it idle caches go, then new requests get 503; a size, or a share of RAM",
     )
     trace: Path | None = Field(None, description="file for a trace of every step and restore (Chrome trace events)")
-    tail_delay: float = Field(3.0, ge=0, description="seconds of rest after which an agent's tail is written")
+    tail_delay: float = Field(
+        3.0, ge=0, description="seconds of rest after which an agent's tail is written, if write_amplification allows"
+    )
+    write_amplification: float = Field(
+        1.25,
+        ge=1,
+        description="bytes written over bytes stored, of one conversation: above it tails wait for eviction or stop",
+    )
+    store_quota: BytesOrShare = Field(
+        0.2, gt=0, description="disk for all stores: a size, or a share of the disk; the least recently used leaves"
+    )
+    store_min_free: BytesOrShare = Field(1 << 30, ge=0, description="what the store leaves free on its disk")
+    encrypt: bool = Field(False, description="encrypt what is stored: AES-256-GCM, with a key for each agent")
+    key_file: Path | None = Field(
+        None, description="master key of --encrypt, 64 hex digits, made if need be (default: the macOS keychain)"
+    )
     grace: float = Field(10.0, ge=0, description="seconds that running answers get to finish at shutdown")
     max_body: Bytes = Field(8 << 20, ge=1024, description="largest request body, such as 8M")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="log level")

@@ -50,6 +50,14 @@ class NotFound(AgentMemError):
     code = "not_found"
 
 
+class Conflict(AgentMemError):
+    """What is asked for does not go with how the agent is now; nothing was changed."""
+
+    status = 409
+    type = "invalid_request_error"
+    code = "conflict"
+
+
 class Busy(AgentMemError):
     """The server is out of room for now; the client may try again after `retry_after` seconds."""
 
@@ -65,6 +73,15 @@ class MemoryPressure(Busy):
     status = 503
     type = "server_error"
     code = "memory_pressure"
+    retry_after = 5
+
+
+class StoreFailed(Busy):
+    """The disk would not do it; /health has the reason, and it may pass."""
+
+    status = 503
+    type = "server_error"
+    code = "store_failed"
     retry_after = 5
 
 

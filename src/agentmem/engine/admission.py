@@ -13,7 +13,7 @@ import numpy as np
 from ..errors import Busy
 from ..kvcache.working import STEP, capacity_for
 from .block_pool import OpenBlock
-from .contexts import Match
+from .contexts import Agent, Match
 from .output import OutputStream
 from .sampling import Sampler
 from .sequence import Sequence, Status
@@ -133,7 +133,9 @@ class Admission:
         contexts.touch(match)
         self._let_go(seq)
         agent = contexts.agent(seq.request.namespace, seq.request.agent_id)
-        seq.branch = memory.claim_branch(agent, match, persist=not seq.discard)
+        self._apply(seq, agent)
+        seq.branch = memory.claim_branch(agent, match, persist=not (seq.discard or agent.ephemeral))
+        memory.note(agent, seq.branch)
         seq.cache = self._core.runner.new_cache(snapshot, seq.capacity)
         seq.cached_at_start = match.length
         if not seq.suspended:
@@ -144,6 +146,14 @@ class Admission:
         seq.restored = seq.restored or time.perf_counter()
         seq.status = Status.PREFILL
         self.prefilled_maybe(seq)
+
+    def _apply(self, seq: Sequence, agent: Agent) -> None:
+        """What the request says of its agent."""
+        request, known = seq.request, bool(agent.branches)
+        if request.ephemeral is not None and not known:
+            agent.ephemeral = request.ephemeral
+        if request.ttl is not None and not seq.suspended:
+            agent.ttl = request.ttl
 
     @staticmethod
     def prefilled_maybe(seq: Sequence) -> None:
@@ -195,7 +205,8 @@ class Admission:
         if agent is None or not agent.branches:
             done.set_result(None)
             return
-        branch = max(agent.branches.values(), key=lambda b: b.last_used)
+        branch = agent.newest
+        assert branch is not None
         match = branch.whole()
         nbytes, budget = sum(entry.disk_bytes for entry in match.missing), self._core.budget
         if not match.missing:
@@ -278,6 +289,7 @@ class Admission:
         else:
             tail = OpenBlock(tokens[cache.num_sealed :], lineage=seq.lineage)
             self._core.memory.commit(branch, nodes, tail, cache.snapshot().tail)
+            self._core.memory.note(branch.agent, branch)
 
     def _note_progress(self) -> None:
         """Where nothing runs that could give back RAM, give up unsaved caches after a while, then the request."""

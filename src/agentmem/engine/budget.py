@@ -96,10 +96,10 @@ class RamBudget:
         short = nbytes + self.used_bytes - self.limit
         if short <= 0:
             return True
-        stay = self._in_use() | {id(e) for e in kept}
+        stay = self.in_use() | {id(e) for e in kept}
         lost = contexts.pool.evict(short, stay, lossy=urgent and self._may_lose())
         if lost is None and urgent:
-            self._save_soon()
+            self._save_soon(short)
         for entry in lost or ():
             log.warning("the cache of %d tokens left RAM unsaved: they will be prefilled again", len(entry.tokens))
             contexts.lose(entry)
@@ -107,9 +107,9 @@ class RamBudget:
 
     def evict_idle(self, nbytes: int) -> None:
         """Drop `nbytes` of what is on disk and in no one's use, or all of that."""
-        self._memory.contexts.pool.evict(nbytes, self._in_use(), partly=True)
+        self._memory.contexts.pool.evict(nbytes, self.in_use(), partly=True)
 
-    def _in_use(self) -> set[int]:
+    def in_use(self) -> set[int]:
         """Ids of what active sequences work with, and of what pinned agents hold."""
         pinned = (agent for agent in self._memory.contexts.agents.values() if agent.pinned)
         held = (*(seq.entries() for seq in self._active()), *(agent.entries() for agent in pinned))
@@ -121,8 +121,9 @@ class RamBudget:
         self.under_pressure = footprint is not None
         if footprint is None:
             return None
-        self.evict_idle(footprint - int(_EVICT_TO * self._memory_limit))
-        self._save_soon()
+        too_many = footprint - int(_EVICT_TO * self._memory_limit)
+        self.evict_idle(too_many)
+        self._save_soon(too_many)
         footprint = _footprint_above(self._memory_limit)
         if footprint is None:
             return None
@@ -133,12 +134,12 @@ class RamBudget:
         stuck = self.short_since is not None and time.monotonic() - self.short_since > _STUCK
         return stuck or self._memory.store.background_error is not None
 
-    def _save_soon(self) -> None:
+    def _save_soon(self, nbytes: int) -> None:
         """What rests unsaved can leave RAM once it is on disk."""
         now = time.monotonic()
         if now - self._saves_asked > _SAVE_INTERVAL:
             self._saves_asked = now
-            self._memory.save_idle(now=True)
+            self._memory.save_for_room(nbytes)
 
     def _largest(self, wanted: int) -> int:
         """Tokens of the longest sequence, of at most `wanted`, that fits with nothing else in RAM."""

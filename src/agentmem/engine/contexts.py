@@ -11,10 +11,12 @@ import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
+from weakref import WeakValueDictionary
 
 import numpy as np
 
 from ..kvcache.block import SealedBlock, Tail
+from ..store.records import AgentRecord
 from .block_pool import FRESH, BlockPool, Entry, Node, OpenBlock
 from .request import AgentInfo
 
@@ -46,6 +48,8 @@ class Branch:
     suspended: bool = False  # that sequence waits for RAM: what is here may be saved and evicted
     disk_head: bytes | None = None  # last block of the branch's row in the store
     save_at: float | None = None  # time.monotonic() when what is not on disk is to be saved; None: all is
+    tail_bytes_written: int = 0  # of all its tails, one after the other
+    displaced: list[str] = field(default_factory=list)  # branches that leave the disk once all of this one is there
 
     def tokens(self) -> np.ndarray:
         return np.concatenate([*(n.tokens for n in self.nodes), self.tail.tokens])
@@ -73,7 +77,22 @@ class Agent:
     created: float
     last_used: float
     branches: dict[str, Branch] = field(default_factory=dict)
-    pinned: bool = False  # its caches stay in RAM
+    pinned: bool = False  # its caches stay in RAM and on disk
+    ttl: float | None = None  # seconds that it is kept after its last use
+    ephemeral: bool = False  # never written to disk
+    requests: int = 0
+    hit_tokens: int = 0  # of its prompts, that were cached
+    noted_at: float = 0.0  # time.monotonic() when the store was last told of its use
+
+    @property
+    def newest(self) -> Branch | None:
+        return max(self.branches.values(), key=lambda b: b.last_used, default=None)
+
+    def record(self) -> AgentRecord:
+        return AgentRecord(
+            *(self.namespace, self.name, self.created, self.last_used),
+            *(self.pinned, self.ttl, self.requests, self.hit_tokens),
+        )
 
     def entries(self) -> Iterator[Entry]:
         for branch in self.branches.values():
@@ -132,6 +151,7 @@ class Contexts:
         self._fingerprint, self.block_size = fingerprint, block_size
         self._sharing, self._max_branches = sharing, max_branches
         self.agents: dict[tuple[str, str], Agent] = {}
+        self._newcomers: WeakValueDictionary[tuple[str, str], Agent] = WeakValueDictionary()  # still without a branch
         self.nodes: dict[bytes, Node] = {}
         self.pool = BlockPool()
 
@@ -141,8 +161,11 @@ class Contexts:
 
     def agent(self, namespace: str, name: str) -> Agent:
         """The agent of that name; a new one is entered with its first branch."""
-        now = time.time()
-        return self.agents.get((namespace, name)) or Agent(namespace, name, now, now)
+        now, key = time.time(), (namespace, name)
+        agent = self.agents.get(key) or self._newcomers.get(key) or Agent(namespace, name, now, now)
+        if key not in self.agents:
+            self._newcomers[key] = agent
+        return agent
 
     def branches(self) -> Iterable[Branch]:
         return (b for a in self.agents.values() for b in a.branches.values())
@@ -155,6 +178,10 @@ class Contexts:
         best = max(found, key=_preference, default=Match())
         shared = self._match_shared(self.scope(namespace, agent), wanted)
         return shared if shared.length > best.length else best
+
+    def prefix(self, branch: Branch, num_tokens: int) -> Match:
+        """The branch's first tokens."""
+        return self._match_branch(branch, branch.tokens()[:num_tokens])
 
     def match_whole(self, branch: Branch, tokens: Sequence[int]) -> Match | None:
         """`branch`, if it still holds all of `tokens` but the last."""
@@ -192,7 +219,16 @@ class Contexts:
     def new_branch(self, agent: Agent) -> Branch:
         return Branch(uuid.uuid4().hex, agent)
 
-    def seal(self, scope: bytes, parent: bytes, tokens: Sequence[int], lineage: bytes, data: SealedBlock) -> Node:
+    def seal(
+        self,
+        scope: bytes,
+        parent: bytes,
+        tokens: Sequence[int],
+        lineage: bytes,
+        data: SealedBlock,
+        *,
+        ephemeral: bool = False,
+    ) -> Node:
         """The node of a block that just filled up: the existing one of that key, or a new one. Not held yet.
 
         An existing node whose bytes are only on disk can't be compared or adopted without a read, so the block gets a
@@ -204,8 +240,9 @@ class Contexts:
         if found is not None and found.data is None:
             key, found = block_key(scope, parent, array, lineage + uuid.uuid4().bytes), None
         if found is None:
-            found = self.nodes[key] = Node(key, parent, array)
+            found = self.nodes[key] = Node(key, parent, array, ephemeral=ephemeral)
             self.pool.put(found, data)
+        found.ephemeral = found.ephemeral and ephemeral
         return found
 
     @staticmethod
@@ -238,9 +275,9 @@ class Contexts:
                     del self.nodes[node.key]
 
     def put_branch(self, branch: Branch) -> list[Branch]:
-        """Enter a branch that a sequence leaves; returns the branches that it displaces: its own prefixes, the oldest.
+        """Enter a branch that a sequence leaves, and drop what it displaces: its own prefixes, and the oldest.
 
-        The branch must already hold its nodes.
+        Returns the oldest; the prefixes are in `branch.displaced`. The branch must already hold its nodes.
         """
         agent = branch.agent
         agent = branch.agent = self.agents.setdefault((agent.namespace, agent.name), agent)
@@ -255,10 +292,12 @@ class Contexts:
         others = sorted(
             (b for b in agent.branches.values() if b not in gone and not b.in_use), key=lambda b: b.last_used
         )
-        gone += others[: max(0, len(others) - self._max_branches)]
+        oldest = others[: max(0, len(others) - self._max_branches)]
         for old in gone:
+            branch.displaced += [old.id, *old.displaced]
+        for old in gone + oldest:
             self.drop_branch(old)
-        return gone
+        return oldest
 
     def covering(self, branch: Branch, tokens: np.ndarray) -> Branch | None:
         """Another branch of the agent that already holds all of `tokens`, such as after a prompt was sent again."""
@@ -296,20 +335,25 @@ class Contexts:
                 branch.tail = OpenBlock()
 
     def infos(self, namespace: str) -> list[AgentInfo]:
-        return [_info(a) for (owner, _), a in list(self.agents.items()) if owner == namespace]
+        return [agent_info(a) for (owner, _), a in list(self.agents.items()) if owner == namespace]
 
 
-def _info(agent: Agent) -> AgentInfo:
+def agent_info(agent: Agent) -> AgentInfo:
     branches = list(agent.branches.values())
-    nodes = {n.key: n for b in branches for n in b.nodes}.values()
+    nodes = {n.key: n for b in branches for n in list(b.nodes)}.values()
     held = [data for data in (*(n.data for n in nodes), *(b.tail.data for b in branches)) if data is not None]
     return AgentInfo(
         agent_id=agent.name,
-        tier="hot" if branches and max(branches, key=lambda b: b.last_used).is_hot else "warm",
+        tier="hot" if agent.newest and agent.newest.is_hot else "warm",
         tokens=max((len(b) for b in branches), default=0),
         branches=len(branches),
         ram_bytes=sum(data.nbytes for data in held),
         disk_bytes=sum(n.disk_bytes for n in nodes) + sum(b.tail.disk_bytes for b in branches),
         created=agent.created,
         last_used=agent.last_used,
+        pinned=agent.pinned,
+        ttl=agent.ttl,
+        ephemeral=agent.ephemeral,
+        requests=agent.requests,
+        hit_tokens=agent.hit_tokens,
     )

@@ -7,17 +7,20 @@ import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
-from typing import Any
+from functools import partial
+from typing import IO, Any
 
 import mlx.core as mx
 
 from ..config import Settings
 from ..errors import AgentMemError, ContextLengthExceeded, EngineFailed, ShuttingDown, StartupError
 from ..models.loading import LoadedModel
+from .lifecycle import Lifecycle
 from .loop import EngineLoop
-from .request import AgentInfo, Finished, GenerateRequest, TextDelta
+from .request import AgentDetail, AgentInfo, Export, Finished, GenerateRequest, TextDelta, check_agent_id
 from .sequence import Event, Sequence
 from .startup import Core, build_core
+from .transfer import export_chunks, import_agent, read_archive
 
 log = logging.getLogger(__name__)
 
@@ -92,18 +95,65 @@ class Engine:
         return self._core.contexts.infos(namespace)
 
     async def delete_agent(self, namespace: str, agent_id: str) -> bool:
-        self._check_open()
-        done: Future[bool] = Future()
-        done.set_running_or_notify_cancel()  # a client that goes away does not stop it
-        self._post(lambda: self._core_loop.delete_agent(namespace, agent_id, done))
-        return await asyncio.wrap_future(done)
+        return await self._perform(partial(self._core_loop.delete_agent, namespace, agent_id))
 
     async def prefetch_agent(self, namespace: str, agent_id: str) -> int | None:
+        return await self._perform(partial(self._core_loop.prefetch_agent, namespace, agent_id))
+
+    async def agent(self, namespace: str, agent_id: str) -> AgentDetail:
+        return await self._perform(partial(self._lifecycle.show, namespace, agent_id))
+
+    async def pin_agent(self, namespace: str, agent_id: str, pinned: bool) -> None:
+        await self._perform(partial(self._lifecycle.pin, namespace, agent_id, pinned))
+
+    async def set_agent_ttl(self, namespace: str, agent_id: str, ttl: float | None) -> None:
+        await self._perform(partial(self._lifecycle.set_ttl, namespace, agent_id, ttl))
+
+    async def evict_agent(self, namespace: str, agent_id: str) -> int:
+        return await self._perform(partial(self._lifecycle.evict, namespace, agent_id))
+
+    async def fork_agent(self, namespace: str, agent_id: str, to: str, tokens: int | None) -> AgentDetail:
+        return await self._perform(partial(self._lifecycle.fork, namespace, agent_id, to, tokens))
+
+    async def truncate_agent(self, namespace: str, agent_id: str, tokens: int, held: int | None) -> AgentDetail:
+        return await self._perform(partial(self._lifecycle.truncate, namespace, agent_id, tokens, held))
+
+    async def agent_tokens(self, namespace: str, agent_id: str) -> list[int]:
+        return await self._perform(partial(self._lifecycle.tokens, namespace, agent_id))
+
+    async def export_agent(self, namespace: str, agent_id: str) -> Export:
+        exported = await self._perform(partial(self._lifecycle.export, namespace, agent_id))
+        return Export(export_chunks(self._core, exported), lambda: self._core.store.unlink(exported.files))
+
+    async def import_agent(self, namespace: str, agent_id: str | None, file: IO[bytes]) -> AgentDetail:
+        archive = await asyncio.to_thread(read_archive, self._core, file)
+        name = check_agent_id(agent_id or archive.about.get("agent_id"))
+        await self._perform(partial(self._lifecycle.must_be_new, namespace, name))
+        imported = await asyncio.to_thread(import_agent, self._core, namespace, name, archive)
+        return await self._perform(partial(self._lifecycle.attach, namespace, name, imported))
+
+    @property
+    def import_limit(self) -> int:
+        return self._core.store.room_bytes
+
+    async def collect_garbage(self) -> int:
+        return await self._perform(self._lifecycle.collect_garbage)
+
+    def announce(self, url: str) -> None:
+        """Where the server can be reached: for other processes that find the store in use."""
+        self._core.store.announce(url)
+
+    async def _perform(self, operation: "Callable[[Future[Any]], None]") -> Any:
+        """Have something done on the engine thread, and wait for it."""
         self._check_open()
-        done: Future[int | None] = Future()
-        done.set_running_or_notify_cancel()
-        self._post(lambda: self._core_loop.prefetch_agent(namespace, agent_id, done))
+        done: Future[Any] = Future()
+        done.set_running_or_notify_cancel()  # a client that goes away does not stop it
+        self._post(lambda: self._core_loop.perform(operation, done))
         return await asyncio.wrap_future(done)
+
+    @property
+    def _lifecycle(self) -> Lifecycle:
+        return self._core_loop.lifecycle
 
     def begin_drain(self) -> None:
         self._stopping = True

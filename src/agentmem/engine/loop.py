@@ -5,17 +5,18 @@ import queue
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
-from typing import cast
+from typing import Any, cast
 
 import mlx.core as mx
 
-from ..errors import AgentMemError, EngineFailed, MemoryPressure, ShuttingDown
+from ..errors import AgentMemError, Conflict, EngineFailed, MemoryPressure, ShuttingDown
 from ..kvcache.block import SealedBlock
 from ..metrics import EngineFigures, Metrics
 from .admission import LOOK_INTERVAL, Admission
 from .block_pool import FRESH
 from .contexts import ROOT
-from .request import TextDelta
+from .lifecycle import Lifecycle
+from .request import FinishReason, GenerateRequest, TextDelta
 from .scheduler import Step
 from .sequence import Sequence, Status
 from .startup import Core
@@ -31,6 +32,7 @@ class EngineLoop:
     def __init__(self, core: Core, inbox: "queue.SimpleQueue[Callable[[], None]]"):
         self.core, self._inbox = core, inbox
         self._admission = Admission(core)
+        self.lifecycle = Lifecycle(core)
         self.ram_bytes = self.reserved_bytes = 0  # as they were between two steps
         self.memory_error: str | None = None
         self.metrics = Metrics(self._figures)
@@ -45,6 +47,7 @@ class EngineLoop:
             self._take_commands()
             self._watch_memory()
             self._end_cancelled()
+            self._end_prewarmed()
             self._admission.admit()
             self._admission.grow()
             step = self._schedule()
@@ -78,10 +81,21 @@ class EngineLoop:
                 raise ShuttingDown("the server is shutting down")
             if self.memory_error:
                 raise MemoryPressure(self.memory_error)
+            self._check_agent(seq.request)
             self.core.scheduler.add(seq)
             self._admission.entered(seq)
         except AgentMemError as e:
             seq.fail(e)
+
+    def _check_agent(self, request: GenerateRequest) -> None:
+        known = self.core.contexts.agents.get((request.namespace, request.agent_id))
+        if known and request.ephemeral not in (None, known.ephemeral):
+            is_now = "never written to disk" if known.ephemeral else "written to disk"
+            raise Conflict(
+                f"agentmem.ephemeral: agent {request.agent_id[:200]!r} exists and is {is_now}; delete it first, or use "
+                "another agent_id",
+                param="agentmem.ephemeral",
+            )
 
     def delete_agent(self, namespace: str, agent_id: str, done: "Future[bool]") -> None:
         """Its running sequences go on, and leave nothing behind."""
@@ -90,13 +104,17 @@ class EngineLoop:
                 seq.discard = True
         self.core.memory.delete_agent(namespace, agent_id, done)
 
-    def prefetch_agent(self, namespace: str, agent_id: str, done: "Future[int | None]") -> None:
+    def perform(self, operation: "Callable[[Future[Any]], None]", done: "Future[Any]") -> None:
+        """Something that is done to an agent, rather than asked of it."""
         try:
             if self._failed:
                 raise _FAILED
-            self._admission.prefetch_agent(namespace, agent_id, done)
+            operation(done)
         except AgentMemError as e:
             done.set_exception(e)
+
+    def prefetch_agent(self, namespace: str, agent_id: str, done: "Future[int | None]") -> None:
+        self._admission.prefetch_agent(namespace, agent_id, done)
 
     def drain(self, grace: float) -> None:
         if self._drain_deadline is None:
@@ -130,7 +148,8 @@ class EngineLoop:
             return 0.02
         if self._admission.short or self.memory_error:
             return LOOK_INTERVAL
-        return min(60.0, max(0.0, self.core.memory.next_save - time.monotonic()))
+        soon = min(self.core.memory.next_save - time.monotonic(), self.lifecycle.next_expiry() - time.time())
+        return min(60.0, max(0.0, soon))
 
     def _watch_memory(self) -> None:
         """Save what rests; keep the process below `--memory-limit`."""
@@ -140,6 +159,8 @@ class EngineLoop:
         if now >= self._watch_due:
             self._watch_due = now + _WATCH_INTERVAL
             self.memory_error = self.core.budget.relieve_process()
+            for namespace, name in self.lifecycle.expired():
+                self.delete_agent(namespace, name, Future())
 
     def _note_bytes(self) -> None:
         self.reserved_bytes = self.core.budget.reserved_bytes
@@ -151,6 +172,11 @@ class EngineLoop:
         for seq in [*self.core.scheduler.active, *self.core.scheduler.waiting]:
             if seq.cancelled and seq.status is not Status.RESTORING:  # a restore ends by itself, soon
                 self._admission.leave(seq)
+
+    def _end_prewarmed(self) -> None:
+        for seq in list(self.core.scheduler.active):
+            if seq.status is Status.DECODE and seq.request.params.max_tokens == 0:
+                self._finish(seq, "length")
 
     def _schedule(self) -> Step | None:
         memory = self.core.memory
@@ -212,9 +238,15 @@ class EngineLoop:
             if text:
                 seq.emit(TextDelta(text))
             if stopped or full:
-                self._admission.leave(seq)
-                self.metrics.finished(seq.stats())
-                seq.finish("stop" if stopped else "length")
+                self._finish(seq, "stop" if stopped else "length")
+
+    def _finish(self, seq: Sequence, reason: FinishReason) -> None:
+        agent = self.core.contexts.agent(seq.request.namespace, seq.request.agent_id)
+        agent.requests += 1
+        agent.hit_tokens += seq.num_cached
+        self._admission.leave(seq)
+        self.metrics.finished(seq.stats())
+        seq.finish(reason)
 
     def _sealed(self, seq: Sequence, blocks: list[SealedBlock]) -> None:
         """Enter the blocks that a step filled up into the tree, and queue them to be written."""
@@ -227,7 +259,8 @@ class EngineLoop:
         for block in blocks:
             index = len(seq.nodes)
             parent = seq.nodes[-1].key if seq.nodes else ROOT
-            node = contexts.seal(scope, parent, seq.tokens[index * size : (index + 1) * size], seq.lineage, block)
+            tokens = seq.tokens[index * size : (index + 1) * size]
+            node = contexts.seal(scope, parent, tokens, seq.lineage, block, ephemeral=seq.branch.agent.ephemeral)
             seq.lineage = FRESH
             if node.data is not None and node.data is not block:
                 seq.cache.adopt(index, node.data)
@@ -271,6 +304,8 @@ class EngineLoop:
     def _shut_down(self) -> None:
         """Save until all is on disk, or nothing more gets there."""
         before = -1
+        for agent in self.core.contexts.agents.values():
+            self.core.memory.note(agent, now=True)
         while self.core.memory.save_idle(now=True):
             self.core.store.flush().result()
             self._run_posted()

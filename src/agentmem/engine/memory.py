@@ -3,7 +3,7 @@
 import hashlib
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future
 from typing import Any
 
@@ -13,11 +13,15 @@ from ..errors import CorruptSegment, NotFound
 from ..kvcache.block import RawArrays, SealedBlock, Snapshot, Tail, copy_host, from_raw, to_host
 from ..kvcache.spec import KVCacheSpec
 from ..store.agent_store import AgentStore
+from ..store.records import BlockRecord, BranchRecord
+from ..store.trim import Trimmed
 from .block_pool import FRESH, Entry, Node, OpenBlock
 from .contexts import ROOT, Agent, Branch, Contexts, Match
 
 _LINEAGE_POSITION = 4  # bytes at the end of a lineage: the token position of the cut
-_RETRY = 1.0  # s after a save that failed
+_RETRY = 1.0  # s after a save that was asked for, or failed
+_RETRY_BROKEN = 5.0  # s, while the store can't write
+_NOTE_INTERVAL = 5.0  # s between two notes of an agent's use
 Arrived = Callable[[Entry, int, float], None]  # what, its bytes, when (time.perf_counter())
 _SOONEST = 0.01  # s between two looks at what rests
 
@@ -51,10 +55,12 @@ class Memory:
         spec: KVCacheSpec,
         *,
         tail_delay: float,
+        write_amplification: float,
         post: Callable[[Callable[[], None]], None],
     ):
         self.contexts, self.store, self._spec = contexts, store, spec
-        self._tail_delay, self._post = tail_delay, post
+        self._tail_delay, self._write_amplification, self.post = tail_delay, write_amplification, post
+        store.on_trim = lambda gone: post(lambda: self.forget(gone))
         self.next_save = 0.0  # time.monotonic() when `save_idle` is due
         self.restored_bytes = 0  # since the start
         self.incoming_bytes = 0  # being read
@@ -64,11 +70,19 @@ class Memory:
     def load_index(self) -> None:
         """Enter what the store's manifest names: every agent warm."""
         index = self.store.index()
-        records = {r.key: r for r in index.blocks}
         for a in index.agents:
-            self.contexts.agents[a.namespace, a.name] = Agent(a.namespace, a.name, a.created, a.last_used)
-        for b in index.branches:
-            agent = self.contexts.agents[b.namespace, b.agent]
+            self.contexts.agents[a.namespace, a.name] = Agent(
+                *(a.namespace, a.name, a.created, a.last_used), pinned=a.pinned, ttl=a.ttl,
+                requests=a.requests, hit_tokens=a.hit_tokens,
+            )  # fmt: skip
+        self.enter(index.branches, index.blocks)
+
+    def enter(self, branches: Iterable[BranchRecord], blocks: Iterable[BlockRecord]) -> None:
+        """Add branches that are on disk, each to its agent; `blocks` are all that they are made of."""
+        records = {r.key: r for r in blocks}
+        for b in branches:
+            agent = self.contexts.agent(b.namespace, b.agent)
+            agent = self.contexts.agents.setdefault((b.namespace, b.agent), agent)
             branch = Branch(b.id, agent, last_used=b.last_used, disk_head=b.head)
             key = b.head
             while key:
@@ -85,15 +99,36 @@ class Memory:
                 branch.tail = OpenBlock(b.tail.tokens, disk_bytes=b.tail.nbytes)
             branch.agent.branches[branch.id] = branch
 
+    def forget(self, gone: Trimmed) -> None:
+        """A full store let go of what was not used for longest: it stays only where it is in RAM."""
+        blocks, tails = set(gone.blocks), set(gone.tails)
+        for node in [self.contexts.nodes[key] for key in blocks if key in self.contexts.nodes]:
+            node.disk_bytes = 0
+            if node.data is None:
+                self.contexts.cut_at(node)
+        for branch in list(self.contexts.branches()):
+            if branch.id in tails:
+                branch.tail.disk_bytes = 0
+                if branch.tail.data is None:
+                    self.contexts.set_tail(branch, OpenBlock())
+            if branch.disk_head in blocks or branch.id in tails:
+                branch.disk_head = None
+                branch.save_at = branch.save_at or math.inf  # when it leaves RAM, not before
+            if not len(branch) and not branch.in_use:
+                self.contexts.drop_branch(branch)
+        for agent in [a for a in self.contexts.agents.values() if not a.branches]:
+            self.contexts.drop_agent(agent)
+
     # -- restore
 
-    def restore(self, match: Match, done: Callable[[int, float], None]) -> None:
+    def restore(self, match: Match, done: Callable[[int, float], None], only: Entry | None = None) -> None:
         """Read what `match` lacks, then call done: the caller matches again, over what there is by then.
 
         `done` gets the bytes read and when the last were there (time.perf_counter()). The caller holds the match's
-        nodes meanwhile. A bad block or tail is quarantined and forgotten.
+        nodes meanwhile. A bad block or tail is quarantined and forgotten. `only`: read no more than this.
         """
-        left, read = list(match.missing), [0]
+        wanted = match.missing if only is None else [only]
+        left, read = list(wanted), [0]
         assert left
 
         def arrived(entry: Entry, nbytes: int, at: float) -> None:
@@ -104,7 +139,7 @@ class Memory:
 
         if not self.incoming_bytes:
             self.reading_since = time.perf_counter()
-        for entry in match.missing:
+        for entry in wanted:
             self._read(match, entry, arrived)
 
     def _read(self, match: Match, entry: Entry, arrived: Arrived) -> None:
@@ -119,7 +154,7 @@ class Memory:
         def copied(future: "Future[Any]") -> None:
             """On the reader's thread, so that decode goes on."""
             result, at = _copy(future, entry), time.perf_counter()
-            self._post(lambda: self._arrived(match, entry, nbytes, result, at))
+            self.post(lambda: self._arrived(match, entry, nbytes, result, at))
 
         if isinstance(entry, Node):
             future: Future[Any] = self.store.read_block(entry.key)
@@ -139,18 +174,22 @@ class Memory:
         """What the matched prefix looks like as a cache, all of it in RAM; and the lineage of its open block."""
         blocks = tuple(n.data for n in match.nodes if n.data is not None)
         assert len(blocks) == len(match.nodes)
+        tail, lineage = self.open_block(match)
+        return Snapshot(blocks, tail), lineage
+
+    def open_block(self, match: Match) -> tuple[Tail | None, bytes]:
+        """What follows the matched whole blocks, and its lineage; what that is cut from is in RAM."""
         n = match.open_len(self._spec.block_size)
         if match.cut_node is not None:
             assert match.cut_node.data is not None
-            tail = Tail.of_cut_block(match.cut_node.data, n, self._spec)
-            return Snapshot(blocks, tail), cut_lineage(match.cut_node, n)
+            return Tail.of_cut_block(match.cut_node.data, n, self._spec), cut_lineage(match.cut_node, n)
         if match.tail is None:
-            return Snapshot(blocks), FRESH
+            return None, FRESH
         assert match.tail.data is not None
         lineage = match.tail.lineage
         if lineage and n < match.tail.data.prefix_len:
             lineage = lineage[:-_LINEAGE_POSITION] + n.to_bytes(_LINEAGE_POSITION, "little")
-        return Snapshot(blocks, match.tail.data.cut(n)), lineage
+        return match.tail.data.cut(n), lineage
 
     def _take_in(self, match: Match, entry: Entry, result: Any) -> int:
         """Put what was read in its place, unless it is there, or the place is gone, by now; returns its bytes."""
@@ -201,33 +240,45 @@ class Memory:
         branch.in_use = True
         if match.nodes and persist:
             self._save_path(branch, list(match.nodes))
+        self._share(match.nodes, agent)
         return branch
+
+    @staticmethod
+    def _share(nodes: Iterable[Node], agent: Agent) -> None:
+        """What an agent that is written holds is not ephemeral any more, whoever made it."""
+        for node in nodes:
+            node.ephemeral = node.ephemeral and agent.ephemeral
 
     def save_block(self, branch: Branch, nodes: list[Node]) -> None:
         """Queue the last of `nodes`, a branch's path so far; if it is stored already, only the branch moves on."""
         node, agent = nodes[-1], branch.agent
-        if node.saving is not None:
+        if node.saving is not None or agent.ephemeral:
             return
         if node.disk_bytes or node.data is None:
             future = self.store.save_branch(branch.id, agent.namespace, agent.name, node.key, time.time())
-            future.add_done_callback(lambda f: self._post(lambda: self._path_saved(branch, nodes, f)))
+            future.add_done_callback(lambda f: self.post(lambda: self._path_saved(branch, nodes, f)))
             return
         tensors, parent = to_host(node.data.arrays), node.parent or None
         saving = node.saving = self.store.save_block(
             branch.id, agent.namespace, agent.name, node.key, parent, node.tokens, tensors, {}
         )
-        saving.add_done_callback(lambda f: self._post(lambda: self._block_saved(branch, nodes, f)))
+        saving.add_done_callback(lambda f: self.post(lambda: self._block_saved(branch, nodes, f)))
 
     def commit(self, branch: Branch, nodes: list[Node], tail: OpenBlock, data: Tail | None) -> None:
         """A sequence ends: its branch takes over its nodes (already held) and its tail."""
         before, branch.nodes = branch.nodes, nodes
         self.contexts.release(before)
+        tail.ephemeral = branch.agent.ephemeral
         self.contexts.set_tail(branch, tail, data)
         branch.in_use = False
         branch.save_at = time.monotonic() + self._tail_delay
         self.next_save = min(self.next_save, branch.save_at)
         for old in self.contexts.put_branch(branch):
-            self.store.delete_branch(old.id)
+            self._delete(old.id, *old.displaced)
+
+    def _delete(self, *branch_ids: str) -> None:
+        for branch_id in branch_ids:
+            self.store.delete_branch(branch_id)
 
     def abandon(self, branch: Branch) -> None:
         """A sequence ends with nothing to keep."""
@@ -245,21 +296,67 @@ class Memory:
             if branch.save_at is None or (branch.in_use and not branch.suspended):
                 continue
             if now or branch.save_at <= clock:
-                self._save_rest(branch)
+                self.save_rest(branch, forced=now)
             if branch.save_at is not None:
                 self.next_save = min(self.next_save, max(branch.save_at, clock + _SOONEST))
         return self.next_save < math.inf
 
-    def _save_rest(self, branch: Branch) -> None:
-        """Queue a branch's unsaved blocks, root first, and its tail. Looked at again until all of it is on disk."""
+    def save_for_room(self, nbytes: int) -> None:
+        """Save idle caches, the least recently used first, until at least `nbytes` of RAM can be given back."""
+        idle = (b for b in self.contexts.branches() if b.save_at is not None and (b.suspended or not b.in_use))
+        for branch in sorted(idle, key=lambda b: b.last_used):
+            if nbytes <= 0:
+                return
+            self.save_rest(branch, forced=True)
+            entries: list[Entry] = [*branch.nodes, branch.tail]
+            nbytes -= sum(entry.data.nbytes for entry in entries if entry.data is not None)
+            if branch.save_at is not None:
+                self.next_save = min(self.next_save, branch.save_at)
+
+    def save_rest(self, branch: Branch, *, forced: bool) -> None:
+        """Queue a branch's unsaved blocks, root first, and its tail. Looked at again until all of it is on disk.
+
+        Unless `forced`, a tail waits for its branch to leave RAM where writing it now is likely to be in vain.
+        """
         blocks_saved = all(n.disk_bytes for n in branch.nodes) and branch.disk_head == branch.head
-        if blocks_saved and (branch.tail.data is None or branch.tail.disk_bytes):
+        tail_saved = branch.tail.data is None or branch.tail.disk_bytes > 0
+        if branch.agent.ephemeral or (blocks_saved and tail_saved):
             branch.save_at = None
+            self._delete(*branch.displaced)
+            branch.displaced = []
             return
-        branch.save_at = time.monotonic() + _RETRY
+        branch.save_at = time.monotonic() + (_RETRY_BROKEN if self.store.background_error else _RETRY)
         self._save_path(branch, branch.nodes)
-        if branch.tail.data is not None and not branch.tail.disk_bytes and branch.tail.saving is None:
-            self.save_tail(branch)
+        if not tail_saved and branch.tail.saving is None:
+            if forced or self._pays(branch):
+                self.save_tail(branch)
+            elif blocks_saved:
+                branch.save_at = math.inf
+
+    def _pays(self, branch: Branch) -> bool:
+        """Whether the tails of a branch, each replaced by the next turn, stay a small part of what it writes.
+
+        With blocks B, the tail t and earlier tails w, all of it written, (B + t + w) / (B + t) bytes are written for
+        each that stays; once t is replaced too, (B + t + w) / B.
+        """
+        assert branch.tail.data is not None
+        tail, stored = branch.tail.data.nbytes, sum(node.disk_bytes for node in branch.nodes)
+        return branch.tail_bytes_written + tail <= (self._write_amplification - 1) * (stored + tail)
+
+    @staticmethod
+    def unsaved_tokens(branch: Branch) -> int:
+        """What a crash would cost."""
+        entries: list[Entry] = [*branch.nodes, branch.tail]
+        return sum(len(entry.tokens) for entry in entries if not entry.disk_bytes)
+
+    def note(self, agent: Agent, branch: Branch | None = None, *, now: bool = False) -> "Future[None] | None":
+        """Tell the store that the agent is used, every few seconds, or `now`; what comes of it, if it is told."""
+        clock = time.monotonic()
+        known = self.contexts.agents.get((agent.namespace, agent.name)) is agent and not agent.ephemeral
+        if not known or (not now and clock - agent.noted_at < _NOTE_INTERVAL):
+            return None
+        agent.noted_at = clock
+        return self.store.touch(agent.record(), branch.id if branch else None)
 
     def _save_path(self, branch: Branch, nodes: list[Node]) -> None:
         for i, node in enumerate(nodes, start=1):
@@ -275,11 +372,12 @@ class Memory:
             "identity": tail_identity(branch.head or ROOT, tail.tokens),
         }
         tensors = to_host(tail.data.to_arrays())
+        branch.tail_bytes_written += tail.data.nbytes
         tail.saving = self.store.save_tail(
             branch.id, agent.namespace, agent.name, branch.head, tail.tokens, tensors, metadata
         )
         nodes = branch.nodes
-        tail.saving.add_done_callback(lambda f: self._post(lambda: self._tail_saved(branch, nodes, tail, f)))
+        tail.saving.add_done_callback(lambda f: self.post(lambda: self._tail_saved(branch, nodes, tail, f)))
 
     def _block_saved(self, branch: Branch, nodes: list[Node], future: "Future[Any]") -> None:
         nodes[-1].saving = None

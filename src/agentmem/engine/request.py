@@ -1,11 +1,32 @@
 """What crosses the engine's border: a request goes in, deltas and one Finished come out."""
 
-from collections.abc import AsyncIterator
+import unicodedata
+from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import IO, Any, Literal, Protocol
+
+from ..errors import InvalidRequest
 
 CacheState = Literal["cold", "warm", "hot"]  # nothing cached; read from disk; in RAM
 FinishReason = Literal["stop", "length"]
+
+
+MAX_AGENT_ID = 256  # characters
+
+
+def check_agent_id(agent_id: object, param: str = "agent_id") -> str:
+    """`agent_id`, if it can be one. InvalidRequest, which names `param`, if not.
+
+    Any text of 1 to 256 characters will do, "../x" too: an id never becomes a path name.
+    """
+    if not isinstance(agent_id, str) or not 1 <= len(agent_id) <= MAX_AGENT_ID:
+        long = f", not {len(agent_id)}" if isinstance(agent_id, str) else ""
+        raise InvalidRequest(f"{param} must have 1 to {MAX_AGENT_ID} characters{long}.", param=param)
+    for character in agent_id:
+        if unicodedata.category(character) in ("Cc", "Cs"):
+            message = f"{param} must not hold control characters or lone surrogates, such as {character!r}."
+            raise InvalidRequest(message, param=param)
+    return agent_id
 
 
 @dataclass(frozen=True)
@@ -31,8 +52,10 @@ class GenerateRequest:
     namespace: str
     agent_id: str
     tokens: list[int]  # the rendered prompt, at least one
-    params: SamplingParams
+    params: SamplingParams  # max_tokens 0: prefill the prompt, and no more
     priority: int = 0  # lower goes first
+    ttl: float | None = None  # seconds that the agent is kept after its last use; None: as it is
+    ephemeral: bool | None = None  # a new agent is never written to disk; None: as it is
 
 
 @dataclass(frozen=True)
@@ -73,6 +96,33 @@ class AgentInfo:
     disk_bytes: int
     created: float  # Unix seconds
     last_used: float
+    pinned: bool  # stays in RAM, and on disk
+    ttl: float | None  # seconds that it is kept after its last use
+    ephemeral: bool  # never written to disk
+    requests: int
+    hit_tokens: int  # of its prompts, that were cached
+
+
+@dataclass(frozen=True)
+class BranchInfo:
+    tokens: int
+    tier: Literal["warm", "hot"]
+    last_used: float
+    unsaved_tokens: int  # that a crash would cost
+
+
+@dataclass(frozen=True)
+class AgentDetail:
+    agent: AgentInfo
+    branches: list[BranchInfo]  # newest first
+
+
+@dataclass(frozen=True)
+class Export:
+    """An agent as a file. `close` it, read to its end or not."""
+
+    chunks: Iterator[bytes]  # to be read on a thread that may wait for the disk
+    close: Callable[[], None]
 
 
 class EngineAPI(Protocol):
@@ -100,12 +150,59 @@ class EngineAPI(Protocol):
 
     async def agents(self, namespace: str) -> list[AgentInfo]: ...
 
+    async def agent(self, namespace: str, agent_id: str) -> AgentDetail:
+        """NotFound: there is none. So for all that follow."""
+        ...
+
+    async def agent_tokens(self, namespace: str, agent_id: str) -> list[int]:
+        """Of the newest branch."""
+        ...
+
+    async def pin_agent(self, namespace: str, agent_id: str, pinned: bool) -> None:
+        """Whether it stays in RAM, and in a full store, and does not expire."""
+        ...
+
+    async def set_agent_ttl(self, namespace: str, agent_id: str, ttl: float | None) -> None:
+        """Seconds that it is kept after its last use; None: for good."""
+        ...
+
+    async def evict_agent(self, namespace: str, agent_id: str) -> int:
+        """From RAM to disk; the bytes of RAM that came free. Conflict: pinned or ephemeral."""
+        ...
+
+    async def fork_agent(self, namespace: str, agent_id: str, to: str, tokens: int | None) -> AgentDetail:
+        """A new agent `to` with the first tokens (None: all) of the newest branch. Conflict: it exists."""
+        ...
+
+    async def truncate_agent(self, namespace: str, agent_id: str, tokens: int, held: int | None) -> AgentDetail:
+        """Keep the first tokens of the newest branch. Conflict: it is in use, or doesn't hold `held` tokens."""
+        ...
+
+    async def export_agent(self, namespace: str, agent_id: str) -> Export: ...
+
+    async def import_agent(self, namespace: str, agent_id: str | None, file: IO[bytes]) -> AgentDetail:
+        """Under this name, or its own. InvalidRequest: the file; Conflict: the agent exists."""
+        ...
+
+    @property
+    def import_limit(self) -> int:
+        """Bytes of a file that there may be room for."""
+        ...
+
+    async def collect_garbage(self) -> int:
+        """Let go of what has expired, is in quarantine, or belongs to nobody: bytes of disk that came free."""
+        ...
+
     async def delete_agent(self, namespace: str, agent_id: str) -> bool:
         """Forget the agent; True once its bytes are off the disk, False if there was none."""
         ...
 
     async def prefetch_agent(self, namespace: str, agent_id: str) -> int | None:
         """Read the agent's newest branch into RAM; the bytes read, None if there is no such agent. Raises Busy."""
+        ...
+
+    def announce(self, url: str) -> None:
+        """Where the server can be reached: for other processes that find the store in use."""
         ...
 
     def begin_drain(self) -> None:

@@ -2,6 +2,7 @@
 
 import hashlib
 import logging
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.resources import files
@@ -17,6 +18,9 @@ from ..kvcache.block import from_host, to_host
 from ..models.loading import LoadedModel
 from ..store import segment
 from ..store.agent_store import AgentStore
+from ..store.crypto import Vault, master_key
+from ..store.maintenance import collect_garbage
+from ..store.room import Limits
 from .budget import RamBudget
 from .contexts import Contexts
 from .footprint import physical_memory, resolve, room_for_caches
@@ -41,6 +45,7 @@ class Core:
     scheduler: Scheduler
     budget: RamBudget
     trace: Trace
+    fingerprint: str  # of what gives a stored byte its meaning: weights, cache layout, calibration
     vocab_size: int  # ids that the tokenizer knows; some models' logits are padded beyond
 
 
@@ -56,12 +61,28 @@ def build_core(settings: Settings, load: Callable[[], LoadedModel], post: Callab
     except OSError as e:
         raise StoreError(f"can't use the store at {settings.store_dir}: {e}; use another --home") from None
     trace = Trace(settings.trace)
-    store = AgentStore.open(settings.store_dir, fingerprint, {"calibration": calibration})
+    store = open_store(settings, fingerprint, calibration)
     try:
-        return _core(settings, model, runner, store, trace, f"{fingerprint}/{calibration}".encode(), post)
+        return _core(settings, model, runner, store, trace, f"{fingerprint}/{calibration}", post)
     except StartupError:
         store.close()
         raise
+
+
+def open_store(settings: Settings, fingerprint: str, calibration: str) -> AgentStore:
+    """With the quota that other models' stores leave; those give way to half of it."""
+    disk, root = shutil.disk_usage(settings.home_dir).total, settings.store_dir
+    quota = resolve(settings.store_quota, disk)
+    others = collect_garbage(root, quota // 2, keep=fingerprint)
+    return AgentStore.open(
+        root,
+        fingerprint,
+        {"calibration": calibration},
+        limits=Limits(max(quota - others, 0), resolve(settings.store_min_free, disk)),
+        unlock=(lambda may_create: Vault(master_key(settings.key_file, may_create=may_create)))
+        if settings.encrypt
+        else None,
+    )
 
 
 def _core(
@@ -70,16 +91,23 @@ def _core(
     runner: ModelRunner,
     store: AgentStore,
     trace: Trace,
-    fingerprint: bytes,
+    fingerprint: str,
     post: Callable[[Callable[[], None]], None],
 ) -> Core:
     contexts = Contexts(
-        fingerprint=fingerprint,
+        fingerprint=fingerprint.encode() + store.address_secret,
         block_size=runner.spec.block_size,
         sharing=settings.sharing,
         max_branches=settings.max_branches,
     )
-    memory = Memory(contexts, store, runner.spec, tail_delay=settings.tail_delay, post=post)
+    memory = Memory(
+        contexts,
+        store,
+        runner.spec,
+        tail_delay=settings.tail_delay,
+        write_amplification=settings.write_amplification,
+        post=post,
+    )
     memory.load_index()
     scheduler = Scheduler(
         max_running=settings.max_running,
@@ -97,7 +125,7 @@ def _core(
         active=lambda: scheduler.active,
     )
     vocab_size = min(runner.vocab_size, max(model.tokenizer.get_vocab().values()) + 1)
-    return Core(model, runner, contexts, memory, store, scheduler, budget, trace, vocab_size)
+    return Core(model, runner, contexts, memory, store, scheduler, budget, trace, fingerprint, vocab_size)
 
 
 def _fingerprint(weights_hash: str, spec_identity: str) -> str:

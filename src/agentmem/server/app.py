@@ -1,7 +1,6 @@
 """The HTTP application: routes, and the one place where errors become responses."""
 
 import time
-from dataclasses import asdict
 from typing import Any, cast
 
 from fastapi import FastAPI, Request
@@ -14,8 +13,9 @@ from starlette.responses import JSONResponse, Response
 from .. import __version__
 from ..config import Settings
 from ..engine.request import EngineAPI
-from ..errors import AgentMemError, Busy, NotFound, Unauthorized
-from .auth import ApiKeyCheck, ApiKeys, namespace_of
+from ..errors import AgentMemError, Busy, Unauthorized
+from .agents import IMPORT_PATH, add_agent_routes
+from .auth import ApiKeyCheck, ApiKeys
 from .chat_completions import ChatCompletions, check_model
 from .middleware import BodyLimit, HostCheck, RequestId
 from .openai import ChatCompletionRequest, error_body, validation_error_body
@@ -24,7 +24,7 @@ from .openai import ChatCompletionRequest, error_body, validation_error_body
 def create_app(engine: EngineAPI, settings: Settings, keys: ApiKeys | None) -> FastAPI:
     """The app that serves `engine`, which must outlive it, to whoever has one of `keys`; to all where it is None."""
     app = FastAPI(title="agentmem", version=__version__, docs_url=None, redoc_url=None, redirect_slashes=False)
-    app.add_middleware(BodyLimit, limit=settings.max_body)
+    app.add_middleware(BodyLimit, limit=settings.max_body, unlimited=(IMPORT_PATH,))
     app.add_middleware(ApiKeyCheck, keys=keys, on_error=_agentmem_error)
     hosts = ["localhost", "127.0.0.1", "::1", settings.host, *settings.allowed_hosts]
     app.add_middleware(HostCheck, allowed=hosts)
@@ -34,13 +34,14 @@ def create_app(engine: EngineAPI, settings: Settings, keys: ApiKeys | None) -> F
     app.add_exception_handler(HTTPException, _http_error)
     app.add_exception_handler(ClientDisconnect, _client_gone)
     app.add_exception_handler(Exception, _unexpected)
-    _add_chat_routes(app, engine, settings)
-    _add_agent_routes(app, engine)
+    completions = ChatCompletions(engine, settings)
+    _add_chat_routes(app, engine, completions)
+    _add_state_routes(app, engine)
+    add_agent_routes(app, engine, completions.renderer, settings)
     return app
 
 
-def _add_chat_routes(app: FastAPI, engine: EngineAPI, settings: Settings) -> None:
-    completions = ChatCompletions(engine, settings)
+def _add_chat_routes(app: FastAPI, engine: EngineAPI, completions: ChatCompletions) -> None:
     model = {
         "id": engine.model_name,
         "object": "model",
@@ -63,7 +64,7 @@ def _add_chat_routes(app: FastAPI, engine: EngineAPI, settings: Settings) -> Non
         return model
 
 
-def _add_agent_routes(app: FastAPI, engine: EngineAPI) -> None:
+def _add_state_routes(app: FastAPI, engine: EngineAPI) -> None:
     @app.get("/health", response_model=None)
     async def health() -> Response:
         health = engine.health()
@@ -72,28 +73,6 @@ def _add_agent_routes(app: FastAPI, engine: EngineAPI) -> None:
     @app.get("/metrics", response_model=None)
     async def metrics() -> Response:
         return Response(engine.metrics(), media_type=CONTENT_TYPE_LATEST)
-
-    @app.get("/v1/agents")
-    async def list_agents(request: Request) -> dict[str, Any]:
-        agents = await engine.agents(namespace_of(request))
-        return {"object": "list", "data": [asdict(agent) for agent in agents]}
-
-    @app.post("/v1/agents/{agent_id:path}/prefetch")
-    async def prefetch_agent(agent_id: str, request: Request) -> dict[str, Any]:
-        restored = await engine.prefetch_agent(namespace_of(request), agent_id)
-        if restored is None:
-            raise _no_agent(agent_id)
-        return {"agent_id": agent_id, "restored_bytes": restored}
-
-    @app.delete("/v1/agents/{agent_id:path}")
-    async def delete_agent(agent_id: str, request: Request) -> dict[str, Any]:
-        if not await engine.delete_agent(namespace_of(request), agent_id):
-            raise _no_agent(agent_id)
-        return {"agent_id": agent_id, "deleted": True}
-
-
-def _no_agent(agent_id: str) -> NotFound:
-    return NotFound(f"There is no agent {agent_id[:200]!r}.", param="agent_id", code="agent_not_found")
 
 
 async def _agentmem_error(request: Request, exc: Exception) -> Response:

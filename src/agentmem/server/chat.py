@@ -1,18 +1,18 @@
 """A chat, whatever wire format it came in: whose it is, and the token ids that its messages render to."""
 
 import asyncio
-import unicodedata
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy as np
 from jinja2 import TemplateError
 
+from ..engine.request import check_agent_id
 from ..errors import ContextLengthExceeded, InvalidRequest
 
 ANONYMOUS = "anonymous"
-MAX_AGENT_ID = 256  # characters
 
 
 @dataclass(frozen=True)
@@ -27,24 +27,13 @@ class Message:
 
 
 def resolve_agent_id(body: str | None, header: bytes | None) -> str:
-    """The body's agent id, else the X-Agent-Id header's (UTF-8), else "anonymous".
-
-    Any text of 1 to 256 characters will do, "../x" too: an id never becomes a path name. Raises InvalidRequest.
-    """
+    """The body's agent id, else the X-Agent-Id header's (UTF-8), else "anonymous". Raises InvalidRequest."""
     if body is None and header is None:
         return ANONYMOUS
     try:
-        agent_id = body if body is not None else (header or b"").decode()
+        return check_agent_id(body if body is not None else (header or b"").decode())
     except UnicodeDecodeError:
         raise InvalidRequest("The header X-Agent-Id is not valid UTF-8.", param="agent_id") from None
-    if not 1 <= len(agent_id) <= MAX_AGENT_ID:
-        message = f"agent_id must have 1 to {MAX_AGENT_ID} characters, not {len(agent_id)}."
-        raise InvalidRequest(message, param="agent_id")
-    for character in agent_id:
-        if unicodedata.category(character) in ("Cc", "Cs"):
-            message = f"agent_id must not hold control characters or lone surrogates, such as {character!r}."
-            raise InvalidRequest(message, param="agent_id")
-    return agent_id
 
 
 class ChatRenderer:
@@ -71,6 +60,45 @@ class ChatRenderer:
             raise ContextLengthExceeded(len(tokens), self._max_context, self._why_max)
         return tokens
 
+    async def message_starts(self, tokens: Sequence[int]) -> list[int]:
+        """Where each message of a rendered chat starts; one that the template put in (a system prompt) counts too.
+
+        Raises InvalidRequest where the template's messages can't be told apart by their tokens.
+        """
+        loop = asyncio.get_running_loop()
+        headers = await loop.run_in_executor(self._thread, self._message_headers)
+        packed, found = np.array(tokens, "<u4").tobytes(), {0}
+        for header in headers:
+            wanted, at = np.array(header, "<u4").tobytes(), -1
+            while (at := packed.find(wanted, at + 1)) >= 0:
+                if at % 4 == 0:
+                    found.add(at // 4)
+        return sorted(found)
+
+    def _message_headers(self) -> list[list[int]]:
+        """The tokens between two messages' contents, for an answer and for the user's turn after it.
+
+        Found by changing one content at a time, by one token, and looking for where the rendered tokens change.
+        """
+        for one, other in (("1", "2"), ("hello", "world")):
+            base = self._probe([one, one, one])
+            ends = [_first_difference(base, self._probe([*[one] * i, other, *[one] * (2 - i)])) for i in range(3)]
+            if ends[0] < ends[1] - 1 and ends[1] < ends[2] - 1 < len(base):
+                asked = self._probe([one], add_generation_prompt=True)[ends[0] + 1 :]
+                answer = base[ends[0] + 1 : ends[1]]
+                answer = answer[: _first_difference(answer, asked)]  # without what is put into old answers only
+                if answer:
+                    return [answer, base[ends[1] + 1 : ends[2]]]
+        raise InvalidRequest(
+            "With this model's chat template messages can't be told apart in the cache; give tokens instead.",
+            param="messages",
+        )
+
+    def _probe(self, contents: list[str], **options: bool) -> list[int]:
+        roles: list[Literal["user", "assistant"]] = ["user", "assistant", "user"]
+        messages = [Message(role, content).for_template() for role, content in zip(roles, contents, strict=False)]
+        return list(self._tokenizer.apply_chat_template(messages, tokenize=True, **options))
+
     def _apply_template(self, messages: Sequence[Message]) -> list[int]:
         if not self._tokenizer.has_chat_template:
             raise InvalidRequest(
@@ -87,3 +115,7 @@ class ChatRenderer:
         if not tokens:
             raise InvalidRequest("The messages render to an empty prompt.", param="messages")
         return list(tokens)
+
+
+def _first_difference(a: Sequence[int], b: Sequence[int]) -> int:
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))

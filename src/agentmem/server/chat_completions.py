@@ -15,9 +15,9 @@ from ..config import Settings
 from ..engine.request import EngineAPI, Finished, GenerateRequest, RequestStats, SamplingParams
 from ..errors import AgentMemError, NotFound
 from .auth import namespace_of
-from .chat import ChatRenderer, Message, resolve_agent_id
+from .chat import ChatRenderer, resolve_agent_id
 from .events import Event, Events, EventStream, unless_disconnected
-from .openai import ChatCompletionRequest, ChatMessage, error_body
+from .openai import AgentOptions, ChatCompletionRequest, chat_message, error_body
 
 FIRST_EVENT_WAIT = 2.0  # s; until then an error can still become an HTTP status
 PING_INTERVAL = 5.0  # s between comments while a stream has nothing to say
@@ -35,7 +35,7 @@ class ChatCompletions:
     def __init__(self, engine: EngineAPI, settings: Settings):
         self._engine = engine
         self._settings = settings
-        self._renderer = ChatRenderer(engine.tokenizer, engine.max_context, engine.why_max_context)
+        self.renderer = ChatRenderer(engine.tokenizer, engine.max_context, engine.why_max_context)
 
     async def create(self, body: ChatCompletionRequest, request: Request) -> Response:
         check_model(body.model, self._engine.model_name)
@@ -54,12 +54,15 @@ class ChatCompletions:
     async def _generate_request(self, body: ChatCompletionRequest, request: Request) -> GenerateRequest:
         header = next((value for name, value in request.headers.raw if name == b"x-agent-id"), None)
         agent_id = resolve_agent_id(body.agent_id, header)
-        tokens = await self._renderer.render([_message(m) for m in body.messages])
+        tokens = await self.renderer.render([chat_message(m) for m in body.messages])
         limits = [limit for limit in (body.max_tokens, body.max_completion_tokens) if limit is not None]
         limits = limits or [self._settings.default_max_tokens]
         max_tokens = min(*limits, self._engine.max_context - len(tokens))
         params = sampling_params(body, max_tokens)
-        return GenerateRequest(namespace_of(request), agent_id, tokens, params, body.priority or 0)
+        agent = body.agentmem or AgentOptions()
+        return GenerateRequest(
+            namespace_of(request), agent_id, tokens, params, body.priority or 0, agent.ttl, agent.ephemeral
+        )
 
 
 @dataclass(frozen=True)
@@ -91,11 +94,6 @@ def check_model(name: str, served: str) -> None:
     if name not in (served, served.rstrip("/").rpartition("/")[2], "default"):
         message = f"The model {name[:200]!r} does not exist; this server has {served!r}, also known as 'default'."
         raise NotFound(message, param="model", code="model_not_found")
-
-
-def _message(message: ChatMessage) -> Message:
-    role = "system" if message.role == "developer" else message.role
-    return Message(role, message.content, message.name)
 
 
 def sampling_params(body: ChatCompletionRequest, max_tokens: int) -> SamplingParams:

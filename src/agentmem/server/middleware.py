@@ -2,7 +2,7 @@
 
 import re
 import uuid
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import JSONResponse
@@ -62,12 +62,13 @@ def _bracketed(host: str) -> str:
 class BodyLimit:
     """Reads the body, of at most `limit` bytes, before the app sees the request; answers 400 to a larger one."""
 
-    def __init__(self, app: ASGIApp, limit: int):
+    def __init__(self, app: ASGIApp, limit: int, unlimited: Collection[str] = ()):
+        """`unlimited`: paths whose bodies their routes read, and limit, by themselves."""
         self._app = app
-        self._limit = limit
+        self._limit, self._unlimited = limit, unlimited
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
+        if scope["type"] != "http" or scope["path"] in self._unlimited:
             return await self._app(scope, receive, send)
         headers = Headers(scope=scope)
         if int(headers.get("content-length", 0)) > self._limit and "expect" in headers:

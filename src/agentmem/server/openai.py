@@ -21,6 +21,8 @@ from pydantic import (
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
+from .chat import Message
+
 _MAX_STOPS = 16
 _ECHO = 200  # characters of the client's own text (field names, part types) that an error repeats
 
@@ -106,11 +108,11 @@ def _token_ids(bias: dict[str, float] | None) -> dict[str, float] | None:
     return bias
 
 
-class _Wire(BaseModel):
+class Wire(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 
-class ChatMessage(_Wire):
+class ChatMessage(Wire):
     role: Annotated[Literal["system", "developer", "user", "assistant"], BeforeValidator(_known_role)]
     content: Content = Field(default=None, validate_default=True)
     name: Text | None = None
@@ -122,17 +124,30 @@ class ChatMessage(_Wire):
     annotations: Annotated[Any, Only([])] = None
 
 
-class StreamOptions(_Wire):
+def chat_message(message: ChatMessage) -> Message:
+    role = "system" if message.role == "developer" else message.role
+    return Message(role, message.content, message.name)
+
+
+class AgentOptions(Wire):
+    """The field `agentmem` of a request: what it says of its agent."""
+
+    ttl: float | None = Field(default=None, gt=0)  # seconds that the agent is kept after its last use
+    ephemeral: bool | None = None  # a new agent is never written to disk
+
+
+class StreamOptions(Wire):
     include_usage: bool | None = None
     include_obfuscation: Annotated[Any, Only(False)] = None
 
 
-class ChatCompletionRequest(_Wire):
+class ChatCompletionRequest(Wire):
     """The body of POST /v1/chat/completions. Null means the default everywhere."""
 
     model: Text = "default"
     messages: list[ChatMessage] = Field(min_length=1)
     agent_id: Text | None = None
+    agentmem: AgentOptions | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
 

@@ -36,7 +36,9 @@ async def _serve(
     with _bind(settings.host, settings.port) as sock:
         engine = await start_engine()
         try:
-            server = _Server(engine, settings, keys, lambda: ready(_url(settings.host, sock)))
+            url = _url(settings.host, sock)
+            engine.announce(url)
+            server = _Server(engine, settings, keys, lambda: ready(url))
             for number in (signal.SIGTERM, signal.SIGINT):
                 asyncio.get_running_loop().add_signal_handler(number, server.on_signal)
             await server.serve([sock])

@@ -11,7 +11,6 @@ A failed write sets `background_error`, until a later one succeeds. Errors of fu
   ShuttingDown, EngineFailed  the store is closed; its writer met a bug
 """
 
-import os
 import re
 import shutil
 import sqlite3
@@ -32,7 +31,7 @@ from . import jobs
 from .crypto import Vault
 from .keys import FileKeys
 from .layout import Layout
-from .lock import acquire, announce
+from .lock import acquire, announce, release
 from .manifest import Manifest
 from .reader import READERS, Catalog, Reader, Segment, read_segment
 from .reconcile import open_manifest, reconcile
@@ -72,7 +71,7 @@ class AgentStore:
             try:
                 make_private_dir(layout.root)
                 lock = acquire(layout)
-                undo.callback(os.close, lock)
+                undo.callback(release, lock)
                 for directory in (layout.blocks, layout.tails, layout.quarantine):
                     make_private_dir(directory)
                 manifest = open_manifest(layout)
@@ -104,7 +103,7 @@ class AgentStore:
         readers: int,
     ):
         """Use `open`."""
-        self._layout, self._manifest, self._lock = layout, manifest, lock
+        self._layout, self._manifest, self._lock, self._room = layout, manifest, lock, room
         self._closed = False
         self.on_trim: Callable[[Trimmed], None] = lambda _: None  # called on the writer's thread
         block_keys = keys.block_keys() if keys else {}
@@ -207,6 +206,15 @@ class AgentStore:
     def quarantine_tail(self, branch_id: str) -> Future[None]:
         return self._writer.submit(jobs.QuarantineTail(branch_id))
 
+    def collect_garbage(self) -> Future[None]:
+        """Delete what no branch reaches and what is in quarantine."""
+        return self._writer.submit(jobs.CollectGarbage())
+
+    @property
+    def room_bytes(self) -> int:
+        """The most that it may ever hold."""
+        return self._room.most
+
     def flush(self) -> Future[None]:
         """Resolves when every write asked for before has ended, well or not."""
         return self._writer.submit(jobs.Flush())
@@ -251,7 +259,7 @@ class AgentStore:
         self._reader.close()
         self._writer.close()
         self._manifest.close()
-        os.close(self._lock)
+        release(self._lock)
 
 
 def _unlock(layout: Layout, manifest: Manifest, unlock: Callable[[bool], Vault] | None) -> Vault | None:
@@ -265,8 +273,8 @@ def _unlock(layout: Layout, manifest: Manifest, unlock: Callable[[bool], Vault] 
     vault = unlock(empty or not stored)
     if not empty and stored is None:
         raise StoreError(
-            f"the store at {layout.root} holds caches in the clear: delete them (agentmem store clear) or use another "
-            "--home, then start with --encrypt"
+            f"the store at {layout.root} holds caches in the clear: delete that directory, or use another --home, "
+            "and start with --encrypt again"
         )
     if not empty and stored != vault.check.hex():
         raise StoreError(f"the store at {layout.root} is encrypted with another master key: give the right one")

@@ -139,12 +139,11 @@ def _from_file(path: Path, may_create: bool) -> bytes:
         if may_create:
             _create_file(path)
         text = _read_private(path)
-    except FileNotFoundError:
-        raise StartupError(
-            f"the store is encrypted, and its key file {path} is missing: put it back, or name the right one"
-        ) from None
     except OSError as e:
-        raise StartupError(f"key file {path}: {e.strerror}") from None
+        if isinstance(e, FileNotFoundError) and not may_create:
+            why = "is missing: put it back, or name the right one"
+            raise StartupError(f"the store is encrypted, and its key file {path} {why}") from None
+        raise StartupError(f"key file {path}: {e}") from None
     if not text:
         raise StartupError(f"key file {path} is empty: if no other agentmem is just creating it, delete it")
     return _parse(text, f"key file {path}")

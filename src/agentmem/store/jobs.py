@@ -311,6 +311,19 @@ class LinkFiles(Job):
 
 
 @dataclass(eq=False)
+class CollectGarbage(Job):
+    alone = True
+
+    def record(self, batch: Batch) -> None:
+        batch.delete_unreachable()
+
+    def committed(self, batch: Batch) -> None:
+        batch.room.shrank(empty_quarantine(batch.layout))
+        batch.manifest.truncate_wal()
+        batch.room.count_manifest()
+
+
+@dataclass(eq=False)
 class QuarantineBlock(Job):
     alone = True
     key: bytes

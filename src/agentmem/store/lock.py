@@ -44,6 +44,10 @@ def acquire(layout: Layout) -> int:
     return fd
 
 
+def release(fd: int) -> None:
+    os.close(fd)
+
+
 def announce(fd: int, url: str) -> None:
     _write(fd, f"{os.getpid()} {url}")
 

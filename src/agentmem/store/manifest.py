@@ -317,6 +317,9 @@ class Manifest:
         self.db.execute("DELETE FROM agents WHERE id = ?", (agent_id,))
         return branches
 
+    def delete_namespace(self, namespace: str) -> None:
+        self.db.execute("DELETE FROM agents WHERE namespace = ?", (namespace,))
+
     def branches_through(self, key: bytes) -> list[str]:
         """The branches whose chain contains the block."""
         rows = self.db.execute(

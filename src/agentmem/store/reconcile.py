@@ -9,6 +9,7 @@ from pathlib import Path
 
 from .layout import Layout
 from .manifest import Manifest
+from .records import IMPORTS
 from .schema import Damaged
 
 log = logging.getLogger(__name__)
@@ -23,6 +24,7 @@ def reconcile(layout: Layout, manifest: Manifest, readable: Container[bytes] | N
     """
     found = {*_files(layout.blocks), *_files(layout.tails)}
     with manifest.transaction():
+        manifest.delete_namespace(IMPORTS)
         _trim(layout, manifest, found, readable)
         manifest.delete_empty_branches()
         manifest.delete_bare_agents()

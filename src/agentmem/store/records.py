@@ -4,6 +4,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+IMPORTS = "\x01import"  # namespace of agents that are being imported: what is left of one goes at the next open
+
 
 @dataclass(frozen=True)
 class BlockRecord:

@@ -6,14 +6,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..errors import AgentMemError
+from ..errors import StoreFailed
 
 _PAGE = 4096  # bytes: what file systems round a file up to
 _SLACK = 0.01  # of the quota, freed in addition: not every write should have to make room
 
 
-class StoreFull(AgentMemError):
+class StoreFull(StoreFailed):
     """No room under the quota, or too little free on the disk, and nothing that may leave: the save isn't made."""
+
+    code = "store_full"
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,12 @@ class Room:
         if self._limits.min_free:
             short = max(short, rounded(nbytes) + self._limits.min_free - shutil.disk_usage(self._root).free)
         return max(0, short)
+
+    @property
+    def most(self) -> int:
+        """Bytes that the store may ever take."""
+        free = shutil.disk_usage(self._root).free + self.used - self._limits.min_free
+        return free if self._limits.quota is None else min(free, self._limits.quota)
 
     @property
     def slack(self) -> int:

@@ -101,18 +101,23 @@ def _tables(db: sqlite3.Connection) -> list[tuple[str, str, str]]:
     return [(kind, name, " ".join((sql or "").split())) for kind, name, sql in rows]
 
 
-def drop_damaged_rows(db: sqlite3.Connection) -> int:
-    """Delete the rows that don't match their checksum; how many. Inside a transaction."""
-    dropped = 0
+def damaged_rows(db: sqlite3.Connection) -> dict[str, list[int]]:
+    """By table, the row ids of those that don't match their checksum."""
+    found = {}
     db.text_factory = lambda data: data.decode(errors="surrogateescape")  # damaged text must not stop the search
     for table in ("agents", "branches", "blocks"):
-        columns = ", ".join(_columns(db, table))
-        rows = db.execute(f"SELECT rowid, sum, {columns} FROM {table}").fetchall()
-        wrong = [(rowid,) for rowid, found, *values in rows if found != _row_sum(*values)]
-        db.executemany(f"DELETE FROM {table} WHERE rowid = ?", wrong)
-        dropped += len(wrong)
+        rows = db.execute(f"SELECT rowid, sum, {', '.join(_columns(db, table))} FROM {table}")
+        found[table] = [rowid for rowid, stored, *values in rows if stored != _row_sum(*values)]
     db.text_factory = str
-    return dropped
+    return found
+
+
+def drop_damaged_rows(db: sqlite3.Connection) -> int:
+    """How many. Inside a transaction."""
+    damaged = damaged_rows(db)
+    for table, rows in damaged.items():
+        db.executemany(f"DELETE FROM {table} WHERE rowid = ?", [(rowid,) for rowid in rows])
+    return sum(map(len, damaged.values()))
 
 
 def is_damage(error: sqlite3.Error) -> bool:

@@ -1,0 +1,147 @@
+"""`agentmem store`: the caches on disk, of every model, beside a running server or without one."""
+
+import json
+import shutil
+import sqlite3
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+from rich.table import Table
+
+from .cli_agents import Json, Key, ago, console, size
+from .client import Client
+from .config import Settings, load_settings
+from .errors import StartupError
+from .store import maintenance, schema
+from .store.layout import Layout
+from .store.lock import InUse
+
+app = typer.Typer(no_args_is_help=True, help="Look at the caches on disk, check every byte of them, make room.")
+
+Home = Annotated[Path | None, typer.Option(help="directory that holds models and stores (default: ~/.agentmem)")]
+Config = Annotated[Path | None, typer.Option("--config", help="TOML file with settings, see configs/")]
+
+
+@app.command()
+def stats(home: Home = None, config: Config = None, as_json: Json = False) -> None:
+    """What each model's store holds, and how much was written."""
+    settings = _settings(home, config)
+    rows = [_guarded(maintenance.store_stats, layout) for layout in _stores(settings)]
+    if as_json:
+        print(json.dumps([asdict(row) | {"writes": _writes(row)} for row in rows], indent=2))
+        return
+    table = Table(box=None, header_style="bold")
+    for name in ("store", "agents", "blocks", "on disk", "written/h", "written/24 h", "last use", "open in"):
+        table.add_column(name, justify="left" if name in ("store", "open in") else "right", overflow="fold")
+    for row in rows:
+        writes, used = _writes(row), ago(row.last_used) if row.last_used else "-"
+        where = f"process {row.holder.pid} {row.holder.url or ''}" if row.holder else "-"
+        counts = (f"{row.agents} ({row.pinned} pinned)" if row.pinned else str(row.agents), str(row.blocks))
+        written = (size(writes["last_hour"]), size(writes["last_day"]))
+        name = row.fingerprint + (" (encrypted)" if row.encrypted else "")
+        table.add_row(name, *counts, size(row.disk_bytes), *written, used, where)
+    console().print(table)
+    disk = shutil.disk_usage(settings.store_dir if settings.store_dir.exists() else "/")
+    total = sum(row.disk_bytes for row in rows)
+    print(
+        f"{size(total)} of at most {size(_quota(settings, disk.total))} (store_quota); {size(disk.free)} of disk free"
+    )
+
+
+@app.command()
+def verify(
+    home: Home = None,
+    config: Config = None,
+    repair: Annotated[
+        bool, typer.Option("--repair", help="put aside what is damaged (with no server running)")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Read every file and compare its checksum. Exit code 1 if anything is damaged."""
+    layouts = _stores(_settings(home, config))
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    with Progress(*columns, console=console(stderr=True), transient=True) as progress:
+        task = progress.add_task("reading", total=sum(_bytes(layout) for layout in layouts))
+        reports = [
+            _guarded(maintenance.verify, layout, lambda n: progress.advance(task, n), repair=repair)
+            for layout in layouts
+        ]
+    if as_json:
+        print(json.dumps([asdict(report) | {"ok": report.ok} for report in reports], indent=2))
+    for report in reports if not as_json else ():
+        print(f"{report.fingerprint}: {report.files} files, {size(report.nbytes)}: {'ok' if report.ok else 'DAMAGED'}")
+        rows = [f"{report.damaged_rows} rows of the manifest"] if report.damaged_rows else []
+        for line in rows + report.bad:
+            print(f"  {line}")
+        if not report.ok and not repair:
+            print("  agents through these are prefilled again when they are asked; --repair puts them aside now")
+    raise typer.Exit(0 if all(report.ok for report in reports) or repair else 1)
+
+
+@app.command()
+def gc(home: Home = None, config: Config = None, api_key: Key = None, as_json: Json = False) -> None:
+    """Delete what has expired, what is in quarantine and what nobody holds, and shrink stores to store_quota."""
+    settings = _settings(home, config)
+    if not settings.store_dir.is_dir():
+        raise typer.Exit()
+    freed: dict[str, int] = {}
+    for layout in _stores(settings):
+        before = maintenance.disk_usage(layout.root)
+        try:
+            freed[layout.root.name] = before - _guarded(maintenance.shrink, layout, 0)
+        except InUse as e:
+            if e.holder.url is None:
+                raise
+            answer = Client(e.holder.url, api_key).call("POST", "/v1/store/gc")
+            freed[layout.root.name] = answer["freed_bytes"]
+    quota = _quota(settings, shutil.disk_usage(settings.store_dir).total)
+    before = sum(maintenance.disk_usage(layout.root) for layout in _stores(settings))
+    left = maintenance.collect_garbage(settings.store_dir, quota)
+    if as_json:
+        print(json.dumps({"freed_bytes": freed, "freed_for_quota": before - left, "bytes": left, "quota": quota}))
+        return
+    for name, nbytes in freed.items():
+        print(f"{name}: {size(max(0, nbytes))} freed")
+    trimmed = f", {size(before - left)} freed for it" if before > left else ""
+    print(f"{size(left)} of at most {size(quota)} (store_quota){trimmed}")
+
+
+def _settings(home: Path | None, config: Path | None) -> Settings:
+    return load_settings({"home": home}, config)
+
+
+def _stores(settings: Settings) -> list[Layout]:
+    return maintenance.stores(settings.store_dir) if settings.store_dir.is_dir() else []
+
+
+def _quota(settings: Settings, disk: int) -> int:
+    quota = settings.store_quota
+    return int(quota * disk) if isinstance(quota, float) and quota <= 1 else int(quota)
+
+
+def _writes(row: maintenance.StoreStats) -> dict[str, int]:
+    hour = int(time.time() // 3600)
+    by_hour = row.bytes_written_by_hour
+    return {
+        "last_hour": sum(by_hour.get(h, 0) for h in (hour, hour - 1)),
+        "last_day": sum(n for h, n in by_hour.items() if h > hour - 24),
+    }
+
+
+def _bytes(layout: Layout) -> int:
+    row = _guarded(maintenance.store_stats, layout)
+    return row.block_bytes + row.tail_bytes
+
+
+def _guarded(function: Callable[..., Any], layout: Layout, *args: Any, **options: Any) -> Any:
+    try:
+        return function(layout, *args, **options)
+    except (sqlite3.Error, schema.Damaged) as e:
+        raise StartupError(
+            f"the manifest of {layout.root} can't be read ({e}); the next start of a server puts a damaged one aside"
+        ) from None

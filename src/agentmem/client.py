@@ -1,0 +1,49 @@
+"""Talks to a running server, for the command line."""
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+
+from .errors import AgentMemError, StartupError
+
+_TIMEOUT = httpx.Timeout(10.0, read=None)  # s; an answer may wait for a long prefill
+
+
+class RequestFailed(AgentMemError):
+    """The server answered with an error."""
+
+
+class Client:
+    def __init__(self, url: str, api_key: str | None = None):
+        """`url` with or without /v1."""
+        self._url = url.rstrip("/").removesuffix("/v1")
+        self._headers = {"authorization": f"Bearer {api_key}"} if api_key else {}
+
+    def call(self, method: str, path: str, **request: Any) -> dict[str, Any]:
+        """The answer's JSON. RequestFailed: an error; StartupError: nobody answers."""
+        return json.loads(b"".join(self.stream(method, path, **request)))
+
+    def stream(self, method: str, path: str, **request: Any) -> Iterator[bytes]:
+        """The answer's body, as it comes."""
+        try:
+            with (
+                httpx.Client(base_url=self._url, headers=self._headers, timeout=_TIMEOUT) as client,
+                client.stream(method, path, **request) as response,
+            ):
+                if response.status_code >= 400:
+                    response.read()
+                    raise RequestFailed(_message(response))
+                yield from response.iter_bytes()
+        except httpx.ConnectError:
+            raise StartupError(f"no server answers at {self._url}: start it (agentmem serve), or give --url") from None
+        except (httpx.HTTPError, httpx.InvalidURL) as e:
+            raise StartupError(f"{self._url}: {type(e).__name__}: {e}") from None
+
+
+def _message(response: httpx.Response) -> str:
+    try:
+        return response.json()["error"]["message"]
+    except (ValueError, KeyError, TypeError):
+        return f"{response.request.url} answered {response.status_code}: is this an agentmem server?"
