@@ -71,7 +71,9 @@ def build_core(settings: Settings, load: Callable[[], LoadedModel], post: Callab
 
 def open_store(settings: Settings, fingerprint: str, calibration: str) -> AgentStore:
     """With the quota that other models' stores leave; those give way to half of it."""
-    disk, root = shutil.disk_usage(settings.home_dir).total, settings.store_dir
+    root = settings.store_dir
+    segment.make_private_dir(root)
+    disk = shutil.disk_usage(root).total
     quota = resolve(settings.store_quota, disk)
     others = collect_garbage(root, quota // 2, keep=fingerprint)
     return AgentStore.open(

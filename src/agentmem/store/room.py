@@ -3,6 +3,7 @@
 import os
 import shutil
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -90,13 +91,16 @@ def disk_usage(root: Path) -> int:
 
 
 def _stats(root: Path) -> Iterator[os.stat_result]:
-    yield os.lstat(root)
-    with os.scandir(root) as entries:
-        for entry in entries:
-            if entry.is_dir(follow_symlinks=False):
-                yield from _stats(Path(entry.path))
-            else:
-                yield entry.stat(follow_symlinks=False)
+    """What goes away meanwhile is left out."""
+    with suppress(FileNotFoundError):
+        yield os.lstat(root)
+        with os.scandir(root) as entries:
+            for entry in entries:
+                if entry.is_dir(follow_symlinks=False):
+                    yield from _stats(Path(entry.path))
+                else:
+                    with suppress(FileNotFoundError):
+                        yield entry.stat(follow_symlinks=False)
 
 
 def _occupied(path: Path) -> int:
