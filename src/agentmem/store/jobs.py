@@ -50,12 +50,10 @@ class Batch:
         key = crypto.new_key() if self.keys else None
         if key:
             data = crypto.seal(key, data, context)
-        if not path.parent.is_dir():
-            segment.make_private_dir(path.parent)
-            self.room.grew(1)
+        segment.make_private_dir(path.parent)
         self.dirs.add(path.parent)
-        segment.write_file(path, data)
-        self.room.grew(len(data))
+        self.room.grew(segment.write_file(path, data))
+        self.room.recount(path.parent)
         self.writes += 1
         self.bytes_written += len(data)
         return FileRef(len(data), segment.checksum(data), key=key)
@@ -65,8 +63,11 @@ class Batch:
 
     def move_to_quarantine(self, path: Path) -> None:
         self.quarantined += 1
+        self.dirs.add(self.layout.quarantine)
+        aside = self.layout.quarantine / path.name
+        self.room.shrank(segment.remove_file(aside) or 0)  # an earlier one of the same key
         try:
-            path.replace(self.layout.quarantine / path.name)
+            path.replace(aside)
         except FileNotFoundError:  # lost, not corrupt: there is nothing to keep
             return
 
@@ -84,8 +85,7 @@ class Job:
         """Of the tensors held until it is done."""
         return 0
 
-    @property
-    def file_bytes(self) -> int:
+    def file_bytes(self, batch: Batch) -> int:
         """At most, of the file that it writes."""
         return self.nbytes + _FILE_HEADER if self.nbytes else 0
 
@@ -148,9 +148,16 @@ class SaveBlock(SaveJob):
     key: bytes  # also the branch's new head
     parent: bytes | None
 
+    def file_bytes(self, batch: Batch) -> int:
+        return 0 if self._is_stored(batch) else super().file_bytes(batch)
+
+    def _is_stored(self, batch: Batch) -> bool:
+        """The first computation of a key stays."""
+        return self.key in batch.new_blocks or batch.manifest.block_file(self.key) is not None
+
     def stage(self, batch: Batch) -> None:
-        if self.key in batch.new_blocks or batch.manifest.block_file(self.key):
-            return  # the first computation of a key stays
+        if self._is_stored(batch):
+            return
         batch.blocks.add(self.key)
         file = batch.write(batch.layout.block(self.key), self.tensors, self.metadata, b"block:" + self.key)
         if file.key:

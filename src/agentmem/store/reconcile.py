@@ -10,6 +10,7 @@ from pathlib import Path
 from .layout import Layout
 from .manifest import Manifest
 from .schema import Damaged
+from .segment import remove_file
 
 log = logging.getLogger(__name__)
 MAX_QUARANTINE = 64 << 20  # bytes; the oldest go
@@ -59,8 +60,7 @@ def trim_quarantine(layout: Layout, limit: int = MAX_QUARANTINE) -> int:
     for path, stat in files:
         kept += stat.st_size
         if kept > limit:
-            path.unlink()
-            freed += stat.st_blocks * 512
+            freed += remove_file(path) or 0
     return freed
 
 

@@ -29,23 +29,24 @@ class Room:
         self._root, self._limits = root, limits
         self._manifest = [manifest.with_name(manifest.name + suffix) for suffix in ("", "-wal", "-shm")]
         self.used = disk_usage(root)
-        self._manifest_bytes = self._count_manifest()
+        self._counted = {path: _occupied(path) for path in (*self._manifest, *_directories(root))}
 
     @property
     def limits(self) -> Limits:
         return self._limits
 
     def count_manifest(self) -> None:
-        """It changes without being told: look again."""
-        before, self._manifest_bytes = self._manifest_bytes, self._count_manifest()
-        self.used += self._manifest_bytes - before
+        self.recount(*self._manifest)
 
-    def _count_manifest(self) -> int:
-        return sum(_occupied(path) for path in self._manifest)
+    def recount(self, *paths: Path) -> None:
+        """Of directories and the manifest's files, which change without being told: look again."""
+        for path in paths:
+            before, self._counted[path] = self._counted.get(path, 0), _occupied(path)
+            self.used += self._counted[path] - before
 
     def grew(self, nbytes: int) -> None:
-        """By a file of `nbytes`."""
-        self.used += rounded(nbytes)
+        """By what a file occupies."""
+        self.used += nbytes
 
     def shrank(self, nbytes: int) -> None:
         """By what a file occupied."""
@@ -91,8 +92,16 @@ def _stats(root: Path) -> Iterator[os.stat_result]:
                 yield entry.stat(follow_symlinks=False)
 
 
+def _directories(root: Path) -> Iterator[Path]:
+    yield root
+    with os.scandir(root) as entries:
+        for entry in entries:
+            if entry.is_dir(follow_symlinks=False):
+                yield from _directories(Path(entry.path))
+
+
 def _occupied(path: Path) -> int:
     try:
         return path.stat().st_blocks * 512
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return 0
