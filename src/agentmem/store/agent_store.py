@@ -13,7 +13,6 @@ A failed write sets `background_error`, until a later one succeeds. Errors of fu
 
 import os
 import re
-import shutil
 import sqlite3
 import time
 import uuid
@@ -28,10 +27,11 @@ import numpy as np
 
 from ..errors import ShuttingDown, StoreError
 from ..tensors import HostTensor
-from . import jobs
+from . import jobs, links
 from .crypto import Vault
 from .keys import FileKeys
 from .layout import Layout
+from .links import Linked
 from .lock import acquire, announce
 from .manifest import Manifest
 from .reader import READERS, Catalog, Reader, Segment, read_segment
@@ -45,7 +45,6 @@ from .writer import Writer
 
 MAX_BACKLOG_BYTES = 256 << 20
 _ENCRYPTION = "encryption"  # in the manifest's meta: a value that only the same master key gives
-Linked = dict[bytes | str, tuple[Path, FileRef]]
 
 
 class AgentStore:
@@ -82,7 +81,7 @@ class AgentStore:
                     with manifest.transaction():
                         manifest.reset(meta)
                 keys = FileKeys(vault, manifest) if vault else None
-                reconcile(layout, manifest, keys.block_keys() if keys else None)
+                reconcile(layout, manifest, keys)
                 room = Room(layout.root, layout.manifest, limits or Limits())
                 store = cls(layout, manifest, lock, max_backlog, keys, room, readers)
                 store.address_secret = vault.derive(b"content addresses") if vault else b""
@@ -185,12 +184,11 @@ class AgentStore:
 
     def link_files(self, blocks: list[bytes], branches: list[str]) -> Future[Linked]:
         """Second names for files of blocks and tails, for `read_linked`; `unlink` ends it. NotFound if one is gone."""
-        return self._writer.submit(jobs.LinkFiles(self._layout.exports / uuid.uuid4().hex, blocks, branches))
+        return self._writer.submit(links.LinkFiles(self._layout.exports / uuid.uuid4().hex, blocks, branches))
 
-    @staticmethod
-    def unlink(linked: Linked) -> None:
-        for directory in {path.parent for path, _ in linked.values()}:
-            shutil.rmtree(directory, ignore_errors=True)
+    def unlink(self, linked: Linked) -> Future[None]:
+        """Resolves when the second names are gone. What is left of them, the next open removes."""
+        return self._writer.submit(links.Unlink({path.parent for path, _ in linked.values()}))
 
     def delete_branch(self, branch_id: str) -> Future[None]:
         """Resolves when its bytes are gone, but for blocks that another branch reaches."""

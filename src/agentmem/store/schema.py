@@ -112,6 +112,8 @@ def drop_damaged_rows(db: sqlite3.Connection) -> int:
         db.executemany(f"DELETE FROM {table} WHERE rowid = ?", wrong)
         dropped += len(wrong)
     db.text_factory = str
+    # a block that is saved again has another key
+    db.execute("DELETE FROM block_keys WHERE block NOT IN (SELECT key FROM blocks)")
     return dropped
 
 

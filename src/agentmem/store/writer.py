@@ -61,6 +61,8 @@ class Writer:
         self._closing = False
         self._dead = False
         self.background_error: str | None = None
+        self._unwritten = 0  # bytes of the file that could not be written, if that is the error
+        self._full = False  # because there was no room
         agents, branches = manifest.counts()
         self._stats = {"agents": agents, "branches": branches}
         self._stats |= dict.fromkeys(("writes", "bytes_written", "quarantined", "skipped", "trimmed_bytes"), 0)
@@ -188,8 +190,14 @@ class Writer:
         failures += [job.error for job in jobs if isinstance(job.error, (OSError, sqlite3.Error, StoreFull))]
         if failures:
             self.background_error = f"{type(failures[0]).__name__}: {failures[0]}"
-        elif any(job.error is None for job in jobs):
+            self._unwritten = max((job.nbytes for job in jobs if job.error), default=0)
+            self._full = any(isinstance(error, StoreFull) for error in failures)
+        elif any(job.error is None for job in jobs) and self._can_write(batch):
             self.background_error = None
+
+    def _can_write(self, batch: Batch) -> bool:
+        """Whether files can be written again, if they could not: rows alone don't show it."""
+        return bool(batch.writes or not self._unwritten or (self._full and not self._room.short_by(self._unwritten)))
 
     def _make_room(self, nbytes: int, jobs: list[Job]) -> None:
         """Let go of what was not used for longest, if files of `nbytes` would not fit."""
@@ -225,7 +233,8 @@ class Writer:
         with self._manifest.transaction():
             for job in jobs:
                 try:
-                    job.result = job.record(batch)
+                    with self._manifest.all_or_nothing():
+                        job.result = job.record(batch)
                 except (NotFound, CorruptSegment) as e:
                     job.error = e
             hour = int(time.time() // 3600)
