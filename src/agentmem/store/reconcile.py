@@ -72,7 +72,7 @@ def empty_quarantine(layout: Layout) -> int:
 
 def _trim(layout: Layout, manifest: Manifest, found: set[str], keys: FileKeys | None) -> None:
     parents = manifest.parents()
-    block_keys = keys.block_keys() if keys else parents
+    block_keys = keys.mend() if keys else parents
     whole: set[bytes | None] = {None}
     for key, parent in parents.items():  # each after its parent
         if parent in whole and str(layout.block(key)) in found and key in block_keys:

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,17 +80,18 @@ def rounded(nbytes: int) -> int:
 
 def disk_usage(root: Path) -> int:
     """Bytes that a directory occupies, as `du` counts them: each file once, whatever its names."""
-    return sum({(stat.st_dev, stat.st_ino): stat.st_blocks * 512 for stat in _stats(root)}.values())
+    return sum({(found.st_dev, found.st_ino): found.st_blocks * 512 for found in _stats(root)}.values())
 
 
-def _stats(root: Path) -> Iterator[os.stat_result]:
-    yield os.lstat(root)
-    with os.scandir(root) as entries:
-        for entry in entries:
-            if entry.is_dir(follow_symlinks=False):
-                yield from _stats(Path(entry.path))
-            else:
-                yield entry.stat(follow_symlinks=False)
+def _stats(path: Path) -> Iterator[os.stat_result]:
+    try:
+        found = os.lstat(path)
+        below = os.listdir(path) if stat.S_ISDIR(found.st_mode) else []
+    except FileNotFoundError:  # a store in use changes
+        return
+    yield found
+    for name in below:
+        yield from _stats(path / name)
 
 
 def _directories(root: Path) -> Iterator[Path]:
