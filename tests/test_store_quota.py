@@ -237,6 +237,26 @@ def test_what_it_says_it_takes_is_what_it_takes(steps):
             assert store.stats()["disk_bytes"] == disk_usage(path / "f0")
 
 
+def test_a_block_that_goes_bad_again_and_again_is_counted_once(tmp_path):
+    with opened(tmp_path) as store:
+        for _ in range(3):
+            save(store, B1, "alice", "a", nbytes=BLOCK)
+            store.quarantine_block(key("a")).result()
+        assert store.stats()["disk_bytes"] == disk_usage(tmp_path / "f0")
+        assert store.stats()["quarantined"] == 3
+
+
+def test_directories_that_grow_are_counted(tmp_path):
+    """A tail's directory entry is some 60 bytes, and a directory never shrinks on some file systems."""
+    with opened(tmp_path) as store:
+        for i in range(200):
+            store.save_tail(branch(i), "ns", "alice", None, tokens("t"), tensors("t"), {})
+        store.flush().result()
+        assert store.stats()["disk_bytes"] == disk_usage(tmp_path / "f0")
+        store.delete_agent("ns", "alice").result()
+        assert store.stats()["disk_bytes"] == disk_usage(tmp_path / "f0")
+
+
 # -- what leaves first
 
 trees = st.lists(
