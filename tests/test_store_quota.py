@@ -150,6 +150,21 @@ def test_a_store_full_of_pinned_agents_refuses_latches_and_recovers_after_a_dele
         assert not big(store, chain_of(2))
 
 
+def test_a_quota_that_was_lowered_holds_when_the_store_is_opened(tmp_path):
+    with opened(tmp_path) as store:
+        for i in range(30):
+            fill(store, i, chain_of(i), float(i)).result()
+        pin(store, "agent0").result()
+    quota = 10 * (2 * FILE + 8192) + MANIFEST
+    with opened(tmp_path, limits=Limits(quota=quota)) as store:
+        assert disk_usage(tmp_path / "f0") <= quota
+        held = {block.key for block in store.index().blocks}
+        assert held == {key(n) for i in range(30) for n in (chain_of(i)[0], chain_of(i)) if big(store, n)}
+        assert 18 <= len(held) < 40
+        assert big(store, chain_of(0)) and big(store, chain_of(29)) and not big(store, chain_of(1))
+        assert abs(store.stats()["disk_bytes"] - disk_usage(tmp_path / "f0")) <= MANIFEST
+
+
 def test_so_much_of_the_disk_stays_free(tmp_path):
     """Relative to what is free at the moment, in steps that dwarf what others write meanwhile."""
     with opened(tmp_path) as store:

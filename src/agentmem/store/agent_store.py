@@ -40,7 +40,7 @@ from .records import AgentRecord, FileRef, StoreIndex
 from .room import Limits, Room
 from .schema import Damaged
 from .segment import make_private_dir
-from .trim import Trimmed
+from .trim import Trimmed, trim
 from .writer import Writer
 
 MAX_BACKLOG_BYTES = 256 << 20
@@ -82,7 +82,7 @@ class AgentStore:
                         manifest.reset(meta)
                 keys = FileKeys(vault, manifest) if vault else None
                 reconcile(layout, manifest, keys)
-                room = Room(layout.root, layout.manifest, limits or Limits())
+                room = _fit(layout, manifest, keys, limits or Limits())
                 store = cls(layout, manifest, lock, max_backlog, keys, room, readers)
                 store.address_secret = vault.derive(b"content addresses") if vault else b""
             except (OSError, sqlite3.Error, Damaged) as e:
@@ -269,6 +269,17 @@ def _unlock(layout: Layout, manifest: Manifest, unlock: Callable[[bool], Vault] 
     if not empty and stored != vault.check.hex():
         raise StoreError(f"the store at {layout.root} is encrypted with another master key: give the right one")
     return vault
+
+
+def _fit(layout: Layout, manifest: Manifest, keys: FileKeys | None, limits: Limits) -> Room:
+    """What is over a quota that was lowered goes."""
+    room = Room(layout.root, layout.manifest, limits)
+    if room.over_quota == 0:
+        return room
+    with manifest.transaction():
+        trim(manifest, room.over_quota, (), ())
+    reconcile(layout, manifest, keys)
+    return Room(layout.root, layout.manifest, limits)
 
 
 def _encryption(vault: Vault | None) -> dict[str, str]:

@@ -53,6 +53,11 @@ class Room:
         """By what a file occupied."""
         self.used -= nbytes
 
+    @property
+    def over_quota(self) -> int:
+        """Bytes."""
+        return max(0, self.used - self._limits.quota) if self._limits.quota is not None else 0
+
     def short_by(self, nbytes: int) -> int:
         """Bytes that must go before files of `nbytes` fit; 0: none."""
         short = 0
