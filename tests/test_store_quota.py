@@ -90,7 +90,7 @@ def test_fifty_agents_in_a_store_for_ten_stay_under_the_quota_and_the_newest_and
             with pytest.raises(CorruptSegment):
                 store.read_block(name).result()
         assert store.background_error is None
-        assert store.stats()["trimmed_bytes"] >= 38 * 2 * BLOCK
+        assert store.stats()["trimmed_bytes"] >= len(gone_blocks) * BLOCK > 0
     with opened(tmp_path, limits=Limits(quota=quota)) as store:
         held = {block.key for block in store.index().blocks}
         assert held == {key(n) for i in range(50) for n in (chain_of(i), chain_of(i)[0])} - set(gone_blocks)
