@@ -123,7 +123,11 @@ class Engine:
 
     async def export_agent(self, namespace: str, agent_id: str) -> Export:
         exported = await self._perform(partial(self._lifecycle.export, namespace, agent_id))
-        return Export(export_chunks(self._core, exported), lambda: self._core.store.unlink(exported.files))
+
+        def close() -> None:
+            self._core.store.unlink(exported.files).exception()  # what is left at shutdown goes at the next start
+
+        return Export(export_chunks(self._core, exported), close)
 
     async def import_agent(self, namespace: str, agent_id: str | None, file: IO[bytes]) -> AgentDetail:
         archive = await asyncio.to_thread(read_archive, self._core, file)

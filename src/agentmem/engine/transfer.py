@@ -29,7 +29,7 @@ _MAX_BRANCHES = 256
 
 
 def export_chunks(core: Core, exported: Exported) -> Iterator[bytes]:
-    """The archive. CorruptSegment in the middle, if a file turns out damaged; the second names go in any case."""
+    """The archive. CorruptSegment in the middle, if a file turns out damaged."""
     nodes = {node.key: node for path, *_ in exported.branches for node in path}
     index = {key: i for i, key in enumerate(nodes)}
     tails = [(i, branch_id) for i, (_, tail, branch_id, _) in enumerate(exported.branches) if len(tail.tokens)]
@@ -52,10 +52,7 @@ def export_chunks(core: Core, exported: Exported) -> Iterator[bytes]:
         ],
         "branches": [_branch(core, exported, i, index) for i in range(len(exported.branches))],
     }
-    try:
-        yield from write_archive(about, files())
-    finally:
-        core.store.unlink(exported.files)
+    return write_archive(about, files())
 
 
 def _branch(core: Core, exported: Exported, i: int, index: dict[bytes, int]) -> dict[str, Any]:

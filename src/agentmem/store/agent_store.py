@@ -12,7 +12,6 @@ A failed write sets `background_error`, until a later one succeeds. Errors of fu
 """
 
 import re
-import shutil
 import sqlite3
 import time
 import uuid
@@ -27,10 +26,11 @@ import numpy as np
 
 from ..errors import ShuttingDown, StoreError
 from ..tensors import HostTensor
-from . import jobs
+from . import jobs, links
 from .crypto import Vault
 from .keys import FileKeys
 from .layout import Layout
+from .links import Linked
 from .lock import acquire, announce, release
 from .manifest import Manifest
 from .reader import READERS, Catalog, Reader, Segment, read_segment
@@ -39,12 +39,11 @@ from .records import AgentRecord, FileRef, StoreIndex
 from .room import Limits, Room
 from .schema import Damaged
 from .segment import make_private_dir
-from .trim import Trimmed
+from .trim import Trimmed, trim
 from .writer import Writer
 
 MAX_BACKLOG_BYTES = 256 << 20
 _ENCRYPTION = "encryption"  # in the manifest's meta: a value that only the same master key gives
-Linked = dict[bytes | str, tuple[Path, FileRef]]
 
 
 class AgentStore:
@@ -81,8 +80,8 @@ class AgentStore:
                     with manifest.transaction():
                         manifest.reset(meta)
                 keys = FileKeys(vault, manifest) if vault else None
-                reconcile(layout, manifest, keys.block_keys() if keys else None)
-                room = Room(layout.root, layout.manifest, limits or Limits())
+                reconcile(layout, manifest, keys)
+                room = _fit(layout, manifest, keys, limits or Limits())
                 store = cls(layout, manifest, lock, max_backlog, keys, room, readers)
                 store.address_secret = vault.derive(b"content addresses") if vault else b""
             except (OSError, sqlite3.Error, Damaged) as e:
@@ -184,12 +183,11 @@ class AgentStore:
 
     def link_files(self, blocks: list[bytes], branches: list[str]) -> Future[Linked]:
         """Second names for files of blocks and tails, for `read_linked`; `unlink` ends it. NotFound if one is gone."""
-        return self._writer.submit(jobs.LinkFiles(self._layout.exports / uuid.uuid4().hex, blocks, branches))
+        return self._writer.submit(links.LinkFiles(self._layout.exports / uuid.uuid4().hex, blocks, branches))
 
-    @staticmethod
-    def unlink(linked: Linked) -> None:
-        for directory in {path.parent for path, _ in linked.values()}:
-            shutil.rmtree(directory, ignore_errors=True)
+    def unlink(self, linked: Linked) -> Future[None]:
+        """Resolves when the second names are gone. What is left of them, the next open removes."""
+        return self._writer.submit(links.Unlink({path.parent for path, _ in linked.values()}))
 
     def delete_branch(self, branch_id: str) -> Future[None]:
         """Resolves when its bytes are gone, but for blocks that another branch reaches."""
@@ -279,6 +277,17 @@ def _unlock(layout: Layout, manifest: Manifest, unlock: Callable[[bool], Vault] 
     if not empty and stored != vault.check.hex():
         raise StoreError(f"the store at {layout.root} is encrypted with another master key: give the right one")
     return vault
+
+
+def _fit(layout: Layout, manifest: Manifest, keys: FileKeys | None, limits: Limits) -> Room:
+    """What is over a quota that was lowered goes."""
+    room = Room(layout.root, layout.manifest, limits)
+    if room.over_quota == 0:
+        return room
+    with manifest.transaction():
+        trim(manifest, room.over_quota, (), ())
+    reconcile(layout, manifest, keys)
+    return Room(layout.root, layout.manifest, limits)
 
 
 def _encryption(vault: Vault | None) -> dict[str, str]:

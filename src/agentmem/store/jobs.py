@@ -1,16 +1,15 @@
 """What the writer can be asked to do. A job writes its file, then changes rows in the batch's transaction."""
 
 import re
-import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ..errors import InvalidRequest, NotFound
+from ..errors import InvalidRequest
 from ..tensors import HostTensor
 from . import crypto, segment
 from .keys import FileKeys
@@ -50,12 +49,10 @@ class Batch:
         key = crypto.new_key() if self.keys else None
         if key:
             data = crypto.seal(key, data, context)
-        if not path.parent.is_dir():
-            segment.make_private_dir(path.parent)
-            self.room.grew(1)
+        segment.make_private_dir(path.parent)
         self.dirs.add(path.parent)
-        segment.write_file(path, data)
-        self.room.grew(len(data))
+        self.room.grew(segment.write_file(path, data))
+        self.room.recount(path.parent)
         self.writes += 1
         self.bytes_written += len(data)
         return FileRef(len(data), segment.checksum(data), key=key)
@@ -65,10 +62,21 @@ class Batch:
 
     def move_to_quarantine(self, path: Path) -> None:
         self.quarantined += 1
+        self.dirs.add(self.layout.quarantine)
+        aside = self.layout.quarantine / path.name
+        self.room.shrank(segment.remove_file(aside) or 0)  # an earlier one of the same key
         try:
-            path.replace(self.layout.quarantine / path.name)
+            path.replace(aside)
         except FileNotFoundError:  # lost, not corrupt: there is nothing to keep
             return
+
+
+def _require_unicode(namespace: str, agent: str) -> None:
+    """SQLite would refuse it, on the writer's thread."""
+    try:
+        (namespace + agent).encode()
+    except UnicodeEncodeError:
+        raise InvalidRequest(f"agent id {agent!r} isn't valid Unicode", param="agent_id") from None
 
 
 @dataclass(eq=False)
@@ -84,8 +92,7 @@ class Job:
         """Of the tensors held until it is done."""
         return 0
 
-    @property
-    def file_bytes(self) -> int:
+    def file_bytes(self, batch: Batch) -> int:
         """At most, of the file that it writes."""
         return self.nbytes + _FILE_HEADER if self.nbytes else 0
 
@@ -93,7 +100,7 @@ class Job:
         """Write files. Raises OSError, which fails this job only."""
 
     def record(self, batch: Batch) -> Any:
-        """Change rows; the result is the future's. Raises NotFound, before any change, which fails this job only."""
+        """Change rows; the result is the future's. Raises NotFound or CorruptSegment, which fails this job only."""
 
     def committed(self, batch: Batch) -> None:
         """Further work on files, of a job that is alone."""
@@ -114,10 +121,7 @@ class BranchJob(Job):
 
     def __post_init__(self) -> None:
         assert re.fullmatch("[0-9a-f]{32}", self.branch_id), self.branch_id  # it becomes a file name
-        try:
-            (self.namespace + self.agent).encode()
-        except UnicodeEncodeError:
-            raise InvalidRequest(f"agent id {self.agent!r} isn't valid Unicode", param="agent_id") from None
+        _require_unicode(self.namespace, self.agent)
 
     def record(self, batch: Batch) -> Any:
         self.put_branch(batch)
@@ -148,9 +152,16 @@ class SaveBlock(SaveJob):
     key: bytes  # also the branch's new head
     parent: bytes | None
 
+    def file_bytes(self, batch: Batch) -> int:
+        return 0 if self._is_stored(batch) else super().file_bytes(batch)
+
+    def _is_stored(self, batch: Batch) -> bool:
+        """The first computation of a key stays."""
+        return self.key in batch.new_blocks or batch.manifest.block_file(self.key) is not None
+
     def stage(self, batch: Batch) -> None:
-        if self.key in batch.new_blocks or batch.manifest.block_file(self.key):
-            return  # the first computation of a key stays
+        if self._is_stored(batch):
+            return
         batch.blocks.add(self.key)
         file = batch.write(batch.layout.block(self.key), self.tensors, self.metadata, b"block:" + self.key)
         if file.key:
@@ -206,7 +217,10 @@ class ForkBranch(BranchJob):
         path = batch.layout.tail(self.branch_id, self.generation)
         batch.tail_files.add((self.branch_id, self.generation))
         batch.dirs.add(path.parent)
-        path.hardlink_to(batch.layout.tail(self.source, tail.generation))
+        try:
+            path.hardlink_to(batch.layout.tail(self.source, tail.generation))
+        except FileNotFoundError:  # lost: the branch is forked without it
+            self.generation = None
 
     def record(self, batch: Batch) -> int:
         """Bytes of the tail; 0: the source has none on disk, or goes on from another block there."""
@@ -228,6 +242,9 @@ class Touch(Job):
     agent: AgentRecord
     branch_id: str | None = None
 
+    def __post_init__(self) -> None:
+        _require_unicode(self.agent.namespace, self.agent.name)
+
     def record(self, batch: Batch) -> None:
         batch.manifest.put_agent(self.agent)
         if self.branch_id is not None:
@@ -242,9 +259,12 @@ class MoveAgent(Job):
     source: tuple[str, str]  # namespace, name
     target: tuple[str, str]
 
+    def __post_init__(self) -> None:
+        _require_unicode(*self.source)
+        _require_unicode(*self.target)
+
     def record(self, batch: Batch) -> None:
-        target = AgentRecord(*self.target, created=time.time(), last_used=time.time())
-        batch.manifest.move_agent(self.source, batch.manifest.put_agent(target), batch.keys)
+        batch.manifest.move_agent(self.source, self.target, batch.keys)
 
 
 @dataclass(eq=False)
@@ -264,6 +284,9 @@ class DeleteAgent(Job):
     namespace: str
     agent: str
 
+    def __post_init__(self) -> None:
+        _require_unicode(self.namespace, self.agent)
+
     def record(self, batch: Batch) -> bool:
         branches = batch.manifest.delete_agent(self.namespace, self.agent)
         batch.branches.update(branches or ())
@@ -274,40 +297,6 @@ class DeleteAgent(Job):
         batch.manifest.truncate_wal()
         batch.room.shrank(empty_quarantine(batch.layout))  # whose they were is not known any more
         batch.dirs.add(batch.layout.quarantine)
-
-
-@dataclass(eq=False)
-class LinkFiles(Job):
-    """Give files a second name in a directory of their own, so that they can be read whatever happens to the first."""
-
-    alone = True
-    directory: Path
-    blocks: list[bytes]
-    branches: list[str]  # whose tails
-
-    def stage(self, batch: Batch) -> None:
-        segment.make_private_dir(self.directory)
-        self.result = {}
-        for key in self.blocks:
-            if ref := batch.manifest.block_file(key):
-                file_key = batch.keys.block_key(key) if batch.keys else None
-                self.result[key] = self._link(batch.layout.block(key), ref, file_key)
-        for branch_id in self.branches:
-            if ref := batch.manifest.tail_file(branch_id):
-                file_key = batch.keys.tail_key(branch_id) if batch.keys else None
-                self.result[branch_id] = self._link(batch.layout.tail(branch_id, ref.generation), ref, file_key)
-
-    def _link(self, path: Path, ref: FileRef, file_key: bytes | None) -> tuple[Path, FileRef]:
-        link = self.directory / path.name
-        link.hardlink_to(path)
-        return link, replace(ref, key=file_key)
-
-    def record(self, batch: Batch) -> dict[bytes | str, tuple[Path, FileRef]]:
-        """By block and branch."""
-        missing = [name for name in (*self.blocks, *self.branches) if name not in self.result]
-        if missing:
-            raise NotFound(f"{len(missing)} of its blocks and tails are not on disk any more")
-        return self.result
 
 
 @dataclass(eq=False)

@@ -4,7 +4,8 @@ An agent's data key is wrapped by the master key. Delete the agent, and what onl
 another agent shares is under that one's key as well.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 from ..errors import CorruptSegment
 from .crypto import Vault, new_key, seal, unseal
@@ -22,10 +23,12 @@ class FileKeys:
 
     def block_keys(self, block: bytes | None = None) -> dict[bytes, bytes]:
         """Of one block, or of all. A key that can't be unwrapped is left out, and so its block can't be read."""
-        rows = self._db.execute(
+        return {name: key for name, _, key in self._unwrap(self._block_rows(block)) if key}
+
+    def _block_rows(self, block: bytes | None = None) -> list[tuple[bytes, int, bytes]]:
+        return self._db.execute(
             "SELECT block, agent_id, wrapped FROM block_keys WHERE ?1 IS NULL OR block = ?1", (block,)
-        )
-        return self._unwrap(rows.fetchall())
+        ).fetchall()
 
     def tail_key(self, branch_id: str) -> bytes | None:
         return self.tail_keys(branch_id).get(branch_id)
@@ -35,7 +38,7 @@ class FileKeys:
             "SELECT id, agent_id, tail_key FROM branches WHERE tail_key IS NOT NULL AND (?1 IS NULL OR id = ?1)",
             (branch_id,),
         )
-        return self._unwrap(rows.fetchall())
+        return {name: key for name, _, key in self._unwrap(rows.fetchall()) if key}
 
     def wrap(self, file_key: bytes, agent_id: int) -> bytes:
         return bytes(seal(self._data_key(agent_id), file_key, b"file"))
@@ -50,13 +53,27 @@ class FileKeys:
             self._db.execute("INSERT INTO block_keys (block, agent_id, wrapped) VALUES (?, ?, ?)", row)
             (head,) = self._db.execute("SELECT parent FROM blocks WHERE key = ?", (head,)).fetchone()
 
+    def mend(self) -> dict[bytes, bytes]:
+        """Give a holder whose copy of a block's key is damaged a new one, from another holder's; all block keys."""
+        rows = list(self._unwrap(self._block_rows()))
+        found = {block: file_key for block, _, file_key in rows if file_key}
+        for block, agent_id, file_key in rows:
+            if file_key is None and block in found:
+                self._db.execute(
+                    "UPDATE block_keys SET wrapped = ? WHERE block = ? AND agent_id = ?",
+                    (self.wrap(found[block], agent_id), block, agent_id),
+                )
+        return found
+
     def rewrap(self, agent_id: int, to_agent_id: int) -> None:
         """Put all that an agent holds under another one's key, before its branches move there."""
-        for branch_id, file_key in self.tail_keys().items():
-            self._db.execute(
-                "UPDATE branches SET tail_key = ? WHERE id = ? AND agent_id = ?",
-                (self.wrap(file_key, to_agent_id), branch_id, agent_id),
-            )
+        tails = self._db.execute(
+            "SELECT id, agent_id, tail_key FROM branches WHERE tail_key IS NOT NULL AND agent_id = ?", (agent_id,)
+        ).fetchall()
+        for branch_id, _, file_key in self._unwrap(tails):
+            if file_key:
+                wrapped = self.wrap(file_key, to_agent_id)
+                self._db.execute("UPDATE branches SET tail_key = ? WHERE id = ?", (wrapped, branch_id))
         for (head,) in self._db.execute("SELECT head FROM branches WHERE agent_id = ?", (agent_id,)).fetchall():
             self.cover(to_agent_id, head, {})
 
@@ -64,18 +81,13 @@ class FileKeys:
         row = self._db.execute("SELECT 1 FROM block_keys WHERE block = ? AND agent_id = ?", (block, agent_id))
         return row.fetchone() is not None
 
-    def _unwrap(self, rows: list[tuple]) -> dict:
+    def _unwrap(self, rows: list[tuple[Any, int, bytes]]) -> Iterator[tuple[Any, int, bytes | None]]:
+        """Names, agents and file keys; None: it can't be unwrapped."""
         data_keys: dict[int, bytes | None] = {}
-        found = {}
         for name, agent_id, wrapped in rows:
             if agent_id not in data_keys:
                 data_keys[agent_id] = self._stored_data_key(agent_id)
-            if (data_key := data_keys[agent_id]) is not None:
-                try:
-                    found[name] = unseal(data_key, wrapped, b"file")
-                except CorruptSegment:
-                    continue
-        return found
+            yield name, agent_id, _unseal_key(data_keys[agent_id], wrapped)
 
     def _stored_data_key(self, agent_id: int) -> bytes | None:
         row = self._db.execute("SELECT data_key FROM agents WHERE id = ?", (agent_id,)).fetchone()
@@ -94,3 +106,10 @@ class FileKeys:
             wrapped = self._vault.wrap(data_key, b"agent")
             self._db.execute("UPDATE agents SET data_key = ? WHERE id = ?", (wrapped, agent_id))
         return data_key
+
+
+def _unseal_key(data_key: bytes | None, wrapped: bytes) -> bytes | None:
+    try:
+        return unseal(data_key, wrapped, b"file") if data_key else None
+    except CorruptSegment:
+        return None

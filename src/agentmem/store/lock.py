@@ -53,5 +53,5 @@ def announce(fd: int, url: str) -> None:
 
 
 def _write(fd: int, text: str) -> None:
-    os.ftruncate(fd, 0)
-    os.pwrite(fd, text.encode(), 0)
+    # in this order: whoever reads it meanwhile finds a pid
+    os.ftruncate(fd, os.pwrite(fd, text.encode(), 0))

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..errors import NotFound, StoreError
+from ..errors import AgentMemError, NotFound, StoreError
 from . import schema
 from .crypto import seal, unseal
 from .records import AgentRecord, BlockRecord, BranchRecord, FileRef, Holding, StoreIndex, TailRecord
@@ -93,6 +93,18 @@ class Manifest:
         finally:
             if self.db.in_transaction:
                 self.db.execute("ROLLBACK")
+
+    @contextmanager
+    def all_or_nothing(self) -> Iterator[None]:
+        """Of a transaction, a part whose changes are undone by an AgentMemError."""
+        self.db.execute("SAVEPOINT part")
+        try:
+            yield
+        except AgentMemError:
+            self.db.execute("ROLLBACK TO part")
+            self.db.execute("RELEASE part")
+            raise
+        self.db.execute("RELEASE part")
 
     def truncate_wal(self) -> None:
         """Copy the log into the database and empty it: what was deleted isn't in it any more."""
@@ -268,15 +280,26 @@ class Manifest:
     def touch_branch(self, branch_id: str, last_used: float) -> None:
         self.db.execute("UPDATE branches SET last_used = max(last_used, ?) WHERE id = ?", (last_used, branch_id))
 
-    def move_agent(self, source: tuple[str, str], agent_id: int, keys: "FileKeys | None") -> None:
-        """Give an agent's branches to another one. NotFound: there is no such agent."""
-        source_id = self._agent_id(*source)
+    def move_agent(self, source: tuple[str, str], target: tuple[str, str], keys: "FileKeys | None") -> None:
+        """Rename an agent; where the name is taken, give its branches to that one, whose pin and lifetime stay.
+
+        NotFound: there is no such agent.
+        """
+        source_id, target_id = self._agent_id(*source), self._agent_id(*target)
         if source_id is None:
             raise NotFound(f"there is no agent {source[1]!r} to be moved")
-        if keys:
-            keys.rewrap(source_id, agent_id)
-        self.db.execute("UPDATE branches SET agent_id = ? WHERE agent_id = ?", (agent_id, source_id))
-        self.db.execute("DELETE FROM agents WHERE id = ?", (source_id,))
+        if target_id is None:
+            self.db.execute("UPDATE agents SET namespace = ?, name = ? WHERE id = ?", (*target, source_id))
+        elif target_id != source_id:
+            if keys:
+                keys.rewrap(source_id, target_id)
+            self.db.execute("UPDATE branches SET agent_id = ? WHERE agent_id = ?", (target_id, source_id))
+            self.db.execute(
+                "UPDATE agents SET last_used = max(last_used, (SELECT last_used FROM agents WHERE id = ?))"
+                " WHERE id = ?",
+                (source_id, target_id),
+            )
+            self.db.execute("DELETE FROM agents WHERE id = ?", (source_id,))
 
     def _agent_id(self, namespace: str, name: str) -> int | None:
         row = self.db.execute("SELECT id FROM agents WHERE namespace = ? AND name = ?", (namespace, name)).fetchone()

@@ -4,28 +4,31 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Container, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
+from .keys import FileKeys
 from .layout import Layout
 from .manifest import Manifest
 from .records import IMPORTS
 from .schema import Damaged
+from .segment import remove_file
 
 log = logging.getLogger(__name__)
 MAX_QUARANTINE = 64 << 20  # bytes; the oldest go
 
 
-def reconcile(layout: Layout, manifest: Manifest, readable: Container[bytes] | None = None) -> None:
+def reconcile(layout: Layout, manifest: Manifest, keys: FileKeys | None = None) -> None:
     """Cut branches back to what is whole, drop rows that lead nowhere, remove files that no row names.
 
     A branch root <- A <- B <- C whose file of B is lost becomes root <- A, without a tail; the rows of B and C go, and
-    so does C's file if no other branch holds it. `readable`: the blocks whose keys are there, of encrypted files.
+    so does C's file if no other branch holds it. `keys`: of encrypted files; one without a key is as
+    good as lost.
     """
     found = {*_files(layout.blocks), *_files(layout.tails)}
     with manifest.transaction():
         manifest.delete_namespace(IMPORTS)
-        _trim(layout, manifest, found, readable)
+        _trim(layout, manifest, found, keys)
         manifest.delete_empty_branches()
         manifest.delete_bare_agents()
         manifest.delete_unreachable()
@@ -61,8 +64,7 @@ def trim_quarantine(layout: Layout, limit: int = MAX_QUARANTINE) -> int:
     for path, stat in files:
         kept += stat.st_size
         if kept > limit:
-            path.unlink()
-            freed += stat.st_blocks * 512
+            freed += remove_file(path) or 0
     return freed
 
 
@@ -70,20 +72,24 @@ def empty_quarantine(layout: Layout) -> int:
     return trim_quarantine(layout, -1)
 
 
-def _trim(layout: Layout, manifest: Manifest, found: set[str], readable: Container[bytes] | None) -> None:
+def _trim(layout: Layout, manifest: Manifest, found: set[str], keys: FileKeys | None) -> None:
     parents = manifest.parents()
+    block_keys = keys.mend() if keys else parents
     whole: set[bytes | None] = {None}
     for key, parent in parents.items():  # each after its parent
-        if parent in whole and str(layout.block(key)) in found and (readable is None or key in readable):
+        if parent in whole and str(layout.block(key)) in found and key in block_keys:
             whole.add(key)
     tails = manifest.tail_files()
+    tail_keys = keys.tail_keys() if keys else tails
     for branch_id, head in manifest.heads().items():
         kept = head
         while kept not in whole:
             kept = parents.get(kept) if kept is not None else None
         if kept != head:
             manifest.cut_branch(branch_id, kept)
-        elif branch_id in tails and str(layout.tail(branch_id, tails[branch_id].generation)) not in found:
+        elif (tail := tails.get(branch_id)) and (
+            str(layout.tail(branch_id, tail.generation)) not in found or branch_id not in tail_keys
+        ):
             manifest.clear_tail(branch_id)
 
 

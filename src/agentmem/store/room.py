@@ -2,8 +2,8 @@
 
 import os
 import shutil
+import stat
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,27 +32,33 @@ class Room:
         self._root, self._limits = root, limits
         self._manifest = [manifest.with_name(manifest.name + suffix) for suffix in ("", "-wal", "-shm")]
         self.used = disk_usage(root)
-        self._manifest_bytes = self._count_manifest()
+        self._counted = {path: _occupied(path) for path in (*self._manifest, *_directories(root))}
 
     @property
     def limits(self) -> Limits:
         return self._limits
 
     def count_manifest(self) -> None:
-        """It changes without being told: look again."""
-        before, self._manifest_bytes = self._manifest_bytes, self._count_manifest()
-        self.used += self._manifest_bytes - before
+        self.recount(*self._manifest)
 
-    def _count_manifest(self) -> int:
-        return sum(_occupied(path) for path in self._manifest)
+    def recount(self, *paths: Path) -> None:
+        """Of directories and the manifest's files, which change without being told: look again."""
+        for path in paths:
+            before, self._counted[path] = self._counted.get(path, 0), _occupied(path)
+            self.used += self._counted[path] - before
 
     def grew(self, nbytes: int) -> None:
-        """By a file of `nbytes`."""
-        self.used += rounded(nbytes)
+        """By what a file occupies."""
+        self.used += nbytes
 
     def shrank(self, nbytes: int) -> None:
         """By what a file occupied."""
         self.used -= nbytes
+
+    @property
+    def over_quota(self) -> int:
+        """Bytes."""
+        return max(0, self.used - self._limits.quota) if self._limits.quota is not None else 0
 
     def short_by(self, nbytes: int) -> int:
         """Bytes that must go before files of `nbytes` fit; 0: none."""
@@ -87,24 +93,30 @@ def rounded(nbytes: int) -> int:
 
 def disk_usage(root: Path) -> int:
     """Bytes that a directory occupies, as `du` counts them: each file once, whatever its names."""
-    return sum({(stat.st_dev, stat.st_ino): stat.st_blocks * 512 for stat in _stats(root)}.values())
+    return sum({(found.st_dev, found.st_ino): found.st_blocks * 512 for found in _stats(root)}.values())
 
 
-def _stats(root: Path) -> Iterator[os.stat_result]:
-    """What goes away meanwhile is left out."""
-    with suppress(FileNotFoundError):
-        yield os.lstat(root)
-        with os.scandir(root) as entries:
-            for entry in entries:
-                if entry.is_dir(follow_symlinks=False):
-                    yield from _stats(Path(entry.path))
-                else:
-                    with suppress(FileNotFoundError):
-                        yield entry.stat(follow_symlinks=False)
+def _stats(path: Path) -> Iterator[os.stat_result]:
+    try:
+        found = os.lstat(path)
+        below = os.listdir(path) if stat.S_ISDIR(found.st_mode) else []
+    except FileNotFoundError:  # a store in use changes
+        return
+    yield found
+    for name in below:
+        yield from _stats(path / name)
+
+
+def _directories(root: Path) -> Iterator[Path]:
+    yield root
+    with os.scandir(root) as entries:
+        for entry in entries:
+            if entry.is_dir(follow_symlinks=False):
+                yield from _directories(Path(entry.path))
 
 
 def _occupied(path: Path) -> int:
     try:
         return path.stat().st_blocks * 512
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return 0

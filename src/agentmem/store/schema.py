@@ -117,6 +117,8 @@ def drop_damaged_rows(db: sqlite3.Connection) -> int:
     damaged = damaged_rows(db)
     for table, rows in damaged.items():
         db.executemany(f"DELETE FROM {table} WHERE rowid = ?", [(rowid,) for rowid in rows])
+    # a block that is saved again has another key
+    db.execute("DELETE FROM block_keys WHERE block NOT IN (SELECT key FROM blocks)")
     return sum(map(len, damaged.values()))
 
 

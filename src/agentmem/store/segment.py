@@ -89,8 +89,11 @@ def write_durable(path: Path, buf: bytes) -> None:
     sync_dir(path.parent)
 
 
-def write_file(path: Path, buf: bytes | bytearray) -> None:
-    """As write_durable, without the directory's fsync: until sync_dir, a power loss may undo the rename."""
+def write_file(path: Path, buf: bytes | bytearray) -> int:
+    """As write_durable, without the directory's fsync: until sync_dir, a power loss may undo the rename.
+
+    Returns the bytes that the file occupies.
+    """
     temp = path.with_name(path.name + ".tmp")
     try:
         fd = os.open(temp, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600)
@@ -100,9 +103,11 @@ def write_file(path: Path, buf: bytes | bytearray) -> None:
             while rest:
                 rest = rest[os.write(fd, rest) :]
             _fsync(fd)
+            occupied = os.fstat(fd).st_blocks * 512
         finally:
             os.close(fd)
         os.replace(temp, path)
+        return occupied
     except OSError:
         remove_file(temp)
         raise

@@ -61,6 +61,8 @@ class Writer:
         self._closing = False
         self._dead = False
         self.background_error: str | None = None
+        self._unwritten = 0  # bytes of the file that could not be written, if that is the error
+        self._full = False  # because there was no room
         agents, branches = manifest.counts()
         self._stats = {"agents": agents, "branches": branches}
         self._stats |= dict.fromkeys(("writes", "bytes_written", "quarantined", "skipped", "trimmed_bytes"), 0)
@@ -159,12 +161,12 @@ class Writer:
         batch = Batch(self._layout, self._manifest, self._keys, self._room, self._generations)
         failures: list[Exception] = []
         try:
-            self._make_room(sum(rounded(job.file_bytes) for job in jobs), jobs)
+            self._make_room(sum(rounded(job.file_bytes(batch)) for job in jobs), jobs)
         except (OSError, sqlite3.Error) as e:
             failures.append(e)
         for job in jobs:
             try:
-                if job.file_bytes and self._room.short_by(job.file_bytes):
+                if (nbytes := job.file_bytes(batch)) and self._room.short_by(nbytes):
                     raise self._room.full()
                 job.stage(batch)
             except (OSError, sqlite3.Error, StoreFull) as e:
@@ -181,21 +183,38 @@ class Writer:
             failures.append(e)
             if jobs[0].alone:  # its promise is that the bytes are gone; a save's rows are durable already
                 jobs[0].error = jobs[0].error or e
+        self._room.recount(*batch.dirs)
+        self._room.count_manifest()
+        with self._changed:
+            self._stats["disk_bytes"] = self._room.used
         failures += [job.error for job in jobs if isinstance(job.error, (OSError, sqlite3.Error, StoreFull))]
         if failures:
             self.background_error = f"{type(failures[0]).__name__}: {failures[0]}"
-        elif any(job.error is None for job in jobs):
+            self._unwritten = max((job.nbytes for job in jobs if job.error), default=0)
+            self._full = any(isinstance(error, StoreFull) for error in failures)
+        elif any(job.error is None for job in jobs) and self._can_write(batch):
             self.background_error = None
+
+    def _can_write(self, batch: Batch) -> bool:
+        """Whether files can be written again, if they could not: rows alone don't show it."""
+        return bool(batch.writes or not self._unwritten or (self._full and not self._room.short_by(self._unwritten)))
 
     def _make_room(self, nbytes: int, jobs: list[Job]) -> None:
         """Let go of what was not used for longest, if files of `nbytes` would not fit."""
         self._room.count_manifest()
-        if not nbytes or not (short := self._room.short_by(nbytes)):
-            return
+        short = self._room.short_by(nbytes) if nbytes else 0
+        while short > 0:
+            before = self._room.used
+            if not self._let_go(short + self._room.slack, jobs):
+                return
+            short -= before - self._room.used  # less than asked for, where a file has a second name
+
+    def _let_go(self, nbytes: int, jobs: list[Job]) -> bool:
+        """False: nothing may go."""
         moved = [job for job in jobs if isinstance(job, BranchJob)]
         blocks = {key for job in moved for key in (job.head, getattr(job, "parent", None)) if key}
         with self._manifest.transaction():
-            gone = trim(self._manifest, short + self._room.slack, {job.branch_id for job in moved}, blocks)
+            gone = trim(self._manifest, nbytes, {job.branch_id for job in moved}, blocks)
         before = {branch_id: self._catalog.tail(branch_id) for branch_id in gone.tails}
         self._catalog.update(dict.fromkeys(gone.blocks), dict.fromkeys(gone.tails))
         self._garbage |= {self._layout.block(key) for key in gone.blocks}
@@ -203,8 +222,10 @@ class Writer:
         self._collect_garbage(set())
         with self._changed:
             self._stats["trimmed_bytes"] += gone.nbytes
-        if gone.blocks or gone.tails:
-            self._trimmed(gone)
+        if not gone.blocks and not gone.tails:
+            return False
+        self._trimmed(gone)
+        return True
 
     def _commit(self, batch: Batch, jobs: list[Job]) -> None:
         for path in batch.dirs:
@@ -212,7 +233,8 @@ class Writer:
         with self._manifest.transaction():
             for job in jobs:
                 try:
-                    job.result = job.record(batch)
+                    with self._manifest.all_or_nothing():
+                        job.result = job.record(batch)
                 except (NotFound, CorruptSegment) as e:
                     job.error = e
             hour = int(time.time() // 3600)
@@ -225,7 +247,6 @@ class Writer:
             self._stats["agents"], self._stats["branches"] = agents, branches
             for name in ("writes", "bytes_written", "quarantined"):
                 self._stats[name] += getattr(batch, name)
-            self._stats["disk_bytes"] = self._room.used
             self._stats["bytes_written_last_hour"] = self._last_hour(hour)
 
     def _settle(self, batch: Batch, sync: bool) -> None:
