@@ -19,6 +19,7 @@ import sqlite3
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +30,11 @@ _OWN_FILES = ("lock", "manifest.sqlite", "manifest.sqlite-wal", "manifest.sqlite
 
 @dataclass(frozen=True)
 class Op:
-    kind: str  # open, write, sync, sync_dir, rename, unlink, mkdir; commit, committed; or a note of the test's own
+    kind: (
+        str  # open, write, sync, sync_dir, rename, link, unlink, mkdir; commit, committed; or a note of the test's own
+    )
     path: str = ""  # relative to the root
-    target: str = ""  # of a rename
+    target: str = ""  # of a rename or link
     handle: int = 0  # of open, write and sync: which opening of the file
     data: bytes = b""
     label: int = 0  # of a note
@@ -79,6 +82,8 @@ class Disk:
         elif op.kind == "rename":
             # between directories it is not known to last before the new one is synced
             self._change(Change(_parent(op.target), op.path, op.target, self._names[op.path]))
+        elif op.kind == "link":
+            self._change(Change(_parent(op.target), new=op.target, inode=self._names[op.path]))
         elif op.kind == "unlink":
             self._change(Change(_parent(op.path), op.path))
 
@@ -136,7 +141,6 @@ class State:
             (root / path).write_bytes(data)
 
     def key(self) -> tuple[object, ...]:
-        """The same for the same state."""
         return tuple(sorted((path, hash(data)) for part in (self.files, self.manifest) for path, data in part.items()))
 
 
@@ -155,10 +159,12 @@ class FileLog:
     # Recording
 
     def install(self, patch: pytest.MonkeyPatch) -> None:
-        for name in ("open", "write", "fsync", "close", "unlink", "mkdir"):
+        for name in ("open", "write", "fsync", "close"):
             patch.setattr(os, name, self._wrapped(getattr(self, "_" + name), getattr(os, name)))
-        for name in ("replace", "rename"):
-            patch.setattr(os, name, self._wrapped(self._rename, getattr(os, name)))
+        for name in ("unlink", "mkdir"):
+            patch.setattr(os, name, self._wrapped(partial(self._one_name, name), getattr(os, name)))
+        for name, kind in (("replace", "rename"), ("rename", "rename"), ("link", "link")):
+            patch.setattr(os, name, self._wrapped(partial(self._two_names, kind), getattr(os, name)))
         patch.setattr(fcntl, "fcntl", self._wrapped(self._fcntl, fcntl.fcntl))
         patch.setattr(sqlite3, "connect", self._wrapped(self._connect, sqlite3.connect))
 
@@ -215,20 +221,15 @@ class FileLog:
         self._handles.pop(fd, None)
         real(fd)
 
-    def _unlink(self, real: Callable, path: Any, **options: Any) -> None:
-        real(path, **options)
+    def _one_name(self, kind: str, real: Callable, path: Any, *args: Any, **options: Any) -> None:
+        real(path, *args, **options)
         if (name := self._path(path)) is not None:
-            self._add(Op("unlink", name))
+            self._add(Op(kind, name))
 
-    def _mkdir(self, real: Callable, path: Any, mode: int = 0o777, **options: Any) -> None:
-        real(path, mode, **options)
-        if (name := self._path(path)) is not None:
-            self._add(Op("mkdir", name))
-
-    def _rename(self, real: Callable, source: Any, target: Any, **options: Any) -> None:
+    def _two_names(self, kind: str, real: Callable, source: Any, target: Any, **options: Any) -> None:
         real(source, target, **options)
         if (name := self._path(source)) is not None:
-            self._add(Op("rename", name, str(Path(target).relative_to(self._root))))
+            self._add(Op(kind, name, str(Path(target).relative_to(self._root))))
 
     def _connect(self, real: Callable, database: Any, *args: Any, **options: Any) -> sqlite3.Connection:
         if options.get("uri") or not Path(database).is_relative_to(self._root):
