@@ -30,6 +30,7 @@ class Tally:
     answers: int = 0
     tokens: int = 0
     ties: int = 0
+    largest_tie: float = 0.0  # of logits
     wrong: int = 0  # tokens
 
 
@@ -48,6 +49,7 @@ class Control:
         self.tally.answers += 1
         self.tally.tokens += len(answer)
         self.tally.ties += sum(0 < gap < TIE for gap in gaps)
+        self.tally.largest_tie = max(self.tally.largest_tie, *(gap for gap in gaps if gap < TIE), 0.0)
         self.tally.wrong += len(wrong)
         if not wrong:
             return None
