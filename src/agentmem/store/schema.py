@@ -115,8 +115,10 @@ def drop_damaged_rows(db: sqlite3.Connection) -> int:
     return dropped
 
 
-def is_damage(error: sqlite3.Error) -> bool:
+def is_damage(error: sqlite3.Error | UnicodeDecodeError) -> bool:
     """Whether an error while opening says that the file's content is wrong, rather than its disk or its lock."""
+    if isinstance(error, UnicodeDecodeError):  # of SQLite's own message, which quotes damaged text
+        return True
     code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR) & 0xFF
     return code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_ERROR, sqlite3.SQLITE_READONLY)
 
