@@ -98,7 +98,8 @@ def check(db: sqlite3.Connection) -> None:
 
 def _tables(db: sqlite3.Connection) -> list[tuple[str, str, str]]:
     rows = db.execute("SELECT type, name, sql FROM sqlite_schema ORDER BY name")
-    return [(kind, name, " ".join((sql or "").split())) for kind, name, sql in rows]
+    # str: a damaged row's text may have become bytes
+    return [(kind, name, " ".join(str(sql or "").split())) for kind, name, sql in rows]
 
 
 def drop_damaged_rows(db: sqlite3.Connection) -> int:
