@@ -74,9 +74,9 @@ class Manifest:
             with manifest.transaction():
                 manifest.damaged_rows = schema.drop_damaged_rows(db)
             return manifest
-        except (sqlite3.Error, schema.Damaged) as e:
+        except (sqlite3.Error, UnicodeDecodeError, schema.Damaged) as e:
             db.close()
-            if isinstance(e, sqlite3.Error) and schema.is_damage(e):
+            if not isinstance(e, schema.Damaged) and schema.is_damage(e):
                 raise schema.Damaged(str(e)) from e
             raise
 
@@ -371,7 +371,7 @@ def _refuse_newer(path: Path) -> None:
         # read-only: closing a writable connection would fold the log into the database
         with closing(sqlite3.connect(path.absolute().as_uri() + "?mode=ro", uri=True)) as db:
             version = schema.newer_format(db)
-    except sqlite3.Error as e:
+    except (sqlite3.Error, UnicodeDecodeError) as e:
         if schema.is_damage(e):
             raise schema.Damaged(str(e)) from e
         raise

@@ -98,7 +98,8 @@ def check(db: sqlite3.Connection) -> None:
 
 def _tables(db: sqlite3.Connection) -> list[tuple[str, str, str]]:
     rows = db.execute("SELECT type, name, sql FROM sqlite_schema ORDER BY name")
-    return [(kind, name, " ".join((sql or "").split())) for kind, name, sql in rows]
+    # str: a damaged row's text may have become bytes
+    return [(kind, name, " ".join(str(sql or "").split())) for kind, name, sql in rows]
 
 
 def damaged_rows(db: sqlite3.Connection) -> dict[str, list[int]]:
@@ -122,8 +123,10 @@ def drop_damaged_rows(db: sqlite3.Connection) -> int:
     return sum(map(len, damaged.values()))
 
 
-def is_damage(error: sqlite3.Error) -> bool:
+def is_damage(error: sqlite3.Error | UnicodeDecodeError) -> bool:
     """Whether an error while opening says that the file's content is wrong, rather than its disk or its lock."""
+    if isinstance(error, UnicodeDecodeError):  # of SQLite's own message, which quotes damaged text
+        return True
     code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR) & 0xFF
     return code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_ERROR, sqlite3.SQLITE_READONLY)
 

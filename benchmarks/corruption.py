@@ -1,0 +1,244 @@
+"""One bit flipped, or the end cut off, in one file of a store: nobody gets a wrong token, everybody gets an answer.
+
+A few agents talk to an engine, whose store is then copied once for each of 500 cases (--cases). In each, one random
+file of one kind, in turn, is damaged; an engine starts on the copy, and every agent asks its next turn. The engine must
+start, or refuse the store in one line; every token must be the likeliest one to a control that computes from nothing
+(control.py). A damaged block or tail must be noticed: put aside, and made again. The model is a tiny llama of random
+weights.
+
+    python benchmarks/corruption.py --json benchmarks/results/corruption-tiny.json
+"""
+
+import argparse
+import dataclasses
+import json
+import logging
+import random
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from agentmem.models.blas import load_fast_blas
+
+load_fast_blas(Path("~/.agentmem").expanduser())
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+from control import LOGIT_BIAS, SAMPLING, Control, Tally  # noqa: E402  (after the BLAS)
+from machine import describe_machine, write_result  # noqa: E402
+from tiny import BLOCK, EngineThread, random_tokens, tiny_engine, tiny_loader, word_ids  # noqa: E402
+
+from agentmem.errors import StartupError  # noqa: E402
+
+AGENTS = ("alice", "bob", "carol")
+SHARED = 70  # first tokens, the same for all agents
+TURN = 40  # new tokens
+ANSWER = 10
+
+
+@dataclass(frozen=True)
+class Kind:
+    """Of file. `killed`: from a store whose server was killed, else from one that was stopped."""
+
+    name: str
+    pattern: str  # of paths in the store's directory
+    killed: bool = False
+    must_be_noticed: bool = False  # put aside or prefilled again, by whoever has it
+
+
+KINDS = (
+    Kind("block", "blocks/*/*.safetensors", must_be_noticed=True),
+    Kind("tail", "tails/*.safetensors", must_be_noticed=True),
+    Kind("manifest", "manifest.sqlite"),
+    Kind("manifest-wal", "manifest.sqlite-wal", killed=True),
+    Kind("calibration", "calibration.safetensors"),
+)
+
+
+@dataclass(frozen=True)
+class Original:
+    """A home to be copied and damaged, and what its agents said."""
+
+    stopped: Path
+    killed: Path
+    histories: dict[str, list[int]]
+    cached: dict[str, int]  # tokens that each agent's next turn finds, undamaged
+
+    def home(self, kind: Kind) -> Path:
+        return self.killed if kind.killed else self.stopped
+
+
+def make_original(directory: Path) -> Original:
+    """Two turns of each agent, each after a restart; the agents share a prefix. On an idle disk it takes a second."""
+    stopped, killed = directory / "stopped", directory / "killed"
+    histories = {agent: random_tokens(SHARED) for agent in AGENTS}
+    for turn in range(2):
+        with tiny_engine(stopped) as engine:
+            for i, agent in enumerate(AGENTS):
+                prompt = histories[agent] + random_tokens(TURN, seed=10 * i + turn)
+                histories[agent] = prompt + ask(engine, agent, prompt)[0]
+            engine.wait_until_saved()
+            if turn == 1:
+                shutil.copytree(stopped, killed)
+    shutil.copytree(stopped, directory / "undamaged")
+    with tiny_engine(directory / "undamaged") as engine:
+        cached = {agent: ask(engine, agent, next_prompt(histories, agent))[1] for agent in AGENTS}
+    return Original(stopped, killed, histories, cached)
+
+
+def next_prompt(histories: dict[str, list[int]], agent: str) -> list[int]:
+    return histories[agent] + random_tokens(12, seed=100 + AGENTS.index(agent))
+
+
+def ask(engine: EngineThread, agent: str, prompt: list[int]) -> tuple[list[int], int]:
+    """The answer's tokens, and how many of the prompt's were cached."""
+    text, stats = engine.ask(agent, prompt, ANSWER, seed=None, logit_bias=LOGIT_BIAS, **SAMPLING)
+    return word_ids(text), stats.cached_tokens
+
+
+def damage(path: Path, rng: random.Random) -> str:
+    """What was done to the file."""
+    data = bytearray(path.read_bytes())
+    at = rng.randrange(len(data))
+    if rng.random() < 0.5:
+        bit = rng.randrange(8)
+        data[at] ^= 1 << bit
+        path.write_bytes(data)
+        return f"{path.name}: bit {bit} of byte {at} of {len(data)}"
+    path.write_bytes(data[:at])
+    return f"{path.name}: {at} of {len(data)} bytes"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a case."""
+
+    refused: str | None = None  # what the engine said instead of starting
+    quarantined: int = 0
+    damaged_rows: int = 0  # of the manifest, dropped
+    missed: int = 0  # tokens that would have been cached
+    wrong: list[str] = field(default_factory=list)
+
+
+def after_damage(home: Path, original: Original, control: Control) -> Outcome:
+    """Start an engine on a damaged home and ask every agent's next turn. Raises what the engine raises."""
+    try:
+        engine = EngineThread(home, tiny_loader())
+    except StartupError as e:
+        return Outcome(refused=e.message)
+    try:
+        prompts = {agent: next_prompt(original.histories, agent) for agent in AGENTS}
+        answers = {agent: ask(engine, agent, prompt) for agent, prompt in prompts.items()}
+        engine.call(engine.engine.delete_agent("default", "nobody"))  # after every quarantine before it
+        health = engine.engine.health()
+    finally:
+        engine.stop()
+    wrong = [f"/health: {health['errors']}"] if health["status"] != "ok" else []
+    missed = 0
+    for agent, (answer, cached) in answers.items():
+        missed += max(0, original.cached[agent] - cached)
+        said = f"{len(answer)} tokens" if len(answer) != ANSWER else control.check(prompts[agent], answer)
+        wrong += [f"{agent}: {said}"] if said else []
+    return Outcome(None, health["store"]["quarantined"], health["store"]["damaged_rows"], missed, wrong)
+
+
+@dataclass
+class Row:
+    """Cases of one kind of file."""
+
+    cases: int = 0
+    noticed: int = 0  # put aside, rows dropped, or tokens missed
+    quarantined: int = 0
+    missed_tokens: int = 0
+    refused: int = 0  # the engine did not start
+
+
+@dataclass
+class Result:
+    rows: dict[str, Row]
+    tally: Tally
+    failures: list[str]
+    refusals: list[str]  # some
+    seconds: float = 0.0
+
+
+class Cases:
+    """Damages copies, one after the other; `result` has what became of them."""
+
+    def __init__(self, directory: Path, *, seed: int = 0, kinds: tuple[Kind, ...] = KINDS):
+        self._directory, self._rng, self._kinds = directory, random.Random(seed), kinds
+        self._original = make_original(directory)
+        self._control = Control(tiny_loader()(), BLOCK)
+        self.result = Result({kind.name: Row() for kind in kinds}, self._control.tally, [], [])
+
+    def run(self, cases: int, progress: Callable[[str], None] = lambda text: None) -> Result:
+        began = time.monotonic()
+        for number in range(cases):
+            kind = self._kinds[number % len(self._kinds)]
+            self._case(kind)
+            if number % 50 == 49:
+                progress(f"{number + 1} cases, {time.monotonic() - began:.0f} s, {len(self.result.failures)} failures")
+        self.result.seconds = round(time.monotonic() - began, 1)
+        return self.result
+
+    def _case(self, kind: Kind) -> None:
+        home = self._directory / "case"
+        shutil.copytree(self._original.home(kind), home)
+        paths = sorted(home.glob(f"store/*/{kind.pattern}"))
+        assert paths, f"the store has no {kind.name}"
+        what = f"{kind.name}: {damage(self._rng.choice(paths), self._rng)}"
+        # a thread's future keeps whatever is raised, so that one failure does not hide the next
+        with ThreadPoolExecutor(1) as pool:
+            future = pool.submit(after_damage, home, self._original, self._control)
+        shutil.rmtree(home)
+        self.result.failures += [f"{what}: {said}" for said in self._count(kind, what, future)]
+
+    def _count(self, kind: Kind, what: str, future: "Future[Outcome]") -> list[str]:
+        """What was wrong."""
+        row = self.result.rows[kind.name]
+        row.cases += 1
+        if (error := future.exception()) is not None:
+            return [f"{type(error).__name__}: {error}"]
+        outcome = future.result()
+        row.refused += outcome.refused is not None
+        row.noticed += bool(outcome.quarantined or outcome.damaged_rows or outcome.missed)
+        row.quarantined += outcome.quarantined
+        row.missed_tokens += outcome.missed
+        if outcome.refused is not None:
+            self.result.refusals = [*self.result.refusals, f"{what}: {outcome.refused}"][:10]
+            return ["refused in more than one line"] if "\n" in outcome.refused else []
+        unnoticed = kind.must_be_noticed and not (outcome.quarantined and outcome.missed)
+        return [*outcome.wrong, *(["not noticed"] if unnoticed else [])]
+
+
+def print_table(result: Result) -> None:
+    print(f"{'kind':14} {'cases':>6} {'noticed':>8} {'put aside':>10} {'tokens missed':>14} {'refused':>8}")
+    for name, row in result.rows.items():
+        print(f"{name:14} {row.cases:6} {row.noticed:8} {row.quarantined:10} {row.missed_tokens:14} {row.refused:8}")
+    print(json.dumps(dataclasses.asdict(result.tally)))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cases", type=int, default=500)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", type=Path, help="where to write the result")
+    args = parser.parse_args()
+    logging.disable(logging.ERROR)  # each case has its warning
+    with tempfile.TemporaryDirectory() as directory:
+        cases = Cases(Path(directory), seed=args.seed)
+        result = cases.run(args.cases, lambda text: print(text, file=sys.stderr))
+    print_table(result)
+    head: dict[str, Any] = {"benchmark": "corruption", "machine": describe_machine(), "model": "tiny llama"}
+    write_result({**head, "seed": args.seed, **dataclasses.asdict(result)}, args.json)
+    for failure in result.failures:
+        print(f"FAILED: {failure}", file=sys.stderr)
+    sys.exit(1 if result.failures else 0)
+
+
+if __name__ == "__main__":
+    main()
