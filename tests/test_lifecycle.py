@@ -216,7 +216,7 @@ def test_an_ephemeral_agent_is_never_written_and_works_like_another_until_its_ra
     with tiny_engine(tmp_path / "a") as engine:
         request = GenerateRequest("default", "eve", PROMPT, SamplingParams(max_tokens=4, seed=7), ephemeral=True)
         drain(engine, request)
-        settle(engine)
+        engine.wait_until_saved()
         assert engine.core.store.stats()["bytes_written"] == 0
         assert engine.agents()["eve"].ephemeral
         assert engine.ask("eve", PROMPT + MORE)[1].cached_tokens == len(PROMPT)
@@ -226,22 +226,22 @@ def test_an_ephemeral_agent_is_never_written_and_works_like_another_until_its_ra
             drain(engine, GenerateRequest("default", "eve", PROMPT, SamplingParams(max_tokens=4), ephemeral=False))
         # another agent with the same prefix is written, all of it
         alice = talk(engine, "alice")
-        settle(engine)
+        engine.wait_until_saved()
     with tiny_engine(tmp_path / "a") as engine:
         assert engine.agents().keys() == {"alice"}
-        answer, stats = engine.ask("alice", alice + MORE)
+        _, stats = engine.ask("alice", alice + MORE)
         assert (stats.cache, stats.cached_tokens) == ("warm", len(alice) - 1)
 
 
 def test_ephemeral_agents_give_their_ram_to_others(tmp_path):
     with tiny_engine(tmp_path, kv_budget=1_000_000) as engine:
-        for i in range(8):
+        for i in range(24):
             prompt = random_tokens(3 * BLOCK, seed=50 + i)
             request = GenerateRequest("default", f"e{i}", prompt, SamplingParams(max_tokens=2), ephemeral=True)
             drain(engine, request)
         assert engine.core.store.stats()["writes"] == 0
-        assert engine.ask("e0", random_tokens(3 * BLOCK, seed=50) + MORE)[1].cache == "cold"
-        assert engine.ask("e7", random_tokens(3 * BLOCK, seed=57) + MORE)[1].cache == "hot"
+        assert engine.ask("e23", random_tokens(3 * BLOCK, seed=73) + MORE)[1].cache == "hot"
+        assert engine.ask("e0", random_tokens(3 * BLOCK, seed=50) + MORE)[1].cached_tokens < 3 * BLOCK
 
 
 def test_a_prewarmed_prompt_is_all_cached_and_was_not_answered(tmp_path):
@@ -260,7 +260,7 @@ def talk_answer(tmp_path) -> str:
 def test_show_tells_what_a_crash_would_cost(tmp_path):
     with tiny_engine(tmp_path, write_amplification=1.0) as engine:
         tokens = talk(engine, "alice")
-        settle(engine)
+        time.sleep(0.5)
         detail = engine.call(engine.engine.agent("default", "alice"))
         assert [b.unsaved_tokens for b in detail.branches] == [(len(tokens) - 1) % BLOCK]
         assert (detail.agent.requests, detail.agent.hit_tokens) == (1, 0)
@@ -332,9 +332,11 @@ def test_an_import_of_another_model_is_refused_with_the_reason(tmp_path):
     with tiny_engine(tmp_path / "a") as engine:
         talk(engine, "alice")
         archive = exported(engine)
-    with tiny_engine(tmp_path / "b", tiny_loader(seed=1)) as engine:
-        with pytest.raises(InvalidRequest, match="other weights"):
-            imported(engine, archive)
+    with (
+        tiny_engine(tmp_path / "b", tiny_loader(seed=1)) as engine,
+        pytest.raises(InvalidRequest, match="other weights"),
+    ):
+        imported(engine, archive)
     with tiny_engine(tmp_path / "c", kv_bits="8") as engine:
         with pytest.raises(InvalidRequest, match="cache layout"):
             imported(engine, archive)
@@ -405,12 +407,12 @@ def test_with_encryption_nothing_on_disk_is_readable_and_everything_works(tmp_pa
 
 def test_an_agent_that_left_a_full_store_is_prefilled_again_and_right(tmp_path):
     with tiny_engine(tmp_path / "plain") as engine:
-        expected = [engine.ask(f"a{i}", random_tokens(6 * BLOCK, seed=100 + i))[0] for i in range(12)]
+        expected = [engine.ask(f"a{i}", random_tokens(6 * BLOCK + 10, seed=100 + i))[0] for i in range(12)]
     with tiny_engine(tmp_path / "a", store_quota=2_000_000, store_min_free=0, kv_budget=1_200_000) as engine:
         root = tmp_path / "a" / "store"
         for _ in range(3):
             for i in range(12):
-                assert engine.ask(f"a{i}", random_tokens(6 * BLOCK, seed=100 + i))[0] == expected[i]
+                assert engine.ask(f"a{i}", random_tokens(6 * BLOCK + 10, seed=100 + i))[0] == expected[i]
                 assert disk_usage(root) <= 2_000_000 + 100_000
         assert engine.core.store.stats()["trimmed_bytes"] > 0
         assert engine.engine.health()["status"] == "ok"

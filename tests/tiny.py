@@ -133,7 +133,14 @@ class EngineThread:
     """An engine with an event loop of its own, driven from a test without one."""
 
     def __init__(self, home: Path, load: Callable[[], LoadedModel], **settings: Any):
-        defaults = {"home": home, "block_size": BLOCK, "prefill_chunk": 64, "tail_delay": 0.05, "grace": 5.0, "write_amplification": 1e9}
+        defaults = {
+            "home": home,
+            "block_size": BLOCK,
+            "prefill_chunk": 64,
+            "tail_delay": 0.05,
+            "grace": 5.0,
+            "write_amplification": 1e9,
+        }
         self.engine = Engine(Settings(**(defaults | settings)), load)
         self.engine.start()
         self.loop = asyncio.new_event_loop()

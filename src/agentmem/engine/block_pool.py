@@ -26,7 +26,7 @@ class Node:
     disk_bytes: int = 0  # 0: not persisted (yet)
     saving: "Future[Any] | None" = None
     refs: int = 0  # branches and running sequences that hold it
-    ephemeral: bool = False  # only agents that are never written hold it
+    expendable: bool = False  # may leave RAM unsaved: its agents are never written, or the store kept newer ones
     last_used: float = 0.0  # Unix seconds
 
 
@@ -37,7 +37,7 @@ class OpenBlock:
     tokens: np.ndarray = field(default_factory=lambda: np.empty(0, np.uint32))
     data: Tail | None = None
     lineage: bytes = FRESH
-    ephemeral: bool = False  # its agent is never written
+    expendable: bool = False  # as a Node
     disk_bytes: int = 0  # 0: not persisted (yet)
     saving: "Future[Any] | None" = None
     last_used: float = 0.0  # Unix seconds
@@ -51,7 +51,7 @@ def _value(entry: Entry, now: float) -> tuple[bool, float]:
     assert entry.data is not None
     nbytes = max(entry.data.nbytes, 1)
     cost = _READ_MS + nbytes * _READ_MS_PER_BYTE
-    return not (entry.disk_bytes or entry.ephemeral), cost / nbytes / max(now - entry.last_used, 1e-3)
+    return not (entry.disk_bytes or entry.expendable), cost / nbytes / max(now - entry.last_used, 1e-3)
 
 
 class BlockPool:
@@ -80,12 +80,12 @@ class BlockPool:
         """Drop entries of at least `nbytes` in all, none whose id is in `kept`. Returns those that were not on disk.
 
         None, and nothing done, if there are not enough; `partly`: as many as there are. `lossy`: also what is not on
-        disk, last; what is ephemeral never will be, and goes like what is.
+        disk, last; what is expendable never will be, and goes like what is.
         """
         now = time.time()
         # among equals the later ones of a path go first: more branches share the earlier ones
         idle = [
-            e for e in reversed(self._entries.values()) if id(e) not in kept and (lossy or e.disk_bytes or e.ephemeral)
+            e for e in reversed(self._entries.values()) if id(e) not in kept and (lossy or e.disk_bytes or e.expendable)
         ]
         if not partly and sum(e.data.nbytes for e in idle if e.data is not None) < nbytes:
             return None

@@ -240,9 +240,9 @@ class Contexts:
         if found is not None and found.data is None:
             key, found = block_key(scope, parent, array, lineage + uuid.uuid4().bytes), None
         if found is None:
-            found = self.nodes[key] = Node(key, parent, array, ephemeral=ephemeral)
+            found = self.nodes[key] = Node(key, parent, array, expendable=ephemeral)
             self.pool.put(found, data)
-        found.ephemeral = found.ephemeral and ephemeral
+        found.expendable = found.expendable and ephemeral
         return found
 
     @staticmethod

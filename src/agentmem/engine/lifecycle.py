@@ -138,7 +138,7 @@ class Lifecycle:
 
         if match.extends and match.tail is not None:  # all of a tail: it need not be read
             tail = match.tail
-            ready(OpenBlock(tail.tokens, lineage=tail.lineage, ephemeral=tail.ephemeral), tail.data)
+            ready(OpenBlock(tail.tokens, lineage=tail.lineage, expendable=source.agent.ephemeral), tail.data)
         else:
             self._read_open_block(match, done, ready)
 
@@ -237,7 +237,7 @@ class Lifecycle:
         data, lineage = self._memory.open_block(match)
         assert match.source is not None
         tokens = match.source.tokens()[len(match.nodes) * self._contexts.block_size : match.length]
-        ready(OpenBlock(tokens, lineage=lineage, ephemeral=match.source.agent.ephemeral), data)
+        ready(OpenBlock(tokens, lineage=lineage, expendable=match.source.agent.ephemeral), data)
 
     # -- export
 

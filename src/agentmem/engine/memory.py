@@ -14,6 +14,7 @@ from ..kvcache.block import RawArrays, SealedBlock, Snapshot, Tail, copy_host, f
 from ..kvcache.spec import KVCacheSpec
 from ..store.agent_store import AgentStore
 from ..store.records import BlockRecord, BranchRecord
+from ..store.room import LeastRecentlyUsed
 from ..store.trim import Trimmed
 from .block_pool import FRESH, Entry, Node, OpenBlock
 from .contexts import ROOT, Agent, Branch, Contexts, Match
@@ -245,9 +246,9 @@ class Memory:
 
     @staticmethod
     def _share(nodes: Iterable[Node], agent: Agent) -> None:
-        """What an agent that is written holds is not ephemeral any more, whoever made it."""
+        """What an agent that is written uses is not expendable, whoever made it."""
         for node in nodes:
-            node.ephemeral = node.ephemeral and agent.ephemeral
+            node.expendable = node.expendable and agent.ephemeral
 
     def save_block(self, branch: Branch, nodes: list[Node]) -> None:
         """Queue the last of `nodes`, a branch's path so far; if it is stored already, only the branch moves on."""
@@ -255,12 +256,13 @@ class Memory:
         if node.saving is not None or agent.ephemeral:
             return
         if node.disk_bytes or node.data is None:
-            future = self.store.save_branch(branch.id, agent.namespace, agent.name, node.key, time.time())
+            future = self.store.save_branch(branch.id, agent.namespace, agent.name, node.key, self._used(branch))
             future.add_done_callback(lambda f: self.post(lambda: self._path_saved(branch, nodes, f)))
             return
         tensors, parent = to_host(node.data.arrays), node.parent or None
         saving = node.saving = self.store.save_block(
-            branch.id, agent.namespace, agent.name, node.key, parent, node.tokens, tensors, {}
+            *(branch.id, agent.namespace, agent.name, node.key, parent, node.tokens, tensors, {}),
+            last_used=self._used(branch),
         )
         saving.add_done_callback(lambda f: self.post(lambda: self._block_saved(branch, nodes, f)))
 
@@ -268,7 +270,7 @@ class Memory:
         """A sequence ends: its branch takes over its nodes (already held) and its tail."""
         before, branch.nodes = branch.nodes, nodes
         self.contexts.release(before)
-        tail.ephemeral = branch.agent.ephemeral
+        tail.expendable = branch.agent.ephemeral
         self.contexts.set_tail(branch, tail, data)
         branch.in_use = False
         branch.save_at = time.monotonic() + self._tail_delay
@@ -374,22 +376,40 @@ class Memory:
         tensors = to_host(tail.data.to_arrays())
         branch.tail_bytes_written += tail.data.nbytes
         tail.saving = self.store.save_tail(
-            branch.id, agent.namespace, agent.name, branch.head, tail.tokens, tensors, metadata
+            *(branch.id, agent.namespace, agent.name, branch.head, tail.tokens, tensors, metadata),
+            last_used=self._used(branch),
         )
         nodes = branch.nodes
         tail.saving.add_done_callback(lambda f: self.post(lambda: self._tail_saved(branch, nodes, tail, f)))
+
+    @staticmethod
+    def _used(branch: Branch) -> float:
+        """Unix seconds: a full store keeps what was used last."""
+        return time.time() if branch.in_use and not branch.suspended else branch.last_used
 
     def _block_saved(self, branch: Branch, nodes: list[Node], future: "Future[Any]") -> None:
         nodes[-1].saving = None
         if future.exception() is None:
             nodes[-1].disk_bytes = future.result().nbytes
+        self._left_out(branch, nodes[-1], future)
         self._path_saved(branch, nodes, future)
 
     def _tail_saved(self, branch: Branch, nodes: list[Node], tail: OpenBlock, future: "Future[Any]") -> None:
         tail.saving = None
         if future.exception() is None:
             tail.disk_bytes = future.result().nbytes
+        self._left_out(branch, tail, future)
         self._path_saved(branch, nodes, future)
+
+    @staticmethod
+    def _left_out(branch: Branch, entry: Entry, future: "Future[Any]") -> None:
+        """A full store has no room for what was used longest ago: it stays while RAM lasts."""
+        if isinstance(future.exception(), LeastRecentlyUsed):
+            entries: list[Entry] = [entry, *branch.nodes, branch.tail]
+            for unsaved in [e for e in entries if not e.disk_bytes]:
+                unsaved.expendable = True
+            if not branch.in_use or branch.suspended:
+                branch.save_at = None
 
     def _path_saved(self, branch: Branch, nodes: list[Node], future: "Future[Any]") -> None:
         if future.exception() is None:

@@ -4,6 +4,8 @@ Every method may be called from any thread and returns at once. Writes are done 
 thread (writer.py), and a future resolves when its write is durable; reads run on a pool (reader.py).
 
 A failed write sets `background_error`, until a later one succeeds. Errors of futures:
+  LeastRecentlyUsed  the store is full of what was used more recently: not written, and no error of the store
+  StoreFull          the store is full of what may not leave, or the disk is
   StoreWriteSkipped  too many bytes wait for the disk: not written, and no error of the store
   NotFound           the parent or head isn't in the store: its own save failed, or it was deleted
   OSError, sqlite3.Error  the disk's or database's; what the future stands for is not durable
@@ -131,12 +133,14 @@ class AgentStore:
         tokens: np.ndarray,
         tensors: Mapping[str, HostTensor],
         metadata: Mapping[str, str],
+        last_used: float | None = None,
     ) -> Future[FileRef]:
         """Store the block and make it the branch's head; a tail goes, as the block holds its tokens.
 
-        If the key is stored already, that block stays, and is the result.
+        If the key is stored already, that block stays, and is the result. `last_used`: of the branch, Unix seconds;
+        None: now.
         """
-        now = time.time()
+        now = time.time() if last_used is None else last_used
         return self._writer.submit(
             jobs.SaveBlock(branch_id, namespace, agent, key, now, tokens, tensors, metadata, key, parent)
         )
@@ -150,9 +154,10 @@ class AgentStore:
         tokens: np.ndarray,
         tensors: Mapping[str, HostTensor],
         metadata: Mapping[str, str],
+        last_used: float | None = None,
     ) -> Future[FileRef]:
         """Make `head` the branch's head, and these its tokens after it."""
-        now = time.time()
+        now = time.time() if last_used is None else last_used
         return self._writer.submit(jobs.SaveTail(branch_id, namespace, agent, head, now, tokens, tensors, metadata))
 
     def save_branch(

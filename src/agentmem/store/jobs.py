@@ -97,7 +97,7 @@ class Job:
         return self.nbytes + _FILE_HEADER if self.nbytes else 0
 
     def stage(self, batch: Batch) -> None:
-        """Write files. Raises OSError, which fails this job only."""
+        """Write files. Raises OSError or NotFound, which fail this job only."""
 
     def record(self, batch: Batch) -> Any:
         """Change rows; the result is the future's. Raises NotFound or CorruptSegment, which fails this job only."""
@@ -125,6 +125,11 @@ class BranchJob(Job):
 
     def record(self, batch: Batch) -> Any:
         self.put_branch(batch)
+
+    def require(self, batch: Batch, block: bytes | None) -> None:
+        """Before a file is written that builds on `block`: NotFound unless it is stored, or about to be."""
+        if block not in batch.new_blocks:
+            batch.manifest.require_block(block)
 
     def put_branch(self, batch: Batch) -> int:
         """The agent's id."""
@@ -162,6 +167,7 @@ class SaveBlock(SaveJob):
     def stage(self, batch: Batch) -> None:
         if self._is_stored(batch):
             return
+        self.require(batch, self.parent)
         batch.blocks.add(self.key)
         file = batch.write(batch.layout.block(self.key), self.tensors, self.metadata, b"block:" + self.key)
         if file.key:
@@ -187,6 +193,7 @@ class SaveTail(SaveJob):
     file: FileRef = field(init=False)
 
     def stage(self, batch: Batch) -> None:
+        self.require(batch, self.head)
         self.generation = next(batch.generations)
         batch.branches.add(self.branch_id)
         batch.tail_files.add((self.branch_id, self.generation))

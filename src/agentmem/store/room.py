@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..errors import StoreFailed
+from ..errors import AgentMemError, StoreFailed
 
 _PAGE = 4096  # bytes: what file systems round a file up to
 _SLACK = 0.01  # of the quota, freed in addition: not every write should have to make room
@@ -17,6 +17,10 @@ class StoreFull(StoreFailed):
     """No room under the quota, or too little free on the disk, and nothing that may leave: the save isn't made."""
 
     code = "store_full"
+
+
+class LeastRecentlyUsed(AgentMemError):
+    """The store is full of what was used more recently: the save isn't made, and the store is well."""
 
 
 @dataclass(frozen=True)

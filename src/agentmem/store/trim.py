@@ -24,16 +24,26 @@ class Trimmed:
     blocks: list[bytes] = field(default_factory=list)
     tails: list[str] = field(default_factory=list)  # branches that lost theirs
     nbytes: int = 0
+    newer: bool = False  # more could have gone, but was used later
 
 
-def trim(manifest: Manifest, nbytes: int, branches: Collection[str], blocks: Collection[bytes]) -> Trimmed:
+def trim(
+    manifest: Manifest,
+    nbytes: int,
+    branches: Collection[str] = (),
+    blocks: Collection[bytes] = (),
+    before: float = math.inf,
+) -> Trimmed:
     """Delete rows until their files make `nbytes` room, or nothing may go any more. Inside a transaction.
 
-    `branches`, `blocks`: which stay, with all that they are built on.
+    `branches`, `blocks`: which stay, with all that they are built on; `before`: what was used later stays, too.
     """
     tree = _Tree(manifest, branches, blocks)
-    while tree.gone.nbytes < nbytes and tree.drop_oldest():
-        pass
+    while tree.gone.nbytes < nbytes and tree.oldest is not None:
+        if tree.oldest > before:
+            tree.gone.newer = True
+            break
+        tree.drop_oldest()
     manifest.delete_empty_branches()
     return tree.gone
 
@@ -60,16 +70,18 @@ class _Tree:
         for key in self._parents:
             self._offer(key)
 
-    def drop_oldest(self) -> bool:
-        """False: nothing may go."""
-        if not self._leaves:
-            return False
+    @property
+    def oldest(self) -> float | None:
+        """When what goes next was used; None: nothing may go."""
+        return self._leaves[0][0] if self._leaves else None
+
+    def drop_oldest(self) -> None:
         last_used, key, branch_id = heapq.heappop(self._leaves)
         if not key:
             self._manifest.clear_tail(branch_id)
             self.gone.tails.append(branch_id)
             self.gone.nbytes += rounded(self._with_tail[branch_id])
-            return True
+            return
         parent = self._parents[key]
         self._manifest.delete_block(key)
         self.gone.blocks.append(key)
@@ -78,7 +90,6 @@ class _Tree:
             self._children[parent] -= 1
             self._last_used[parent] = max(self._last_used[parent], last_used)
             self._offer(parent)
-        return True
 
     def _offer(self, key: bytes) -> None:
         """Enter the block among what may go, if nothing is built on it."""

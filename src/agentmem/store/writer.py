@@ -25,7 +25,7 @@ from .layout import Layout
 from .manifest import Manifest
 from .reader import Catalog
 from .records import FileRef
-from .room import Room, StoreFull, rounded
+from .room import LeastRecentlyUsed, Room, StoreFull
 from .trim import Trimmed, trim
 
 MAX_BATCH_JOBS = 32  # bounds how long the first of a batch waits for the last
@@ -160,16 +160,13 @@ class Writer:
         """Sets each job's result or error, and the latch."""
         batch = Batch(self._layout, self._manifest, self._keys, self._room, self._generations)
         failures: list[Exception] = []
-        try:
-            self._make_room(sum(rounded(job.file_bytes(batch)) for job in jobs), jobs)
-        except (OSError, sqlite3.Error) as e:
-            failures.append(e)
+        self._room.count_manifest()
         for job in jobs:
             try:
-                if (nbytes := job.file_bytes(batch)) and self._room.short_by(nbytes):
-                    raise self._room.full()
+                if nbytes := job.file_bytes(batch):
+                    self._make_room(nbytes, jobs, job)
                 job.stage(batch)
-            except (OSError, sqlite3.Error, StoreFull) as e:
+            except (OSError, sqlite3.Error, StoreFull, LeastRecentlyUsed, NotFound) as e:
                 job.error = e
         try:
             self._commit(batch, [job for job in jobs if job.error is None])
@@ -199,22 +196,25 @@ class Writer:
         """Whether files can be written again, if they could not: rows alone don't show it."""
         return bool(batch.writes or not self._unwritten or (self._full and not self._room.short_by(self._unwritten)))
 
-    def _make_room(self, nbytes: int, jobs: list[Job]) -> None:
-        """Let go of what was not used for longest, if files of `nbytes` would not fit."""
-        self._room.count_manifest()
-        short = self._room.short_by(nbytes) if nbytes else 0
+    def _make_room(self, nbytes: int, jobs: list[Job], job: Job) -> None:
+        """Let go of what was not used for longest, if a file of `nbytes` would not fit.
+
+        Raises LeastRecentlyUsed, StoreFull: it still doesn't.
+        """
+        short = self._room.short_by(nbytes)
+        used_at = job.last_used if isinstance(job, BranchJob) else time.time()
         while short > 0:
             before = self._room.used
-            if not self._let_go(short + self._room.slack, jobs):
-                return
+            gone = self._let_go(short + self._room.slack, jobs, used_at)
+            if not gone.blocks and not gone.tails:
+                raise LeastRecentlyUsed("the store is full of newer caches") if gone.newer else self._room.full()
             short -= before - self._room.used  # less than asked for, where a file has a second name
 
-    def _let_go(self, nbytes: int, jobs: list[Job]) -> bool:
-        """False: nothing may go."""
+    def _let_go(self, nbytes: int, jobs: list[Job], used_before: float) -> Trimmed:
         moved = [job for job in jobs if isinstance(job, BranchJob)]
         blocks = {key for job in moved for key in (job.head, getattr(job, "parent", None)) if key}
         with self._manifest.transaction():
-            gone = trim(self._manifest, nbytes, {job.branch_id for job in moved}, blocks)
+            gone = trim(self._manifest, nbytes, {job.branch_id for job in moved}, blocks, used_before)
         before = {branch_id: self._catalog.tail(branch_id) for branch_id in gone.tails}
         self._catalog.update(dict.fromkeys(gone.blocks), dict.fromkeys(gone.tails))
         self._garbage |= {self._layout.block(key) for key in gone.blocks}
@@ -222,10 +222,9 @@ class Writer:
         self._collect_garbage(set())
         with self._changed:
             self._stats["trimmed_bytes"] += gone.nbytes
-        if not gone.blocks and not gone.tails:
-            return False
-        self._trimmed(gone)
-        return True
+        if gone.blocks or gone.tails:
+            self._trimmed(gone)
+        return gone
 
     def _commit(self, batch: Batch, jobs: list[Job]) -> None:
         for path in batch.dirs:
