@@ -4,6 +4,7 @@ import io
 import json
 import random
 import tarfile
+import threading
 import time
 
 import pytest
@@ -416,3 +417,38 @@ def test_an_agent_that_left_a_full_store_is_prefilled_again_and_right(tmp_path):
                 assert disk_usage(root) <= 2_000_000 + 100_000
         assert engine.core.store.stats()["trimmed_bytes"] > 0
         assert engine.engine.health()["status"] == "ok"
+
+
+def test_fifty_agents_in_a_store_for_ten_stay_within_the_quota_and_the_pinned_and_the_newest_are_there(tmp_path):
+    prompts = {f"a{i}": random_tokens(20 * BLOCK + 10, seed=300 + i) for i in range(50)}
+    with tiny_engine(tmp_path / "one") as engine:
+        empty = disk_usage(tmp_path / "one" / "store")
+        engine.ask("a0", prompts["a0"])
+        settle(engine)
+        agent_bytes = disk_usage(tmp_path / "one" / "store") - empty
+        block_bytes = max(path.stat().st_blocks * 512 for path in (tmp_path / "one" / "store").rglob("blocks/*/*"))
+    quota, root, seen, done = empty + 10 * agent_bytes, tmp_path / "a" / "store", [0], threading.Event()
+
+    def watch() -> None:
+        while not done.is_set():
+            seen[0] = max(seen[0], disk_usage(root) if root.exists() else 0)
+
+    watcher = threading.Thread(target=watch)
+    with tiny_engine(tmp_path / "a", store_quota=quota, store_min_free=0, kv_budget=2_500_000) as engine:
+        watcher.start()
+        for i, (name, prompt) in enumerate(prompts.items()):
+            engine.ask(name, prompt)
+            if i < 2:
+                engine.call(engine.engine.pin_agent("default", name, True))
+        settled = time.monotonic() + 1
+        while time.monotonic() < settled:
+            time.sleep(0.1)
+    done.set()
+    watcher.join()
+    assert seen[0] <= quota + block_bytes
+    with tiny_engine(tmp_path / "a", store_quota=quota, store_min_free=0) as engine:
+        assert engine.engine.health()["errors"] == []
+        whole = {name for name, agent in engine.agents().items() if agent.tokens >= 20 * BLOCK}
+        assert {"a0", "a1", "a49", "a48", "a47"} <= whole
+        assert "a5" not in whole and len(whole) <= 10
+        assert engine.ask("a0", prompts["a0"] + MORE)[1].cached_tokens >= len(prompts["a0"])
