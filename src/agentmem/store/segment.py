@@ -126,7 +126,7 @@ def remove_file(path: Path) -> int | None:
 
 def read_verified(path: Path, nbytes: int, digest: bytes) -> memoryview:
     """The file's bytes, if they are `nbytes` and have this checksum; CorruptSegment if not, or if unreadable."""
-    buf = memoryview(np.empty(nbytes, np.uint8))  # not zeroed first, which would hold up other readers
+    buf = np.empty(nbytes, np.uint8).data  # not zeroed first, which would hold up other readers
     try:
         with open(path, "rb", buffering=0) as file:
             size = os.fstat(file.fileno()).st_size
