@@ -130,6 +130,17 @@ def test_a_truncated_agent_has_forgotten_the_rest_also_on_disk(tmp_path, cut, ho
         assert engine.ask("alice", PROMPT[:cut] + MORE)[0] == answer
 
 
+def test_a_truncated_ephemeral_agent_keeps_the_rest_in_ram(tmp_path):
+    with tiny_engine(tmp_path) as engine:
+        drain(engine, GenerateRequest("default", "eve", PROMPT, SamplingParams(max_tokens=0), ephemeral=True))
+        engine.call(engine.engine.truncate_agent("default", "eve", 2 * BLOCK + 5, None))
+        stats = engine.ask("eve", PROMPT[: 2 * BLOCK + 5] + MORE)[1]
+        assert (stats.cache, stats.cached_tokens) == ("hot", 2 * BLOCK + 5)
+        known = engine.on_engine(lambda: set(engine.core.contexts.nodes))
+        held = engine.on_engine(lambda: {n.key for b in engine.core.contexts.branches() for n in b.nodes})
+        assert held == known
+
+
 def test_truncating_to_what_is_there_changes_nothing_and_beyond_is_refused(tmp_path):
     with tiny_engine(tmp_path) as engine:
         n = len(talk(engine, "alice")) - 1
