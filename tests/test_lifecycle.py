@@ -7,6 +7,7 @@ import tarfile
 import threading
 import time
 
+import mlx.core as mx
 import pytest
 from test_engine import settle
 from tiny import BLOCK, random_tokens, tiny_engine, tiny_loader, word_ids
@@ -313,6 +314,28 @@ def test_an_imported_agent_answers_its_next_turn_like_the_exported_one(tmp_path,
         assert engine.ask("alice", tokens[: 2 * BLOCK + 7] + MORE + MORE)[0] == other
     with tiny_engine(tmp_path / "b", kv_bits=kv_bits) as engine:
         assert engine.agents()["alice"].tokens > len(tokens)
+
+
+def cache_bytes(engine, agent: str, tokens: list[int]) -> list[dict[str, bytes]]:
+    """All arrays of the agent's whole cache, in order."""
+
+    def read() -> list[dict[str, bytes]]:
+        match = engine.core.contexts.match("default", agent, tokens)
+        snapshot, _ = engine.core.memory.snapshot(match)
+        arrays = [block.arrays for block in snapshot.blocks] + [snapshot.tail.to_arrays()]
+        return [{name: bytes(memoryview(mx.contiguous(a))) for name, a in part.items()} for part in arrays]
+
+    engine.call(engine.engine.prefetch_agent("default", agent))
+    return engine.on_engine(read)
+
+
+def test_an_imported_cache_is_the_exported_one_bit_for_bit(tmp_path):
+    with tiny_engine(tmp_path / "a") as engine:
+        tokens = talk(engine, "alice", turns=2)
+        archive, before = exported(engine), cache_bytes(engine, "alice", tokens)
+    with tiny_engine(tmp_path / "b") as engine:
+        imported(engine, archive)
+        assert cache_bytes(engine, "alice", tokens) == before
 
 
 def test_an_export_says_what_it_is_and_the_safetensors_package_reads_it(tmp_path):
