@@ -178,6 +178,15 @@ def test_messages_are_counted_as_the_template_renders_them_and_their_ends_found(
     assert cached(chat)[1] == kept
 
 
+def test_an_answer_does_not_wait_until_the_client_acknowledges_its_first_bytes(server):
+    took = []
+    for _ in range(15):
+        began = time.perf_counter()
+        server.client.get("/models")
+        took.append(time.perf_counter() - began)
+    assert min(took[3:]) < 0.03  # Nagle's algorithm and a delayed ACK make it 0.04 every time
+
+
 # -- what is refused
 
 
