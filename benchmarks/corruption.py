@@ -3,7 +3,8 @@
 A few agents talk to an engine, whose store is then copied once for each of 500 cases (--cases). In each, one random
 file of one kind, in turn, is damaged; an engine starts on the copy, and every agent asks its next turn. The engine must
 start, or refuse the store in one line; every token must be the likeliest one to a control that computes from nothing
-(control.py). A damaged block or tail must be noticed: put aside, and made again. The model is a tiny llama of random
+(control.py). A damaged block or tail must be noticed: put aside, and made again. A damaged export
+is refused, or its damage is where nothing is (the tar's padding). The model is a tiny llama of random
 weights.
 
     python benchmarks/corruption.py --json benchmarks/results/corruption-tiny.json
@@ -11,6 +12,7 @@ weights.
 
 import argparse
 import dataclasses
+import io
 import json
 import logging
 import random
@@ -32,7 +34,7 @@ from control import LOGIT_BIAS, SAMPLING, Control, Tally  # noqa: E402  (after t
 from machine import describe_machine, write_result  # noqa: E402
 from tiny import BLOCK, EngineThread, random_tokens, tiny_engine, tiny_loader, word_ids  # noqa: E402
 
-from agentmem.errors import StartupError  # noqa: E402
+from agentmem.errors import InvalidRequest, StartupError  # noqa: E402
 
 AGENTS = ("alice", "bob", "carol")
 SHARED = 70  # first tokens, the same for all agents
@@ -45,17 +47,19 @@ class Kind:
     """Of file. `killed`: from a store whose server was killed, else from one that was stopped."""
 
     name: str
-    pattern: str  # of paths in the store's directory
+    pattern: str  # of paths in the home
     killed: bool = False
     must_be_noticed: bool = False  # put aside or prefilled again, by whoever has it
 
 
+EXPORT = "alice.agentmem"
 KINDS = (
-    Kind("block", "blocks/*/*.safetensors", must_be_noticed=True),
-    Kind("tail", "tails/*.safetensors", must_be_noticed=True),
-    Kind("manifest", "manifest.sqlite"),
-    Kind("manifest-wal", "manifest.sqlite-wal", killed=True),
-    Kind("calibration", "calibration.safetensors"),
+    Kind("block", "store/*/blocks/*/*.safetensors", must_be_noticed=True),
+    Kind("tail", "store/*/tails/*.safetensors", must_be_noticed=True),
+    Kind("manifest", "store/*/manifest.sqlite"),
+    Kind("manifest-wal", "store/*/manifest.sqlite-wal", killed=True),
+    Kind("calibration", "store/*/calibration.safetensors"),
+    Kind("export", EXPORT),
 )
 
 
@@ -83,11 +87,20 @@ def make_original(directory: Path) -> Original:
                 histories[agent] = prompt + ask(engine, agent, prompt)[0]
             engine.wait_until_saved()
             if turn == 1:
+                (stopped / EXPORT).write_bytes(export(engine, "alice"))
                 shutil.copytree(stopped, killed)
     shutil.copytree(stopped, directory / "undamaged")
     with tiny_engine(directory / "undamaged") as engine:
         cached = {agent: ask(engine, agent, next_prompt(histories, agent))[1] for agent in AGENTS}
     return Original(stopped, killed, histories, cached)
+
+
+def export(engine: EngineThread, agent: str) -> bytes:
+    exported = engine.call(engine.engine.export_agent("default", agent))
+    try:
+        return b"".join(exported.chunks)
+    finally:
+        exported.close()
 
 
 def next_prompt(histories: dict[str, list[int]], agent: str) -> list[int]:
@@ -146,6 +159,19 @@ def after_damage(home: Path, original: Original, control: Control) -> Outcome:
     return Outcome(None, health["store"]["quarantined"], health["store"]["damaged_rows"], missed, wrong)
 
 
+def after_import(home: Path, original: Original, control: Control) -> Outcome:
+    """Import a damaged export into an empty store: refused, or as good as the undamaged one."""
+    archive, prompt = (home / EXPORT).read_bytes(), next_prompt(original.histories, "alice")
+    with tiny_engine(home / "empty") as engine:
+        try:
+            engine.call(engine.engine.import_agent("default", None, io.BytesIO(archive)))
+        except InvalidRequest:
+            assert engine.core.store.stats()["blocks"] == 0
+        answer, cached = ask(engine, "alice", prompt)
+    said = control.check(prompt, answer)
+    return Outcome(missed=original.cached["alice"] - cached, wrong=[said] if said else [])
+
+
 @dataclass
 class Row:
     """Cases of one kind of file."""
@@ -188,12 +214,13 @@ class Cases:
     def _case(self, kind: Kind) -> None:
         home = self._directory / "case"
         shutil.copytree(self._original.home(kind), home)
-        paths = sorted(home.glob(f"store/*/{kind.pattern}"))
+        paths = sorted(home.glob(kind.pattern))
         assert paths, f"the store has no {kind.name}"
         what = f"{kind.name}: {damage(self._rng.choice(paths), self._rng)}"
         # a thread's future keeps whatever is raised, so that one failure does not hide the next
         with ThreadPoolExecutor(1) as pool:
-            future = pool.submit(after_damage, home, self._original, self._control)
+            look = after_import if kind.pattern == EXPORT else after_damage
+            future = pool.submit(look, home, self._original, self._control)
         shutil.rmtree(home)
         self.result.failures += [f"{what}: {said}" for said in self._count(kind, what, future)]
 

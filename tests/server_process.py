@@ -4,16 +4,19 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import httpx
 
+_SERVE = (sys.executable, "-m", "agentmem.cli", "serve")
+
 
 class ServerProcess:
-    def __init__(self, home: Path, *flags: str, model: str | Path | None = None):
-        """`home` gets the store; `model` a directory."""
-        command = [sys.executable, "-m", "agentmem.cli", "serve", "--home", str(home), "--port", "0", *flags]
+    def __init__(self, home: Path, *flags: str, model: str | Path | None = None, command: Sequence[str] = _SERVE):
+        """`home` gets the store; `model` a directory; `command` is what `serve`'s options are appended to."""
+        command = [*command, "--home", str(home), "--port", "0", *flags]
         command += ["--model", str(model)] if model else []
         home.mkdir(parents=True, exist_ok=True)
         self._log = (home / "server.log").open("a")

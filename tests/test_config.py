@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from agentmem.config import Settings, load_settings, parse_bytes
-from agentmem.engine.footprint import resolve
+from agentmem.config import Settings, load_settings, parse_bytes, resolve
 from agentmem.errors import StartupError
 
 

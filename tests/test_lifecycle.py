@@ -4,8 +4,10 @@ import io
 import json
 import random
 import tarfile
+import threading
 import time
 
+import mlx.core as mx
 import pytest
 from test_engine import settle
 from tiny import BLOCK, random_tokens, tiny_engine, tiny_loader, word_ids
@@ -127,6 +129,17 @@ def test_a_truncated_agent_has_forgotten_the_rest_also_on_disk(tmp_path, cut, ho
     with tiny_engine(tmp_path / "b") as engine:
         talk(engine, "alice")
         assert engine.ask("alice", PROMPT[:cut] + MORE)[0] == answer
+
+
+def test_a_truncated_ephemeral_agent_keeps_the_rest_in_ram(tmp_path):
+    with tiny_engine(tmp_path) as engine:
+        drain(engine, GenerateRequest("default", "eve", PROMPT, SamplingParams(max_tokens=0), ephemeral=True))
+        engine.call(engine.engine.truncate_agent("default", "eve", 2 * BLOCK + 5, None))
+        stats = engine.ask("eve", PROMPT[: 2 * BLOCK + 5] + MORE)[1]
+        assert (stats.cache, stats.cached_tokens) == ("hot", 2 * BLOCK + 5)
+        known = engine.on_engine(lambda: set(engine.core.contexts.nodes))
+        held = engine.on_engine(lambda: {n.key for b in engine.core.contexts.branches() for n in b.nodes})
+        assert held == known
 
 
 def test_truncating_to_what_is_there_changes_nothing_and_beyond_is_refused(tmp_path):
@@ -303,6 +316,28 @@ def test_an_imported_agent_answers_its_next_turn_like_the_exported_one(tmp_path,
         assert engine.agents()["alice"].tokens > len(tokens)
 
 
+def cache_bytes(engine, agent: str, tokens: list[int]) -> list[dict[str, bytes]]:
+    """All arrays of the agent's whole cache, in order."""
+
+    def read() -> list[dict[str, bytes]]:
+        match = engine.core.contexts.match("default", agent, tokens)
+        snapshot, _ = engine.core.memory.snapshot(match)
+        arrays = [block.arrays for block in snapshot.blocks] + [snapshot.tail.to_arrays()]
+        return [{name: bytes(memoryview(mx.contiguous(a))) for name, a in part.items()} for part in arrays]
+
+    engine.call(engine.engine.prefetch_agent("default", agent))
+    return engine.on_engine(read)
+
+
+def test_an_imported_cache_is_the_exported_one_bit_for_bit(tmp_path):
+    with tiny_engine(tmp_path / "a") as engine:
+        tokens = talk(engine, "alice", turns=2)
+        archive, before = exported(engine), cache_bytes(engine, "alice", tokens)
+    with tiny_engine(tmp_path / "b") as engine:
+        imported(engine, archive)
+        assert cache_bytes(engine, "alice", tokens) == before
+
+
 def test_an_export_says_what_it_is_and_the_safetensors_package_reads_it(tmp_path):
     from safetensors.numpy import load
 
@@ -416,3 +451,39 @@ def test_an_agent_that_left_a_full_store_is_prefilled_again_and_right(tmp_path):
                 assert disk_usage(root) <= 2_000_000 + 100_000
         assert engine.core.store.stats()["trimmed_bytes"] > 0
         assert engine.engine.health()["status"] == "ok"
+
+
+def test_fifty_agents_in_a_store_for_ten_stay_within_the_quota_and_the_pinned_and_the_newest_are_there(tmp_path):
+    prompts = {f"a{i}": random_tokens(20 * BLOCK + 10, seed=300 + i) for i in range(50)}
+    with tiny_engine(tmp_path / "one") as engine:
+        empty = disk_usage(tmp_path / "one" / "store")
+        engine.ask("a0", prompts["a0"])
+        settle(engine)
+        files = [path.stat().st_blocks * 512 for path in (tmp_path / "one" / "store").rglob("*/*.safetensors")]
+        agent_bytes, block_bytes = sum(files), max(files)
+    log = 1_000_000  # what the manifest grows by
+    quota, root, seen, done = empty + log + 10 * agent_bytes, tmp_path / "a" / "store", [0], threading.Event()
+
+    def watch() -> None:
+        while not done.is_set():
+            seen[0] = max(seen[0], disk_usage(root) if root.exists() else 0)
+
+    watcher = threading.Thread(target=watch)
+    with tiny_engine(tmp_path / "a", store_quota=quota, store_min_free=0, kv_budget=2_500_000) as engine:
+        watcher.start()
+        for i, (name, prompt) in enumerate(prompts.items()):
+            engine.ask(name, prompt)
+            if i < 2:
+                engine.call(engine.engine.pin_agent("default", name, True))
+        settled = time.monotonic() + 1
+        while time.monotonic() < settled:
+            time.sleep(0.1)
+    done.set()
+    watcher.join()
+    assert seen[0] <= quota + block_bytes
+    with tiny_engine(tmp_path / "a", store_quota=quota, store_min_free=0) as engine:
+        assert engine.engine.health()["errors"] == []
+        whole = {name for name, agent in engine.agents().items() if agent.tokens >= 20 * BLOCK}
+        assert {"a0", "a1", "a49", "a48", "a47"} <= whole
+        assert "a5" not in whole and len(whole) <= 10 + log // agent_bytes
+        assert engine.ask("a0", prompts["a0"] + MORE)[1].cached_tokens >= len(prompts["a0"])

@@ -38,6 +38,11 @@ def parse_share(value: Any) -> Any:
     return share
 
 
+def resolve(size: int | float, whole: int) -> int:
+    """Bytes of a setting that is a number of bytes, or, as a float up to 1, a share of `whole`."""
+    return int(size * whole) if isinstance(size, float) and size <= 1 else int(size)
+
+
 def _split_commas(value: Any) -> Any:
     return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
 

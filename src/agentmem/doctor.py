@@ -10,9 +10,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-from .config import Settings
+from .config import Settings, resolve
 from .errors import ModelError
 from .models.blas import INSTALL_HINT, BlasInfo, measure_gflops
+from .store.room import disk_usage
 
 Status = Literal["ok", "warn", "fail"]
 Check = dict[str, Any]  # name, status, summary, fix (None where nothing is to be done), and figures
@@ -32,7 +33,7 @@ def collect(settings: Settings, blas: BlasInfo) -> dict[str, Any]:
         *_check_mlx(blas),
         _check_compiler(),
         _check_model(settings),
-        _check_store(settings.store_dir),
+        _check_store(settings),
         _check_modes(settings),
     ]
     worst = max((check["status"] for check in checks), key=("ok", "warn", "fail").index)
@@ -120,13 +121,15 @@ def _local_model(settings: Settings) -> Path | None:
     return find_local(settings.model, settings.home_dir)
 
 
-def _check_store(store: Path) -> Check:
-    there = store
+def _check_store(settings: Settings) -> Check:
+    there = store = settings.store_dir
     while not there.exists():
         there = there.parent
-    free = shutil.disk_usage(there).free
-    summary = f"{store}, {free / 1e9:.1f} GB free"
-    figures: dict[str, Any] = {"path": str(store), "free_bytes": free}
+    disk, used = shutil.disk_usage(there), disk_usage(store) if store.exists() else 0
+    free, quota = disk.free, resolve(settings.store_quota, disk.total)
+    summary = f"{store}, {used / 1e9:.1f} of at most {quota / 1e9:.1f} GB, {free / 1e9:.1f} GB free"
+    summary += ", encrypted" if settings.encrypt else ""
+    figures: dict[str, Any] = {"path": str(store), "free_bytes": free, "bytes": used, "quota_bytes": quota}
     if not os.access(there, os.W_OK):
         return _check("store", "fail", f"{summary}, not writable", f"make {there} writable, or set --home", **figures)
     status: Status = "fail" if free < _NO_SPACE else "warn" if free < _LITTLE_SPACE else "ok"

@@ -27,6 +27,9 @@ class EngineFigures:
     evicted_bytes: int
     suspensions: int
     quarantined: int
+    trimmed_bytes: int
+    store_bytes: int
+    written_last_hour: int
 
 
 class Metrics(Collector):
@@ -71,6 +74,11 @@ class Metrics(Collector):
             text = {"written": "to disk", "restored": "from disk to RAM", "evicted": "from RAM"}[name]
             yield CounterMetricFamily(f"agentmem_{name}_bytes", f"bytes {name} {text}", getattr(now, f"{name}_bytes"))
         yield CounterMetricFamily("agentmem_suspensions", "times a request gave up its RAM to others", now.suspensions)
+        yield GaugeMetricFamily("agentmem_store_bytes", "disk it takes, within store_quota", now.store_bytes)
+        text = "bytes written to disk in the last hour"
+        yield GaugeMetricFamily("agentmem_written_bytes_last_hour", text, now.written_last_hour)
+        text = "bytes that left a full store, used longest ago"
+        yield CounterMetricFamily("agentmem_trimmed_bytes", text, now.trimmed_bytes)
         yield CounterMetricFamily("agentmem_quarantined_files", "stored files found damaged", now.quarantined)
 
     def text(self) -> bytes:

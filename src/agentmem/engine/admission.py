@@ -113,7 +113,7 @@ class Admission:
             seq.reading = False
             if not seq.suspended:
                 seq.restored_bytes += nbytes
-            self._trace.span("restore", began, at, agent=seq.request.agent_id, bytes=nbytes)
+            self._trace.span("restore", began, max(began, at), agent=seq.request.agent_id, bytes=nbytes)
             if seq.status is Status.RESTORING:
                 self.look_up(seq)
                 if self._reserve(seq, 0):
@@ -223,7 +223,7 @@ class Admission:
             began = time.perf_counter()
 
             def restored(nbytes: int, at: float) -> None:
-                self._trace.span("restore", began, at, agent=name, bytes=nbytes)
+                self._trace.span("restore", began, max(began, at), agent=name, bytes=nbytes)
                 self._core.contexts.release(match.all_nodes)
                 done.set_result(nbytes)
 

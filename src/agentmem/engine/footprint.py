@@ -41,8 +41,3 @@ def room_for_caches() -> int:
         return free
     fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
     return min(free, int(fields["MemAvailable"].split()[0]) * 1024)
-
-
-def resolve(size: int | float, whole: int) -> int:
-    """Bytes of a setting that is a number of bytes, or, as a float up to 1, a share of `whole`."""
-    return int(size * whole) if isinstance(size, float) and size <= 1 else int(size)

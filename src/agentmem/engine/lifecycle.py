@@ -183,8 +183,10 @@ class Lifecycle:
         def ready(tail: OpenBlock, data: Tail | None) -> None:
             if old.in_use or agent.branches.get(old.id) is not old:
                 raise Conflict(f"Agent {name[:200]!r} was changed by another request; try again.", param="agent_id")
+            self._contexts.hold(match.nodes)  # the branch that held them goes first, or it would displace the new one
             self._contexts.drop_branch(old)
             branch = self._enter(agent, list(match.nodes), tail, data)
+            self._contexts.release(match.nodes)
             branch.displaced += [old.id, *old.displaced]
             self._save(agent, done, lambda _: self._truncated(branch, namespace, name, done))
 
@@ -226,8 +228,8 @@ class Lifecycle:
         self._contexts.hold(match.all_nodes)
 
         def read(_bytes: int, _at: float) -> None:
-            self._contexts.release(match.all_nodes)
             self._guarded(done, lambda: self._open_block(match, ready))
+            self._contexts.release(match.all_nodes)
 
         self._memory.restore(match, read, only=entry)
 
@@ -253,6 +255,8 @@ class Lifecycle:
             tails = [(tail, branch_id) for _, tail, branch_id, _ in held if len(tail.tokens)]
             entries: list[Entry] = [*blocks.values(), *(tail for tail, _ in tails)]
             if not all(entry.disk_bytes for entry in entries):
+                if any(branch.in_use for branch in agent.branches.values()):
+                    raise Conflict(f"Agent {name[:200]!r} has a request running; wait for it.", param="agent_id")
                 raise StoreFailed("The agent could not be saved: see /health.")
             links = self._memory.store.link_files(list(blocks), [branch_id for _, branch_id in tails])
             self._then(links, done, lambda files: done.set_result(Exported(agent, held, files)))

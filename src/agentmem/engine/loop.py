@@ -286,6 +286,9 @@ class EngineLoop:
             evicted_bytes=self.core.contexts.pool.evicted_bytes,
             suspensions=self._admission.suspensions,
             quarantined=store["quarantined"],
+            trimmed_bytes=store["trimmed_bytes"],
+            store_bytes=store["disk_bytes"],
+            written_last_hour=store["bytes_written_last_hour"],
         )
 
     # -- stop

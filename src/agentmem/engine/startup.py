@@ -11,7 +11,7 @@ from typing import Any, cast
 
 import mlx.core as mx
 
-from ..config import Settings
+from ..config import Settings, resolve
 from ..errors import CorruptSegment, StartupError, StoreError
 from ..kvcache import calibrate
 from ..kvcache.block import from_host, to_host
@@ -23,7 +23,7 @@ from ..store.maintenance import collect_garbage
 from ..store.room import Limits
 from .budget import RamBudget
 from .contexts import Contexts
-from .footprint import physical_memory, resolve, room_for_caches
+from .footprint import physical_memory, room_for_caches
 from .memory import Memory
 from .model_runner import ModelRunner
 from .scheduler import Scheduler

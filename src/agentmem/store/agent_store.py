@@ -274,6 +274,8 @@ def _unlock(layout: Layout, manifest: Manifest, unlock: Callable[[bool], Vault] 
             raise StoreError(f"the store at {layout.root} is encrypted: start with --encrypt")
         return None
     vault = unlock(empty or not stored)
+    if stored != vault.check.hex() and FileKeys(vault, manifest).block_keys():
+        return vault  # it opens what is there: the note of it is damaged
     if not empty and stored is None:
         raise StoreError(
             f"the store at {layout.root} holds caches in the clear: delete that directory, or use another --home, "

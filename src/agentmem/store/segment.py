@@ -20,6 +20,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import xxhash
 
 from ..errors import CorruptSegment
@@ -123,15 +124,15 @@ def remove_file(path: Path) -> int | None:
     return stat.st_blocks * 512 if stat.st_nlink == 1 else 0
 
 
-def read_verified(path: Path, nbytes: int, digest: bytes) -> bytearray:
+def read_verified(path: Path, nbytes: int, digest: bytes) -> memoryview:
     """The file's bytes, if they are `nbytes` and have this checksum; CorruptSegment if not, or if unreadable."""
-    buf = bytearray(nbytes)
+    buf = np.empty(nbytes, np.uint8).data  # not zeroed first, which would hold up other readers
     try:
         with open(path, "rb", buffering=0) as file:
             size = os.fstat(file.fileno()).st_size
             if size != nbytes:
                 raise CorruptSegment(f"{path.name}: {size} bytes, {nbytes} were written")
-            view = memoryview(buf)
+            view = buf
             while view and (n := file.readinto(view)):
                 view = view[n:]
     except OSError as e:
