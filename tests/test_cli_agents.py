@@ -5,12 +5,15 @@ import json
 import os
 import pty
 import re
+import shutil
+import sqlite3
 import struct
 import subprocess
 import sys
 import termios
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -18,6 +21,11 @@ import pytest
 from server_process import ServerProcess
 from tiny import BLOCK, random_tokens
 from tiny_model_dir import write_tiny_model
+
+from agentmem.store.agent_store import AgentStore
+from agentmem.store.layout import Layout
+from agentmem.store.lock import acquire, release
+from agentmem.store.maintenance import holder
 
 FLAGS = ("--block-size", str(BLOCK), "--prefill-chunk", "64", "--tail-delay", "0.05")
 KEY = f"sk-{'0' * 16}"
@@ -279,13 +287,20 @@ def test_beside_a_server_the_store_is_looked_at_and_collected_through_it(server,
     assert verified["ok"] and verified["files"] > 0
 
 
-def test_a_flipped_bit_of_a_stopped_store_is_found_put_aside_and_survived(cli, model, environment, tmp_path):
-    home = tmp_path / "home"
+@pytest.fixture(scope="module")
+def stopped(model, tmp_path_factory) -> tuple[Path, str]:
+    """The home of a server that has ended, and what alice had answered there."""
+    home = tmp_path_factory.mktemp("stopped") / "home"
+    with ServerProcess(home, *FLAGS, model=model) as server:
+        answer = text(chat(server, "alice", 9))
+        chat(server, "gone", 10, agentmem={"ttl": 0.1})
+        assert server.stop() == 0
+    return home, answer
+
+
+def test_a_flipped_bit_of_a_stopped_store_is_found_put_aside_and_survived(cli, model, environment, stopped, tmp_path):
+    home, answer = shutil.copytree(stopped[0], tmp_path / "home"), stopped[1]
     environment = environment | {"AGENTMEM_HOME": str(home)}
-    with ServerProcess(home, *FLAGS, model=model) as first:
-        answer = text(chat(first, "alice", 9))
-        chat(first, "gone", 10, agentmem={"ttl": 0.1})
-        assert first.stop() == 0
     bad = max(blocks(home), key=lambda p: p.stat().st_mtime)
     flip(bad)
     done = cli("store", "verify", "--json", env=environment)
@@ -306,6 +321,42 @@ def test_a_flipped_bit_of_a_stopped_store_is_found_put_aside_and_survived(cli, m
         assert alice["agent_id"] == "alice"
         assert text(chat(second, "alice", 9)) == answer
         assert second.stop() == 0
+
+
+def test_a_store_of_a_newer_format_is_left_alone_and_the_others_are_collected(
+    cli, model, environment, stopped, tmp_path
+):
+    home, answer = shutil.copytree(stopped[0], tmp_path / "home"), stopped[1]
+    environment = environment | {"AGENTMEM_HOME": str(home)}
+    (store,) = (home / "store").iterdir()
+    newer = store.with_name("0" * 32)
+    shutil.copytree(store, newer)
+    with closing(sqlite3.connect(newer / "manifest.sqlite", isolation_level=None)) as db:
+        (application,) = db.execute("PRAGMA application_id").fetchone()
+        db.execute(f"PRAGMA application_id = {application // 256 * 256 + 99}")
+        db.execute("PRAGMA user_version = 99")
+    before = {p: p.read_bytes() for p in newer.rglob("*") if p.is_file() and p.name != "lock"}
+    for command in ("stats", "verify"):
+        assert "format 99" in failed(cli("store", command, env=environment), FAULT)
+    done = cli("store", "gc", env=environment)
+    assert (done.returncode, done.stderr.count("\n")) == (FAULT, 1) and "format 99" in done.stderr
+    assert f"{store.name}: " in done.stdout and newer.name not in done.stdout
+    # nor does a server need its room: the quota is kept by what it serves itself
+    with ServerProcess(home, *FLAGS, "--store-quota", "200K", "--store-min-free", "0", model=model) as second:
+        assert text(chat(second, "alice", 9)) == answer
+        assert second.stop() == 0
+    assert {p: p.read_bytes() for p in before} == before
+
+
+def test_who_looks_whether_a_store_is_open_does_not_keep_a_server_from_it(tmp_path):
+    layout = Layout(tmp_path / "store")
+    AgentStore.open(tmp_path, "store", {}).close()
+    looking = acquire(layout)
+    timer = threading.Timer(0.2, release, (looking,))
+    timer.start()
+    AgentStore.open(tmp_path, "store", {}).close()
+    timer.join()
+    assert holder(layout) is None
 
 
 def test_where_there_is_no_store_there_is_nothing_to_say_and_nothing_is_made(cli, environment, tmp_path):

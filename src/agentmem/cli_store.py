@@ -15,7 +15,7 @@ from rich.progress import BarColumn, DownloadColumn, TransferSpeedColumn
 from .cli_agents import Json, Key, ago, console, progress_bar, size, table
 from .client import Client
 from .config import Settings, load_settings
-from .errors import StartupError
+from .errors import StartupError, StoreError
 from .store import maintenance, schema
 from .store.layout import Layout
 from .store.lock import InUse
@@ -95,13 +95,15 @@ def gc(home: Home = None, config: Config = None, api_key: Key = None, as_json: J
     """Delete what has expired, what is in quarantine and what nobody holds, and shrink stores to store_quota."""
     settings = _settings(home, config)
     freed: dict[str, int] = {}
+    refused: list[StoreError] = []
     for layout in _stores(settings):
         before = maintenance.disk_usage(layout.root)
         try:
             freed[layout.root.name] = max(0, before - _guarded(maintenance.shrink, layout, 0))
-        except InUse as e:
-            if e.holder.url is None:
-                raise
+        except StoreError as e:
+            if not isinstance(e, InUse) or e.holder.url is None:
+                refused.append(e)  # of a newer format, or about to be served: the others are collected all the same
+                continue
             answer = Client(e.holder.url, api_key).call("POST", "/v1/store/gc")
             freed[layout.root.name] = max(0, answer["freed_bytes"])  # it may have written meanwhile
     quota = _quota(settings, _disk(settings).total)
@@ -109,11 +111,13 @@ def gc(home: Home = None, config: Config = None, api_key: Key = None, as_json: J
     left = maintenance.collect_garbage(settings.store_dir, quota)
     if as_json:
         print(json.dumps({"freed_bytes": freed, "freed_for_quota": before - left, "bytes": left, "quota": quota}))
-        return
-    for name, nbytes in freed.items():
-        print(f"{name}: {size(nbytes)} freed")
-    trimmed = f", {size(before - left)} freed for it" if before > left else ""
-    print(f"{size(left)} of at most {size(quota)} (store_quota){trimmed}")
+    else:
+        for name, nbytes in freed.items():
+            print(f"{name}: {size(nbytes)} freed")
+        trimmed = f", {size(before - left)} freed for it" if before > left else ""
+        print(f"{size(left)} of at most {size(quota)} (store_quota){trimmed}")
+    if refused:
+        raise refused[0]
 
 
 def _settings(home: Path | None, config: Path | None) -> Settings:
