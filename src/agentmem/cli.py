@@ -15,7 +15,9 @@ from . import __version__, cli_agents, cli_store
 from .config import Settings, load_settings
 from .errors import AgentMemError, StartupError
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
+_HELP = "Persistent KV caches for many LLM agents on one machine, behind an OpenAI-compatible server."
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=_HELP)
 
 app.add_typer(cli_agents.app, name="agents")
 app.add_typer(cli_store.app, name="store")

@@ -1,7 +1,9 @@
 """`agentmem agents`: what can be done to the agents of a running server, over HTTP."""
 
 import json
+import math
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,15 +12,26 @@ from urllib.parse import quote
 
 import typer
 from rich.console import Console
-from rich.progress import Progress
+from rich.progress import Progress, ProgressColumn, TextColumn
 from rich.table import Table
+from rich.text import Text
 
 from .client import Client
 from .errors import StartupError
 
 app = typer.Typer(no_args_is_help=True, help="List the agents of a running server, and manage their caches.")
 
-Id = Annotated[str, typer.Argument(help="the agent's id", show_default=False)]
+
+def _valid(text: str | None) -> str | None:
+    """Arguments that aren't valid UTF-8 reach Python as lone surrogates, which no request can carry."""
+    try:
+        (text or "").encode()
+    except UnicodeEncodeError:
+        raise StartupError(f"{text!r} is not valid UTF-8, so it can't be an agent's id") from None
+    return text
+
+
+Id = Annotated[str, typer.Argument(help="the agent's id", show_default=False, callback=_valid)]
 Url = Annotated[str, typer.Option(envvar="AGENTMEM_URL", help="the server's address")]
 Key = Annotated[str | None, typer.Option(envvar="AGENTMEM_API_KEY", help="API key, where the server needs one")]
 Json = Annotated[bool, typer.Option("--json", help="print JSON, for programs")]
@@ -35,7 +48,8 @@ def _client(context: typer.Context) -> Client:
 
 
 def _path(agent_id: str, operation: str = "") -> str:
-    return f"/v1/agents/{quote(agent_id, safe='')}{operation}"
+    # dots too: clients and proxies resolve "/../"
+    return f"/v1/agents/{quote(_valid(agent_id) or '', safe='').replace('.', '%2E')}{operation}"
 
 
 @app.command("list")
@@ -45,14 +59,14 @@ def list_agents(context: typer.Context, as_json: Json = False) -> None:
     if as_json:
         print(json.dumps(agents, indent=2))
         return
-    table = Table(box=None, header_style="bold")
-    for name in ("agent", "tier", "tokens", "branches", "RAM", "disk", "requests", "last use", ""):
-        table.add_column(name, justify="left" if name in ("agent", "tier", "") else "right", overflow="fold")
+    rows = table("agent", "tier", "tokens", "branches", "RAM", "disk", "last use", left=2)
+    rows.add_column("", overflow="fold")
     for a in sorted(agents, key=lambda a: -a["last_used"]):
         marks = [mark for mark in ("pinned", "ephemeral") if a[mark]] + ([f"ttl {a['ttl']:g} s"] if a["ttl"] else [])
         numbers = (f"{a['tokens']:,}", str(a["branches"]), size(a["ram_bytes"]), size(a["disk_bytes"]))
-        table.add_row(a["agent_id"], a["tier"], *numbers, str(a["requests"]), ago(a["last_used"]), ", ".join(marks))
-    console().print(table)
+        # an id may look like markup
+        rows.add_row(Text(a["agent_id"]), a["tier"], *numbers, ago(a["last_used"]), ", ".join(marks))
+    console().print(rows)
 
 
 @app.command()
@@ -80,6 +94,8 @@ def ttl(
     seconds: Annotated[float, typer.Argument(min=0, help="after its last use; 0: keep it for good")],
 ) -> None:
     """Let an agent expire some time after its last use."""
+    if not math.isfinite(seconds):
+        raise StartupError(f"seconds must be a number, not {seconds}; 0 keeps the agent for good")
     _print(_client(context).call("POST", _path(agent_id, "/ttl"), json={"seconds": seconds or None}))
 
 
@@ -114,7 +130,7 @@ def prewarm(
 def fork(
     context: typer.Context,
     agent_id: Id,
-    to: Annotated[str, typer.Argument(help="the new agent's id")],
+    to: Annotated[str, typer.Argument(help="the new agent's id", callback=_valid)],
     tokens: Annotated[int | None, typer.Option(help="fork after so many tokens (default: all)")] = None,
 ) -> None:
     """Make a second agent that goes on from where this one is. Nothing is copied."""
@@ -128,7 +144,9 @@ def truncate(
     tokens: Annotated[int | None, typer.Option(help="tokens to keep")] = None,
     messages: Annotated[int | None, typer.Option(help="messages to keep, the system prompt counts too")] = None,
 ) -> None:
-    """Forget the end of what an agent holds."""
+    """Forget the end of what an agent holds: give either --tokens or --messages."""
+    if (tokens is None) == (messages is None):
+        raise StartupError("give either --tokens or --messages")
     body = {"tokens": tokens, "messages": messages}
     _print(_client(context).call("POST", _path(agent_id, "/truncate"), json=body))
 
@@ -142,31 +160,40 @@ def export(
     """Write an agent into one file. It is not encrypted, whether or not the store is."""
     if file.exists():
         raise StartupError(f"{file} exists already: choose another name, or delete it")
-    part = file.with_name(file.name + ".part")
     try:
-        with part.open("xb") as out, Progress(console=console(stderr=True), transient=True) as progress:
-            part.chmod(0o600)
-            task = progress.add_task(f"exporting {agent_id}", total=None)
-            for chunk in _client(context).stream("POST", _path(agent_id, "/export")):
-                out.write(chunk)
-                progress.advance(task, len(chunk))
-        part.rename(file)
+        _export(_client(context).stream("POST", _path(agent_id, "/export")), agent_id, file)
     except OSError as e:
         raise StartupError(f"{file}: {e.strerror}") from None
-    finally:
-        part.unlink(missing_ok=True)
     _print({"agent_id": agent_id, "file": str(file), "bytes": file.stat().st_size})
+
+
+def _export(chunks: Iterator[bytes], agent_id: str, file: Path) -> None:
+    """Under a name of its own, 0600, until all is there. Nothing is left if it does not arrive whole."""
+    with tempfile.NamedTemporaryFile(dir=file.parent, prefix=".agentmem-", suffix=".part", delete=False) as out:
+        try:
+            with progress_bar() as progress:
+                task = progress.add_task(f"exporting {agent_id}", total=None)
+                for chunk in chunks:
+                    out.write(chunk)
+                    progress.advance(task, len(chunk))
+            out.flush()
+            Path(out.name).rename(file)
+        except BaseException:
+            Path(out.name).unlink(missing_ok=True)
+            raise
 
 
 @app.command("import")
 def import_agent(
     context: typer.Context,
     file: Annotated[Path, typer.Argument(help="a file that export wrote")],
-    agent_id: Annotated[str | None, typer.Option(help="a name for it (default: the one it had)")] = None,
+    agent_id: Annotated[
+        str | None, typer.Option(help="a name for it (default: the one it had)", callback=_valid)
+    ] = None,
 ) -> None:
     """Make an agent of an exported file. It must come from the same model with the same cache settings."""
     try:
-        with file.open("rb") as content, Progress(console=console(stderr=True), transient=True) as progress:
+        with file.open("rb") as content, progress_bar() as progress:
             task = progress.add_task(f"importing {file.name}", total=file.stat().st_size)
 
             def chunks() -> Iterator[bytes]:
@@ -204,6 +231,22 @@ def ago(moment: float) -> str:
     return f"{seconds:.0f} s ago"
 
 
+def table(*names: str, left: int = 1) -> Table:
+    """The first `left` columns to the left, numbers to the right. The very first folds where a terminal is narrow."""
+    made = Table(box=None, header_style="bold", padding=(0, 1, 0, 0), pad_edge=False)
+    for i, name in enumerate(names):
+        made.add_column(name, justify="left" if i < left else "right", overflow="fold", no_wrap=i > 0)
+    return made
+
+
+def progress_bar(*columns: ProgressColumn) -> Progress:
+    """Shown after its description, by default with rich's columns. Silent where nobody looks: stderr is for errors."""
+    text = TextColumn("{task.description}", markup=False)
+    shown = console(stderr=True)
+    rest = columns or Progress.get_default_columns()[1:]
+    return Progress(text, *rest, console=shown, transient=True, disable=not shown.is_terminal)
+
+
 def console(*, stderr: bool = False) -> Console:
     """A wide one where nobody looks: a program wants whole lines."""
     stream = sys.stderr if stderr else sys.stdout
@@ -217,5 +260,7 @@ def _print(answer: dict[str, Any]) -> None:
 def _read(path: Path) -> str:
     try:
         return path.read_text()
-    except (OSError, UnicodeDecodeError) as e:
+    except OSError as e:
+        raise StartupError(f"{path}: {e.strerror}") from None
+    except UnicodeDecodeError as e:
         raise StartupError(f"{path}: {e}") from None

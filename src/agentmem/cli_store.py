@@ -10,13 +10,12 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
-from rich.table import Table
+from rich.progress import BarColumn, DownloadColumn, TransferSpeedColumn
 
-from .cli_agents import Json, Key, ago, console, size
+from .cli_agents import Json, Key, ago, console, progress_bar, size, table
 from .client import Client
 from .config import Settings, load_settings
-from .errors import StartupError
+from .errors import StartupError, StoreError
 from .store import maintenance, schema
 from .store.layout import Layout
 from .store.lock import InUse
@@ -35,22 +34,29 @@ def stats(home: Home = None, config: Config = None, as_json: Json = False) -> No
     if as_json:
         print(json.dumps([asdict(row) | {"writes": _writes(row)} for row in rows], indent=2))
         return
-    table = Table(box=None, header_style="bold")
-    for name in ("store", "agents", "blocks", "on disk", "written/h", "written/24 h", "last use", "open in"):
-        table.add_column(name, justify="left" if name in ("store", "open in") else "right", overflow="fold")
-    for row in rows:
-        writes, used = _writes(row), ago(row.last_used) if row.last_used else "-"
-        where = f"process {row.holder.pid} {row.holder.url or ''}" if row.holder else "-"
-        counts = (f"{row.agents} ({row.pinned} pinned)" if row.pinned else str(row.agents), str(row.blocks))
-        written = (size(writes["last_hour"]), size(writes["last_day"]))
-        name = row.fingerprint + (" (encrypted)" if row.encrypted else "")
-        table.add_row(name, *counts, size(row.disk_bytes), *written, used, where)
-    console().print(table)
-    disk = shutil.disk_usage(settings.store_dir if settings.store_dir.exists() else "/")
+    _print_table(rows)
+    disk = _disk(settings)
     total = sum(row.disk_bytes for row in rows)
     print(
         f"{size(total)} of at most {size(_quota(settings, disk.total))} (store_quota); {size(disk.free)} of disk free"
     )
+
+
+def _print_table(rows: list[maintenance.StoreStats]) -> None:
+    lines = table("store", "agents", "pinned", "blocks", "on disk", "written/h", "written/24 h", "last use")
+    for row in rows:
+        writes, used = _writes(row), ago(row.last_used) if row.last_used else "-"
+        counts = (str(row.agents), str(row.pinned), str(row.blocks), size(row.disk_bytes))
+        lines.add_row(_short(row), *counts, size(writes["last_hour"]), size(writes["last_day"]), used)
+    console().print(lines)
+    for row in rows:
+        where = [f"open in process {row.holder.pid} {row.holder.url or ''}".rstrip()] if row.holder else []
+        if notes := where + ["encrypted"] * row.encrypted:
+            print(f"{_short(row)}: {', '.join(notes)}")
+
+
+def _short(row: maintenance.StoreStats) -> str:
+    return row.fingerprint[:12]
 
 
 @app.command()
@@ -64,8 +70,7 @@ def verify(
 ) -> None:
     """Read every file and compare its checksum. Exit code 1 if anything is damaged."""
     layouts = _stores(_settings(home, config))
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    with Progress(*columns, console=console(stderr=True), transient=True) as progress:
+    with progress_bar(BarColumn(), DownloadColumn(), TransferSpeedColumn()) as progress:
         task = progress.add_task("reading", total=sum(_bytes(layout) for layout in layouts))
         reports = [
             _guarded(maintenance.verify, layout, lambda n: progress.advance(task, n), repair=repair)
@@ -78,6 +83,8 @@ def verify(
         rows = [f"{report.damaged_rows} rows of the manifest"] if report.damaged_rows else []
         for line in rows + report.bad:
             print(f"  {line}")
+        if report.quarantined:
+            print(f"  put aside: {report.quarantined}")
         if not report.ok and not repair:
             print("  agents through these are prefilled again when they are asked; --repair puts them aside now")
     raise typer.Exit(0 if all(report.ok for report in reports) or repair else 1)
@@ -87,28 +94,30 @@ def verify(
 def gc(home: Home = None, config: Config = None, api_key: Key = None, as_json: Json = False) -> None:
     """Delete what has expired, what is in quarantine and what nobody holds, and shrink stores to store_quota."""
     settings = _settings(home, config)
-    if not settings.store_dir.is_dir():
-        raise typer.Exit()
     freed: dict[str, int] = {}
+    refused: list[StoreError] = []
     for layout in _stores(settings):
         before = maintenance.disk_usage(layout.root)
         try:
-            freed[layout.root.name] = before - _guarded(maintenance.shrink, layout, 0)
-        except InUse as e:
-            if e.holder.url is None:
-                raise
+            freed[layout.root.name] = max(0, before - _guarded(maintenance.shrink, layout, 0))
+        except StoreError as e:
+            if not isinstance(e, InUse) or e.holder.url is None:
+                refused.append(e)  # of a newer format, or about to be served: the others are collected all the same
+                continue
             answer = Client(e.holder.url, api_key).call("POST", "/v1/store/gc")
-            freed[layout.root.name] = answer["freed_bytes"]
-    quota = _quota(settings, shutil.disk_usage(settings.store_dir).total)
+            freed[layout.root.name] = max(0, answer["freed_bytes"])  # it may have written meanwhile
+    quota = _quota(settings, _disk(settings).total)
     before = sum(maintenance.disk_usage(layout.root) for layout in _stores(settings))
     left = maintenance.collect_garbage(settings.store_dir, quota)
     if as_json:
         print(json.dumps({"freed_bytes": freed, "freed_for_quota": before - left, "bytes": left, "quota": quota}))
-        return
-    for name, nbytes in freed.items():
-        print(f"{name}: {size(max(0, nbytes))} freed")
-    trimmed = f", {size(before - left)} freed for it" if before > left else ""
-    print(f"{size(left)} of at most {size(quota)} (store_quota){trimmed}")
+    else:
+        for name, nbytes in freed.items():
+            print(f"{name}: {size(nbytes)} freed")
+        trimmed = f", {size(before - left)} freed for it" if before > left else ""
+        print(f"{size(left)} of at most {size(quota)} (store_quota){trimmed}")
+    if refused:
+        raise refused[0]
 
 
 def _settings(home: Path | None, config: Path | None) -> Settings:
@@ -117,6 +126,14 @@ def _settings(home: Path | None, config: Path | None) -> Settings:
 
 def _stores(settings: Settings) -> list[Layout]:
     return maintenance.stores(settings.store_dir) if settings.store_dir.is_dir() else []
+
+
+def _disk(settings: Settings) -> Any:
+    """What shutil says of the disk that the stores are on, or would be."""
+    at = settings.store_dir
+    while not at.exists():
+        at = at.parent
+    return shutil.disk_usage(at)
 
 
 def _quota(settings: Settings, disk: int) -> int:
@@ -145,3 +162,5 @@ def _guarded(function: Callable[..., Any], layout: Layout, *args: Any, **options
         raise StartupError(
             f"the manifest of {layout.root} can't be read ({e}); the next start of a server puts a damaged one aside"
         ) from None
+    except OSError as e:
+        raise StartupError(f"{e.filename or layout.root}: {e.strerror}") from None

@@ -23,7 +23,14 @@ class Client:
 
     def call(self, method: str, path: str, **request: Any) -> dict[str, Any]:
         """The answer's JSON. RequestFailed: an error; StartupError: nobody answers."""
-        return json.loads(b"".join(self.stream(method, path, **request)))
+        answer = b"".join(self.stream(method, path, **request))
+        try:
+            found = json.loads(answer)
+        except ValueError:
+            found = None
+        if not isinstance(found, dict):
+            raise RequestFailed(f"{self._url}{path} answered with no JSON object: is this an agentmem server?")
+        return found
 
     def stream(self, method: str, path: str, **request: Any) -> Iterator[bytes]:
         """The answer's body, as it comes."""

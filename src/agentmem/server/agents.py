@@ -13,7 +13,7 @@ from starlette.types import Receive, Scope, Send
 
 from ..config import Settings
 from ..engine.request import AgentDetail, EngineAPI, Export, Finished, GenerateRequest, SamplingParams, check_agent_id
-from ..errors import InvalidRequest, NotFound
+from ..errors import InvalidRequest, NotFound, StoreFailed
 from .auth import namespace_of
 from .chat import ChatRenderer
 from .events import unless_disconnected
@@ -58,9 +58,12 @@ def add_agent_routes(app: FastAPI, engine: EngineAPI, renderer: ChatRenderer, se
     async def import_agent(request: Request, agent_id: str | None = None) -> dict[str, Any]:
         """The body is an archive; `agent_id` (in the query) its new name, by default the one it had."""
         name = None if agent_id is None else check_agent_id(agent_id)
-        with tempfile.TemporaryFile(dir=settings.home_dir) as file:  # it has no name: nothing is left of it
-            await _receive(request, file, engine.import_limit)
-            return _shown(await engine.import_agent(namespace_of(request), name, file))
+        try:
+            with tempfile.TemporaryFile(dir=settings.home_dir) as file:  # it has no name: nothing is left of it
+                await _receive(request, file, engine.import_limit)
+                return _shown(await engine.import_agent(namespace_of(request), name, file))
+        except OSError as e:
+            raise StoreFailed(f"The archive could not be put on disk: {e.strerror}.") from e
 
     @app.get("/v1/agents/{agent_id:path}")
     async def show_agent(agent_id: str, request: Request) -> dict[str, Any]:

@@ -227,7 +227,8 @@ def validation_error_body(problem: Any) -> dict[str, Any]:
             code=code,
         )
     if not path:
-        message = "The body must be a JSON object, with the header content-type: application/json"
+        if kind != "value_error":  # that is one of ours, about several fields
+            message = "The body must be a JSON object, with the header content-type: application/json"
         return error_body(message, type="invalid_request_error", code=code)
     param = ".".join(path)
     if kind == "extra_forbidden":

@@ -45,6 +45,7 @@ from .trim import Trimmed, trim
 from .writer import Writer
 
 MAX_BACKLOG_BYTES = 256 << 20
+_PATIENCE = 1.0  # s; `agentmem store stats` holds the lock for a moment, to see whether anyone does
 _ENCRYPTION = "encryption"  # in the manifest's meta: a value that only the same master key gives
 
 
@@ -71,7 +72,7 @@ class AgentStore:
         with ExitStack() as undo:
             try:
                 make_private_dir(layout.root)
-                lock = acquire(layout)
+                lock = acquire(layout, patience=_PATIENCE)
                 undo.callback(release, lock)
                 for directory in (layout.blocks, layout.tails, layout.quarantine):
                     make_private_dir(directory)

@@ -7,6 +7,7 @@ The lock is flock's, which goes with its process; the text is only a word to oth
 
 import fcntl
 import os
+import time
 from dataclasses import dataclass
 
 from ..errors import StoreError
@@ -27,12 +28,12 @@ class InUse(StoreError):
         self.holder = holder
 
 
-def acquire(layout: Layout) -> int:
-    """The open lock file; closing it, or the process's end, lets go. Raises InUse."""
+def acquire(layout: Layout, *, patience: float = 0.0) -> int:
+    """The open lock file; closing it, or the process's end, lets go. InUse: it is held for longer than `patience` s."""
     fd = os.open(layout.lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
     try:
         os.fchmod(fd, 0o600)
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        _flock(fd, time.monotonic() + patience)
         _write(fd, str(os.getpid()))
     except BlockingIOError:
         pid, _, url = os.pread(fd, 1024, 0).decode(errors="replace").partition(" ")
@@ -42,6 +43,16 @@ def acquire(layout: Layout) -> int:
         os.close(fd)
         raise
     return fd
+
+
+def _flock(fd: int, deadline: float) -> None:
+    while True:
+        try:
+            return fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() >= deadline:
+                raise
+        time.sleep(0.01)
 
 
 def release(fd: int) -> None:

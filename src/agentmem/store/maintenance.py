@@ -13,11 +13,11 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-from ..errors import CorruptSegment
+from ..errors import CorruptSegment, StoreError
 from . import schema
 from .layout import Layout
 from .lock import Holder, InUse, acquire, release
-from .manifest import Manifest
+from .manifest import Manifest, refuse_newer
 from .reconcile import empty_quarantine, open_manifest, reconcile
 from .records import FileRef
 from .room import disk_usage
@@ -65,7 +65,7 @@ def stores(root: Path) -> list[Layout]:
 
 
 def store_stats(layout: Layout) -> StoreStats:
-    """Raises sqlite3.Error, schema.Damaged."""
+    """Raises StoreError (of a newer format), sqlite3.Error, schema.Damaged."""
     with _reading(layout) as manifest:
         agents = manifest.agents()
         _, branches = manifest.counts()
@@ -130,7 +130,7 @@ def verify(layout: Layout, progress: Callable[[int], object], *, repair: bool = 
 def collect_garbage(root: Path, limit: int, *, keep: str | None = None) -> int:
     """Let the least recently used stores but `keep` shrink until all of them take `limit` bytes; what they take then.
 
-    One that a server has open stays as it is.
+    One that can't be changed (a server has it open, its format is newer, its disk fails) stays as it is, and counts.
     """
     others = [layout for layout in stores(root) if layout.root.name != keep] if root.is_dir() else []
     sizes = {layout: disk_usage(layout.root) for layout in others}
@@ -138,7 +138,7 @@ def collect_garbage(root: Path, limit: int, *, keep: str | None = None) -> int:
         if sum(sizes.values()) > limit:
             try:
                 sizes[layout] = shrink(layout, sum(sizes.values()) - limit)
-            except InUse:
+            except (StoreError, OSError, sqlite3.Error):
                 continue
     return sum(sizes.values())
 
@@ -183,6 +183,7 @@ def _problem(path: Path, ref: FileRef) -> str | None:
 
 @contextmanager
 def _reading(layout: Layout) -> Iterator[Manifest]:
+    refuse_newer(layout.manifest)
     with closing(sqlite3.connect(layout.manifest.absolute().as_uri() + "?mode=ro", uri=True)) as db:
         yield Manifest(db)
 

@@ -48,7 +48,7 @@ class Manifest:
 
         A newer format raises StoreError and leaves every byte as it was. schema.Damaged: it is no manifest any more.
         """
-        _refuse_newer(path)
+        refuse_newer(path)
         # SQLite gives -wal and -shm the database's mode
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
         os.fchmod(fd, 0o600)
@@ -364,7 +364,8 @@ class Manifest:
         return [key for (key,) in rows]
 
 
-def _refuse_newer(path: Path) -> None:
+def refuse_newer(path: Path) -> None:
+    """Raises StoreError: a newer agentmem wrote it; schema.Damaged; sqlite3.Error."""
     if not path.exists():
         return
     try:
