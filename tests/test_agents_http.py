@@ -173,7 +173,6 @@ def test_messages_are_counted_as_the_template_renders_them_and_their_ends_found(
         ended = refused(server.client.post(path("turns", "/truncate"), json={"messages": keep + 1}))
         assert f"1 to {keep}:" in ended[3]
     post(server, "turns", "prewarm", json={"messages": history[:6]})
-    post(server, "turns", "evict")  # all of it is on disk
     kept = post(server, "turns", "truncate", json={"messages": 4})["tokens"]
     chat = server.chat([*history[:4], user(5, 20)], agent="turns")
     assert cached(chat)[1] == kept

@@ -1,5 +1,6 @@
 """What can be done to agents, on a tiny model: each time the next answer is compared with an undisturbed agent's."""
 
+import asyncio
 import io
 import json
 import random
@@ -487,3 +488,29 @@ def test_fifty_agents_in_a_store_for_ten_stay_within_the_quota_and_the_pinned_an
         assert {"a0", "a1", "a49", "a48", "a47"} <= whole
         assert "a5" not in whole and len(whole) <= 10 + log // agent_bytes
         assert engine.ask("a0", prompts["a0"] + MORE)[1].cached_tokens >= len(prompts["a0"])
+
+
+def test_of_imports_of_one_name_at_the_same_time_one_is_taken(tmp_path):
+    with tiny_engine(tmp_path / "a") as engine:
+        talk(engine, "alice")
+        archive = exported(engine)
+
+    async def all_at_once(engine):
+        imports = (engine.engine.import_agent("default", None, io.BytesIO(archive)) for _ in range(5))
+        return await asyncio.gather(*imports, return_exceptions=True)
+
+    with tiny_engine(tmp_path / "b") as engine:
+        results = engine.call(all_at_once(engine))
+        assert sum(isinstance(r, Conflict) for r in results) == 4
+        assert engine.agents()["alice"].branches == 1
+        assert engine.core.store.stats()["agents"] == 1
+
+
+def test_a_truncation_right_after_a_prewarm_is_saved(tmp_path):
+    with tiny_engine(tmp_path, tail_delay=0.0) as engine:
+        for i in range(60):
+            prompt = random_tokens(4 * BLOCK + 9, seed=400 + i % 3)
+            drain(engine, GenerateRequest("default", "alice", prompt, SamplingParams(max_tokens=0)))
+            cut = 3 * BLOCK if i % 2 else 3 * BLOCK - 7
+            detail = engine.call(engine.engine.truncate_agent("default", "alice", cut, None))
+            assert (detail.branches[0].tokens, detail.branches[0].unsaved_tokens) == (cut, 0)

@@ -132,9 +132,13 @@ class Engine:
     async def import_agent(self, namespace: str, agent_id: str | None, file: IO[bytes]) -> AgentDetail:
         archive = await asyncio.to_thread(read_archive, self._core, file)
         name = check_agent_id(agent_id or archive.about.get("agent_id"))
-        await self._perform(partial(self._lifecycle.must_be_new, namespace, name))
-        imported = await asyncio.to_thread(import_agent, self._core, namespace, name, archive)
-        return await self._perform(partial(self._lifecycle.attach, namespace, name, imported))
+        await self._perform(partial(self._lifecycle.begin_import, namespace, name))
+        imported = None
+        try:
+            imported = await asyncio.to_thread(import_agent, self._core, namespace, name, archive)
+        finally:
+            detail = await self._perform(partial(self._lifecycle.end_import, namespace, name, imported))
+        return detail
 
     @property
     def import_limit(self) -> int:

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from ..errors import AgentMemError, Busy, Conflict, InvalidRequest, NotFound, StoreFailed
 from ..kvcache.block import Tail
@@ -46,6 +46,7 @@ def no_agent(name: str) -> NotFound:
 class Lifecycle:
     def __init__(self, core: Core):
         self._core, self._contexts, self._memory = core, core.contexts, core.memory
+        self._importing: set[tuple[str, str]] = set()  # namespace, name
 
     # -- what is known, and kept
 
@@ -188,18 +189,26 @@ class Lifecycle:
             branch = self._enter(agent, list(match.nodes), tail, data)
             self._contexts.release(match.nodes)
             branch.displaced += [old.id, *old.displaced]
-            self._save(agent, done, lambda _: self._truncated(branch, namespace, name, done))
+            self._save(agent, done, lambda _: self._truncated(branch, done, tries=3))
 
         self._read_open_block(match, done, ready)
 
-    def _truncated(self, branch: Branch, namespace: str, name: str, done: "Future[AgentDetail]") -> None:
-        """What is kept is on disk by now: what is not goes from there."""
+    def _truncated(self, branch: Branch, done: "Future[AgentDetail]", tries: int) -> None:
+        """What is kept is on disk by now, or after one more look if it was on its way: what is not goes from there."""
         self._memory.save_rest(branch, forced=True)
-        if branch.displaced:
+        saved, agent = not branch.displaced, branch.agent
+        if not saved and not tries:
             raise StoreFailed(
                 "What is left of the agent could not be saved, so the rest is still on disk: see /health."
             )
-        self._then(self._memory.store.flush(), done, lambda _: self.show(namespace, name, done))
+
+        def flushed(_: Any) -> None:
+            if saved:
+                self.show(agent.namespace, agent.name, done)
+            else:
+                self._truncated(branch, done, tries - 1)
+
+        self._then(self._memory.store.flush(), done, flushed)
 
     def _cut(self, branch: Branch, num_tokens: int | None) -> Match:
         if num_tokens is not None and not 1 <= num_tokens <= len(branch):
@@ -263,21 +272,29 @@ class Lifecycle:
 
         self._save(agent, done, saved)
 
-    def attach(self, namespace: str, name: str, imported: Imported, done: "Future[AgentDetail]") -> None:
-        """Enter what an import stored."""
-        self._memory.enter(imported.branches, imported.blocks)
-        agent = self._agent(namespace, name)
-        agent.last_used = max(branch.last_used for branch in imported.branches)
-        self.show(namespace, name, done)
-
-    def must_be_new(self, namespace: str, name: str, done: "Future[None]") -> None:
-        if (namespace, name) in self._contexts.agents:
+    def begin_import(self, namespace: str, name: str, done: "Future[None]") -> None:
+        """Nobody else may import an agent of this name until `end_import`."""
+        if (namespace, name) in self._contexts.agents or (namespace, name) in self._importing:
             raise Conflict(
                 f"There is an agent {name[:200]!r} already; give another agent_id.",
                 param="agent_id",
                 code="agent_exists",
             )
+        self._importing.add((namespace, name))
         done.set_result(None)
+
+    def end_import(
+        self, namespace: str, name: str, imported: Imported | None, done: "Future[AgentDetail | None]"
+    ) -> None:
+        """Enter what it stored, if it did."""
+        self._importing.discard((namespace, name))
+        if imported is None:
+            done.set_result(None)
+            return
+        self._memory.enter(imported.branches, imported.blocks)
+        agent = self._agent(namespace, name)
+        agent.last_used = max(branch.last_used for branch in imported.branches)
+        self.show(namespace, name, cast("Future[AgentDetail]", done))
 
     # -- the store
 

@@ -5,6 +5,7 @@ compute, so it can't reach another agent.
 """
 
 import os
+import sqlite3
 import time
 import uuid
 from collections.abc import Iterator
@@ -12,7 +13,7 @@ from typing import IO, Any
 
 import numpy as np
 
-from ..errors import AgentMemError, CorruptSegment, InvalidRequest
+from ..errors import AgentMemError, CorruptSegment, InvalidRequest, StoreFailed
 from ..kvcache.shapes import Shapes, block_shapes, tail_shapes
 from ..kvcache.spec import KVCacheSpec
 from ..store import segment
@@ -85,6 +86,9 @@ def import_agent(core: Core, namespace: str, name: str, archive: Archive) -> Imp
     except AgentMemError:
         core.store.delete_agent(*scratch)
         raise
+    except (OSError, sqlite3.Error) as e:
+        core.store.delete_agent(*scratch)
+        raise StoreFailed(f"The agent could not be stored: {e}") from e
     return imported
 
 

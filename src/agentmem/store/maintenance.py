@@ -138,16 +138,16 @@ def collect_garbage(root: Path, limit: int, *, keep: str | None = None) -> int:
         if sum(sizes.values()) > limit:
             try:
                 sizes[layout] = shrink(layout, sum(sizes.values()) - limit)
-            except (StoreError, OSError, sqlite3.Error):
+            except (StoreError, OSError, sqlite3.Error, schema.Damaged):
                 continue
     return sum(sizes.values())
 
 
 def shrink(layout: Layout, nbytes: int) -> int:
     """Delete what has expired, what is in quarantine, and the least recently used, if need be, until `nbytes` are
-    free; bytes that the store takes then. An empty store goes altogether. Raises InUse."""
+    free; bytes that the store takes then. An empty store goes altogether. Raises InUse, schema.Damaged."""
     before = disk_usage(layout.root)
-    with _changing(layout) as manifest:
+    with _changing(layout, Manifest.open) as manifest:
         with manifest.transaction():
             for namespace, name in manifest.expired(time.time()):
                 manifest.delete_agent(namespace, name)
@@ -189,12 +189,13 @@ def _reading(layout: Layout) -> Iterator[Manifest]:
 
 
 @contextmanager
-def _changing(layout: Layout) -> Iterator[Manifest]:
+def _changing(layout: Layout, opened: Callable[[Path], Manifest] | None = None) -> Iterator[Manifest]:
+    """`opened`: how to open a manifest; by default one that is damaged is put aside."""
     lock = acquire(layout)
     try:
         for directory in (layout.blocks, layout.tails, layout.quarantine):
             make_private_dir(directory)
-        with closing(open_manifest(layout)) as manifest:
+        with closing(opened(layout.manifest) if opened else open_manifest(layout)) as manifest:
             yield manifest
     finally:
         release(lock)
