@@ -262,3 +262,15 @@ def test_linked_files_carry_their_keys(tmp_path):
         for name, wanted in ((key("a"), "a"), (key("ab"), "ab"), (B1, "t")):
             assert bytes(store.read_linked(linked, name)[0]["k"].data) == tensors(wanted)["k"].data
         store.unlink(linked).result()
+
+
+@pytest.mark.parametrize("change", ["UPDATE meta SET value = 'x'", "DELETE FROM meta"])
+def test_a_damaged_note_of_the_master_key_costs_nothing_that_the_right_key_opens(tmp_path, change):
+    with opened(tmp_path) as store:
+        save(store, B1, "alice", "ab").result()
+    query(tmp_path, f"{change} WHERE key = 'encryption'")
+    with pytest.raises(StoreError, match="start with --encrypt"), opened_clear(tmp_path):
+        pass
+    with pytest.raises(StoreError), opened(tmp_path, Vault(b"n" * 32)):
+        pass
+    assert readable(tmp_path, "a", "ab")

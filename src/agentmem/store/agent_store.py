@@ -79,9 +79,10 @@ class AgentStore:
                 manifest = open_manifest(layout)
                 undo.callback(manifest.close)
                 vault = _unlock(layout, manifest, unlock)
-                if manifest.meta() != (meta := meta | _encryption(vault)):
-                    with manifest.transaction():
-                        manifest.reset(meta)
+                with manifest.transaction():
+                    if manifest.meta() | {_ENCRYPTION: ""} != meta | {_ENCRYPTION: ""}:
+                        manifest.forget_everything()
+                    manifest.set_meta(meta | _encryption(vault))
                 keys = FileKeys(vault, manifest) if vault else None
                 reconcile(layout, manifest, keys)
                 room = _fit(layout, manifest, keys, limits or Limits())
@@ -271,7 +272,7 @@ def _unlock(layout: Layout, manifest: Manifest, unlock: Callable[[bool], Vault] 
     stored = manifest.meta().get(_ENCRYPTION)
     empty = not manifest.parents() and not manifest.tail_files()
     if unlock is None:
-        if stored and not empty:
+        if manifest.is_sealed() or (stored and not empty):
             raise StoreError(f"the store at {layout.root} is encrypted: start with --encrypt")
         return None
     vault = unlock(empty or not stored)

@@ -115,10 +115,17 @@ class Manifest:
     def meta(self) -> dict[str, str]:
         return dict(self.db.execute("SELECT key, value FROM meta"))
 
-    def reset(self, meta: dict[str, str]) -> None:
-        """Forget everything; `meta` is what the blocks to come are made with."""
-        for table in ("block_keys", "branches", "agents", "blocks", "meta"):
+    def is_sealed(self) -> bool:
+        """Whether it holds keys of encrypted files."""
+        return self.db.execute("SELECT 1 FROM block_keys LIMIT 1").fetchone() is not None
+
+    def forget_everything(self) -> None:
+        for table in ("block_keys", "branches", "agents", "blocks"):
             self.db.execute(f"DELETE FROM {table}")
+
+    def set_meta(self, meta: dict[str, str]) -> None:
+        """What the blocks are made with."""
+        self.db.execute("DELETE FROM meta")
         self.db.executemany("INSERT INTO meta VALUES (?, ?)", meta.items())
 
     def agents(self) -> list[AgentRecord]:
