@@ -233,6 +233,7 @@ class Memory:
 
     def claim_branch(self, agent: Agent, match: Match, *, persist: bool) -> Branch:
         """The branch that a sequence will leave: the one it continues, else a new one that pins what it shares."""
+        self._share(match.nodes, agent)
         source = match.source
         if source is not None and match.extends and not source.in_use and source.id in agent.branches:
             source.in_use = True
@@ -241,7 +242,6 @@ class Memory:
         branch.in_use = True
         if match.nodes and persist:
             self._save_path(branch, list(match.nodes))
-        self._share(match.nodes, agent)
         return branch
 
     @staticmethod
