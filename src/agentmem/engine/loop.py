@@ -47,8 +47,8 @@ class EngineLoop:
             self._take_commands()
             self._watch_memory()
             self._end_cancelled()
-            self._end_prewarmed()
             self._admission.admit()
+            self._end_prewarmed()
             self._admission.grow()
             step = self._schedule()
             if step is not None:
