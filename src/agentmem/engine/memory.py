@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+import os
 import time
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future
@@ -30,6 +31,11 @@ _SOONEST = 0.01  # s between two looks at what rests
 def cut_lineage(node: Node, num_tokens: int) -> bytes:
     """Lineage of the block that goes on from the first `num_tokens` of `node`."""
     return node.key + num_tokens.to_bytes(_LINEAGE_POSITION, "little")
+
+
+def foreign_lineage(prefix_len: int) -> bytes:
+    """Lineage of an open block that came from outside: the block that it grows into never stands in for another."""
+    return os.urandom(32) + prefix_len.to_bytes(_LINEAGE_POSITION, "little")
 
 
 def tail_identity(head: bytes, tokens: np.ndarray) -> str:
