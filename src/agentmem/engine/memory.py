@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import CorruptSegment, NotFound
+from ..errors import AgentMemError, CorruptSegment, NotFound, StoreFailed
 from ..kvcache.block import RawArrays, SealedBlock, Snapshot, Tail, copy_host, from_raw, to_host
 from ..kvcache.spec import KVCacheSpec
 from ..store.agent_store import AgentStore
@@ -119,7 +119,7 @@ class Memory:
                 if branch.tail.data is None:
                     self.contexts.set_tail(branch, OpenBlock())
             if branch.disk_head in blocks or branch.id in tails:
-                branch.disk_head = None
+                branch.disk_head = None if branch.disk_head in blocks else branch.disk_head
                 branch.save_at = branch.save_at or math.inf  # when it leaves RAM, not before
             if not len(branch) and not branch.in_use:
                 self.contexts.drop_branch(branch)
