@@ -351,11 +351,15 @@ class Memory:
         tail, stored = branch.tail.data.nbytes, sum(node.disk_bytes for node in branch.nodes)
         return branch.tail_bytes_written + tail <= (self._write_amplification - 1) * (stored + tail)
 
-    @staticmethod
-    def unsaved_tokens(branch: Branch) -> int:
-        """What a crash would cost."""
-        entries: list[Entry] = [*branch.nodes, branch.tail]
-        return sum(len(entry.tokens) for entry in entries if not entry.disk_bytes)
+    def unsaved_tokens(self, branch: Branch) -> int:
+        """What a crash would cost: blocks on disk count for a branch once its row there reaches them."""
+        keys, reached = [node.key for node in branch.nodes], branch.disk_head
+        while reached and reached not in keys:  # a running sequence has moved the row on
+            node = self.contexts.nodes.get(reached)
+            reached = node.parent if node else None
+        there = keys.index(reached) + 1 if reached else 0
+        entries: list[Entry] = [*branch.nodes[:there], *([branch.tail] if there == len(keys) else [])]
+        return len(branch) - sum(len(entry.tokens) for entry in entries if entry.disk_bytes)
 
     def note(self, agent: Agent, branch: Branch | None = None, *, now: bool = False) -> "Future[None] | None":
         """Tell the store that the agent is used, every few seconds, or `now`; what comes of it, if it is told."""
@@ -440,7 +444,8 @@ class Memory:
         def deleted(stored: "Future[bool]") -> None:
             error = stored.exception()
             if error is not None:
-                done.set_exception(error)
+                failed = StoreFailed(f"The agent's bytes may still be on disk: {error}; delete it again")
+                done.set_exception(error if isinstance(error, AgentMemError) else failed)
             else:
                 done.set_result(stored.result() or agent is not None)
 
