@@ -168,6 +168,19 @@ def test_what_runs_for_a_new_ephemeral_agent_is_not_written_whatever_is_asked_me
     assert not any(run_of in path.read_bytes() for path in store_files(tmp_path))
 
 
+def test_an_export_of_an_agent_that_is_deleted_meanwhile_is_refused(tmp_path):
+    with tiny_engine(tmp_path) as engine:
+        talk(engine, "alice")
+        settle(engine)
+        with slow_writer(engine):
+            export = start(engine, engine.engine.export_agent("default", "alice"))
+            delete = start(engine, engine.engine.delete_agent("default", "alice"))
+            meanwhile(engine)
+        assert delete.result(10)
+        with pytest.raises(NotFound):
+            export.result(10)
+
+
 # -- import
 
 

@@ -258,6 +258,8 @@ class Lifecycle:
 
         def saved(_: Any) -> None:
             held = [(list(b.nodes), b.tail, b.id, b.last_used) for b in agent.branches.values() if len(b)]
+            if not held:  # deleted meanwhile
+                raise no_agent(name)
             blocks = {node.key: node for nodes, *_ in held for node in nodes}
             tails = [(tail, branch_id) for _, tail, branch_id, _ in held if len(tail.tokens)]
             entries: list[Entry] = [*blocks.values(), *(tail for tail, _ in tails)]
