@@ -314,6 +314,23 @@ def test_what_left_ram_unsaved_is_not_taken_for_cached(tmp_path):
         assert engine.ask("eve", PROMPT)[1].cached_tokens == 0
 
 
+@pytest.mark.parametrize("hot", [True, False])
+def test_what_an_ephemeral_agent_shared_with_a_deleted_one_is_not_taken_for_stored(tmp_path, hot):
+    with tiny_engine(tmp_path) as engine:
+        talk(engine, "alice")
+        settle(engine)
+        params = SamplingParams(max_tokens=0)
+        drain(engine, GenerateRequest("default", "eve", PROMPT + MORE, params, ephemeral=True))
+        if not hot:
+            engine.on_engine(lambda: engine.core.budget.evict_idle(1 << 30))
+        engine.call(engine.engine.delete_agent("default", "alice"))
+        assert engine.agents()["eve"].disk_bytes == 0
+        cached = engine.ask("eve", PROMPT + MORE)[1].cached_tokens
+        assert cached == (len(PROMPT + MORE) - 1 if hot else 0)
+        engine.on_engine(lambda: engine.core.budget.evict_idle(1 << 30))
+        assert engine.agents()["eve"].tokens == 0
+
+
 def test_a_prewarm_of_what_is_cached_computes_nothing(tmp_path):
     with tiny_engine(tmp_path) as engine:
         for _ in range(2):

@@ -436,10 +436,13 @@ class Memory:
         if agent is not None:
             nodes = [n for b in agent.branches.values() for n in b.nodes]
             self.contexts.drop_agent(agent)
-            kept = {id(n) for b in self.contexts.branches() for n in b.nodes}
-            for node in nodes:  # what only a running sequence still holds goes from disk
+            kept = {id(n) for b in self.contexts.branches() if not b.agent.ephemeral for n in b.nodes}
+            unwritten = {id(n) for b in self.contexts.branches() if b.agent.ephemeral for n in b.nodes}
+            for node in nodes:  # what only a running sequence or an ephemeral agent still holds goes from disk
                 if id(node) not in kept:
-                    node.disk_bytes = 0
+                    node.disk_bytes, node.expendable = 0, node.expendable or id(node) in unwritten
+                    if node.data is None and id(node) in unwritten:
+                        self.contexts.lose(node)
 
         def deleted(stored: "Future[bool]") -> None:
             error = stored.exception()
