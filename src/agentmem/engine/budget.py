@@ -107,7 +107,9 @@ class RamBudget:
 
     def evict_idle(self, nbytes: int) -> None:
         """Drop `nbytes` of what is on disk and in no one's use, or all of that."""
-        self._memory.contexts.pool.evict(nbytes, self.in_use(), partly=True)
+        contexts = self._memory.contexts
+        for entry in contexts.pool.evict(nbytes, self.in_use(), partly=True) or ():
+            contexts.lose(entry)
 
     def in_use(self) -> set[int]:
         """Ids of what active sequences work with, and of what pinned agents hold."""

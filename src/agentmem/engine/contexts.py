@@ -86,7 +86,7 @@ class Agent:
 
     @property
     def newest(self) -> Branch | None:
-        return max(self.branches.values(), key=lambda b: b.last_used, default=None)
+        return max(list(self.branches.values()), key=lambda b: b.last_used, default=None)
 
     def record(self) -> AgentRecord:
         return AgentRecord(

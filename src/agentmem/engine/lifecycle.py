@@ -127,15 +127,15 @@ class Lifecycle:
     def fork(self, namespace: str, name: str, to: str, num_tokens: int | None, done: "Future[AgentDetail]") -> None:
         """A new agent that holds the first tokens (None: all) of the newest branch; nothing is copied."""
         source = self._newest(self._agent(namespace, name))
-        if (namespace, to) in self._contexts.agents:
-            raise Conflict(f"There is an agent {to[:200]!r} already.", param="to", code="agent_exists")
+        self._check_new(namespace, to, "to")
         match = self._cut(source, num_tokens)
 
         def ready(tail: OpenBlock, data: Tail | None) -> None:
+            self._check_new(namespace, to, "to")
             agent = self._contexts.agent(namespace, to)
             agent.ephemeral = source.agent.ephemeral
             branch = self._enter(agent, list(match.nodes), tail, data)
-            self._save_fork(source, branch, match.extends, lambda: self.show(namespace, to, done))
+            self._save_fork(source, branch, match.extends, done)
 
         if match.extends and match.tail is not None:  # all of a tail: it need not be read
             tail = match.tail
@@ -143,12 +143,12 @@ class Lifecycle:
         else:
             self._read_open_block(match, done, ready)
 
-    def _save_fork(self, source: Branch, branch: Branch, whole: bool, then: Callable[[], None]) -> None:
+    def _save_fork(self, source: Branch, branch: Branch, whole: bool, done: "Future[AgentDetail]") -> None:
         """On disk a fork of all that is there is rows, and a second name of the tail's file; else it is saved later."""
         agent, tail = branch.agent, branch.tail
         if not whole or not source.tail.disk_bytes or not all(node.disk_bytes for node in branch.nodes):
             self._memory.save_rest(branch, forced=False)
-            then()
+            self.show(agent.namespace, agent.name, done)
             return
         tail.disk_bytes = source.tail.disk_bytes
         forked = self._memory.store.fork_branch(
@@ -162,7 +162,7 @@ class Lifecycle:
                 tail.disk_bytes = 0
                 if tail.data is None and branch.tail is tail:
                     self._contexts.set_tail(branch, OpenBlock())
-            then()
+            self._guarded(done, lambda: self.show(agent.namespace, agent.name, done))
 
         forked.add_done_callback(lambda _: self._memory.post(on_engine))
 
@@ -195,6 +195,8 @@ class Lifecycle:
 
     def _truncated(self, branch: Branch, done: "Future[AgentDetail]", tries: int) -> None:
         """What is kept is on disk by now, or after one more look if it was on its way: what is not goes from there."""
+        if branch.agent.branches.get(branch.id) is not branch:  # deleted meanwhile: to save it would bring it back
+            raise no_agent(branch.agent.name)
         self._memory.save_rest(branch, forced=True)
         saved, agent = not branch.displaced, branch.agent
         if not saved and not tries:
@@ -221,7 +223,8 @@ class Lifecycle:
         self._contexts.hold(nodes)
         self._contexts.set_tail(branch, tail, data)
         for old in self._contexts.put_branch(branch):
-            self._memory.store.delete_branch(old.id)
+            for branch_id in (old.id, *old.displaced):
+                self._memory.store.delete_branch(branch_id)
         return branch
 
     def _read_open_block(
@@ -245,10 +248,14 @@ class Lifecycle:
     def _open_block(self, match: Match, ready: Callable[[OpenBlock, Tail | None], None]) -> None:
         if any(entry is not None and entry.data is None for entry in (match.cut_node, match.tail)):
             raise NotFound("The block to be cut could not be read; it was put aside.", code="cache_damaged")
+        source = match.source
+        assert source is not None
+        here = source.agent.branches.get(source.id) is source and source.nodes[: len(match.nodes)] == [*match.nodes]
+        if not here or len(source) < match.length:  # deleted, or found damaged, while it was read
+            raise Conflict("The agent was changed by another request; try again.", param="agent_id")
         data, lineage = self._memory.open_block(match)
-        assert match.source is not None
-        tokens = match.source.tokens()[len(match.nodes) * self._contexts.block_size : match.length]
-        ready(OpenBlock(tokens, lineage=lineage, expendable=match.source.agent.ephemeral), data)
+        tokens = source.tokens()[len(match.nodes) * self._contexts.block_size : match.length]
+        ready(OpenBlock(tokens, lineage=lineage, expendable=source.agent.ephemeral), data)
 
     # -- export
 
@@ -260,6 +267,8 @@ class Lifecycle:
 
         def saved(_: Any) -> None:
             held = [(list(b.nodes), b.tail, b.id, b.last_used) for b in agent.branches.values() if len(b)]
+            if not held:  # deleted meanwhile
+                raise no_agent(name)
             blocks = {node.key: node for nodes, *_ in held for node in nodes}
             tails = [(tail, branch_id) for _, tail, branch_id, _ in held if len(tail.tokens)]
             entries: list[Entry] = [*blocks.values(), *(tail for tail, _ in tails)]
@@ -274,12 +283,9 @@ class Lifecycle:
 
     def begin_import(self, namespace: str, name: str, done: "Future[None]") -> None:
         """Nobody else may import an agent of this name until `end_import`."""
-        if (namespace, name) in self._contexts.agents or (namespace, name) in self._importing:
-            raise Conflict(
-                f"There is an agent {name[:200]!r} already; give another agent_id.",
-                param="agent_id",
-                code="agent_exists",
-            )
+        self._check_new(namespace, name, "agent_id")
+        if (namespace, name) in self._importing:
+            raise Conflict(f"Agent {name[:200]!r} is being imported already.", param="agent_id", code="agent_exists")
         self._importing.add((namespace, name))
         done.set_result(None)
 
@@ -312,6 +318,14 @@ class Lifecycle:
         if agent is None:
             raise no_agent(name)
         return agent
+
+    def _check_new(self, namespace: str, name: str, param: str) -> None:
+        """Also a request that waits or runs is of an agent: what it said of that must hold when it ends."""
+        key, scheduler = (namespace, name), self._core.scheduler
+        asked = ((s.request.namespace, s.request.agent_id) for s in (*scheduler.waiting, *scheduler.active))
+        if key in self._contexts.agents or key in asked:
+            message = f"There is an agent {name[:200]!r} already; give another {param}."
+            raise Conflict(message, param=param, code="agent_exists")
 
     @staticmethod
     def _newest(agent: Agent) -> Branch:

@@ -47,8 +47,8 @@ class EngineLoop:
             self._take_commands()
             self._watch_memory()
             self._end_cancelled()
-            self._end_prewarmed()
             self._admission.admit()
+            self._end_prewarmed()
             self._admission.grow()
             step = self._schedule()
             if step is not None:
@@ -88,9 +88,14 @@ class EngineLoop:
             seq.fail(e)
 
     def _check_agent(self, request: GenerateRequest) -> None:
-        known = self.core.contexts.agents.get((request.namespace, request.agent_id))
-        if known and request.ephemeral not in (None, known.ephemeral):
-            is_now = "never written to disk" if known.ephemeral else "written to disk"
+        key, scheduler = (request.namespace, request.agent_id), self.core.scheduler
+        known = self.core.contexts.agents.get(key)
+        asked = [s.request for s in (*scheduler.active, *scheduler.waiting)] if known is None else []
+        said = [bool(r.ephemeral) for r in asked if (r.namespace, r.agent_id) == key]
+        if known is not None:
+            said = [known.ephemeral]
+        if said and request.ephemeral not in (None, any(said)):
+            is_now = "never written to disk" if any(said) else "written to disk"
             raise Conflict(
                 f"agentmem.ephemeral: agent {request.agent_id[:200]!r} exists and is {is_now}; delete it first, or use "
                 "another agent_id",

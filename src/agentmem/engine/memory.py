@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+import os
 import time
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future
@@ -9,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import CorruptSegment, NotFound
+from ..errors import AgentMemError, CorruptSegment, NotFound, StoreFailed
 from ..kvcache.block import RawArrays, SealedBlock, Snapshot, Tail, copy_host, from_raw, to_host
 from ..kvcache.spec import KVCacheSpec
 from ..store.agent_store import AgentStore
@@ -30,6 +31,11 @@ _SOONEST = 0.01  # s between two looks at what rests
 def cut_lineage(node: Node, num_tokens: int) -> bytes:
     """Lineage of the block that goes on from the first `num_tokens` of `node`."""
     return node.key + num_tokens.to_bytes(_LINEAGE_POSITION, "little")
+
+
+def foreign_lineage(prefix_len: int) -> bytes:
+    """Lineage of an open block that came from outside: the block that it grows into never stands in for another."""
+    return os.urandom(32) + prefix_len.to_bytes(_LINEAGE_POSITION, "little")
 
 
 def tail_identity(head: bytes, tokens: np.ndarray) -> str:
@@ -113,7 +119,7 @@ class Memory:
                 if branch.tail.data is None:
                     self.contexts.set_tail(branch, OpenBlock())
             if branch.disk_head in blocks or branch.id in tails:
-                branch.disk_head = None
+                branch.disk_head = None if branch.disk_head in blocks else branch.disk_head
                 branch.save_at = branch.save_at or math.inf  # when it leaves RAM, not before
             if not len(branch) and not branch.in_use:
                 self.contexts.drop_branch(branch)
@@ -345,11 +351,15 @@ class Memory:
         tail, stored = branch.tail.data.nbytes, sum(node.disk_bytes for node in branch.nodes)
         return branch.tail_bytes_written + tail <= (self._write_amplification - 1) * (stored + tail)
 
-    @staticmethod
-    def unsaved_tokens(branch: Branch) -> int:
-        """What a crash would cost."""
-        entries: list[Entry] = [*branch.nodes, branch.tail]
-        return sum(len(entry.tokens) for entry in entries if not entry.disk_bytes)
+    def unsaved_tokens(self, branch: Branch) -> int:
+        """What a crash would cost: blocks on disk count for a branch once its row there reaches them."""
+        keys, reached = [node.key for node in branch.nodes], branch.disk_head
+        while reached and reached not in keys:  # a running sequence has moved the row on
+            node = self.contexts.nodes.get(reached)
+            reached = node.parent if node else None
+        there = keys.index(reached) + 1 if reached else 0
+        entries: list[Entry] = [*branch.nodes[:there], *([branch.tail] if there == len(keys) else [])]
+        return len(branch) - sum(len(entry.tokens) for entry in entries if entry.disk_bytes)
 
     def note(self, agent: Agent, branch: Branch | None = None, *, now: bool = False) -> "Future[None] | None":
         """Tell the store that the agent is used, every few seconds, or `now`; what comes of it, if it is told."""
@@ -426,15 +436,19 @@ class Memory:
         if agent is not None:
             nodes = [n for b in agent.branches.values() for n in b.nodes]
             self.contexts.drop_agent(agent)
-            kept = {id(n) for b in self.contexts.branches() for n in b.nodes}
-            for node in nodes:  # what only a running sequence still holds goes from disk
+            kept = {id(n) for b in self.contexts.branches() if not b.agent.ephemeral for n in b.nodes}
+            unwritten = {id(n) for b in self.contexts.branches() if b.agent.ephemeral for n in b.nodes}
+            for node in nodes:  # what only a running sequence or an ephemeral agent still holds goes from disk
                 if id(node) not in kept:
-                    node.disk_bytes = 0
+                    node.disk_bytes, node.expendable = 0, node.expendable or id(node) in unwritten
+                    if node.data is None and id(node) in unwritten:
+                        self.contexts.lose(node)
 
         def deleted(stored: "Future[bool]") -> None:
             error = stored.exception()
             if error is not None:
-                done.set_exception(error)
+                failed = StoreFailed(f"The agent's bytes may still be on disk: {error}; delete it again")
+                done.set_exception(error if isinstance(error, AgentMemError) else failed)
             else:
                 done.set_result(stored.result() or agent is not None)
 

@@ -1,7 +1,7 @@
 """Agents as files: what an export holds, and how an import becomes an agent. On any thread, no MLX.
 
-An imported block gets a random key: whatever the file says, it never stands in for a block that this server would
-compute, so it can't reach another agent.
+An imported block gets a random key, and so does what an imported tail grows into: whatever the file says, they never
+stand in for a block that this server would compute, so they can't reach another agent.
 """
 
 import os
@@ -22,7 +22,7 @@ from ..store.archive import Archive, block_name, tail_name, write_archive
 from ..store.records import IMPORTS, BlockRecord, BranchRecord, FileRef, TailRecord
 from .contexts import ROOT
 from .lifecycle import Exported, Imported
-from .memory import tail_identity
+from .memory import foreign_lineage, tail_identity
 from .startup import Core
 
 _FILE_HEADER = 1 << 16  # bytes, at most
@@ -78,17 +78,19 @@ def import_agent(core: Core, namespace: str, name: str, archive: Archive) -> Imp
     """Store what an archive holds as an agent, all of it or nothing. Raises InvalidRequest, StoreFailed."""
     scratch = (IMPORTS, uuid.uuid4().hex)
     try:
-        imported = _Import(core.store, core.runner.spec, archive, scratch, (namespace, name)).run()
+        imported = _Import(
+            core.store, core.runner.spec, archive, scratch, (namespace, name), core.runner.vocab_size
+        ).run()
         core.store.move_agent(scratch, (namespace, name)).result()
     except (KeyError, TypeError, ValueError, IndexError, AttributeError, OverflowError) as e:
         core.store.delete_agent(*scratch)
         raise InvalidRequest(f"agent.json is not as agentmem writes it: {type(e).__name__}: {e}", param="file") from e
-    except AgentMemError:
-        core.store.delete_agent(*scratch)
-        raise
     except (OSError, sqlite3.Error) as e:
         core.store.delete_agent(*scratch)
         raise StoreFailed(f"The agent could not be stored: {e}") from e
+    except AgentMemError:
+        core.store.delete_agent(*scratch)
+        raise
     return imported
 
 
@@ -107,10 +109,16 @@ def _check_fingerprint(core: Core, about: dict[str, Any]) -> None:
 
 class _Import:
     def __init__(
-        self, store: AgentStore, spec: KVCacheSpec, archive: Archive, scratch: tuple[str, str], target: tuple[str, str]
+        self,
+        store: AgentStore,
+        spec: KVCacheSpec,
+        archive: Archive,
+        scratch: tuple[str, str],
+        target: tuple[str, str],
+        vocab_size: int,
     ):
         self._store, self._spec, self._archive = store, spec, archive
-        self._scratch, self._target = scratch, target
+        self._scratch, self._target, self._vocab_size = scratch, target, vocab_size
         self._rows = archive.about["blocks"]
         self._keys = [os.urandom(32) for _ in self._rows]
         self._stored: dict[int, BlockRecord] = {}
@@ -128,6 +136,8 @@ class _Import:
             if i not in self._stored:
                 self._stored[i] = self._block(branch_id, i)
         now = min(time.time(), float(row["last_used"]))
+        if not row["last_used"] >= 0:
+            raise ValueError(f"last_used {row['last_used']}")
         key = None if head is None else self._keys[head]
         self._store.save_branch(branch_id, *self._scratch, key, now).result()
         tail = self._tail(branch_id, key, row["tail"]) if row["tail"] else None
@@ -163,17 +173,20 @@ class _Import:
             return tail_shapes(self._spec, len(tokens), prefix_len, first=head is None)
 
         tensors, found = self._tensors(row["file"], shapes)
+        prefix_len = int(found["prefix_len"])
         metadata = {
-            "lineage": bytes.fromhex(found["lineage"]).hex(),
-            "prefix_len": str(int(found["prefix_len"])),
+            "lineage": foreign_lineage(prefix_len).hex(),
+            "prefix_len": str(prefix_len),
             "identity": tail_identity(head or ROOT, tokens),
         }
         saved = self._store.save_tail(branch_id, *self._scratch, head, tokens, tensors, metadata)
         return TailRecord(tokens, saved.result().nbytes, saved.result().checksum)
 
     def _tokens(self, given: list[int], at_least: int, at_most: int) -> np.ndarray:
-        if not at_least <= len(given) <= at_most or not all(type(t) is int and 0 <= t < 2**32 for t in given):
-            raise ValueError(f"tokens must be {at_least} to {at_most} token ids")
+        if not at_least <= len(given) <= at_most or not all(
+            type(t) is int and 0 <= t < self._vocab_size for t in given
+        ):
+            raise ValueError(f"tokens must be {at_least} to {at_most} token ids, each below {self._vocab_size}")
         return np.array(given, np.uint32)
 
     def _tensors(self, name: str, shapes: Any) -> tuple[dict[str, Any], dict[str, str]]:

@@ -41,7 +41,7 @@ class TruncateBody(Wire):
 
 
 class TTLBody(Wire):
-    seconds: float | None = Field(gt=0)  # after the last use; null: for good
+    seconds: float | None = Field(gt=0, allow_inf_nan=False)  # after the last use; null: for good
 
 
 class PrewarmBody(Wire):

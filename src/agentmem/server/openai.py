@@ -132,7 +132,7 @@ def chat_message(message: ChatMessage) -> Message:
 class AgentOptions(Wire):
     """The field `agentmem` of a request: what it says of its agent."""
 
-    ttl: float | None = Field(default=None, gt=0)  # seconds that the agent is kept after its last use
+    ttl: float | None = Field(default=None, gt=0, allow_inf_nan=False)  # s that it is kept after its last use
     ephemeral: bool | None = None  # a new agent is never written to disk
 
 

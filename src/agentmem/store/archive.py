@@ -107,7 +107,8 @@ class Archive:
 
 
 def _content(tar: tarfile.TarFile, member: tarfile.TarInfo, at_most: int) -> bytes:
-    file = tar.extractfile(member) if member.size <= at_most else None
+    plain = member.isreg() and not member.issparse()  # others hold bytes that are not in the archive
+    file = tar.extractfile(member) if plain and member.size <= at_most else None
     if file is None:
         raise _wrong(f"{member.name[:100]} is no file of at most {at_most} bytes")
     return file.read()

@@ -188,7 +188,7 @@ class Manifest:
     def expired(self, now: float) -> list[tuple[str, str]]:
         """Namespace and name of the agents whose time is over."""
         return self.db.execute(
-            "SELECT namespace, name FROM agents WHERE ttl IS NOT NULL AND last_used + ttl < ?", (now,)
+            "SELECT namespace, name FROM agents WHERE ttl IS NOT NULL AND NOT pinned AND last_used + ttl < ?", (now,)
         ).fetchall()
 
     def writes(self) -> dict[int, int]:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..errors import AgentMemError, StoreFailed
+from ..errors import StoreFailed
 
 _PAGE = 4096  # bytes: what file systems round a file up to
 _SLACK = 0.01  # of the quota, freed in addition: not every write should have to make room
@@ -19,7 +19,7 @@ class StoreFull(StoreFailed):
     code = "store_full"
 
 
-class LeastRecentlyUsed(AgentMemError):
+class LeastRecentlyUsed(StoreFailed):
     """The store is full of what was used more recently: the save isn't made, and the store is well."""
 
 

@@ -17,7 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ..errors import AgentMemError, CorruptSegment, EngineFailed, NotFound, ShuttingDown
+from ..errors import AgentMemError, CorruptSegment, EngineFailed, NotFound, ShuttingDown, StoreFailed
 from . import segment
 from .jobs import Batch, BranchJob, Flush, Job
 from .keys import FileKeys
@@ -31,7 +31,7 @@ from .trim import Trimmed, trim
 MAX_BATCH_JOBS = 32  # bounds how long the first of a batch waits for the last
 
 
-class StoreWriteSkipped(AgentMemError):
+class StoreWriteSkipped(StoreFailed):
     """More bytes wait for the disk than may: this save isn't made. It costs a re-prefill, unless it's saved later."""
 
 
