@@ -4,8 +4,8 @@
     store     the same, verified and made into arrays, by 1, 2 and 4 reader threads
     engine    evict the agent, then prefetch it: what a warm request waits for
 
-Four agents (one that was computed, three imported from its export) are read at once by 1, 2 and 4 threads. Files come
-from the operating system's cache in all cases. Medians of `--repeats`, taken in turns.
+Four agents (one that was computed, three imported from its export) are read at once by 1, 2 and 4 threads, from the
+operating system's cache, as everything else here, and from the disk (Linux). Medians of `--repeats`, taken in turns.
 
     python benchmarks/restore.py --json benchmarks/results/restore-demo.json
 """
@@ -13,6 +13,7 @@ from the operating system's cache in all cases. Medians of `--repeats`, taken in
 import argparse
 import asyncio
 import io
+import os
 import pydoc_data.topics
 import statistics
 import sys
@@ -125,11 +126,24 @@ def measure_store(root: Path, fingerprint: str, repeats: int) -> dict[str, Any]:
             for which, agents in (("one", ("a",)), ("four", AGENTS)):
                 took = timed(lambda store=store, index=index, agents=agents: read_store(store, index, agents))
                 rows.setdefault(f"{which}_{threads}", []).append(took)
+            if forget([path for agent in AGENTS for path in _paths(layout, index, agent)]):
+                took = timed(lambda store=store, index=index: read_store(store, index, AGENTS))
+                rows.setdefault(f"four_from_disk_{threads}", []).append(took)
             store.close()
     return {f"{name}_ms": values for name, values in rows.items()} | {
         "files": len(paths),
         "bytes": sum(path.stat().st_size for path in paths),
     }
+
+
+def forget(paths: list[Path]) -> bool:
+    """Take the files out of the system's cache; False where there is no way to."""
+    if not hasattr(os, "posix_fadvise"):
+        return False
+    for path in paths:
+        with path.open("rb") as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    return True
 
 
 def _calibration(directory: Path) -> str:
@@ -172,8 +186,12 @@ def main() -> None:
     ratios = {
         "store_over_raw": medians["one_4_ms"] / medians["raw_ms"],
         "engine_over_raw": medians["one_ms"] / medians["raw_ms"],
-        "four_agents_speedup_2_threads": medians["four_1_ms"] / medians["four_2_ms"],
-        "four_agents_speedup_4_threads": medians["four_1_ms"] / medians["four_4_ms"],
+        **{
+            f"{which}_speedup_{threads}_threads": medians[f"{which}_1_ms"] / medians[f"{which}_{threads}_ms"]
+            for which in ("four", "four_from_disk")
+            for threads in (2, 4)
+            if f"{which}_1_ms" in medians
+        },
     }
     result = {"benchmark": "restore", "machine": describe_machine(), "model": args.model, "tokens": args.tokens}
     result |= {"medians": medians, **ratios, "engine": in_engine, "store": in_store}
