@@ -1,7 +1,8 @@
-"""Staggered arrivals over HTTP: C decodes throughout, A prefills a long cold prompt, B arrives warm meanwhile.
+"""Staggered arrivals over HTTP: C decodes throughout, A prefills a long cold prompt, B's arrive warm meanwhile.
 
-Measured: B's time to first token beside its time alone, A's finish beside its finish without B, and the gaps between
-C's tokens. The server is a process of its own on a store of its own.
+Measured: the time to first token of five B's, one after the other, beside their times alone; A's finish beside its
+finish without them; and the gaps between C's tokens, of which the longest are one prefill chunk of A and a decode step.
+The server is a process of its own on a store of its own.
 
     python benchmarks/staggered.py --tokens 3000 --json benchmarks/results/staggered-demo.json
 """
@@ -44,7 +45,7 @@ def stream(server: ServerProcess, agent: str, messages: list[dict[str, str]], ma
     return {"times": times, "finish_s": time.perf_counter() - began, **details}
 
 
-def one_round(server: ServerProcess, cold: list[dict[str, str]], name: str, with_b: bool, warm: Any) -> dict[str, Any]:
+def one_round(server: ServerProcess, cold: list[dict[str, str]], name: str, warm: list[Any]) -> dict[str, Any]:
     stop = threading.Event()
 
     def c_talks() -> list[float]:
@@ -58,8 +59,10 @@ def one_round(server: ServerProcess, cold: list[dict[str, str]], name: str, with
         c = pool.submit(c_talks)
         time.sleep(1.0)
         a = pool.submit(stream, server, name, cold, 4)
-        time.sleep(2.0)
-        b = stream(server, "b", warm, 4) if with_b else None
+        b = []
+        for i, messages in enumerate(warm):
+            time.sleep(2.0)
+            b.append(stream(server, f"b{i}", messages, 4))
         finished = a.result()
         stop.set()
         return {"a": finished, "b": b, "gaps": c.result()}
@@ -74,18 +77,19 @@ def main() -> None:
     args = parser.parse_args()
     model = args.model or Path("~/.agentmem/models/demo").expanduser()
     flags = ["--max-itl-ms", str(args.max_itl_ms)] if args.max_itl_ms else []
-    warm = prompt(2000, 200_000)
+    warm = [prompt(2000, 200_000 + 10_000 * i) for i in range(5)]
     with tempfile.TemporaryDirectory() as home:
         with ServerProcess(Path(home), *flags, model=model) as server:
-            stream(server, "b", warm, 2)
+            for i, messages in enumerate(warm):
+                stream(server, f"b{i}", messages, 2)
             server.stop()
         with ServerProcess(Path(home), *flags, model=model) as server:
-            warm_alone = stream(server, "b", warm, 4)
+            alone = [stream(server, f"b{i}", messages, 4) for i, messages in enumerate(warm)]
             server.stop()
         with ServerProcess(Path(home), *flags, model=model) as server:
             stream(server, "c", [{"role": "user", "content": "Tell me a long story."}], 4)
-            together = one_round(server, prompt(args.tokens * 4, 0), "a1", True, warm)
-            without_b = one_round(server, prompt(args.tokens * 4, 40_000), "a2", False, warm)
+            together = one_round(server, prompt(args.tokens * 4, 0), "a1", warm)
+            without_b = one_round(server, prompt(args.tokens * 4, 40_000), "a2", [])
             server.stop()
     gaps = sorted(together["gaps"])
     result = {
@@ -93,9 +97,13 @@ def main() -> None:
         "machine": describe_machine(),
         "model": str(args.model or "demo"),
         "tokens": args.tokens,
-        "b_alone_ttft_ms": warm_alone["ttft_ms"],
-        "b_ttft_ms": together["b"]["ttft_ms"],
-        "b_cache": together["b"]["cache"],
+        "b_alone_ttft_ms": [b["ttft_ms"] for b in alone],
+        "b_ttft_ms": [b["ttft_ms"] for b in together["b"]],
+        "b_median_ms": [statistics.median(b["ttft_ms"] for b in bs) for bs in (alone, together["b"])],
+        "b_cache": [b["cache"] for b in together["b"]],
+        "b_prefill_ms": [b["prefill_ms"] for b in together["b"]],
+        "b_queue_ms": [b["queue_ms"] for b in together["b"]],
+        "b_restore_ms": [b["restore_ms"] for b in together["b"]],
         "a_finish_s": together["a"]["finish_s"],
         "a_finish_without_b_s": without_b["a"]["finish_s"],
         "a_delay": together["a"]["finish_s"] / without_b["a"]["finish_s"] - 1,

@@ -46,6 +46,15 @@ def test_a_long_prefill_is_not_starved_by_short_ones():
     assert made.schedule().prefill is cold
 
 
+def test_time_in_which_a_prefill_was_served_does_not_count_as_waiting():
+    made = scheduler()
+    cold = sequence(4000, waited=8.0)
+    cold.served_ms = 7000.0
+    warm = sequence(100)
+    activate(made, Status.PREFILL, cold, warm)
+    assert made.schedule().prefill is warm
+
+
 def test_priority_comes_before_length():
     made = scheduler()
     urgent = sequence(4000, priority=-1)

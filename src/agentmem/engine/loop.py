@@ -52,7 +52,8 @@ class EngineLoop:
             self._admission.grow()
             step = self._schedule()
             if step is not None:
-                self._commit(step, *self._run_step(step))
+                self._commit(step, *self._decode(step))
+                self._prefill(step)
             self._note_bytes()
             if self._drain_deadline is not None and self._drained():
                 self._shut_down()
@@ -194,22 +195,11 @@ class EngineLoop:
 
     # -- run
 
-    def _run_step(self, step: Step) -> tuple[list[int], list[list[SealedBlock]]]:
+    def _decode(self, step: Step) -> tuple[list[int], list[list[SealedBlock]]]:
         """Returns the token sampled for each decoding sequence and the blocks each sealed."""
-        runner = self.core.runner
-        if step.prefill is not None:
-            seq = step.prefill
-            assert seq.cache is not None
-            at, began = seq.cache.length, time.perf_counter()
-            fresh_blocks = runner.prefill(seq.cache, seq.tokens[at : at + step.chunk])
-            self.core.scheduler.pace.saw_prefill((time.perf_counter() - began) * 1e3, step.chunk)
-            self._last_prefill = time.perf_counter()
-            self.core.trace.span("prefill", began, agent=seq.request.agent_id, tokens=step.chunk)
-            self._sealed(seq, fresh_blocks)
-            self._admission.prefilled_maybe(seq)
         if not step.decode:
             return [], []
-        began = time.perf_counter()
+        runner, began = self.core.runner, time.perf_counter()
         caches = [seq.cache for seq in step.decode if seq.cache is not None]
         logits, fresh = runner.decode(caches, [seq.tokens[-1] for seq in step.decode])
         sampled = [
@@ -222,6 +212,22 @@ class EngineLoop:
         agents = [seq.request.agent_id for seq in step.decode]
         self.core.trace.span("decode", began, agents=agents, sealed=sum(map(len, fresh)))
         return [cast(int, token.item()) for token in sampled], fresh
+
+    def _prefill(self, step: Step) -> None:
+        """After decode, so that whoever has just been restored need not wait for another one's chunk."""
+        seq = step.prefill
+        if seq is None:
+            return
+        assert seq.cache is not None
+        at, began = seq.cache.length, time.perf_counter()
+        fresh = self.core.runner.prefill(seq.cache, seq.tokens[at : at + step.chunk])
+        self._last_prefill = time.perf_counter()
+        took_ms = (self._last_prefill - began) * 1e3
+        seq.served_ms += took_ms
+        self.core.scheduler.pace.saw_prefill(took_ms, step.chunk)
+        self.core.trace.span("prefill", began, agent=seq.request.agent_id, tokens=step.chunk)
+        self._sealed(seq, fresh)
+        self._admission.prefilled_maybe(seq)
 
     # -- commit
 

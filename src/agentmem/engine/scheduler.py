@@ -1,8 +1,9 @@
 """Who takes part in the next step: all running sequences decode, and one of the others prefills a chunk.
 
-Which one: the lowest `priority` number, then the shortest remaining prefill, less the time it has waited: a warm agent
-overtakes a cold one, and nobody starves. How much: a whole chunk while nobody decodes; else as much as keeps the gap
-between two tokens of the others within `max_itl_ms`, by what prefill and decode were last measured to take.
+Which one: the lowest `priority` number, then the shortest remaining prefill, less the time it has waited while others
+were served: a warm agent overtakes a cold one, and nobody starves. How much: a whole chunk while nobody decodes; else
+as much as keeps the gap between two tokens of the others within `max_itl_ms`, by what prefill and decode were last
+measured to take. Decode comes first: who has just been restored does not wait for another one's chunk.
 """
 
 import time
@@ -105,7 +106,7 @@ class Scheduler:
         return Step(decode, prefill, self._chunk(prefill, shared=bool(decode)) if prefill else 0)
 
     def _urgency(self, seq: Sequence) -> tuple[int, float]:
-        waited_ms = (time.perf_counter() - seq.submitted) * 1e3
+        waited_ms = (time.perf_counter() - seq.submitted) * 1e3 - seq.served_ms
         return seq.request.priority, seq.num_to_prefill * self.pace.prefill_ms - waited_ms
 
     def _chunk(self, seq: Sequence, *, shared: bool) -> int:

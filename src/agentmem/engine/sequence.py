@@ -46,6 +46,7 @@ class Sequence:
     nodes: list[Node] = field(default_factory=list)  # of the sealed blocks, in order
     lineage: bytes = b""  # of the open block, see contexts.block_key
     restored_bytes: int = 0
+    served_ms: float = 0.0  # that its own prefill took
     submitted: float = field(default_factory=time.perf_counter)
     started: float = 0.0  # left the queue
     restored: float = 0.0  # cache in place, prefill begins
