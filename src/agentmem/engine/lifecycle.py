@@ -119,7 +119,6 @@ class Lifecycle:
         for branch in agent.branches.values():
             if not branch.in_use or branch.suspended:
                 self._memory.save_rest(branch, forced=True)
-        # once for what is asked for now, and once more for what failed and was asked for again
         self._then(self._memory.store.flush(), done, then)
 
     # -- forks and cuts
@@ -146,7 +145,8 @@ class Lifecycle:
     def _save_fork(self, source: Branch, branch: Branch, whole: bool, done: "Future[AgentDetail]") -> None:
         """On disk a fork of all that is there is rows, and a second name of the tail's file; else it is saved later."""
         agent, tail = branch.agent, branch.tail
-        if not whole or not source.tail.disk_bytes or not all(node.disk_bytes for node in branch.nodes):
+        tail_saved = source.tail.disk_bytes or not len(source.tail.tokens)
+        if not whole or not tail_saved or not all(node.disk_bytes for node in branch.nodes):
             self._memory.save_rest(branch, forced=False)
             self.show(agent.namespace, agent.name, done)
             return
