@@ -14,11 +14,12 @@ from rich.progress import BarColumn, DownloadColumn, TransferSpeedColumn
 
 from .cli_agents import Json, Key, ago, console, progress_bar, size, table
 from .client import Client
-from .config import Settings, load_settings
+from .config import Settings, load_settings, resolve
 from .errors import StartupError, StoreError
 from .store import maintenance, schema
 from .store.layout import Layout
 from .store.lock import InUse
+from .store.records import written_in_last_hour
 
 app = typer.Typer(no_args_is_help=True, help="Look at the caches on disk, check every byte of them, make room.")
 
@@ -37,9 +38,8 @@ def stats(home: Home = None, config: Config = None, as_json: Json = False) -> No
     _print_table(rows)
     disk = _disk(settings)
     total = sum(row.disk_bytes for row in rows)
-    print(
-        f"{size(total)} of at most {size(_quota(settings, disk.total))} (store_quota); {size(disk.free)} of disk free"
-    )
+    quota = resolve(settings.store_quota, disk.total)
+    print(f"{size(total)} of at most {size(quota)} (store_quota); {size(disk.free)} of disk free")
 
 
 def _print_table(rows: list[maintenance.StoreStats]) -> None:
@@ -106,7 +106,7 @@ def gc(home: Home = None, config: Config = None, api_key: Key = None, as_json: J
                 continue
             answer = Client(e.holder.url, api_key).call("POST", "/v1/store/gc")
             freed[layout.root.name] = max(0, answer["freed_bytes"])  # it may have written meanwhile
-    quota = _quota(settings, _disk(settings).total)
+    quota = resolve(settings.store_quota, _disk(settings).total)
     before = sum(maintenance.disk_usage(layout.root) for layout in _stores(settings))
     left = maintenance.collect_garbage(settings.store_dir, quota)
     if as_json:
@@ -136,17 +136,11 @@ def _disk(settings: Settings) -> Any:
     return shutil.disk_usage(at)
 
 
-def _quota(settings: Settings, disk: int) -> int:
-    quota = settings.store_quota
-    return int(quota * disk) if isinstance(quota, float) and quota <= 1 else int(quota)
-
-
 def _writes(row: maintenance.StoreStats) -> dict[str, int]:
-    hour = int(time.time() // 3600)
-    by_hour = row.bytes_written_by_hour
+    now, by_hour = time.time(), row.bytes_written_by_hour
     return {
-        "last_hour": sum(by_hour.get(h, 0) for h in (hour, hour - 1)),
-        "last_day": sum(n for h, n in by_hour.items() if h > hour - 24),
+        "last_hour": written_in_last_hour(by_hour, now),
+        "last_day": sum(n for h, n in by_hour.items() if h > now // 3600 - 24),
     }
 
 

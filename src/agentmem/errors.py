@@ -50,6 +50,13 @@ class NotFound(AgentMemError):
     code = "not_found"
 
 
+class AgentNotFound(NotFound):
+    code = "agent_not_found"
+
+    def __init__(self, agent_id: str):
+        super().__init__(f"There is no agent {agent_id[:200]!r}.", param="agent_id")
+
+
 class Conflict(AgentMemError):
     """What is asked for does not go with how the agent is now; nothing was changed."""
 

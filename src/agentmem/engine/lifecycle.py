@@ -12,7 +12,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, cast
 
-from ..errors import AgentMemError, Busy, Conflict, InvalidRequest, NotFound, StoreFailed
+from ..errors import AgentMemError, AgentNotFound, Busy, Conflict, InvalidRequest, NotFound, StoreFailed
 from ..kvcache.block import Tail
 from ..store.agent_store import Linked
 from ..store.records import BlockRecord, BranchRecord
@@ -37,10 +37,6 @@ class Imported:
 
     branches: list[BranchRecord]
     blocks: list[BlockRecord]
-
-
-def no_agent(name: str) -> NotFound:
-    return NotFound(f"There is no agent {name[:200]!r}.", param="agent_id", code="agent_not_found")
 
 
 class Lifecycle:
@@ -196,7 +192,7 @@ class Lifecycle:
     def _truncated(self, branch: Branch, done: "Future[AgentDetail]", tries: int) -> None:
         """What is kept is on disk by now, or after one more look if it was on its way: what is not goes from there."""
         if branch.agent.branches.get(branch.id) is not branch:  # deleted meanwhile: to save it would bring it back
-            raise no_agent(branch.agent.name)
+            raise AgentNotFound(branch.agent.name)
         self._memory.save_rest(branch, forced=True)
         saved, agent = not branch.displaced, branch.agent
         if not saved and not tries:
@@ -268,7 +264,7 @@ class Lifecycle:
         def saved(_: Any) -> None:
             held = [(list(b.nodes), b.tail, b.id, b.last_used) for b in agent.branches.values() if len(b)]
             if not held:  # deleted meanwhile
-                raise no_agent(name)
+                raise AgentNotFound(name)
             blocks = {node.key: node for nodes, *_ in held for node in nodes}
             tails = [(tail, branch_id) for _, tail, branch_id, _ in held if len(tail.tokens)]
             entries: list[Entry] = [*blocks.values(), *(tail for tail, _ in tails)]
@@ -316,7 +312,7 @@ class Lifecycle:
     def _agent(self, namespace: str, name: str) -> Agent:
         agent = self._contexts.agents.get((namespace, name))
         if agent is None:
-            raise no_agent(name)
+            raise AgentNotFound(name)
         return agent
 
     def _check_new(self, namespace: str, name: str, param: str) -> None:
@@ -330,7 +326,7 @@ class Lifecycle:
     @staticmethod
     def _newest(agent: Agent) -> Branch:
         if agent.newest is None:
-            raise no_agent(agent.name)
+            raise AgentNotFound(agent.name)
         return agent.newest
 
     def _then(self, future: "Future[Any]", done: "Future[Any]", function: Callable[[Any], None]) -> None:

@@ -57,6 +57,7 @@ def build_core(settings: Settings, load: Callable[[], LoadedModel], post: Callab
         log.warning("not quantized: %s", runner.spec.unquantized_reason)
     fingerprint = _fingerprint(model.weights_hash, runner.spec.identity())
     try:
+        segment.make_private_dir(settings.store_dir)
         calibration = _calibrate(settings, model, runner, settings.store_dir / fingerprint)
     except OSError as e:
         raise StoreError(f"can't use the store at {settings.store_dir}: {e}; use another --home") from None
@@ -71,9 +72,7 @@ def build_core(settings: Settings, load: Callable[[], LoadedModel], post: Callab
 
 def open_store(settings: Settings, fingerprint: str, calibration: str) -> AgentStore:
     """With the quota that other models' stores leave; those give way to half of it."""
-    root = settings.store_dir
-    segment.make_private_dir(root)
-    disk = shutil.disk_usage(root).total
+    root, disk = settings.store_dir, shutil.disk_usage(settings.store_dir).total
     quota = resolve(settings.store_quota, disk)
     others = collect_garbage(root, quota // 2, keep=fingerprint)
     return AgentStore.open(

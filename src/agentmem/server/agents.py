@@ -13,7 +13,7 @@ from starlette.types import Receive, Scope, Send
 
 from ..config import Settings
 from ..engine.request import AgentDetail, EngineAPI, Export, Finished, GenerateRequest, SamplingParams, check_agent_id
-from ..errors import InvalidRequest, NotFound, StoreFailed
+from ..errors import AgentNotFound, InvalidRequest, StoreFailed
 from .auth import namespace_of
 from .chat import ChatRenderer
 from .events import unless_disconnected
@@ -72,7 +72,7 @@ def add_agent_routes(app: FastAPI, engine: EngineAPI, renderer: ChatRenderer, se
     @app.delete("/v1/agents/{agent_id:path}")
     async def delete_agent(agent_id: str, request: Request) -> dict[str, Any]:
         if not await engine.delete_agent(namespace_of(request), agent_id):
-            raise _no_agent(agent_id)
+            raise AgentNotFound(agent_id)
         return {"agent_id": agent_id, "deleted": True}
 
     _add_memory_routes(app, engine, renderer)
@@ -109,7 +109,7 @@ def _add_memory_routes(app: FastAPI, engine: EngineAPI, renderer: ChatRenderer) 
     async def prefetch_agent(agent_id: str, request: Request) -> dict[str, Any]:
         restored = await engine.prefetch_agent(namespace_of(request), agent_id)
         if restored is None:
-            raise _no_agent(agent_id)
+            raise AgentNotFound(agent_id)
         return {"agent_id": agent_id, "restored_bytes": restored}
 
     @app.post("/v1/agents/{agent_id:path}/prewarm")
@@ -199,7 +199,3 @@ async def _receive(request: Request, file: IO[bytes], limit: int) -> None:
 
 def _shown(detail: AgentDetail) -> dict[str, Any]:
     return {"object": "agent", **asdict(detail.agent), "branches": [asdict(branch) for branch in detail.branches]}
-
-
-def _no_agent(agent_id: str) -> NotFound:
-    return NotFound(f"There is no agent {agent_id[:200]!r}.", param="agent_id", code="agent_not_found")

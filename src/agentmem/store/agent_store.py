@@ -294,7 +294,7 @@ def _fit(layout: Layout, manifest: Manifest, keys: FileKeys | None, limits: Limi
     if room.over_quota == 0:
         return room
     with manifest.transaction():
-        trim(manifest, room.over_quota, (), ())
+        trim(manifest, room.over_quota)
     reconcile(layout, manifest, keys)
     return Room(layout.root, layout.manifest, limits)
 

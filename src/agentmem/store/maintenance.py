@@ -155,7 +155,7 @@ def shrink(layout: Layout, nbytes: int) -> int:
         reconcile(layout, manifest)
         if (short := nbytes - (before - disk_usage(layout.root))) > 0:
             with manifest.transaction():
-                trim(manifest, short, (), ())
+                trim(manifest, short)
             reconcile(layout, manifest)
         if not manifest.agents():
             shutil.rmtree(layout.root)

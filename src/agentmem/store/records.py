@@ -1,5 +1,6 @@
 """What the store knows of agents, branches, blocks and their files."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -74,3 +75,9 @@ class FileRef:
     checksum: bytes
     generation: int = 0  # of a tail
     key: bytes | None = field(default=None, repr=False)  # of an encrypted file
+
+
+def written_in_last_hour(by_hour: Mapping[int, int], now: float) -> int:
+    """Of bytes by hour since 1970: this hour's, and of the one before the share that is less than an hour ago."""
+    hour, into = int(now // 3600), now % 3600 / 3600
+    return int(by_hour.get(hour, 0) + by_hour.get(hour - 1, 0) * (1 - into))

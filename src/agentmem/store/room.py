@@ -38,10 +38,6 @@ class Room:
         self.used = disk_usage(root)
         self._counted = {path: _occupied(path) for path in (*self._manifest, *_directories(root))}
 
-    @property
-    def limits(self) -> Limits:
-        return self._limits
-
     def count_manifest(self) -> None:
         self.recount(*self._manifest)
 

@@ -24,7 +24,7 @@ from .keys import FileKeys
 from .layout import Layout
 from .manifest import Manifest
 from .reader import Catalog
-from .records import FileRef
+from .records import FileRef, written_in_last_hour
 from .room import LeastRecentlyUsed, Room, StoreFull
 from .trim import Trimmed, trim
 
@@ -246,7 +246,7 @@ class Writer:
             self._stats["agents"], self._stats["branches"] = agents, branches
             for name in ("writes", "bytes_written", "quarantined"):
                 self._stats[name] += getattr(batch, name)
-            self._stats["bytes_written_last_hour"] = self._last_hour(hour)
+            self._stats["bytes_written_last_hour"] = written_in_last_hour(self._manifest.writes(), time.time())
 
     def _settle(self, batch: Batch, sync: bool) -> None:
         """Bring the catalog and the directories to what the manifest, whether or not it committed, says now."""
@@ -281,8 +281,3 @@ class Writer:
     def _tail_file(self, branch_id: str) -> FileRef | None:
         ref = self._manifest.tail_file(branch_id)
         return replace(ref, key=self._keys.tail_key(branch_id)) if ref and self._keys else ref
-
-    def _last_hour(self, hour: int) -> int:
-        """Bytes written in this hour and the one before, scaled to one hour's length."""
-        writes, into = self._manifest.writes(), time.time() % 3600 / 3600
-        return int(writes.get(hour, 0) + writes.get(hour - 1, 0) * (1 - into))
