@@ -1,5 +1,6 @@
 """KVCacheSpec: what a model's cache is made of, read off the cache objects it makes and one traced forward pass."""
 
+import math
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
@@ -9,7 +10,7 @@ from mlx_lm.models.cache import KVCache, RotatingKVCache, make_prompt_cache
 
 from ..errors import ModelError
 
-LayerKind = Literal["global", "sliding"]
+LayerKind = Literal["global", "sliding", "chunked", "latent", "recurrent"]
 KVBits = Literal["4", "k5v4", "8", "16"]
 
 QUANT_GROUP = 64
@@ -23,31 +24,54 @@ def quant_group(dim: int) -> int:
 
 @dataclass(frozen=True)
 class LayerSpec:
+    """One cache object of the model. A recurrent one has `state` and none of the fields between."""
+
     kind: LayerKind
-    num_kv_heads: int
-    k_dim: int
-    v_dim: int
-    window: int | None = None  # tokens a sliding layer sees, itself included
+    num_kv_heads: int = 0
+    k_dim: int = 0
+    v_dim: int = 0
+    window: int | None = None  # sliding: tokens that a token sees, itself included; chunked: tokens of a chunk
     attention_sinks: bool = False  # the layer hands sink logits to its softmax (gpt-oss)
+    fetched: bool = False  # the model computes with what the cache returns, not by attention through the seam
+    state: tuple[tuple[tuple[int, ...], str], ...] = ()  # shape and dtype ("float32") of each array, batch of one
 
     @property
     def dims(self) -> tuple[int, int]:
         return self.k_dim, self.v_dim
 
     @property
-    def stack_key(self) -> tuple[int, int, int]:
-        return self.num_kv_heads, self.k_dim, self.v_dim
+    def stack_key(self) -> tuple[object, ...]:
+        return self.kind, self.window, self.num_kv_heads, self.k_dim, self.v_dim, self.fetched, self.state
+
+    def first_visible(self, position: int) -> int:
+        """The earliest position whose key and value the token at `position` sees."""
+        if self.window is None:
+            return 0
+        if self.kind == "chunked":
+            return position // self.window * self.window
+        return max(0, position - self.window + 1)
+
+
+@dataclass(frozen=True)
+class ForeignCaches:
+    """A model whose caches only mlx-lm's own classes can hold: correct, but nothing is kept after an answer."""
+
+    reason: str
+    fixed_bytes: int  # of a running sequence's caches
+    token_bytes: int  # and for each token
 
 
 @dataclass(frozen=True)
 class KVCacheSpec:
-    """Shapes and precision of one model's cache. Layers of one shape are stacked in one tensor, RAM and disk alike."""
+    """Shapes and precision of one model's cache. Layers of one kind and shape are stacked in one tensor."""
 
     layers: tuple[LayerSpec, ...]
     dtype: mx.Dtype  # of keys and values as the model makes them
     kv_bits: KVBits = "4"
     block_size: int = 256
     num_sinks: int = 4  # first tokens of a sequence, kept in full precision
+    foreign: ForeignCaches | None = None  # then there are no `layers`
+    state_interval: int = 2048  # tokens between two snapshots of recurrent state; a multiple of block_size
 
     @cached_property
     def bits(self) -> tuple[int, int] | None:
@@ -70,26 +94,75 @@ class KVCacheSpec:
     @cached_property
     def sealed_bytes(self) -> int:
         """Of one token in a sealed block, all layers; sinks come on top."""
+        return sum(self.stack_bytes)
+
+    @cached_property
+    def stack_bytes(self) -> tuple[int, ...]:
+        """By stack: of one token in a sealed block."""
+        return tuple(len(stack) * self._layer_bytes(self.layers[stack[0]]) for stack in self.stacks)
+
+    def _layer_bytes(self, layer: LayerSpec) -> int:
         if self.bits is None:
-            return self.dense_bytes
-        sizes = (
-            (layer.num_kv_heads, d, b) for layer in self.layers for d, b in zip(layer.dims, self.bits, strict=True)
-        )
-        return sum(heads * (dim * bits // 8 + dim // quant_group(dim) * 4) for heads, dim, bits in sizes)
+            return layer.num_kv_heads * (layer.k_dim + layer.v_dim) * self.dtype.size
+        sizes = zip(layer.dims, self.bits, strict=True)
+        return layer.num_kv_heads * sum(dim * bits // 8 + dim // quant_group(dim) * 4 for dim, bits in sizes)
+
+    @cached_property
+    def state_bytes(self) -> int:
+        """Of one snapshot of the recurrent state, all layers."""
+        arrays = (array for layer in self.layers for array in layer.state)
+        return sum(math.prod(shape) * getattr(mx, dtype).size for shape, dtype in arrays)
 
     @cached_property
     def stacks(self) -> tuple[tuple[int, ...], ...]:
-        """Layer indices by shape, in order of first appearance: Gemma's 48 equal layers give one stack of 48."""
-        by_shape: dict[tuple[int, int, int], list[int]] = {}
+        """Indices of attention layers by kind and shape, in order of first appearance."""
+        return self._stacked(recurrent=False)
+
+    @cached_property
+    def state_stacks(self) -> tuple[tuple[int, ...], ...]:
+        """The same of recurrent layers."""
+        return self._stacked(recurrent=True)
+
+    def _stacked(self, *, recurrent: bool) -> tuple[tuple[int, ...], ...]:
+        by_shape: dict[tuple[object, ...], list[int]] = {}
         for index, layer in enumerate(self.layers):
-            by_shape.setdefault(layer.stack_key, []).append(index)
+            if (layer.kind == "recurrent") is recurrent:
+                by_shape.setdefault(layer.stack_key, []).append(index)
         return tuple(tuple(stack) for stack in by_shape.values())
 
     @cached_property
     def position_in_stack(self) -> tuple[tuple[int, int], ...]:
-        """For each layer: (index of its stack, index within the stack)."""
-        where = {layer: (s, i) for s, stack in enumerate(self.stacks) for i, layer in enumerate(stack)}
+        """For each layer: (index of its stack, or of its state stack, index within it)."""
+        both = (self.stacks, self.state_stacks)
+        where = {layer: (s, i) for stacks in both for s, stack in enumerate(stacks) for i, layer in enumerate(stack)}
         return tuple(where[i] for i in range(len(self.layers)))
+
+    @cached_property
+    def recurrent(self) -> bool:
+        """A sequence goes on only from where there is a snapshot of its state."""
+        return bool(self.state_stacks)
+
+    @cached_property
+    def windowed(self) -> bool:
+        """Some layers don't see all of a sequence."""
+        return any(layer.window is not None for layer in self.layers)
+
+    def needed(self, index: int, position: int) -> frozenset[str]:
+        """Parts (tensors.part_of) of block `index` that a sequence needs to go on from `position`, in it or after.
+
+        Whole stacks, as far as the next token sees into the block, all of them of a block that is cut inside; the
+        recurrent state at `position`, for the block that it lies in or ends.
+        """
+        start, stop = index * self.block_size, (index + 1) * self.block_size
+        cut = start < position < stop
+        parts = {
+            str(s)
+            for s, stack in enumerate(self.stacks)
+            if cut or self.layers[stack[0]].first_visible(position) < min(stop, position)
+        }
+        if self.recurrent and start < position <= stop:
+            parts.add(f"@{position - start}")
+        return frozenset(parts)
 
     def identity(self) -> str:
         """Everything that gives a stored byte its meaning, as text for the fingerprint."""
