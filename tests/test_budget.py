@@ -301,7 +301,7 @@ def test_blocks_that_many_wait_for_are_read_once(tmp_path):
             engine.ask(f"a{i}", system + random_tokens(20, seed=i))
     with tiny_engine(tmp_path) as engine:
         read, read_block = [], engine.core.store.read_block
-        engine.core.store.read_block = lambda key: read.append(key) or read_block(key)
+        engine.core.store.read_block = lambda key, parts: read.append(key) or read_block(key, parts)
 
         async def all_at_once() -> list[str]:
             asked = [engine.answer(f"a{i}", system + random_tokens(20, seed=i)) for i in range(4)]
@@ -318,9 +318,9 @@ def test_a_tail_that_a_cancelled_request_had_claimed_is_still_saved(tmp_path):
         def claim_and_abandon() -> None:
             [branch] = engine.core.contexts.branches()
             match = engine.core.contexts.match("default", "a0", [*branch.tokens().tolist(), 9])
-            assert engine.core.memory.claim_branch(branch.agent, match, persist=True) is branch
-            engine.core.memory.save_idle()
-            engine.core.memory.abandon(branch)
+            assert engine.core.saver.claim_branch(branch.agent, match, persist=True) is branch
+            engine.core.saver.save_idle()
+            engine.core.saver.abandon(branch)
 
         engine.on_engine(claim_and_abandon)
         engine.wait_until_saved()

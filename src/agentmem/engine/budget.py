@@ -15,9 +15,12 @@ from ..kvcache.quantize import sealed_bytes
 from ..kvcache.spec import KVCacheSpec
 from ..kvcache.working import STEP, working_bytes
 from ..models.allocator import release_freed_memory
+from ..store.agent_store import AgentStore
 from .block_pool import Entry
+from .contexts import Contexts
 from .footprint import process_footprint
-from .memory import Memory
+from .restore import Restorer
+from .save import Saver
 from .sequence import Sequence
 
 log = logging.getLogger(__name__)
@@ -42,7 +45,10 @@ class RamBudget:
         self,
         limit: int,
         memory_limit: int,
-        memory: Memory,
+        contexts: Contexts,
+        restorer: Restorer,
+        saver: Saver,
+        store: AgentStore,
         spec: KVCacheSpec,
         *,
         on_codes: bool,
@@ -51,7 +57,8 @@ class RamBudget:
     ):
         """`active`: the sequences that hold RAM or are about to. Raises StartupError: too small for any sequence."""
         self.limit, self._memory_limit = limit, memory_limit
-        self._memory, self._spec, self._on_codes, self._active = memory, spec, on_codes, active
+        self._contexts, self._restorer, self._saver, self._store = contexts, restorer, saver, store
+        self._spec, self._on_codes, self._active = spec, on_codes, active
         self.short_since: float | None = None  # time.monotonic(): a request waits for RAM, and nothing runs
         self.under_pressure = False  # the process is near its memory limit
         self._saves_asked = 0.0
@@ -75,11 +82,11 @@ class RamBudget:
     def reserved_bytes(self) -> int:
         """Beside what is in the block pool."""
         running = sum(self._running_bytes(seq) for seq in self._active())
-        return running + self._memory.incoming_bytes
+        return running + self._restorer.incoming_bytes
 
     @property
     def used_bytes(self) -> int:
-        return self._memory.contexts.pool.nbytes + self.reserved_bytes
+        return self._contexts.pool.nbytes + self.reserved_bytes
 
     def _running_bytes(self, seq: Sequence) -> int:
         if not seq.capacity:
@@ -92,7 +99,7 @@ class RamBudget:
 
         `urgent`: a request can't go on without: what is not on disk yet is saved now, or given up if it can't be.
         """
-        contexts = self._memory.contexts
+        contexts = self._contexts
         short = nbytes + self.used_bytes - self.limit
         if short <= 0:
             return True
@@ -107,13 +114,13 @@ class RamBudget:
 
     def evict_idle(self, nbytes: int) -> None:
         """Drop `nbytes` of what is on disk and in no one's use, or all of that."""
-        contexts = self._memory.contexts
+        contexts = self._contexts
         for entry in contexts.pool.evict(nbytes, self.in_use(), partly=True) or ():
             contexts.lose(entry)
 
     def in_use(self) -> set[int]:
         """Ids of what active sequences work with, and of what pinned agents hold."""
-        pinned = (agent for agent in self._memory.contexts.agents.values() if agent.pinned)
+        pinned = (agent for agent in self._contexts.agents.values() if agent.pinned)
         held = (*(seq.entries() for seq in self._active()), *(agent.entries() for agent in pinned))
         return {id(entry) for entries in held for entry in entries}
 
@@ -134,14 +141,14 @@ class RamBudget:
     def _may_lose(self) -> bool:
         """Whether to give up caches that are not on disk: a store that can't write must not stop the serving."""
         stuck = self.short_since is not None and time.monotonic() - self.short_since > _STUCK
-        return stuck or self._memory.store.background_error is not None
+        return stuck or self._store.background_error is not None
 
     def _save_soon(self, nbytes: int) -> None:
         """What rests unsaved can leave RAM once it is on disk."""
         now = time.monotonic()
         if now - self._saves_asked > _SAVE_INTERVAL:
             self._saves_asked = now
-            self._memory.save_for_room(nbytes)
+            self._saver.save_for_room(nbytes)
 
     def _largest(self, wanted: int) -> int:
         """Tokens of the longest sequence, of at most `wanted`, that fits with nothing else in RAM."""
