@@ -34,9 +34,7 @@ MODEL_TYPES = _model_modules()
 ALIASES = tuple(sorted(set(MODEL_REMAPPING) - set(MODEL_TYPES)))  # types that share another one's module
 
 _METAL = "its kernel is written for Metal alone"
-UNBUILDABLE = {
-    "olmo": "adds a prompt's mask, the word 'causal', to scores: ValueError, Cannot perform inplace addition"
-}
+UNBUILDABLE = {"olmo": "adds a mask, the word 'causal', to scores: ValueError, Cannot perform inplace addition"}
 if not mx.metal.is_available():
     UNBUILDABLE |= {
         "bitnet": f"{_METAL} (bitlinear_layers.py): RuntimeError, No Metal back-end",
