@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from enum import Enum, auto
 
 from ..errors import AgentMemError
-from ..kvcache.cache import SequenceCache
+from ..kvcache.cache import ForeignCache, SequenceCache
 from .agent import Branch
 from .block_pool import Entry, Node
 from .match import Match
@@ -39,7 +39,7 @@ class Sequence:
     match: Match | None = None  # until the cache is made from it
     reading: bool = False  # what it matched is on its way from disk, perhaps ahead of need
     capacity: int = 0  # tokens that RAM is reserved for
-    cache: SequenceCache | None = None
+    cache: SequenceCache | ForeignCache | None = None
     suspended: bool = False  # gave its RAM to others, at least once
     kept: Branch | None = None  # what it had computed by then, while it waits to go on
     cached_at_start: int = 0  # tokens that `cache` began with

@@ -22,7 +22,7 @@ import mlx.core as mx
 import numpy as np
 
 from ..tensors import HostTensor, part_of
-from .quantize import Codes, decode
+from .quantize import Codes
 from .spec import KVCacheSpec
 
 Arrays = dict[str, mx.array]
@@ -132,18 +132,6 @@ class Snapshot:
 
     blocks: Sequence[SealedBlock] = field(default_factory=tuple)
     tail: Tail | None = None
-
-
-def values(sources: Sequence[Mapping[str, mx.array]], part: str, spec: KVCacheSpec) -> list[mx.array]:
-    """What one layer's part of consecutive blocks stands for, in cache space: pieces [1, H, n, D], in order.
-
-    `part` is "k" or "v"; names come without the stack ("k.packed"). The first of `sources` may carry sinks.
-    """
-    if spec.bits is None:
-        return [s[f"{part}.full"] for s in sources]
-    dense = decode(concatenate_codes(sources, part), spec.bits["kv".index(part)], spec.dtype)
-    sinks = sources[0].get(f"{part}.sinks")
-    return [dense] if sinks is None else [sinks, dense[:, :, sinks.shape[TOKENS] :]]
 
 
 def concatenate_codes(blocks: Sequence[Mapping[str, mx.array]], name: str) -> Codes:

@@ -1,14 +1,11 @@
-"""KVCacheSpec: what a model's cache is made of, read off the cache objects it makes and one traced forward pass."""
+"""KVCacheSpec: what a model's cache is made of, and what of it a sequence needs. trace.py reads it off a model."""
 
 import math
 from dataclasses import dataclass
-from functools import cached_property
-from typing import Any, Literal
+from functools import cache, cached_property
+from typing import Literal
 
 import mlx.core as mx
-from mlx_lm.models.cache import KVCache, RotatingKVCache, make_prompt_cache
-
-from ..errors import ModelError
 
 LayerKind = Literal["global", "sliding", "chunked", "latent", "recurrent"]
 KVBits = Literal["4", "k5v4", "8", "16"]
@@ -17,9 +14,17 @@ QUANT_GROUP = 64
 _BITS: dict[KVBits, tuple[int, int] | None] = {"4": (4, 4), "k5v4": (5, 4), "8": (8, 8), "16": None}
 
 
-def quant_group(dim: int) -> int:
-    """Values of a head that share a scale and a bias, 16 bits each."""
-    return QUANT_GROUP if dim % QUANT_GROUP == 0 else 32
+@cache
+def coded_shape(dim: int) -> tuple[int, int]:
+    """How a head of `dim` values is coded: (values, padded to whole groups; group that shares a scale and a bias)."""
+    padded = {group: -(-dim // group) * group for group in (QUANT_GROUP, 32)}
+    group = min(padded, key=lambda g: coded_bytes(padded[g], g, 4))
+    return padded[group], group
+
+
+def coded_bytes(padded: int, group: int, bits: int) -> int:
+    """Of one head: codes, and a scale and a bias of 16 bits for each group."""
+    return padded * bits // 8 + padded // group * 4
 
 
 @dataclass(frozen=True)
@@ -67,6 +72,7 @@ class KVCacheSpec:
 
     layers: tuple[LayerSpec, ...]
     dtype: mx.Dtype  # of keys and values as the model makes them
+    slots: tuple[int | tuple[int, ...], ...] = ()  # where `layers` belong in the list of caches that the model takes
     kv_bits: KVBits = "4"
     block_size: int = 256
     num_sinks: int = 4  # first tokens of a sequence, kept in full precision
@@ -81,10 +87,14 @@ class KVCacheSpec:
     @cached_property
     def unquantized_reason(self) -> str | None:
         """In words, why blocks stay in full precision although fewer bits were asked for; else None."""
-        odd = {d for layer in self.layers for d in (layer.k_dim, layer.v_dim) if d % 32}
-        if self.kv_bits == "16" or not odd:
+        bits = _BITS[self.kv_bits]
+        if bits is None:
             return None
-        return f"head dims {sorted(odd)} are not multiples of 32: blocks keep the model's dtype"
+        dims = sorted({dim for layer in self.layers for dim in layer.dims if dim})
+        no_gain = [d for d in dims if coded_bytes(*coded_shape(d), max(bits)) >= d * self.dtype.size]
+        if no_gain:
+            return f"head dims {no_gain} are too small to take fewer bytes as codes: blocks keep the model's dtype"
+        return None if dims else "no layer has keys and values"
 
     @cached_property
     def dense_bytes(self) -> int:
@@ -103,9 +113,9 @@ class KVCacheSpec:
 
     def _layer_bytes(self, layer: LayerSpec) -> int:
         if self.bits is None:
-            return layer.num_kv_heads * (layer.k_dim + layer.v_dim) * self.dtype.size
+            return layer.num_kv_heads * sum(layer.dims) * self.dtype.size
         sizes = zip(layer.dims, self.bits, strict=True)
-        return layer.num_kv_heads * sum(dim * bits // 8 + dim // quant_group(dim) * 4 for dim, bits in sizes)
+        return layer.num_kv_heads * sum(coded_bytes(*coded_shape(dim), bits) for dim, bits in sizes)
 
     @cached_property
     def state_bytes(self) -> int:
@@ -143,6 +153,11 @@ class KVCacheSpec:
         return bool(self.state_stacks)
 
     @cached_property
+    def stepwise(self) -> bool:
+        """A forward pass must not cross a block boundary: recurrent state, and what is fetched, are of one position."""
+        return any(layer.kind == "recurrent" or layer.fetched for layer in self.layers)
+
+    @cached_property
     def windowed(self) -> bool:
         """Some layers don't see all of a sequence."""
         return any(layer.window is not None for layer in self.layers)
@@ -167,49 +182,3 @@ class KVCacheSpec:
     def identity(self) -> str:
         """Everything that gives a stored byte its meaning, as text for the fingerprint."""
         return repr((self.layers, str(self.dtype), self.kv_bits, self.block_size, self.num_sinks))
-
-
-class _TracedCache(KVCache):
-    """A layer's plain cache that notes what passes through it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.shapes: tuple[tuple[int, ...], tuple[int, ...]] | None = None
-        self.dtype: mx.Dtype | None = None
-        self.through_seam = False
-        self.attention_sinks = False
-
-    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-        self.shapes, self.dtype = (keys.shape, values.shape), keys.dtype
-        return super().update_and_fetch(keys, values)
-
-    def attend(self, queries: mx.array, scale: float, sinks: mx.array | None) -> mx.array:
-        self.through_seam, self.attention_sinks = True, sinks is not None
-        keys, values = self.keys_and_values()
-        return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale, sinks=sinks)
-
-
-def read_spec(model: Any, *, kv_bits: KVBits = "4", block_size: int = 256) -> KVCacheSpec:
-    """Trace one token through `model`, its attention seam installed. Raises ModelError for unsupported layers."""
-    made = make_prompt_cache(model)
-    for index, cache in enumerate(made):
-        if type(cache) not in (KVCache, RotatingKVCache) or getattr(cache, "keep", False):
-            raise ModelError(f"layer {index} uses a {type(cache).__name__} cache, which agentmem does not support yet")
-    traced = [_TracedCache() for _ in made]
-    mx.eval(model(mx.array([[0]]), cache=traced))
-    layers = tuple(_layer_spec(i, cache, trace) for i, (cache, trace) in enumerate(zip(made, traced, strict=True)))
-    dtypes = {trace.dtype for trace in traced}
-    if len(dtypes) != 1:
-        raise ModelError(f"layers of different dtypes {sorted(map(str, dtypes))} are not supported yet")
-    dtype = dtypes.pop()
-    assert dtype is not None
-    return KVCacheSpec(layers, dtype, kv_bits, block_size)
-
-
-def _layer_spec(index: int, cache: Any, trace: _TracedCache) -> LayerSpec:
-    if trace.shapes is None or not trace.through_seam:
-        raise ModelError(f"layer {index} computes attention outside scaled_dot_product_attention: not supported yet")
-    keys, values = trace.shapes
-    window = cache.max_size if isinstance(cache, RotatingKVCache) else None
-    kind: LayerKind = "sliding" if window else "global"
-    return LayerSpec(kind, keys[1], keys[3], values[3], window, trace.attention_sinks)
