@@ -83,7 +83,7 @@ class Admission:
         assert match is not None
         seq.capacity = 0
         capacity = capacity_for(len(seq.tokens))
-        needed = budget.running_bytes(capacity, len(match.nodes) * self._core.runner.spec.block_size)
+        needed = budget.running_bytes(capacity, len(match.nodes))
         needed += match.missing_bytes
         if not budget.make_room(needed + slack, match.entries()):
             return False
@@ -137,7 +137,7 @@ class Admission:
         self._apply(seq, agent)
         seq.branch = saver.claim_branch(agent, match, persist=not (seq.discard or agent.ephemeral))
         saver.note(agent, seq.branch)
-        seq.cache = self._core.runner.new_cache(snapshot, seq.capacity)
+        seq.cache = self._core.runner.new_cache(snapshot, seq.capacity, checkpoint_at=seq.prompt_len - 1)
         seq.cached_at_start = match.length
         if not seq.suspended:
             seq.num_cached = match.length
@@ -282,14 +282,19 @@ class Admission:
         same = None if suspended else contexts.covering(branch, tokens)
         for node in nodes:
             node.last_used = time.time()
-        if seq.discard or same is not None or cache.length == seq.cached_at_start:
+        foreign = self._core.runner.spec.foreign is not None
+        if foreign or seq.discard or same is not None or cache.length == seq.cached_at_start:
             contexts.release(nodes)
             self._core.saver.abandon(branch)
             if same is not None:
                 same.last_used = same.agent.last_used = time.time()
+            if foreign and not seq.discard:
+                contexts.enter(branch.agent)
         else:
-            tail = OpenBlock(tokens[cache.num_sealed :], lineage=seq.lineage)
-            self._core.saver.commit(branch, nodes, tail, cache.snapshot().tail)
+            tail, snapshot = OpenBlock(tokens[cache.num_sealed :], lineage=seq.lineage), cache.snapshot()
+            if nodes and snapshot.tail is None:
+                contexts.add_states(nodes[-1], snapshot.blocks[-1])
+            self._core.saver.commit(branch, nodes, tail, snapshot.tail)
             self._core.saver.note(branch.agent, branch)
 
     def _note_progress(self) -> None:

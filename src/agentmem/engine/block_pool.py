@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from ..kvcache.block import SealedBlock, Tail
+from ..kvcache.block import Arrays, SealedBlock, Tail
 from ..store.records import FileRef
 
 FRESH = b""  # the lineage of a block that was never cut
@@ -87,16 +87,22 @@ class BlockPool:
         self._entries[id(entry)] = entry
         self.nbytes += data.nbytes
 
-    def replace(self, node: Node, data: SealedBlock) -> None:
-        """Other parts of the same block."""
-        assert node.data is not None
-        self.nbytes += data.nbytes - node.data.nbytes
-        node.data = data
+    def add(self, node: Node, arrays: Arrays) -> None:
+        """More parts of a block of which some may be here."""
+        if node.data is None:
+            self.put(node, SealedBlock(arrays))
+        else:
+            self._replace(node, node.data.with_arrays(arrays))
 
     def keep(self, node: Node, parts: Container[str]) -> None:
         """Let go of the node's other parts."""
         if node.data is not None and not all(part in parts for part in node.data.parts):
-            self.replace(node, node.data.only(parts))
+            self._replace(node, node.data.only(parts))
+
+    def _replace(self, node: Node, data: SealedBlock) -> None:
+        assert node.data is not None
+        self.nbytes += data.nbytes - node.data.nbytes
+        node.data = data
 
     def drop(self, entry: Entry) -> None:
         """Let go of the entry's arrays, if it has any."""

@@ -14,7 +14,7 @@ from weakref import WeakValueDictionary
 
 import numpy as np
 
-from ..kvcache.block import SealedBlock, Tail
+from ..kvcache.block import SealedBlock, Tail, state_offset
 from ..kvcache.spec import KVCacheSpec
 from .agent import Agent, Branch, agent_info
 from .block_pool import FRESH, BlockPool, Entry, Node, OpenBlock
@@ -84,6 +84,12 @@ class Contexts:
         agent = self.agents.get(key) or self._newcomers.get(key) or Agent(namespace, name, now, now)
         if key not in self.agents:
             self._newcomers[key] = agent
+        return agent
+
+    def enter(self, agent: Agent) -> Agent:
+        """Note that it was used; returns the one of that name, if there is another one by now."""
+        agent = self.agents.setdefault((agent.namespace, agent.name), agent)
+        agent.last_used = time.time()
         return agent
 
     def branches(self) -> Iterable[Branch]:
@@ -171,6 +177,13 @@ class Contexts:
         found.expendable = found.expendable and ephemeral
         return found
 
+    def add_states(self, node: Node, block: SealedBlock) -> None:
+        """Keep what `block`, a running sequence's own, has more of recurrent state."""
+        had = node.data.arrays if node.data is not None else {}
+        more = {name: a for name, a in block.arrays.items() if state_offset(name) is not None and name not in had}
+        if more:
+            self.pool.add(node, more)
+
     @staticmethod
     def hold(nodes: Iterable[Node]) -> None:
         now = time.time()
@@ -226,9 +239,8 @@ class Contexts:
 
         Returns the oldest; the prefixes are in `branch.displaced`. The branch must already hold its nodes.
         """
-        agent = branch.agent
-        agent = branch.agent = self.agents.setdefault((agent.namespace, agent.name), agent)
-        branch.last_used = agent.last_used = time.time()
+        agent = branch.agent = self.enter(branch.agent)
+        branch.last_used = agent.last_used
         agent.branches[branch.id] = branch
         mine = branch.tokens()
         gone = [

@@ -278,8 +278,11 @@ class EngineLoop:
                 seq.cache.adopt(index, node.data)
             contexts.hold([node])
             seq.nodes.append(node)
-            if not seq.discard:
-                self.core.saver.save_block(seq.branch, list(seq.nodes))
+            # the state at the end of a block is only known to be wanted once nothing follows: it waits for the next
+            path = seq.nodes[:-1] if self.core.runner.spec.recurrent else list(seq.nodes)
+            if path and not seq.discard:
+                self.core.saver.save_block(seq.branch, path)
+        contexts.thin(seq.nodes)
         self.core.trace.span("seal", began, agent=seq.request.agent_id, blocks=len(blocks))
 
     def _figures(self) -> EngineFigures:

@@ -160,10 +160,7 @@ class Restorer:
             self._quarantine(read.match, node)
             return 0
         arrays = from_raw({name: array for name, array in raw.items() if part_of(name) not in have.parts})
-        if node.data is None:
-            self._contexts.pool.put(node, SealedBlock(arrays))
-        else:
-            self._contexts.pool.replace(node, have.with_arrays(arrays))
+        self._contexts.pool.add(node, arrays)
         node.last_used = time.time()
         return SealedBlock(arrays).nbytes
 
@@ -195,7 +192,8 @@ class Restorer:
         """What the matched prefix looks like as a cache, all of it in RAM; and the lineage of its open block."""
         assert not match.missing
         tail, lineage = self.open_block(match)
-        return Snapshot(tuple(node.data or _NOTHING for node in match.nodes), tail), lineage
+        blocks = ((n.data or _NOTHING).only(self._spec.needed(i, match.length)) for i, n in enumerate(match.nodes))
+        return Snapshot(tuple(blocks), tail), lineage
 
     def open_block(self, match: Match) -> tuple[Tail | None, bytes]:
         """What follows the matched whole blocks, and its lineage; what that is cut from is in RAM."""

@@ -13,6 +13,7 @@ from .block_pool import BlockPool, Node
 Holder = tuple[Sequence[Node], int]  # a path from the root, and the position from which it is to be continued
 UNSAVED_BLOCKS = 8  # beyond a window, that keep its layers' parts while they wait for the disk
 UNSAVED_SNAPSHOTS = 2
+STATES = "@"  # how parts that are snapshots of recurrent state begin
 
 
 def window_blocks(spec: KVCacheSpec, window: int) -> int:
@@ -35,7 +36,7 @@ def thin(spec: KVCacheSpec, pool: BlockPool, path: Sequence[Node], holders: Iter
             continue
         if not (node.disk_bytes or node.expendable):
             needed[i] |= _recent(spec, len(path) - i)
-            states = sorted((p for p in node.data.parts if p.startswith("@")), key=lambda p: -int(p[1:]))
+            states = sorted((p for p in node.data.parts if p.startswith(STATES)), key=lambda p: -int(p[1:]))
             states = states[: UNSAVED_SNAPSHOTS - snapshots]
             snapshots += len(states)
             needed[i].update(states)
