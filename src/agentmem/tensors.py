@@ -1,7 +1,6 @@
 """A tensor as bytes in host memory: what the cache hands to the store and gets back."""
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 ITEM_BYTES = {"F32": 4, "U32": 4, "I32": 4, "F16": 2, "BF16": 2, "U8": 1}  # by dtype, in safetensors' names
@@ -27,11 +26,3 @@ def part_of(name: str) -> str:
     """
     at = name.find("@")
     return name[at:] if at >= 0 else name.removeprefix("prefix.")[1:].partition(".")[0]
-
-
-def part_bytes(tensors: Mapping[str, HostTensor]) -> dict[str, int]:
-    """Bytes by part."""
-    parts: dict[str, int] = {}
-    for name, tensor in tensors.items():
-        parts[part_of(name)] = parts.get(part_of(name), 0) + tensor.nbytes
-    return parts

@@ -17,7 +17,7 @@ import re
 import sqlite3
 import time
 import uuid
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from contextlib import ExitStack
 from dataclasses import replace
@@ -26,8 +26,8 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import CorruptSegment, ShuttingDown, StoreError
-from ..tensors import HostTensor, part_bytes
+from ..errors import ShuttingDown, StoreError
+from ..tensors import HostTensor
 from . import jobs, links
 from .crypto import Vault
 from .keys import FileKeys
@@ -121,25 +121,7 @@ class AgentStore:
 
     def index(self) -> StoreIndex:
         """What the store held when it was opened."""
-        blocks = [replace(b, parts=part_bytes(self._peek(b.key))) for b in self._index.blocks]
-        branches = [
-            replace(b, tail=replace(b.tail, parts=self._tail_parts(b.id))) if b.tail else b
-            for b in self._index.branches
-        ]
-        return replace(self._index, blocks=blocks, branches=branches)
-
-    def _peek(self, key: bytes) -> dict[str, HostTensor]:
-        try:
-            return self._reader._read_block(key)
-        except CorruptSegment:
-            return {"k0.lost": HostTensor("U8", (0,), b"")}
-
-    def _tail_parts(self, branch_id: str) -> dict[str, int]:
-        try:
-            parts = part_bytes(self._reader._read_tail(branch_id)[0])
-        except CorruptSegment:
-            return {}
-        return {part: n for part, n in parts.items() if part.startswith("@")}
+        return self._index
 
     # Writes
 
@@ -244,9 +226,8 @@ class AgentStore:
 
     # Reads
 
-    def read_block(self, key: bytes, parts: Collection[str] | None = None) -> Future[dict[str, HostTensor]]:
-        """Only those parts; what the file lacks is absent."""
-        return _closed() if self._closed else self._reader.read_block(key, parts)
+    def read_block(self, key: bytes) -> Future[dict[str, HostTensor]]:
+        return _closed() if self._closed else self._reader.read_block(key)
 
     def read_tail(self, branch_id: str) -> Future[Segment]:
         """Tensors and metadata."""

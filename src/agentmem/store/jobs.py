@@ -3,14 +3,14 @@
 import re
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ..errors import InvalidRequest
-from ..tensors import HostTensor, part_bytes
+from ..tensors import HostTensor
 from . import crypto, segment
 from .keys import FileKeys
 from .layout import Layout
@@ -184,7 +184,7 @@ class SaveBlock(SaveJob):
             batch.manifest.add_block(block, batch.new_keys.get(self.key))
             file = FileRef(block.nbytes, block.checksum)
         self.put_branch(batch)
-        return replace(file, parts=part_bytes(self.tensors))
+        return file
 
 
 @dataclass(eq=False)
@@ -205,8 +205,7 @@ class SaveTail(SaveJob):
         wrapped = batch.keys.wrap(key, agent_id) if batch.keys and key else None
         tail = TailRecord(self.tokens, self.file.nbytes, self.file.checksum)
         batch.manifest.set_tail(self.branch_id, tail, self.generation, key, wrapped)
-        parts = part_bytes(self.tensors)
-        return replace(self.file, parts={part: n for part, n in parts.items() if part.startswith("@")})
+        return self.file
 
 
 @dataclass(eq=False)

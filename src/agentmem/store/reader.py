@@ -1,12 +1,12 @@
 """Reads blocks and tails on a few threads. Every byte is verified before anyone sees it."""
 
 import threading
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 from ..errors import CorruptSegment
-from ..tensors import HostTensor, part_of
+from ..tensors import HostTensor
 from .crypto import unseal
 from .layout import Layout
 from .records import FileRef
@@ -64,8 +64,8 @@ class Reader:
         self._catalog = catalog
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="agentmem-reader")
 
-    def read_block(self, key: bytes, parts: Collection[str] | None = None) -> Future[dict[str, HostTensor]]:
-        return self._pool.submit(self._read_block, key, parts)
+    def read_block(self, key: bytes) -> Future[dict[str, HostTensor]]:
+        return self._pool.submit(self._read_block, key)
 
     def read_tail(self, branch_id: str) -> Future[Segment]:
         return self._pool.submit(self._read_tail, branch_id)
@@ -74,14 +74,14 @@ class Reader:
         """Waits for the reads in flight."""
         self._pool.shutdown()
 
-    def _read_block(self, key: bytes, parts: Collection[str] | None = None) -> dict[str, HostTensor]:
+    def _read_block(self, key: bytes) -> dict[str, HostTensor]:
         tensors, _ = self._read(
             f"block {key.hex()}",
             b"block:" + key,
             lambda: self._catalog.block(key),
             lambda _: self._layout.block(key),
         )
-        return {n: t for n, t in tensors.items() if parts is None or part_of(n) in parts}
+        return tensors
 
     def _read_tail(self, branch_id: str) -> Segment:
         return self._read(

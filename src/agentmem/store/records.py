@@ -16,7 +16,6 @@ class BlockRecord:
     nbytes: int  # of the file
     checksum: bytes
     created: float  # Unix seconds
-    parts: Mapping[str, int] = field(default_factory=dict)  # of the file, see tensors.part_of: bytes of each
 
 
 @dataclass(frozen=True)
@@ -24,7 +23,6 @@ class TailRecord:
     tokens: np.ndarray  # uint32
     nbytes: int
     checksum: bytes
-    parts: Mapping[str, int] = field(default_factory=dict)  # its snapshots of recurrent state
 
 
 @dataclass(frozen=True)
@@ -77,7 +75,6 @@ class FileRef:
     checksum: bytes
     generation: int = 0  # of a tail
     key: bytes | None = field(default=None, repr=False)  # of an encrypted file
-    parts: Mapping[str, int] = field(default_factory=dict)  # as in the records
 
 
 def written_in_last_hour(by_hour: Mapping[int, int], now: float) -> int:
