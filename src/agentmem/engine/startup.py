@@ -32,7 +32,7 @@ from .scheduler import Scheduler
 from .trace import Trace
 
 log = logging.getLogger(__name__)
-CACHE_FORMAT = "1"  # rises when the meaning of a stored code changes: rotation, centring, quantization
+CACHE_FORMAT = "2"  # rises when the meaning of a stored code changes: rotation, centring, quantization
 
 
 @dataclass(frozen=True)
