@@ -21,11 +21,34 @@ INCONSISTENT = {
     "phi3small": "adds its boolean mask to the scores of the block-sparse layers, so a prompt sees what comes after it",
     "plamo3": "masks window_size + 1 tokens, but its caches keep window_size, so a window depends on the chunks",
 }
-RECURRENT = """
-    baichuan_m1 bailing_hybrid bailing_moe_linear bailing_moe_v3 falcon_h1 falcon_mamba gear granitemoehybrid jamba
-    kimi_k3 kimi_linear lfm2 lfm2-vl lfm2_moe longcat_flash_ngram mamba mamba2 nemotron_h olmo_hybrid plamo2
-    prism_hadamard_qwen35 qwen3_5 qwen3_5_moe qwen3_next recurrent_gemma rwkv7
-""".split()
+RECURRENT = [
+    "baichuan_m1",
+    "bailing_hybrid",
+    "bailing_moe_linear",
+    "bailing_moe_v3",
+    "falcon_h1",
+    "falcon_mamba",
+    "gear",
+    "granitemoehybrid",
+    "jamba",
+    "kimi_k3",
+    "kimi_linear",
+    "lfm2",
+    "lfm2-vl",
+    "lfm2_moe",
+    "longcat_flash_ngram",
+    "mamba",
+    "mamba2",
+    "nemotron_h",
+    "olmo_hybrid",
+    "plamo2",
+    "prism_hadamard_qwen35",
+    "qwen3_5",
+    "qwen3_5_moe",
+    "qwen3_next",
+    "recurrent_gemma",
+    "rwkv7",
+]
 TOKENS = np.random.default_rng(0).integers(1, 255, sum(CHUNKS)).tolist()
 BUILDABLE = [t for t in (*MODEL_TYPES, *ALIASES) if t not in UNBUILDABLE]
 

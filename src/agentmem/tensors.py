@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass
 
-ITEM_BYTES = {"F32": 4, "U32": 4, "I32": 4, "F16": 2, "BF16": 2, "U8": 1}  # by dtype, in safetensors' names
+ITEM_BYTES = {"I64": 8, "F32": 4, "U32": 4, "I32": 4, "F16": 2, "BF16": 2, "U8": 1}  # by dtype, in safetensors' names
 
 
 @dataclass(frozen=True)

@@ -118,6 +118,8 @@ def _true_mask(layer: LayerSpec, offset: int | mx.array, n: int, return_array: b
 class BatchQuantizedKVCache:
     """Several sequences' caches for one forward pass: `model(tokens [B, L], cache=batch.layers)`, then `advance`.
 
+    Sequences of a recurrent model that are still empty go alone.
+
     Nothing is padded, merged or copied but recurrent state: attention runs per sequence, other arithmetic on the batch.
     """
 

@@ -139,15 +139,19 @@ def concatenate_codes(blocks: Sequence[Mapping[str, mx.array]], name: str) -> Co
     return Codes(*parts)
 
 
-_HOST_DTYPES = {mx.uint32: "U32", mx.int32: "I32", mx.float16: "F16", mx.float32: "F32", mx.bfloat16: "BF16"}
-_NUMPY_DTYPES = {"U32": np.uint32, "I32": np.int32, "F16": np.float16, "F32": np.float32, "BF16": np.uint16}
+STORABLE = {  # dtypes of arrays that a file can hold
+    mx.int64: "I64", mx.int32: "I32", mx.uint32: "U32", mx.float32: "F32", mx.float16: "F16", mx.bfloat16: "BF16",
+}  # fmt: skip
+_NUMPY_DTYPES = {
+    "I64": np.int64, "I32": np.int32, "U32": np.uint32, "F32": np.float32, "F16": np.float16, "BF16": np.uint16,
+}  # fmt: skip
 
 
 def to_host(arrays: Arrays) -> dict[str, HostTensor]:
     """Evaluate, and hand out views of the memory that keep the arrays alive: nothing is copied. Engine thread only."""
     raw = {n: mx.contiguous(a.view(mx.uint16) if a.dtype == mx.bfloat16 else a) for n, a in arrays.items()}
     mx.eval(raw)
-    return {n: HostTensor(_HOST_DTYPES[a.dtype], a.shape, memoryview(cast(Any, raw[n]))) for n, a in arrays.items()}
+    return {n: HostTensor(STORABLE[a.dtype], a.shape, memoryview(cast(Any, raw[n]))) for n, a in arrays.items()}
 
 
 def copy_host(tensors: Mapping[str, HostTensor]) -> RawArrays:

@@ -89,10 +89,11 @@ class SequenceCache:
             self._seal(layer, start // size)
         return keys, vals
 
-    def state(self, layer: int) -> list[mx.array]:
+    def state(self, layer: int) -> list[mx.array | None]:
+        """[1, ...] each; None before the first token."""
         return self._recurrent[layer].state
 
-    def set_state(self, layer: int, state: list[mx.array]) -> None:
+    def set_state(self, layer: int, state: list[mx.array | None]) -> None:
         self._recurrent[layer].state = state
 
     def advance(self, num_tokens: int) -> list[SealedBlock]:
@@ -207,7 +208,9 @@ class SequenceCache:
     def _state_arrays(self) -> Arrays:
         """A snapshot, named by where in the open block it is taken."""
         offset = (self.length - 1) % self._spec.block_size + 1
-        per_layer = {i: {f"s.{j}@{offset}": a for j, a in enumerate(work.state)} for i, work in self._recurrent.items()}
+        per_layer = {
+            i: {f"s.{j}@{offset}": a for j, a in enumerate(work.arrays())} for i, work in self._recurrent.items()
+        }
         return self._stack(per_layer, self._spec.state_stacks)
 
     def _load_state(self, arrays: Arrays, offset: int) -> None:

@@ -18,6 +18,7 @@ from mlx_lm.models.cache import (
 )
 
 from .attention import observed
+from .block import STORABLE
 from .spec import ForeignCaches, KVBits, KVCacheSpec, LayerKind, LayerSpec
 
 _LENGTHS = (5, 1)  # tokens of the traced passes: a prompt, and a step of decoding
@@ -151,6 +152,8 @@ def _traced_spec(model: Any, kv_bits: KVBits, block_size: int) -> KVCacheSpec:
                 if isinstance(cache, _TracedKV):
                     cache.use = _Use()
     layers = tuple(_agreed(*both) for both in zip(*read, strict=True))
+    if any(hasattr(module, "kv_lora_rank") for module in model.modules()):
+        layers = tuple(map(_latent, layers))
     dtypes = {cache.new[0].dtype for cache in trace.caches if isinstance(cache, _TracedKV)}
     dtypes |= {cache.new[1].dtype for cache in trace.caches if isinstance(cache, _TracedKV)}
     if len(dtypes) > 1:
@@ -163,19 +166,21 @@ def _layer_spec(cache: Any) -> LayerSpec:
     if isinstance(cache, ArraysCache):
         if any(a is None for a in cache.cache):
             raise Untraceable("a recurrent layer leaves a part of its state unset")
+        if any(a.dtype not in STORABLE for a in cache.cache):
+            raise Untraceable("a recurrent layer's state is of a type that a block can't hold")
         state = tuple((a.shape, str(a.dtype).removeprefix("mlx.core.")) for a in cache.cache)
         return LayerSpec("recurrent", state=state)
     use = cache.use
     if use.updates != 1:
         raise Untraceable(f"it writes to a cache {use.updates} times in a pass")
     keys, values = cache.new
+    if not values.shape[3]:
+        raise Untraceable("a cache holds keys without values, the index of a sparse attention")
     walked = use.attended == 1 and not use.others and not use.asked
     walked = walked and not (use.foreign_mask and cache.kind != "chunked")
     window, kind = cache.window, cache.kind
     if walked and use.window is not None and (window is None or use.window < window):
         window, kind = use.window, "sliding"
-    if kind == "global" and not walked and not use.attended and not use.asked:
-        kind = "latent"
     if kind == "chunked" and not walked:
         raise Untraceable("it computes with a chunked cache by itself")
     return LayerSpec(kind, keys.shape[1], keys.shape[3], values.shape[3], window, use.sinks, fetched=not walked)
@@ -190,6 +195,12 @@ def _agreed(prompt: LayerSpec, step: LayerSpec) -> LayerSpec:
     if step.fetched and not prompt.fetched:
         return replace(prompt, fetched=True)
     return prompt
+
+
+def _latent(layer: LayerSpec) -> LayerSpec:
+    """MLA's way where what is cached is one latent vector for all heads (as "keys") and the keys' rotated part."""
+    is_latent = layer.kind == "global" and layer.fetched and layer.num_kv_heads == 1
+    return replace(layer, kind="latent") if is_latent else layer
 
 
 def all_fetched(spec: KVCacheSpec) -> KVCacheSpec | None:

@@ -204,13 +204,13 @@ class CodesLayer:
 
 
 class RecurrentLayer:
-    """One layer's state, [1, ...] each. It starts as zeros, which is what models start from where there is none."""
+    """One layer's state, [1, ...] each; None before the first token: what that stands for is the model's business."""
 
     def __init__(self, layer: LayerSpec):
-        self.state = [mx.zeros(shape, getattr(mx, dtype)) for shape, dtype in layer.state]
+        self.state: list[mx.array | None] = [None] * len(layer.state)
 
     def arrays(self) -> list[mx.array]:
-        return self.state
+        return [a for a in self.state if a is not None]
 
 
 AttentionLayer = DenseLayer | CodesLayer
