@@ -66,7 +66,8 @@ def _attention(spec: KVCacheSpec) -> str:
 def _notes() -> str:
     unbuilt = "".join(f"- {name}: {reason}\n" for name, reason in sorted(UNBUILDABLE.items()))
     own = "; ".join(f"{name} {reason}" for name, reason in sorted(INCONSISTENT.items()))
-    return f"\n[^own]: mlx-lm's own logits depend on the chunks that a prompt comes in: {own}.\n\nNot built here:\n\n{unbuilt}"
+    own = f"[^own]: mlx-lm's own logits depend on the chunks that a prompt comes in: {own}."
+    return f"\n{own}\n\nNot built here:\n\n{unbuilt}"
 
 
 if __name__ == "__main__":

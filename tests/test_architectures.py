@@ -22,7 +22,7 @@ from agentmem.kvcache.block import SealedBlock, Snapshot, Tail, from_host, to_ho
 BLOCK = 32
 TOKENS = random_tokens(130)
 TYPES = [t for t in (*MODEL_TYPES, *ALIASES) if t not in UNBUILDABLE]
-NO_REUSE = ("deepseek_v41", "deepseek_v41_text", "minimax_m3_vl")
+NO_REUSE = ("deepseek_v41", "deepseek_v41_text", "longcat_flash_ngram", "minimax_m3_vl")
 ROUNDING = 1e-3  # of the largest logit: float32, in another order
 # where a rounding decides a code, or which experts are asked, a logit may move by more
 STEP = 0.03

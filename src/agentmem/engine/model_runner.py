@@ -41,7 +41,7 @@ class ModelRunner:
             plain = replace(candidate, kv_bits="16")
             try:
                 verify_seam(self.model, self._forwarder(plain), self.vocab_size)
-                return candidate, not any(layer.fetched for layer in plain.layers) and self._batches(plain)
+                return candidate, self._batches(plain)
             except ModelError as e:
                 reason = reason or str(e)
             except (AttributeError, TypeError, ValueError, IndexError, AssertionError) as e:

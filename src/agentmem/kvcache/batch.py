@@ -79,40 +79,62 @@ class _WatchedLayer(_AttendLayer):
         self._layer = layer
 
     def make_mask(self, n: int, return_array: bool = False, window_size: int | None = None) -> Any:
-        return _true_mask(self._layer, self.offset, n, return_array)
+        return _true_mask(self._layer, self._caches, n, return_array)
 
 
 class _FetchLayer(_KVLayer):
-    """One layer of one sequence whose keys and values the model computes with by itself: MLA's latents, say."""
+    """One layer whose keys and values the model computes with by itself, MLA's latents say.
+
+    A batch of unequal lengths is padded on the left, for one pass.
+    """
 
     attended = True
 
     def __init__(self, caches: Sequence[SequenceCache], index: int, offset: int | mx.array, layer: LayerSpec):
         super().__init__(caches, index, offset)
         self._layer = layer
-        [self._cache] = caches
 
     def make_mask(self, n: int, return_array: bool = False, window_size: int | None = None) -> Any:
-        return _true_mask(self._layer, self.offset, n, return_array)
+        return _true_mask(self._layer, self._caches, n, return_array)
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        """keys [B, H, L, Dk], values [B, H, L, Dv]; the same of all that they see."""
         self.offset = self.offset + keys.shape[2]
-        self.keys, self.values = self._cache.fetch(self._index, keys, values)
+        seen = [cache.fetch(self._index, keys[b : b + 1], values[b : b + 1]) for b, cache in enumerate(self._caches)]
+        self.keys, self.values = _padded([k for k, _ in seen]), _padded([v for _, v in seen])
         return self.keys, self.values
 
     def keys_and_values(self) -> tuple[mx.array | None, mx.array | None]:
         return self.keys, self.values
 
 
-def _true_mask(layer: LayerSpec, offset: int | mx.array, n: int, return_array: bool) -> Any:
-    """What n positions from `offset` see of the columns that `SequenceCache.fetch` returns."""
-    assert isinstance(offset, int)
+def _padded(arrays: list[mx.array]) -> mx.array:
+    """[1, H, T, D] each, the ends of all in line."""
+    if len(arrays) == 1:
+        return arrays[0]
+    most = max(a.shape[2] for a in arrays)
+    return mx.concatenate([mx.pad(a, [(0, 0), (0, 0), (most - a.shape[2], 0), (0, 0)]) for a in arrays])
+
+
+def _true_mask(layer: LayerSpec, caches: Sequence[SequenceCache], n: int, return_array: bool) -> Any:
+    """What the next n positions see of the columns that `fetch` returns for them; of a batch, n = 1."""
+    starts = [cache.length for cache in caches]
+    if len(starts) == 1:
+        return _mask_of_one(layer, starts[0], n, return_array)
+    assert n == 1
+    seen = [start + 1 - layer.first_visible(start) for start in starts]
+    if min(seen) == max(seen):
+        return None
+    return mx.arange(max(seen))[None] >= max(seen) - mx.array(seen)[:, None, None, None]
+
+
+def _mask_of_one(layer: LayerSpec, start: int, n: int, return_array: bool) -> Any:
     if n == 1:
         return None
-    first = layer.first_visible(offset)
-    if not return_array and layer.first_visible(offset + n - 1) == first:
+    first = layer.first_visible(start)
+    if not return_array and layer.first_visible(start + n - 1) == first:
         return "causal"
-    return visible(layer, mx.arange(offset, offset + n)[:, None], mx.arange(first, offset + n)[None])
+    return visible(layer, mx.arange(start, start + n)[:, None], mx.arange(first, start + n)[None])
 
 
 class BatchQuantizedKVCache:
@@ -120,7 +142,8 @@ class BatchQuantizedKVCache:
 
     Sequences of a recurrent model that are still empty go alone.
 
-    Nothing is padded, merged or copied but recurrent state: attention runs per sequence, other arithmetic on the batch.
+    Nothing is padded, merged or copied but state and what is fetched: attention runs per sequence, the rest on the
+    batch.
     """
 
     def __init__(self, spec: KVCacheSpec, caches: Sequence[SequenceCache]):

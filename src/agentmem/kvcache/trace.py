@@ -21,7 +21,7 @@ from .attention import observed
 from .block import STORABLE
 from .spec import ForeignCaches, KVBits, KVCacheSpec, LayerKind, LayerSpec
 
-_LENGTHS = (5, 1)  # tokens of the traced passes: a prompt, and a step of decoding
+_LENGTHS = (1, 5, 1)  # tokens of the traced passes: the shortest start, a prompt, and a step of decoding
 
 
 class Untraceable(Exception):
@@ -151,7 +151,7 @@ def _traced_spec(model: Any, kv_bits: KVBits, block_size: int) -> KVCacheSpec:
             for cache in trace.caches:
                 if isinstance(cache, _TracedKV):
                     cache.use = _Use()
-    layers = tuple(_agreed(*both) for both in zip(*read, strict=True))
+    layers = tuple(_agreed(*passes) for passes in zip(*read, strict=True))
     if any(hasattr(module, "kv_lora_rank") for module in model.modules()):
         layers = tuple(map(_latent, layers))
     dtypes = {cache.new[0].dtype for cache in trace.caches if isinstance(cache, _TracedKV)}
@@ -179,20 +179,20 @@ def _layer_spec(cache: Any) -> LayerSpec:
     walked = use.attended == 1 and not use.others and not use.asked
     walked = walked and not (use.foreign_mask and cache.kind != "chunked")
     window, kind = cache.window, cache.kind
-    if walked and use.window is not None and (window is None or use.window < window):
+    if walked and use.window is not None:
         window, kind = use.window, "sliding"
     if kind == "chunked" and not walked:
         raise Untraceable("it computes with a chunked cache by itself")
     return LayerSpec(kind, keys.shape[1], keys.shape[3], values.shape[3], window, use.sinks, fetched=not walked)
 
 
-def _agreed(prompt: LayerSpec, step: LayerSpec) -> LayerSpec:
-    """What both passes say; of masks only the prompt's can tell, as a single token needs none."""
-    if prompt.kind == "recurrent" or step.kind == "recurrent":
-        if prompt != step:
+def _agreed(start: LayerSpec, prompt: LayerSpec, step: LayerSpec) -> LayerSpec:
+    """What all passes say; of masks only the prompt's can tell, as a single token needs none."""
+    if prompt.kind == "recurrent":
+        if not start == prompt == step:
             raise Untraceable("a recurrent layer's state changes its shape with the number of tokens")
         return prompt
-    if step.fetched and not prompt.fetched:
+    if start.fetched or step.fetched:
         return replace(prompt, fetched=True)
     return prompt
 
