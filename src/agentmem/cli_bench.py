@@ -27,11 +27,6 @@ JsonFile = Annotated[Path | None, typer.Option("--json", help="write the result 
 Plot = Annotated[Path | None, typer.Option(help="draw it there, as PNG, SVG or PDF", metavar="FILE")]
 
 
-@app.callback()
-def _group() -> None:
-    """So that a single command stays a subcommand."""
-
-
 @app.command()
 def perplexity(
     model: Model = None,
@@ -112,7 +107,8 @@ def _load(settings: Settings, protocol: "Protocol") -> "LoadedModel":
 def _encode(loaded: "LoadedModel", text: str, protocol: "Protocol") -> list[int]:
     """As much of the corpus as can be needed: few tokens are longer than 32 characters."""
     text = text[: 32 * (protocol.num_scored + 1)]
-    tokens: list[int] = loaded.tokenizer.encode(text, add_special_tokens=False)
+    # it would warn of a text longer than the model's context
+    tokens: list[int] = loaded.tokenizer.encode(text, add_special_tokens=False, verbose=False)
     return tokens
 
 
