@@ -33,6 +33,7 @@ def plot_perplexity(result: dict[str, Any], path: Path) -> None:
         divergence.set_yscale("log")
     divergence.set_ylabel("KL divergence from 16 bits, nats a token")
     for axes in (change, divergence):
+        axes.margins(0.15)
         axes.set_xlabel("size of a sealed token over FP16")
     figure.suptitle(
         f"{result['model']}, {result['corpus']}: {result['tokens']:,} tokens, windows of {result['window']:,}"
