@@ -15,6 +15,7 @@ from ..config import Settings, resolve
 from ..errors import CorruptSegment, StartupError, StoreError
 from ..kvcache import calibrate
 from ..kvcache.block import from_host, to_host
+from ..kvcache.spec import describe
 from ..models.loading import LoadedModel
 from ..store import segment
 from ..store.agent_store import AgentStore
@@ -56,9 +57,13 @@ class Core:
 def build_core(settings: Settings, load: Callable[[], LoadedModel], post: Callable[[Callable[[], None]], None]) -> Core:
     """Load everything. Raises StartupError. On the engine thread: MLX's streams belong to one."""
     model = load()
-    runner = ModelRunner(model.model, kv_bits=settings.kv_bits, block_size=settings.block_size)
-    if runner.spec.unquantized_reason:
-        log.warning("not quantized: %s", runner.spec.unquantized_reason)
+    runner = ModelRunner(
+        model.model,
+        kv_bits=settings.kv_bits,
+        block_size=settings.block_size,
+        state_interval=settings.state_interval,
+    )
+    log.info("cache: %s", describe(runner.spec))
     fingerprint = _fingerprint(model.weights_hash, runner.spec.identity())
     try:
         segment.make_private_dir(settings.store_dir)
