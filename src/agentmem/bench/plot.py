@@ -1,0 +1,44 @@
+"""Results as pictures. matplotlib is an optional dependency, imported only here."""
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+from ..errors import StartupError
+
+
+def check_matplotlib() -> None:
+    """Raises StartupError, with the command that installs it."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise StartupError("--plot needs matplotlib: pip install 'agentmem[bench]'")
+
+
+def plot_perplexity(result: dict[str, Any], path: Path) -> None:
+    """Cost in quality over size, one point a preset: dPPL with its interval, and KL on a logarithmic axis."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    change, divergence = figure.subplots(1, 2)
+    rows = [row for row in result["presets"] if row["kv_bits"] != "16" and row["ppl"] is not None]
+    for row in rows:
+        low, high = row["delta_ci95_percent"] or (row["delta_percent"],) * 2
+        errors = [[row["delta_percent"] - low], [high - row["delta_percent"]]]
+        change.errorbar(row["ratio_to_fp16"], row["delta_percent"], yerr=errors, fmt="o", capsize=4)
+        divergence.plot(row["ratio_to_fp16"], row["kl"], "o")
+        for axes, y in ((change, row["delta_percent"]), (divergence, row["kl"])):
+            axes.annotate(row["kv_bits"], (row["ratio_to_fp16"], y), xytext=(8, 4), textcoords="offset points")
+    change.axhline(0, color="grey", linewidth=0.8)
+    change.set_ylabel("change of perplexity, %, with its 95 % interval")
+    if any(row["kl"] > 0 for row in rows):
+        divergence.set_yscale("log")
+    divergence.set_ylabel("KL divergence from 16 bits, nats a token")
+    for axes in (change, divergence):
+        axes.margins(0.15)
+        axes.set_xlabel("size of a sealed token over FP16")
+    figure.suptitle(
+        f"{result['model']}, {result['corpus']}: {result['tokens']:,} tokens, windows of {result['window']:,}"
+    )
+    try:
+        figure.savefig(path, dpi=150)
+    except (OSError, ValueError) as e:
+        raise StartupError(f"--plot {path}: {e}") from None

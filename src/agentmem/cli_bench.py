@@ -1,0 +1,151 @@
+"""`agentmem bench`: what the cache costs and gains, measured on this machine."""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from .cli_agents import console, progress_bar, table
+from .config import Settings, load_settings
+from .errors import ModelError, StartupError
+from .models.prepare import prepare_mlx
+
+if TYPE_CHECKING:
+    from .bench.perplexity import PresetResult
+    from .bench.windows import Protocol
+    from .models.loading import LoadedModel
+
+app = typer.Typer(no_args_is_help=True, help="Measure on this machine what the cache costs and gains.")
+
+Model = Annotated[str | None, typer.Option(help="'demo', a directory with an MLX model, or a hub name (default: demo)")]
+Home = Annotated[Path | None, typer.Option(help="directory that holds models and stores (default: ~/.agentmem)")]
+Config = Annotated[Path | None, typer.Option("--config", help="TOML file with settings, see configs/")]
+Corpus = Annotated[Path | None, typer.Option(help="text file in UTF-8 (default: the text of pydoc_data.topics)")]
+Presets = Annotated[str, typer.Option(help="rows besides 16, comma-separated; plain4: 4 bits as in mlx-lm")]
+JsonFile = Annotated[Path | None, typer.Option("--json", help="write the result there", metavar="FILE")]
+Plot = Annotated[Path | None, typer.Option(help="draw it there, as PNG, SVG or PDF", metavar="FILE")]
+
+
+@app.command()
+def perplexity(
+    model: Model = None,
+    corpus: Corpus = None,
+    window: Annotated[int, typer.Option(help="tokens fed into one cache")] = 2048,
+    stride: Annotated[
+        int | None,
+        typer.Option(help="tokens from window to window; a window's last STRIDE are scored (default: the window)"),
+    ] = None,
+    tokens: Annotated[int, typer.Option(help="tokens to score at least; rounded up to whole windows")] = 8192,
+    kv_bits: Presets = "16,8,k5v4,4,plain4",
+    block_size: Annotated[int | None, typer.Option(help="tokens a block (default: 256)")] = None,
+    json_file: JsonFile = None,
+    plot: Plot = None,
+    home: Home = None,
+    config: Config = None,
+) -> None:
+    """What fewer bits cost in quality: perplexity, KL divergence and top-1 agreement against 16 bits.
+
+    The cache is the server's own, fed block by block as in serving. The interval of dPPL is of 95 %, by Student's t
+    over the windows. The paper's protocol: --window 512 --stride 256 --tokens 7935.
+    """
+    settings = load_settings({"model": model, "home": home, "block_size": block_size}, config)
+    for file in filter(None, (json_file, plot)):
+        _check_writable(file)
+    prepare_mlx(settings.home_dir)
+    from .bench import perplexity as bench
+    from .bench.plot import check_matplotlib, plot_perplexity
+    from .bench.windows import Protocol, cut_windows, read_corpus
+
+    presets = _presets(kv_bits, bench.PRESETS)
+    protocol = Protocol(window, window if stride is None else stride, tokens)
+    if plot:
+        check_matplotlib()
+    name, text = read_corpus(corpus)
+    loaded = _load(settings, protocol)
+    windows = list(cut_windows(_encode(loaded, text, protocol), protocol, _bos(loaded)))
+    with progress_bar() as progress:
+        task = progress.add_task("scoring", total=len(windows) * window * len(presets))
+        rows = bench.measure(
+            loaded, windows, presets, block_size=settings.block_size, progress=lambda n: progress.advance(task, n)
+        )
+    result = _result(rows, loaded.name, name, protocol)
+    _print_table(rows, f"{loaded.name}, {name}, {protocol.num_scored:,} tokens in {protocol.num_windows} windows")
+    if json_file:
+        json_file.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    if plot:
+        plot_perplexity(result, plot)
+
+
+def _presets(text: str, known: tuple[str, ...]) -> list[str]:
+    """In the order of the table, 16 bits first: they are what the others are compared with."""
+    asked = [part.strip() for part in text.split(",") if part.strip()]
+    if unknown := [name for name in asked if name not in known]:
+        raise StartupError(f"--kv-bits {', '.join(unknown)}: not known; choose from {','.join(known)}")
+    return [name for name in known if name in asked or name == "16"]
+
+
+def _check_writable(file: Path) -> None:
+    """Before minutes of work, not after."""
+    if not file.parent.is_dir() or file.is_dir():
+        raise StartupError(f"{file}: can't be written: {'is' if file.is_dir() else 'its parent is no'} directory")
+
+
+def _load(settings: Settings, protocol: "Protocol") -> "LoadedModel":
+    from .models.loading import find_local, load_model
+
+    if find_local(settings.model, settings.home_dir) is None:
+        raise ModelError(f"model {settings.model!r} is not on this machine: agentmem pull {settings.model}")
+    loaded = load_model(settings.model, settings.home_dir, lambda text: None)
+    if protocol.window > loaded.max_context:
+        raise StartupError(
+            f"--window {protocol.window} is more than the model's context of {loaded.max_context} tokens"
+        )
+    return loaded
+
+
+def _encode(loaded: "LoadedModel", text: str, protocol: "Protocol") -> list[int]:
+    """As much of the corpus as can be needed: few tokens are longer than 32 characters."""
+    text = text[: 32 * (protocol.num_scored + 1)]
+    # it would warn of a text longer than the model's context
+    tokens: list[int] = loaded.tokenizer.encode(text, add_special_tokens=False, verbose=False)
+    return tokens
+
+
+def _bos(loaded: "LoadedModel") -> list[int]:
+    """What the tokenizer puts before any text, if it puts anything."""
+    bos = loaded.tokenizer.bos_token_id
+    return [bos] if bos is not None and loaded.tokenizer.encode("")[:1] == [bos] else []
+
+
+def _result(rows: list["PresetResult"], model: str, corpus: str, protocol: "Protocol") -> dict[str, Any]:
+    from .bench.machine import describe_machine
+
+    machine = describe_machine()
+    return {
+        "presets": [row.to_json() for row in rows],
+        "machine": machine,
+        "model": model,
+        "corpus": corpus,
+        "window": protocol.window,
+        "stride": protocol.stride,
+        "tokens": protocol.num_scored,
+        "date": machine["date"],
+    }
+
+
+def _print_table(rows: list["PresetResult"], title: str) -> None:
+    lines = table("kv bits", "ppl", "dPPL", "95 % interval", "KL", "top-1", "bytes/token", "of FP16")
+    for row in rows:
+        if row.unavailable:
+            lines.add_row(row.kv_bits, *["-"] * 7)
+            continue
+        ci = row.delta_ci95_percent
+        interval = f"{ci[0]:+.2f} ... {ci[1]:+.2f} %" if ci else "-"
+        quality = f"{row.ppl:.3f}", f"{row.delta_percent:+.2f} %", interval, f"{row.kl:.5f}", f"{row.top1:.2%}"
+        lines.add_row(row.kv_bits, *quality, f"{row.bytes_per_token:,.0f}", f"{row.ratio_to_fp16:.3f}")
+    print(title)
+    console().print(lines)
+    for row in rows:
+        if row.unavailable:
+            print(f"{row.kv_bits}: not available: {row.unavailable}")
