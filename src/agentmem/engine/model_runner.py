@@ -24,13 +24,15 @@ Cache = SequenceCache | ForeignCache
 class ModelRunner:
     """A loaded model behind the attention seam, and the caches it runs over."""
 
-    def __init__(self, model: Any, *, kv_bits: KVBits = "4", block_size: int = 256):
+    def __init__(self, model: Any, *, kv_bits: KVBits = "4", block_size: int = 256, state_interval: int | None = None):
         """Install the seam, read the spec and check its numbers against mlx-lm's; see `spec.foreign` if they part."""
         self.model = model
         install_seam(model)
         self.on_codes = False
         self.vocab_size: int = model(mx.array([[0]])).shape[-1]
-        self.spec, self.batchable = self._understood(read_spec(model, kv_bits=kv_bits, block_size=block_size))
+        self.spec, self.batchable = self._understood(
+            read_spec(model, kv_bits=kv_bits, block_size=block_size, state_interval=state_interval)
+        )
         self.plain_spec = replace(self.spec, kv_bits="16")
         self._space = CacheSpace(self.spec)
 

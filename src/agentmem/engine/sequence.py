@@ -7,11 +7,13 @@ from enum import Enum, auto
 
 from ..errors import AgentMemError
 from ..kvcache.cache import ForeignCache, SequenceCache
+from .agent import Branch
 from .block_pool import Entry, Node
-from .contexts import Branch, Match
+from .match import Match
 from .output import OutputStream
 from .request import CacheState, Finished, FinishReason, GenerateRequest, RequestStats, TextDelta
 from .sampling import Sampler
+from .thin import Holder
 
 Event = TextDelta | Finished | AgentMemError
 
@@ -76,6 +78,13 @@ class Sequence:
         yield from self.nodes
         if self.match is not None:
             yield from self.match.entries()
+
+    def holds(self) -> Iterator[Holder]:
+        """The path that it works with, or matched, and where it goes on from."""
+        if self.cache is not None:
+            yield self.nodes, self.cache.length
+        if self.match is not None:
+            yield self.match.all_nodes, self.match.length
 
     @property
     def cache_state(self) -> CacheState:

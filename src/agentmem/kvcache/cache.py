@@ -113,7 +113,7 @@ class SequenceCache:
             fresh[-1] = fresh[-1].with_arrays(self._states)  # a stepwise pass fills one at most
             self._tail_prefix, self._states = (None, 0), {}
         self.blocks += fresh
-        if fresh and self._spec.windowed:
+        if fresh and (self._spec.windowed or self._spec.recurrent):
             self._let_go()
         return fresh
 
@@ -131,10 +131,11 @@ class SequenceCache:
             work.seal(index * self._spec.block_size, codes, sinks)
 
     def snapshot(self) -> Snapshot:
-        """The idle form. Its tail is a copy: the working copy may go on or be dropped."""
+        """The idle form, with the state at its end. Its tail is a copy: the working copy may go on or be dropped."""
         n = self.length - self.num_sealed
         if n == 0:
-            return Snapshot(tuple(self.blocks))
+            states = _compact(self._state_arrays()) if self.blocks else {}
+            return Snapshot((*self.blocks[:-1], *(block.with_arrays(states) for block in self.blocks[-1:])))
         prefix, prefix_len = self._tail_prefix
         ends = {i: work.read(self.num_sealed + prefix_len, self.length) for i, work in self._attention.items()}
         full = self._stack({i: {"k.full": k, "v.full": v} for i, (k, v) in ends.items()}, self._spec.stacks)

@@ -182,3 +182,39 @@ class KVCacheSpec:
     def identity(self) -> str:
         """Everything that gives a stored byte its meaning, as text for the fingerprint."""
         return repr((self.layers, str(self.dtype), self.kv_bits, self.block_size, self.num_sinks))
+
+
+MAX_STATE_INTERVAL = 4096
+
+
+def default_state_interval(spec: KVCacheSpec) -> int:
+    """Tokens between two snapshots of recurrent state: as many as take the bytes of one, 4096 at most.
+
+    Measured by benchmarks/state_interval.py, see docs/architecture.md.
+    """
+    return min(MAX_STATE_INTERVAL, max(1, -(-spec.state_bytes // max(spec.sealed_bytes, 1))))
+
+
+def describe(spec: KVCacheSpec) -> str:
+    """In words: what layers there are, and how each is kept."""
+    if spec.foreign is not None:
+        return f"mlx-lm's own, in full precision; nothing is kept after an answer: {spec.foreign.reason}"
+    kinds = ", ".join(_describe_stack(spec, stack) for stack in (*spec.stacks, *spec.state_stacks))
+    kept = {"16": "in the model's own type", "k5v4": "in 5 (keys) and 4 bits"}.get(
+        spec.kv_bits, f"in {spec.kv_bits} bits"
+    )
+    if spec.unquantized_reason:
+        kept = f"in the model's own type ({spec.unquantized_reason})"
+    blocks = [f"keys and values {kept}, {spec.sealed_bytes:,} bytes a token"] if spec.stacks else []
+    states = f"recurrent state in full precision, {spec.state_bytes:,} bytes every {spec.state_interval:,} tokens"
+    return f"{kinds}; " + "; ".join(blocks + ([states] if spec.recurrent else []))
+
+
+def _describe_stack(spec: KVCacheSpec, stack: tuple[int, ...]) -> str:
+    layer = spec.layers[stack[0]]
+    text = f"{len(stack)} {layer.kind}"
+    if layer.kind == "recurrent":
+        return text
+    over = f" over {layer.window:,}" if layer.window else ""
+    dims = f"{layer.k_dim}" if layer.k_dim == layer.v_dim else f"{layer.k_dim}/{layer.v_dim}"
+    return f"{text}{over} ({layer.num_kv_heads} heads of {dims}{', with sinks' if layer.attention_sinks else ''})"

@@ -19,7 +19,7 @@ from mlx_lm.models.cache import (
 
 from .attention import observed
 from .block import STORABLE
-from .spec import ForeignCaches, KVBits, KVCacheSpec, LayerKind, LayerSpec
+from .spec import ForeignCaches, KVBits, KVCacheSpec, LayerKind, LayerSpec, default_state_interval
 
 _LENGTHS = (1, 5, 1)  # tokens of the traced passes: the shortest start, a prompt, and a step of decoding
 
@@ -129,10 +129,17 @@ class _Trace:
             cache.use.window = windows[0]
 
 
-def read_spec(model: Any, *, kv_bits: KVBits = "4", block_size: int = 256) -> KVCacheSpec:
-    """Trace a few tokens through `model`, its attention seam installed. `foreign` says what could not be read."""
+def read_spec(
+    model: Any, *, kv_bits: KVBits = "4", block_size: int = 256, state_interval: int | None = None
+) -> KVCacheSpec:
+    """Trace a few tokens through `model`, its attention seam installed. `foreign` says what could not be read.
+
+    `state_interval`: tokens between two snapshots of recurrent state; None: see `default_state_interval`.
+    """
     try:
-        return _traced_spec(model, kv_bits, block_size)
+        spec = _traced_spec(model, kv_bits, block_size)
+        interval = state_interval or default_state_interval(spec)
+        return replace(spec, state_interval=-(-interval // block_size) * block_size)
     except Untraceable as e:
         reason = str(e)
     except (AttributeError, TypeError, ValueError, IndexError, KeyError) as e:
