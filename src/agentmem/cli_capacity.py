@@ -44,7 +44,8 @@ def capacity(
     """How many agents fit into a budget, for any model; a config file is enough, no weights are read.
 
     Bytes of a resting agent: FP16 with all layers at full length, FP16 with windows as mlx-lm's own caches keep them,
-    the paper's Q4 (all layers at full length), and agentmem (in RAM, and what a restore reads). Built-ins:
+    the paper's Q4 (all layers at full length), and agentmem (in RAM, and what a restore reads; at worst: the most up to
+    that length, with an unfinished block or a full chunk). Built-ins:
     deepseek-coder-v2-lite, deepseek-v3, gemma-3-12b, gpt-oss-20b, llama-3.1-8b, llama-4-scout, qwen3-next-80b-a3b.
     """
     settings = load_settings({"home": home, "kv_bits": kv_bits, "block_size": block_size}, config)
@@ -127,13 +128,14 @@ def _print_model(row: "Capacity", budget: int) -> None:
         if spec.unquantized_reason:
             print(f"not quantized: {spec.unquantized_reason}")
     names = ("FP16, all layers", "FP16, windows", "paper's Q4", "agentmem")
-    lines = table("tokens", *(part for name in names for part in (name, "agents")), "on disk")
+    lines = table("tokens", *(part for name in names for part in (name, "agents")), "at worst", "on disk")
     for cell in row.footprints:
         parts = []
         for column in COLUMNS:
             nbytes = getattr(cell, column)
             parts += ["-", "-"] if nbytes is None else [size(nbytes), f"{agents(budget, nbytes):,}"]
-        lines.add_row(f"{cell.tokens:,}", *parts, "-" if cell.agentmem_disk is None else size(cell.agentmem_disk))
+        more = ("-" if n is None else size(n) for n in (cell.agentmem_at_worst, cell.agentmem_disk))
+        lines.add_row(f"{cell.tokens:,}", *parts, *more)
     console().print(lines)
     print()
 

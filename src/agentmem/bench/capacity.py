@@ -37,9 +37,10 @@ class Footprint:
 
     tokens: int
     fp16_all_layers: int | None  # keys and values of every layer at full length
-    fp16_windows: int  # mlx-lm's own caches: a RotatingKVCache keeps its window, a ChunkedKVCache a chunk
+    fp16_windows: int  # windows and chunks alone where layers have them, as mlx-lm's Rotating- and ChunkedKVCache
     paper_q4: int | None  # every layer at full length as plain 4-bit codes, a 16-bit scale and bias for each 64
     agentmem: int | None  # in RAM, and read by a restore
+    agentmem_at_worst: int | None  # the same, the most with up to a block (or chunk) less
     agentmem_disk: int | None
 
 
@@ -77,7 +78,7 @@ def _context_json(row: Footprint, budget: int) -> dict[str, Any]:
     for name in COLUMNS:
         nbytes = getattr(row, name)
         result[name] = None if nbytes is None else {"bytes": nbytes, "agents": agents(budget, nbytes)}
-    return result | {"agentmem_disk_bytes": row.agentmem_disk}
+    return result | {"agentmem_at_worst_bytes": row.agentmem_at_worst, "agentmem_disk_bytes": row.agentmem_disk}
 
 
 def agents(budget: int, nbytes: int) -> int:
@@ -90,19 +91,23 @@ def footprint(spec: KVCacheSpec, num_tokens: int) -> Footprint:
     assert spec.dtype.size == FP16
     if spec.foreign is not None:
         own = spec.foreign.fixed_bytes + num_tokens * spec.foreign.token_bytes
-        return Footprint(num_tokens, None, own, None, None, None)
+        return Footprint(num_tokens, None, own, None, None, None, None)
     return Footprint(
         num_tokens,
         num_tokens * spec.dense_bytes + spec.state_bytes,
         fp16_window_bytes(spec, num_tokens),
         num_tokens * sum(map(_paper_layer_bytes, spec.layers)) + spec.state_bytes,
         rest_bytes(spec, num_tokens),
+        worst_rest_bytes(spec, num_tokens),
         disk_bytes(spec, num_tokens),
     )
 
 
 def fp16_window_bytes(spec: KVCacheSpec, num_tokens: int) -> int:
-    """Of mlx-lm's caches after a step of decoding, the steps by which they grow aside."""
+    """As mlx-lm's caches after a step of decoding, the steps by which they grow aside.
+
+    For a few types (mistral3) mlx-lm makes caches that keep more than the window that the model masks.
+    """
     kept = (min(num_tokens, layer.window or num_tokens) * _fp16_layer_bytes(layer) for layer in spec.layers)
     return sum(kept) + spec.state_bytes
 
@@ -121,19 +126,24 @@ def rest_bytes(spec: KVCacheSpec, num_tokens: int) -> int:
     """Of a resting agent in RAM. A second state, of the last prompt's end, may come on top until its block is full."""
     whole, tail = divmod(num_tokens, spec.block_size)
     total = tail * spec.dense_bytes + (spec.state_bytes if num_tokens else 0)
+    sinks = min(spec.num_sinks, spec.block_size) if spec.bits is not None and whole else 0
     for s, stack in enumerate(spec.stacks):
         layer = spec.layers[stack[0]]
         first = layer.first_visible(num_tokens) // spec.block_size
         total += max(0, whole - first) * spec.block_size * spec.stack_bytes[s]
-        if spec.bits is not None and first == 0 and whole:
-            total += (
-                min(spec.num_sinks, spec.block_size)
-                * len(stack)
-                * layer.num_kv_heads
-                * sum(layer.dims)
-                * spec.dtype.size
-            )
+        if first == 0:
+            total += sinks * len(stack) * layer.num_kv_heads * sum(layer.dims) * spec.dtype.size
     return total
+
+
+def worst_rest_bytes(spec: KVCacheSpec, num_tokens: int) -> int:
+    """The most of `rest_bytes` over one block, or one chunk where layers are chunked, up to `num_tokens`.
+
+    The unfinished block makes the difference, and that a chunk is let go of where the next one begins.
+    """
+    chunks = [layer.window or 0 for layer in spec.layers if layer.kind == "chunked"]
+    span = max(spec.block_size, *chunks, 1)
+    return max(rest_bytes(spec, n) for n in range(max(1, num_tokens - span), num_tokens + 1))
 
 
 def disk_bytes(spec: KVCacheSpec, num_tokens: int) -> int:
