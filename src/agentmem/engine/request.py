@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import IO, Any, Literal, Protocol
 
 from ..errors import InvalidRequest
+from .transcripts import Transcripts
 
 Tier = Literal["warm", "hot"]
 CacheState = Literal["cold", "warm", "hot"]  # nothing cached; read from disk; in RAM
@@ -57,6 +58,8 @@ class GenerateRequest:
     priority: int = 0  # lower goes first
     ttl: float | None = None  # seconds that the agent is kept after its last use; None: as it is
     ephemeral: bool | None = None  # a new agent is never written to disk; None: as it is
+    # told tokens done and in all, on the engine thread, after every prefill chunk
+    on_progress: Callable[[int, int], None] | None = None
 
 
 @dataclass(frozen=True)
@@ -133,6 +136,7 @@ class EngineAPI(Protocol):
     max_context: int  # prompt and answer, in tokens
     why_max_context: str  # what sets it, if not the model
     tokenizer: Any  # mlx_lm TokenizerWrapper
+    turns: Transcripts  # what was said
 
     def generate(self, request: GenerateRequest) -> AsyncIterator[TextDelta | Finished]:
         """Stream one answer; closing the iterator cancels it within one token.
