@@ -53,8 +53,11 @@ def test_the_bytes_of_a_sequence_are_known_before_it_runs(kind, kv_bits, on_code
         runner.prefill(cache, [9])  # the working copy of codes has its final form after the block is closed
         sealed = length // BLOCK * BLOCK
         assert sum(b.nbytes for b in cache.blocks) == sealed_bytes(runner.spec, sealed)
-        capacity = length if on_codes else 300
-        assert sum(a.nbytes for a in cache.arrays()) == working_bytes(runner.spec, capacity, on_codes=on_codes)
+        working = sum(a.nbytes for a in cache.arrays())
+        if runner.spec.windowed and on_codes:  # windows are dense, and have room for all of the capacity from the start
+            assert working <= working_bytes(runner.spec, 300, on_codes=True)
+        else:
+            assert working == working_bytes(runner.spec, length if on_codes else 300, on_codes=on_codes)
 
 
 def test_many_agents_stay_within_the_budget_and_say_what_they_say_without_one(tmp_path):
@@ -301,7 +304,7 @@ def test_blocks_that_many_wait_for_are_read_once(tmp_path):
             engine.ask(f"a{i}", system + random_tokens(20, seed=i))
     with tiny_engine(tmp_path) as engine:
         read, read_block = [], engine.core.store.read_block
-        engine.core.store.read_block = lambda key: read.append(key) or read_block(key)
+        engine.core.store.read_block = lambda key, parts: read.append(key) or read_block(key, parts)
 
         async def all_at_once() -> list[str]:
             asked = [engine.answer(f"a{i}", system + random_tokens(20, seed=i)) for i in range(4)]
@@ -318,9 +321,9 @@ def test_a_tail_that_a_cancelled_request_had_claimed_is_still_saved(tmp_path):
         def claim_and_abandon() -> None:
             [branch] = engine.core.contexts.branches()
             match = engine.core.contexts.match("default", "a0", [*branch.tokens().tolist(), 9])
-            assert engine.core.memory.claim_branch(branch.agent, match, persist=True) is branch
-            engine.core.memory.save_idle()
-            engine.core.memory.abandon(branch)
+            assert engine.core.saver.claim_branch(branch.agent, match, persist=True) is branch
+            engine.core.saver.save_idle()
+            engine.core.saver.abandon(branch)
 
         engine.on_engine(claim_and_abandon)
         engine.wait_until_saved()

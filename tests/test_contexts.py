@@ -1,21 +1,28 @@
 """The tree of branches: what is matched, what is shared, what is dropped. Token ids only, no model."""
 
+import mlx.core as mx
 import numpy as np
 import pytest
 
-from agentmem.engine.contexts import FRESH, ROOT, Branch, Contexts, Match, OpenBlock, block_key
+from agentmem.engine.agent import Branch
+from agentmem.engine.block_pool import FRESH, OpenBlock
+from agentmem.engine.contexts import ROOT, Contexts, block_key
+from agentmem.engine.match import Match
+from agentmem.kvcache.spec import KVCacheSpec, LayerSpec
 
 SIZE = 4
+SPEC = KVCacheSpec((LayerSpec("global", 1, 64, 64),), mx.float32, block_size=SIZE)
 
 
 class Fill:
     """A block's arrays, for bookkeeping that never looks inside."""
 
     nbytes = 10
+    parts = frozenset({"0"})
 
 
 def contexts(sharing: str = "namespace", max_branches: int = 3) -> Contexts:
-    return Contexts(fingerprint=b"f", block_size=SIZE, sharing=sharing, max_branches=max_branches)
+    return Contexts(fingerprint=b"f", spec=SPEC, sharing=sharing, max_branches=max_branches)
 
 
 def put(c: Contexts, agent: str, tokens: list[int], namespace: str = "ns", lineage: bytes = FRESH) -> Branch:
@@ -40,7 +47,7 @@ def test_a_continued_conversation_matches_all_of_its_branch():
     branch = put(c, "alice", [1, 2, 3, 4, 5, 6])
     found = match(c, "alice", [1, 2, 3, 4, 5, 6, 7, 8])
     assert (found.length, found.source, found.extends) == (6, branch, True)
-    assert found.open_len(SIZE) == 2
+    assert found.open_len == 2
 
 
 def test_the_last_token_is_never_taken_from_the_cache():

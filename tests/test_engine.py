@@ -82,7 +82,9 @@ def test_restart_gives_the_same_answer_whatever_the_precision_and_layers(tmp_pat
         again = engine.ask("alice", PROMPT, 12)
     with tiny_engine(tmp_path, load, kv_bits=kv_bits) as engine:
         after = engine.ask("alice", PROMPT, 12)
-    assert (first[1].cache, again[1].cache, after[1].cache) == ("cold", "hot", "warm")
+    # what the end of the prompt sees through a window has left RAM by the end of the answer
+    assert (first[1].cache, after[1].cache) == ("cold", "warm")
+    assert again[1].restored_bytes < after[1].restored_bytes
     assert again[0] == after[0]
 
 

@@ -5,10 +5,10 @@ import pytest
 from tiny import BLOCK, KINDS, random_tokens, run, tiny_model, tiny_runner
 
 from agentmem.engine.model_runner import ModelRunner
-from agentmem.errors import ModelError
 from agentmem.kvcache import attention
 from agentmem.kvcache.block import Snapshot, Tail, from_host, to_host
 from agentmem.kvcache.quantize import decode, encode, hadamard
+from agentmem.kvcache.spec import KVCacheSpec, LayerSpec
 
 TOKENS = random_tokens(150)
 
@@ -148,13 +148,13 @@ def test_a_code_is_within_a_step_of_its_value_and_scales_take_16_bits():
     x = mx.random.normal((1, 2, 32, 64))
     codes = encode(x, 4)
     assert codes.scales.dtype == codes.biases.dtype == mx.float16
-    error = mx.abs(decode(codes, 4, mx.float32) - x)
+    error = mx.abs(decode(codes, 4, mx.float32, 64) - x)
     step = mx.abs(codes.scales.astype(mx.float32))
     assert mx.all(error <= step).item()
     assert error.mean().item() < 0.3 * step.mean().item()
 
 
-@pytest.mark.parametrize(("dim", "group"), [(48, 16), (64, 64), (80, 16), (96, 32), (192, 64), (576, 64)])
+@pytest.mark.parametrize(("dim", "group"), [(48, 48), (64, 64), (80, 80), (96, 96), (100, 100), (192, 64), (576, 64)])
 def test_the_rotation_is_its_own_inverse(dim, group):
     matrix = hadamard(dim)
     assert matrix.shape == (group, group)
@@ -169,36 +169,22 @@ def test_the_spec_is_read_off_the_model():
     assert all(layer.attention_sinks for layer in tiny_runner("gpt_oss").spec.layers)
 
 
-def test_a_model_whose_attention_is_not_understood_is_refused(monkeypatch):
-    def unscaled(q, k, v, scale, window, sinks):
+def test_a_model_whose_attention_is_not_understood_keeps_mlx_lms_caches(monkeypatch):
+    from mlx_lm.models.cache import make_prompt_cache
+
+    from agentmem.kvcache import batch, working
+
+    def unscaled(q, k, v, scale, layer, first, sinks):
         return mx.fast.scaled_dot_product_attention(q, k, v, scale=2 * scale, mask="causal" if q.shape[2] > 1 else None)
 
-    from agentmem.kvcache import working
-
     monkeypatch.setattr(working, "attend_dense", unscaled)
-    with pytest.raises(ModelError, match="attention is not understood"):
-        ModelRunner(tiny_model(), block_size=BLOCK)
-
-
-def test_recurrent_layers_are_refused_by_name():
-    from mlx_lm.models import mamba
-
-    model = mamba.Model(
-        mamba.ModelArgs(
-            model_type="mamba",
-            vocab_size=64,
-            hidden_size=32,
-            intermediate_size=64,
-            state_size=8,
-            num_hidden_layers=1,
-            conv_kernel=4,
-            use_bias=False,
-            use_conv_bias=True,
-            time_step_rank=4,
-        )
-    )
-    with pytest.raises(ModelError, match=r"seam|ArraysCache|scaled_dot_product_attention"):
-        ModelRunner(model)
+    monkeypatch.setattr(batch, "_true_mask", lambda *_: None)
+    runner = ModelRunner(tiny_model(), block_size=BLOCK)
+    assert runner.spec.foreign is not None
+    assert "attention is not understood" in runner.spec.foreign.reason
+    logits, [fresh] = runner.forward(mx.array([TOKENS]), [runner.new_cache()])
+    assert fresh == []
+    assert mx.array_equal(logits, runner.model(mx.array([TOKENS]), cache=make_prompt_cache(runner.model)))
 
 
 def test_the_seam_hands_foreign_caches_to_mlx_lm():
@@ -211,7 +197,8 @@ def test_the_seam_hands_foreign_caches_to_mlx_lm():
     assert mx.array_equal(model(mx.array([TOKENS[:20]]), cache=make_prompt_cache(model)), before)
 
 
-def test_head_dims_that_cannot_be_quantized_are_kept_whole_and_the_reason_is_given():
+@pytest.mark.parametrize("dim", [24, 48, 72, 80, 96, 100, 112, 120, 256])
+def test_head_dims_of_any_size_are_quantized_and_attended_to_alike_from_codes(dim):
     from mlx_lm.models import llama
 
     args = llama.ModelArgs(
@@ -221,9 +208,20 @@ def test_head_dims_that_cannot_be_quantized_are_kept_whole_and_the_reason_is_giv
         intermediate_size=64,
         num_attention_heads=2,
         rms_norm_eps=1e-5,
-        vocab_size=64,
-        head_dim=48,
+        vocab_size=256,
+        head_dim=dim,
     )
     runner = ModelRunner(llama.Model(args), block_size=BLOCK)
-    assert runner.spec.bits is None
-    assert "48" in (runner.spec.unquantized_reason or "")
+    assert runner.spec.bits == (4, 4)
+    cache = runner.new_cache()
+    run(runner, cache, TOKENS[:100], 50)
+    assert cache.blocks[1].nbytes == BLOCK * runner.spec.sealed_bytes
+    runner.on_codes = True
+    on_codes = runner.new_cache(cache.snapshot())
+    assert close(run(runner, on_codes, TOKENS[100:110], 3), run(runner, cache, TOKENS[100:110], 3), 1e-4)
+
+
+def test_head_dims_that_would_not_gain_are_kept_whole_and_the_reason_is_given():
+    spec = KVCacheSpec((LayerSpec("global", 2, 8, 8),), mx.float16)
+    assert spec.bits is None
+    assert "[8]" in (spec.unquantized_reason or "")

@@ -322,7 +322,7 @@ def cache_bytes(engine, agent: str, tokens: list[int]) -> list[dict[str, bytes]]
 
     def read() -> list[dict[str, bytes]]:
         match = engine.core.contexts.match("default", agent, tokens)
-        snapshot, _ = engine.core.memory.snapshot(match)
+        snapshot, _ = engine.core.restorer.snapshot(match)
         arrays = [block.arrays for block in snapshot.blocks] + [snapshot.tail.to_arrays()]
         return [{name: bytes(memoryview(mx.contiguous(a))) for name, a in part.items()} for part in arrays]
 

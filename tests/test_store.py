@@ -13,13 +13,13 @@ import numpy as np
 import pytest
 
 from agentmem.errors import CorruptSegment, InvalidRequest, NotFound, ShuttingDown, StoreError
-from agentmem.store import schema, segment
+from agentmem.store import maintenance, schema, segment
 from agentmem.store.agent_store import AgentStore
 from agentmem.store.layout import Layout
 from agentmem.store.reader import Catalog, Reader
 from agentmem.store.records import AgentRecord, FileRef
 from agentmem.store.writer import StoreWriteSkipped
-from agentmem.tensors import HostTensor
+from agentmem.tensors import HostTensor, part_of
 
 META = {"calibration": "c1"}
 B1, B2, B3 = "1" * 32, "2" * 32, "3" * 32
@@ -331,26 +331,91 @@ def test_a_changed_value_in_a_row_costs_that_row_and_what_is_built_on_it(tmp_pat
     assert blocks == {key("x")}
 
 
-def test_a_store_of_the_first_format_is_brought_to_this_one(tmp_path):
+def make_older(root: Path, version: int) -> None:
+    """Its manifest, with the same rows, in an earlier format."""
+    path, old = root / "f0" / "manifest.sqlite", root / "old.sqlite"
+    with contextlib.closing(sqlite3.connect(old, isolation_level=None)) as db:
+        db.create_function("rowsum", -1, schema._row_sum, deterministic=True)
+        for migration in schema.MIGRATIONS[:version]:
+            migration(db)
+        db.execute(f"PRAGMA user_version = {version}")
+        db.execute(f"PRAGMA application_id = {schema._APP + version if version > 1 else 0}")
+        db.execute("ATTACH ? AS new", (str(path),))
+        for table in ("meta", "agents", "blocks", "branches"):
+            columns = ", ".join(name for _, name, *_ in db.execute(f"PRAGMA main.table_info({table})") if name != "sum")
+            db.execute(f"INSERT INTO main.{table} ({columns}) SELECT {columns} FROM new.{table}")
+    old.replace(path)
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_a_store_of_a_format_whose_files_have_no_parts_is_brought_to_this_one_empty(tmp_path, version):
     with opened(tmp_path) as store:
         save(store, B1, "alice", "ab").result()
         save_tail(store, B1, "alice", "ab", "t").result()
-    path = tmp_path / "f0" / "manifest.sqlite"
-    old = tmp_path / "old.sqlite"
-    with contextlib.closing(sqlite3.connect(old, isolation_level=None)) as db:
-        schema.MIGRATIONS[0](db)
-        db.execute("PRAGMA user_version = 1")
-        db.execute("ATTACH ? AS new", (str(path),))
-        for table in ("meta", "agents", "blocks", "branches"):
-            columns = ", ".join(name for _, name, *_ in db.execute(f"PRAGMA main.table_info({table})"))
-            db.execute(f"INSERT INTO main.{table} ({columns}) SELECT {columns} FROM new.{table}")
-    old.replace(path)
+    make_older(tmp_path, version)
+    layout = Layout(tmp_path / "f0")
+    before = layout.manifest.read_bytes()
+    stats, report = maintenance.store_stats(layout), maintenance.verify(layout, lambda _: None)
+    assert (stats.agents, stats.blocks, report.files, report.ok) == (0, 0, 0, True)
+    assert stats.disk_bytes > len(before) == len(layout.manifest.read_bytes())
+    assert layout.manifest.read_bytes() == before
     with opened(tmp_path) as store:
-        found = store.index()
-        assert [(a.name, a.pinned, a.ttl) for a in found.agents] == [("alice", False, None)]
-        assert {b.key for b in found.blocks} == {key("a"), key("ab")}
-        assert store.read_tail(B1).result()[1]["name"] == "t"
+        assert (store.index().agents, store.index().branches, store.index().blocks) == ([], [], [])
         assert store.stats()["damaged_rows"] == 0
+        assert files(tmp_path) == []
+        save(store, B1, "alice", "ab").result()
+        assert holds(store, "ab")
+    make_older(tmp_path, version)
+    assert maintenance.shrink(layout, 0) == 0
+    assert not layout.root.exists()
+
+
+def in_parts(name: str) -> dict[str, HostTensor]:
+    """Tensors of the parts "0", "1" and "@8"."""
+    rng = np.random.default_rng(list(name.encode()))
+    return {tensor: HostTensor("U32", (250,), rng.bytes(1000)) for tensor in ("k0.x", "v0.x", "k1.x", "s0.0@8")}
+
+
+def test_parts_of_blocks_and_snapshots_of_tails_are_told_when_saved_and_after_reopening(tmp_path):
+    with opened(tmp_path) as store:
+        saved = store.save_block(B1, "ns", "alice", key("a"), None, tokens("a"), in_parts("a"), {}).result()
+        again = store.save_block(B2, "ns", "bob", key("a"), None, tokens("a"), in_parts("other"), {}).result()
+        tail = store.save_tail(B1, "ns", "alice", key("a"), tokens("t"), in_parts("t"), {}).result()
+        store.save_block(B3, "ns", "carol", key("x"), None, tokens("x"), {}, {}).result()
+        store.fork_branch(B1, "4" * 32, "ns", "dave", key("a"), 1.0).result()
+    assert list(saved.parts.items()) == list(again.parts.items()) == [("0", 2000), ("1", 1000), ("@8", 1000)]
+    assert tail.parts == {"@8": 1000}
+    branches, _ = index(tmp_path)
+    with opened(tmp_path) as store:
+        assert {b.key: b.parts for b in store.index().blocks} == {key("a"): saved.parts, key("x"): {}}
+        assert store.read_block(key("x")).result() == {}
+    assert {b.id: b.tail and b.tail.parts for b in branches.values()} == {
+        B1: {"@8": 1000},
+        B2: None,
+        B3: None,
+        "4" * 32: {"@8": 1000},
+    }
+
+
+def test_only_the_parts_asked_for_are_read_and_damage_elsewhere_does_not_matter_to_them(tmp_path):
+    with opened(tmp_path) as store:
+        store.save_block(B1, "ns", "alice", key("a"), None, tokens("a"), in_parts("a"), {}).result()
+        path = Layout(tmp_path / "f0").block(key("a"))
+        bad = bytearray(path.read_bytes())
+        at = bad.index(in_parts("a")["k1.x"].data)
+        bad[at + 500] ^= 1
+        path.write_bytes(bad)
+        for parts in (["0"], ["@8"], {"@8", "0"}, ["0", "@9"], []):
+            expected = {n: bytes(t.data) for n, t in in_parts("a").items() if part_of(n) in parts}
+            found = store.read_block(key("a"), parts).result()
+            assert {name: bytes(tensor.data) for name, tensor in found.items()} == expected
+        for parts in (["1"], ["0", "1"], None):
+            with pytest.raises(CorruptSegment, match="checksum"):
+                store.read_block(key("a"), parts).result()
+        linked = store.link_files([key("a")], []).result()
+        with pytest.raises(CorruptSegment, match="checksum"):
+            store.read_linked(linked, key("a"))
+        assert not maintenance.verify(Layout(tmp_path / "f0"), lambda _: None).ok
 
 
 @pytest.mark.parametrize("name", ["../../x", "/etc/passwd", "a\0b", "🦊" * 20, "n" * 200, "", "' OR 1=1 --"])
@@ -515,7 +580,8 @@ def test_a_tail_replaced_between_lookup_and_read_is_no_corruption(tmp_path):
     buf = segment.encode(tensors("new"), {"name": "new"})
     segment.write_durable(layout.tail(B1, 2), buf)
     catalog = ReplacedAfterLookup({}, {B1: FileRef(9, b"removed", 1)})
-    catalog.newer = FileRef(len(buf), segment.checksum(buf), 2)
+    header = segment.parse_header(buf, len(buf))
+    catalog.newer = FileRef(len(buf), segment.checksum(buf[: header.nbytes]), 2)
     reader = Reader(layout, catalog)
     assert reader.read_tail(B1).result()[1]["name"] == "new"
     reader.close()

@@ -10,6 +10,7 @@ from test_store import B1, B2, B3, META, files, holds, key, save, save_tail, ten
 from test_store import opened as opened_clear
 
 from agentmem.errors import CorruptSegment, NotFound, StoreError
+from agentmem.store import schema, segment
 from agentmem.store.agent_store import AgentStore
 from agentmem.store.crypto import Vault
 from agentmem.store.layout import Layout
@@ -52,27 +53,33 @@ def readable(root: Path, *names: str, tails: dict[str, str] | None = None) -> bo
 
 
 def test_neither_tensors_nor_token_ids_are_in_any_file(tmp_path):
-    data = {"k": HostTensor("U8", (len(TEXT),), TEXT)}
+    data = {"k0.packed": HostTensor("U8", (len(TEXT),), TEXT)}
 
     def write(store):
-        store.save_block(B1, "ns", "alice", key("a"), None, RUN, data, {"secret": "metadata"})
-        store.save_tail(B1, "ns", "alice", key("a"), RUN[::-1], data, {"secret": "metadata"}).result()
+        store.save_block(B1, "ns", "alice", key("a"), None, RUN, data, {"secret": "told in confidence"})
+        store.save_tail(B1, "ns", "alice", key("a"), RUN[::-1], data, {"secret": "told in confidence"}).result()
         store.quarantine_block(key("zz")).result()
 
-    traces = [TEXT[:32], RUN[:4].astype("<u4").tobytes(), RUN[::-1][:4].astype("<u4").tobytes(), b"metadata"]
+    traces = [
+        TEXT[:32],
+        RUN[:4].astype("<u4").tobytes(),
+        RUN[::-1][:4].astype("<u4").tobytes(),
+        b"told in confidence",
+        b"packed",
+    ]
     with opened_clear(tmp_path / "clear") as store:
         write(store)
         assert all(trace in everything(tmp_path / "clear") for trace in traces)
     with opened(tmp_path / "sealed") as store:
         write(store)
         assert not any(trace in everything(tmp_path / "sealed") for trace in traces)
-        assert bytes(store.read_block(key("a")).result()["k"].data) == TEXT
+        assert bytes(store.read_block(key("a"), ["0"]).result()["k0.packed"].data) == TEXT
     assert not any(trace in everything(tmp_path / "sealed") for trace in [*traces, VAULT.master])
     with opened(tmp_path / "sealed") as store:
         (block,), (branch,) = store.index().blocks, store.index().branches
         assert np.array_equal(block.tokens, RUN)
         assert np.array_equal(branch.tail.tokens, RUN[::-1])
-        assert bytes(store.read_tail(B1).result()[0]["k"].data) == TEXT
+        assert bytes(store.read_tail(B1).result()[0]["k0.packed"].data) == TEXT
 
 
 @pytest.mark.parametrize("unlock", [None, lambda _: Vault(b"x" * 32)])
@@ -235,6 +242,49 @@ def test_a_swapped_file_does_not_stand_in_for_another(tmp_path):
     with opened(tmp_path) as store:
         assert not holds(store, "a")
         assert holds(store, "x")
+
+
+def parts_of(root: Path, name: str) -> tuple[bytearray, segment.Header]:
+    data = bytearray(Layout(root / "f0").block(key(name)).read_bytes())
+    return data, segment.parse_header(data, len(data))
+
+
+@pytest.mark.parametrize("encrypted", [False, True])
+def test_a_part_swapped_with_another_files_is_found_by_who_reads_it(tmp_path, encrypted):
+    with (opened if encrypted else opened_clear)(tmp_path) as store:
+        for branch, name in ((B1, "a"), (B2, "x")):
+            rng = np.random.default_rng(list(name.encode()))
+            data = {tensor: HostTensor("U32", (250,), rng.bytes(1000)) for tensor in ("k0.x", "k1.x", "s0.0@8")}
+            store.save_block(branch, "ns", "alice", key(name), None, RUN, data, {}).result()
+        (one, header), (other, _) = parts_of(tmp_path, "a"), parts_of(tmp_path, "x")
+        part = header.parts["1"]
+        swapped = slice(header.nbytes + part.start, header.nbytes + part.stop)
+        one[swapped] = other[swapped]
+        Layout(tmp_path / "f0").block(key("a")).write_bytes(one)
+        assert store.read_block(key("a"), ["0", "@8"]).result().keys() == {"k0.x", "s0.0@8"}
+        for wanted in (["1"], None):
+            with pytest.raises(CorruptSegment):
+                store.read_block(key("a"), wanted).result()
+
+
+def test_no_part_stands_in_for_another_files_even_where_row_and_header_were_made_to_fit(tmp_path):
+    with opened(tmp_path) as store:
+        for branch, name in ((B1, "a"), (B2, "x")):
+            data = {tensor: HostTensor("U32", (250,), TEXT[:1000]) for tensor in ("k0.x", "k1.x")}
+            store.save_block(branch, "ns", "alice", key(name), None, RUN, data, {}).result()
+    (one, _), (other, _) = parts_of(tmp_path, "a"), parts_of(tmp_path, "x")
+    tensors, others = segment.decode(one)[0], segment.decode(other)[0]
+    forged = segment.encode(tensors | {"s1": others["s1"]}, {})
+    header = segment.parse_header(forged, len(forged))
+    Layout(tmp_path / "f0").block(key("a")).write_bytes(forged)
+    with contextlib.closing(sqlite3.connect(tmp_path / "f0" / "manifest.sqlite", isolation_level=None)) as db:
+        db.create_function("rowsum", -1, schema._row_sum, deterministic=True)
+        checksum = segment.checksum(forged[: header.nbytes])
+        db.execute("UPDATE blocks SET checksum = ? WHERE key = ?", (checksum, key("a")))
+    with opened(tmp_path) as store:
+        assert bytes(store.read_block(key("a"), ["0"]).result()["k0.x"].data) == TEXT[:1000]
+        with pytest.raises(CorruptSegment, match="decrypt"):
+            store.read_block(key("a"), ["1"]).result()
 
 
 def test_a_save_that_a_lost_key_makes_impossible_changes_no_row(tmp_path):

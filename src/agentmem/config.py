@@ -81,6 +81,12 @@ class Settings(BaseSettings):
     block_size: Annotated[int, AfterValidator(_multiple_of_32)] = Field(
         256, ge=32, le=2048, description="tokens a block"
     )
+    state_interval: int | None = Field(
+        None,
+        ge=32,
+        description="tokens between two kept states of a recurrent model, rounded up to blocks (default: where states "
+        "take as many bytes as the rest, 4096 at most)",
+    )
     sharing: Literal["namespace", "agent"] = Field(
         "namespace", description="who may share identical prefix blocks: agents of one namespace, or nobody"
     )

@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass
 
-ITEM_BYTES = {"F32": 4, "U32": 4, "I32": 4, "F16": 2, "BF16": 2, "U8": 1}  # by dtype, in safetensors' names
+ITEM_BYTES = {"I64": 8, "F32": 4, "U32": 4, "I32": 4, "F16": 2, "BF16": 2, "U8": 1}  # by dtype, in safetensors' names
 
 
 @dataclass(frozen=True)
@@ -17,3 +17,12 @@ class HostTensor:
     @property
     def nbytes(self) -> int:
         return math.prod(self.shape) * ITEM_BYTES[self.dtype]
+
+
+def part_of(name: str) -> str:
+    """The part of a block that a tensor belongs to; a part is kept and read as a whole.
+
+    "k0.packed", "v0.sinks": part "0", a stack of layers. "s1.0@137": part "@137", recurrent state after 137 tokens.
+    """
+    at = name.find("@")
+    return name[at:] if at >= 0 else name.removeprefix("prefix.")[1:].partition(".")[0]

@@ -12,8 +12,9 @@ import numpy as np
 
 from ..errors import Busy
 from ..kvcache.working import STEP, capacity_for
+from .agent import Agent
 from .block_pool import OpenBlock
-from .contexts import Agent, Match
+from .match import Match
 from .output import OutputStream
 from .sampling import Sampler
 from .sequence import Sequence, Status
@@ -82,8 +83,8 @@ class Admission:
         assert match is not None
         seq.capacity = 0
         capacity = capacity_for(len(seq.tokens))
-        needed = budget.running_bytes(capacity, len(match.nodes) * self._core.runner.spec.block_size)
-        needed += sum(entry.disk_bytes for entry in match.missing)
+        needed = budget.running_bytes(capacity, len(match.nodes))
+        needed += match.missing_bytes
         if not budget.make_room(needed + slack, match.entries()):
             return False
         seq.capacity = capacity
@@ -107,7 +108,7 @@ class Admission:
     def _read(self, seq: Sequence, match: Match) -> None:
         """What `match` lacks, and go on if `seq` is restoring by the time it is there."""
         seq.reading, began = True, time.perf_counter()
-        self._core.contexts.hold(match.all_nodes)
+        self._core.contexts.hold_match(match)
 
         def restored(nbytes: int, at: float) -> None:
             seq.reading = False
@@ -120,23 +121,23 @@ class Admission:
                     self._restore_or_start(seq)
                 else:
                     self._requeue(seq)
-            self._core.contexts.release(match.all_nodes)
+            self._core.contexts.release_match(match)
             self._look_at = 0.0
 
-        self._core.memory.restore(match, restored)
+        self._core.restorer.restore(match, restored)
 
     def _start(self, seq: Sequence, match: Match) -> None:
-        contexts, memory = self._core.contexts, self._core.memory
-        snapshot, seq.lineage = memory.snapshot(match)
+        contexts, saver = self._core.contexts, self._core.saver
+        snapshot, seq.lineage = self._core.restorer.snapshot(match)
         seq.nodes, seq.match = list(match.nodes), None
         contexts.hold(seq.nodes)
         contexts.touch(match)
         self._let_go(seq)
         agent = contexts.agent(seq.request.namespace, seq.request.agent_id)
         self._apply(seq, agent)
-        seq.branch = memory.claim_branch(agent, match, persist=not (seq.discard or agent.ephemeral))
-        memory.note(agent, seq.branch)
-        seq.cache = self._core.runner.new_cache(snapshot, seq.capacity)
+        seq.branch = saver.claim_branch(agent, match, persist=not (seq.discard or agent.ephemeral))
+        saver.note(agent, seq.branch)
+        seq.cache = self._core.runner.new_cache(snapshot, seq.capacity, checkpoint_at=seq.prompt_len - 1)
         seq.cached_at_start = match.length
         if not seq.suspended:
             seq.num_cached = match.length
@@ -171,7 +172,7 @@ class Admission:
             return False
         self._core.contexts.hold(match.all_nodes)
         self._core.contexts.release(seq.nodes)
-        self._core.memory.abandon(seq.branch)
+        self._core.saver.abandon(seq.branch)
         self._start(seq, match)
         self._core.contexts.release(match.all_nodes)
         return True
@@ -191,7 +192,7 @@ class Admission:
             match = seq.match
             if seq.reading or match is None or not match.missing:
                 continue
-            nbytes = sum(entry.disk_bytes for entry in match.missing)
+            nbytes = match.missing_bytes
             if not self._core.budget.make_room(nbytes + self._growth(), wanted, urgent=False):
                 return
             self._read(seq, match)
@@ -207,8 +208,8 @@ class Admission:
             return
         branch = agent.newest
         assert branch is not None
-        match = branch.whole()
-        nbytes, budget = sum(entry.disk_bytes for entry in match.missing), self._core.budget
+        match = self._core.contexts.prefix(branch, len(branch))
+        nbytes, budget = match.missing_bytes, self._core.budget
         if not match.missing:
             self._core.contexts.touch(match)
             done.set_result(0)
@@ -219,15 +220,15 @@ class Admission:
                 code="kv_budget_full",
             )
         else:
-            self._core.contexts.hold(match.all_nodes)
+            self._core.contexts.hold_match(match)
             began = time.perf_counter()
 
             def restored(nbytes: int, at: float) -> None:
                 self._trace.span("restore", began, max(began, at), agent=name, bytes=nbytes)
-                self._core.contexts.release(match.all_nodes)
+                self._core.contexts.release_match(match)
                 done.set_result(nbytes)
 
-            self._core.memory.restore(match, restored)
+            self._core.restorer.restore(match, restored)
 
     # -- RAM of the running
 
@@ -281,15 +282,20 @@ class Admission:
         same = None if suspended else contexts.covering(branch, tokens)
         for node in nodes:
             node.last_used = time.time()
-        if seq.discard or same is not None or cache.length == seq.cached_at_start:
+        foreign = self._core.runner.spec.foreign is not None
+        if foreign or seq.discard or same is not None or cache.length == seq.cached_at_start:
             contexts.release(nodes)
-            self._core.memory.abandon(branch)
+            self._core.saver.abandon(branch)
             if same is not None:
                 same.last_used = same.agent.last_used = time.time()
+            if foreign and not seq.discard:
+                contexts.enter(branch.agent)
         else:
-            tail = OpenBlock(tokens[cache.num_sealed :], lineage=seq.lineage)
-            self._core.memory.commit(branch, nodes, tail, cache.snapshot().tail)
-            self._core.memory.note(branch.agent, branch)
+            tail, snapshot = OpenBlock(tokens[cache.num_sealed :], lineage=seq.lineage), cache.snapshot()
+            if nodes and snapshot.tail is None:
+                contexts.add_states(nodes[-1], snapshot.blocks[-1])
+            self._core.saver.commit(branch, nodes, tail, snapshot.tail)
+            self._core.saver.note(branch.agent, branch)
 
     def _note_progress(self) -> None:
         """Where nothing runs that could give back RAM, give up unsaved caches after a while, then the request."""

@@ -1,46 +1,66 @@
 """The blocks and tails that are in RAM: their real bytes, and which of them leaves first."""
 
 import time
-from collections.abc import Container
+from collections.abc import Container, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from ..kvcache.block import SealedBlock, Tail
+from ..kvcache.block import Arrays, SealedBlock, Tail
+from ..store.records import FileRef
 
 FRESH = b""  # the lineage of a block that was never cut
 # what it takes to bring an entry back, a file and its bytes: 26.8 MB in 16 files were measured to take 4 to 12 ms
 _READ_MS, _READ_MS_PER_BYTE = 0.2, 2e-7
 
 
+@dataclass(eq=False, kw_only=True)
+class _Stored:
+    """Where the arrays are: in RAM, on disk, in both, or some parts (tensors.part_of) here and some there."""
+
+    data: Any = None  # in RAM
+    disk_bytes: int = 0  # of the file; 0: not persisted (yet)
+    disk_parts: Mapping[str, int] = field(default_factory=dict)  # in the file, bytes of each
+    saving: "Future[Any] | None" = None
+    expendable: bool = False  # may leave RAM unsaved: its agents are never written, or the store kept newer ones
+    last_used: float = 0.0  # Unix seconds
+
+    @property
+    def there(self) -> frozenset[str]:
+        """Parts that are in RAM or on disk."""
+        in_ram: frozenset[str] = frozenset() if self.data is None else self.data.parts
+        return in_ram.union(self.disk_parts) if self.disk_parts else in_ram
+
+    def saved(self, ref: FileRef) -> None:
+        self.disk_bytes, self.disk_parts = ref.nbytes, ref.parts
+
+    def not_on_disk(self) -> None:
+        self.disk_bytes, self.disk_parts = 0, {}
+
+
 @dataclass(eq=False)
-class Node:
-    """One sealed block: where it lies in the tree, and its arrays if they are in RAM."""
+class Node(_Stored):
+    """One sealed block: where it lies in the tree, and as many parts of it as are in RAM."""
 
     key: bytes
     parent: bytes
     tokens: np.ndarray  # uint32 [block_size]
-    data: SealedBlock | None = None
-    disk_bytes: int = 0  # 0: not persisted (yet)
-    saving: "Future[Any] | None" = None
     refs: int = 0  # branches and running sequences that hold it
-    expendable: bool = False  # may leave RAM unsaved: its agents are never written, or the store kept newer ones
-    last_used: float = 0.0  # Unix seconds
+    data: SealedBlock | None = field(default=None, kw_only=True)
 
 
 @dataclass(eq=False)
-class OpenBlock:
-    """A branch's tail: its tokens, and the arrays if they are in RAM. Replaced as a whole, never grown."""
+class OpenBlock(_Stored):
+    """A branch's tail: its tokens, and the arrays if they are in RAM. Replaced as a whole, never grown.
+
+    Its parts are its snapshots of recurrent state; of the layers' stacks it has all, and it is read as a whole.
+    """
 
     tokens: np.ndarray = field(default_factory=lambda: np.empty(0, np.uint32))
-    data: Tail | None = None
     lineage: bytes = FRESH
-    expendable: bool = False  # as a Node
-    disk_bytes: int = 0  # 0: not persisted (yet)
-    saving: "Future[Any] | None" = None
-    last_used: float = 0.0  # Unix seconds
+    data: Tail | None = field(default=None, kw_only=True)
 
 
 Entry = Node | OpenBlock
@@ -66,6 +86,23 @@ class BlockPool:
         entry.data = data
         self._entries[id(entry)] = entry
         self.nbytes += data.nbytes
+
+    def add(self, node: Node, arrays: Arrays) -> None:
+        """More parts of a block of which some may be here."""
+        if node.data is None:
+            self.put(node, SealedBlock(arrays))
+        else:
+            self._replace(node, node.data.with_arrays(arrays))
+
+    def keep(self, node: Node, parts: Container[str]) -> None:
+        """Let go of the node's other parts."""
+        if node.data is not None and not all(part in parts for part in node.data.parts):
+            self._replace(node, node.data.only(parts))
+
+    def _replace(self, node: Node, data: SealedBlock) -> None:
+        assert node.data is not None
+        self.nbytes += data.nbytes - node.data.nbytes
+        node.data = data
 
     def drop(self, entry: Entry) -> None:
         """Let go of the entry's arrays, if it has any."""

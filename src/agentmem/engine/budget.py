@@ -6,7 +6,9 @@ room for, the blocks it will seal up to there, and the copy of its tail that it 
 
 import logging
 import time
-from collections.abc import Callable, Iterable
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from types import MappingProxyType
 
 import mlx.core as mx
 
@@ -15,15 +17,20 @@ from ..kvcache.quantize import sealed_bytes
 from ..kvcache.spec import KVCacheSpec
 from ..kvcache.working import STEP, working_bytes
 from ..models.allocator import release_freed_memory
+from ..store.agent_store import AgentStore
 from .block_pool import Entry
+from .contexts import Contexts
 from .footprint import process_footprint
-from .memory import Memory
+from .restore import Restorer
+from .save import Saver
 from .sequence import Sequence
+from .thin import STATES, UNSAVED_SNAPSHOTS, window_blocks
 
 log = logging.getLogger(__name__)
 _STUCK = 5.0  # s without room and without anything running, after which unsaved caches are given up
 _EVICT_FROM, _EVICT_TO = 0.95, 0.9  # of the memory limit
 _FILE_HEADER = 4096  # bytes, at most
+_NOTHING_HELD: Mapping[str, int] = MappingProxyType({})
 _SAVE_INTERVAL = 0.25  # s
 
 
@@ -42,7 +49,10 @@ class RamBudget:
         self,
         limit: int,
         memory_limit: int,
-        memory: Memory,
+        contexts: Contexts,
+        restorer: Restorer,
+        saver: Saver,
+        store: AgentStore,
         spec: KVCacheSpec,
         *,
         on_codes: bool,
@@ -51,21 +61,39 @@ class RamBudget:
     ):
         """`active`: the sequences that hold RAM or are about to. Raises StartupError: too small for any sequence."""
         self.limit, self._memory_limit = limit, memory_limit
-        self._memory, self._spec, self._on_codes, self._active = memory, spec, on_codes, active
+        self._contexts, self._restorer, self._saver, self._store = contexts, restorer, saver, store
+        self._spec, self._on_codes, self._active = spec, on_codes, active
         self.short_since: float | None = None  # time.monotonic(): a request waits for RAM, and nothing runs
         self.under_pressure = False  # the process is near its memory limit
         self._saves_asked = 0.0
-        # the most that a tail takes: all of it dense, and the block that it was cut from
+        # the most that a tail takes: all of it dense, the block that it was cut from, and the states at two positions
         self._tail_bytes = spec.block_size * spec.dense_bytes + sealed_bytes(spec, spec.block_size)
+        self._tail_bytes += 2 * spec.state_bytes
         self.max_context = self._largest(max_context)
         cut = self.max_context < max_context
         self.why_max_context = f" (kv_budget, {limit:,} bytes of RAM, has no room for more)" if cut else ""
 
-    def running_bytes(self, capacity: int, num_sealed: int = 0) -> int:
-        """A sequence with room for `capacity` tokens, beside the blocks of its first `num_sealed` tokens."""
+    def running_bytes(self, capacity: int, num_sealed: int = 0, held: Mapping[str, int] = _NOTHING_HELD) -> int:
+        """A sequence with room for `capacity` tokens, beside the first `num_sealed` blocks.
+
+        `held`: of how many blocks that it has sealed itself each part is in RAM.
+        """
+        working = working_bytes(self._spec, capacity, on_codes=self._on_codes)
+        if self._spec.foreign is not None:
+            return working
+        return working + self._new_blocks_bytes(capacity, num_sealed, held) + self._tail_bytes
+
+    def _new_blocks_bytes(self, capacity: int, num_sealed: int, held: Mapping[str, int]) -> int:
+        """What it will add to the pool: of layers with a window, and of snapshots, only so much at a time (thin.py)."""
         spec = self._spec
-        new_blocks = sealed_bytes(spec, capacity // spec.block_size * spec.block_size) - sealed_bytes(spec, num_sealed)
-        return working_bytes(spec, capacity, on_codes=self._on_codes) + max(0, new_blocks) + self._tail_bytes
+        num_new = max(0, capacity // spec.block_size - num_sealed)
+        nbytes = spec.num_sinks * spec.dense_bytes if num_new and not num_sealed and spec.bits is not None else 0
+        for s, stack in enumerate(spec.stacks):
+            window, count = spec.layers[stack[0]].window, num_new
+            if window is not None:
+                count = min(num_new, max(0, window_blocks(spec, window) + 1 - held.get(str(s), 0)))
+            nbytes += count * spec.block_size * spec.stack_bytes[s]
+        return nbytes + max(0, UNSAVED_SNAPSHOTS - held.get(STATES, 0)) * spec.state_bytes
 
     def growth_bytes(self, capacity: int) -> int:
         """Of the next step from `capacity` tokens."""
@@ -75,24 +103,30 @@ class RamBudget:
     def reserved_bytes(self) -> int:
         """Beside what is in the block pool."""
         running = sum(self._running_bytes(seq) for seq in self._active())
-        return running + self._memory.incoming_bytes
+        return running + self._restorer.incoming_bytes
 
     @property
     def used_bytes(self) -> int:
-        return self._memory.contexts.pool.nbytes + self.reserved_bytes
+        return self._contexts.pool.nbytes + self.reserved_bytes
 
     def _running_bytes(self, seq: Sequence) -> int:
         if not seq.capacity:
             return 0
         match_nodes = len(seq.match.nodes) if seq.match else 0
-        return self.running_bytes(seq.capacity, max(len(seq.nodes), match_nodes) * self._spec.block_size)
+        num_sealed = max(len(seq.nodes), match_nodes)
+        if not (self._spec.windowed or self._spec.recurrent):
+            return self.running_bytes(seq.capacity, num_sealed)
+        own = seq.nodes[seq.cached_at_start // self._spec.block_size :]
+        held = (part for n in own if n.refs == 1 and n.data is not None for part in n.data.parts)
+        parts = Counter(STATES if part.startswith(STATES) else part for part in held)
+        return self.running_bytes(seq.capacity, num_sealed, parts)
 
     def make_room(self, nbytes: int, kept: Iterable[Entry], *, urgent: bool = True) -> bool:
         """Evict what is idle until `nbytes` more fit; False, and nothing evicted, if they can't now.
 
         `urgent`: a request can't go on without: what is not on disk yet is saved now, or given up if it can't be.
         """
-        contexts = self._memory.contexts
+        contexts = self._contexts
         short = nbytes + self.used_bytes - self.limit
         if short <= 0:
             return True
@@ -107,13 +141,13 @@ class RamBudget:
 
     def evict_idle(self, nbytes: int) -> None:
         """Drop `nbytes` of what is on disk and in no one's use, or all of that."""
-        contexts = self._memory.contexts
+        contexts = self._contexts
         for entry in contexts.pool.evict(nbytes, self.in_use(), partly=True) or ():
             contexts.lose(entry)
 
     def in_use(self) -> set[int]:
         """Ids of what active sequences work with, and of what pinned agents hold."""
-        pinned = (agent for agent in self._memory.contexts.agents.values() if agent.pinned)
+        pinned = (agent for agent in self._contexts.agents.values() if agent.pinned)
         held = (*(seq.entries() for seq in self._active()), *(agent.entries() for agent in pinned))
         return {id(entry) for entries in held for entry in entries}
 
@@ -134,14 +168,14 @@ class RamBudget:
     def _may_lose(self) -> bool:
         """Whether to give up caches that are not on disk: a store that can't write must not stop the serving."""
         stuck = self.short_since is not None and time.monotonic() - self.short_since > _STUCK
-        return stuck or self._memory.store.background_error is not None
+        return stuck or self._store.background_error is not None
 
     def _save_soon(self, nbytes: int) -> None:
         """What rests unsaved can leave RAM once it is on disk."""
         now = time.monotonic()
         if now - self._saves_asked > _SAVE_INTERVAL:
             self._saves_asked = now
-            self._memory.save_for_room(nbytes)
+            self._saver.save_for_room(nbytes)
 
     def _largest(self, wanted: int) -> int:
         """Tokens of the longest sequence, of at most `wanted`, that fits with nothing else in RAM."""
@@ -156,5 +190,14 @@ class RamBudget:
         return min(capacity, wanted)
 
     def _alone_bytes(self, capacity: int) -> int:
-        """The most that a sequence takes: the tail that it starts from, and files with headers, come on top."""
-        return self.running_bytes(capacity) + self._tail_bytes + (capacity // self._spec.block_size + 2) * _FILE_HEADER
+        """The most that a sequence takes: the tail and the windows that it starts from, and files' headers, on top."""
+        if (spec := self._spec).foreign is not None:
+            return self.running_bytes(capacity)
+        blocks = capacity // spec.block_size + 1
+        windows = ((s, spec.layers[stack[0]].window) for s, stack in enumerate(spec.stacks))
+        seen = sum(
+            min(blocks, -(-w // spec.block_size) + 1) * spec.block_size * spec.stack_bytes[s]
+            for s, w in windows
+            if w is not None
+        )
+        return self.running_bytes(capacity) + seen + self._tail_bytes + (blocks + 1) * _FILE_HEADER

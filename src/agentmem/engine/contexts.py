@@ -8,17 +8,20 @@ and agents of one namespace, hold one node together where their prefixes are the
 import hashlib
 import time
 import uuid
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Literal
 from weakref import WeakValueDictionary
 
 import numpy as np
 
-from ..kvcache.block import SealedBlock, Tail
-from ..store.records import AgentRecord
+from ..kvcache.block import SealedBlock, Tail, state_offset
+from ..kvcache.spec import KVCacheSpec
+from .agent import Agent, Branch, agent_info
 from .block_pool import FRESH, BlockPool, Entry, Node, OpenBlock
+from .match import Match
+from .reach import resumable
 from .request import AgentInfo
+from .thin import Holder, thin
 
 ROOT = b""
 
@@ -37,99 +40,6 @@ def block_key(scope: bytes, parent: bytes, tokens: np.ndarray, lineage: bytes) -
     return digest.digest()
 
 
-@dataclass(eq=False)
-class Branch:
-    id: str
-    agent: "Agent"
-    nodes: list[Node] = field(default_factory=list)
-    tail: OpenBlock = field(default_factory=OpenBlock)
-    last_used: float = 0.0  # Unix seconds
-    in_use: bool = False  # a sequence continues it
-    suspended: bool = False  # that sequence waits for RAM: what is here may be saved and evicted
-    disk_head: bytes | None = None  # last block of the branch's row in the store
-    save_at: float | None = None  # time.monotonic() when what is not on disk is to be saved; None: all is
-    tail_bytes_written: int = 0  # of all its tails, one after the other
-    displaced: list[str] = field(default_factory=list)  # branches that leave the disk once all of this one is there
-
-    def tokens(self) -> np.ndarray:
-        return np.concatenate([*(n.tokens for n in self.nodes), self.tail.tokens])
-
-    def whole(self) -> "Match":
-        tail = self.tail if len(self.tail.tokens) else None
-        return Match(tuple(self.nodes), len(self), self, tail=tail, extends=True)
-
-    def __len__(self) -> int:
-        return sum(len(n.tokens) for n in self.nodes) + len(self.tail.tokens)
-
-    @property
-    def head(self) -> bytes | None:
-        return self.nodes[-1].key if self.nodes else None
-
-    @property
-    def is_hot(self) -> bool:
-        return all(n.data is not None for n in self.nodes) and (self.tail.data is not None or not len(self.tail.tokens))
-
-
-@dataclass(eq=False)
-class Agent:
-    namespace: str
-    name: str
-    created: float
-    last_used: float
-    branches: dict[str, Branch] = field(default_factory=dict)
-    pinned: bool = False  # its caches stay in RAM and on disk
-    ttl: float | None = None  # seconds that it is kept after its last use
-    ephemeral: bool = False  # never written to disk
-    requests: int = 0
-    hit_tokens: int = 0  # of its prompts, that were cached
-    noted_at: float = 0.0  # time.monotonic() when the store was last told of its use
-
-    @property
-    def newest(self) -> Branch | None:
-        return max(list(self.branches.values()), key=lambda b: b.last_used, default=None)
-
-    def record(self) -> AgentRecord:
-        return AgentRecord(
-            *(self.namespace, self.name, self.created, self.last_used),
-            *(self.pinned, self.ttl, self.requests, self.hit_tokens),
-        )
-
-    def entries(self) -> Iterator[Entry]:
-        for branch in self.branches.values():
-            yield from branch.nodes
-            yield branch.tail
-
-
-@dataclass(frozen=True)
-class Match:
-    """The longest reusable prefix: whole nodes, then part of one more node or of a tail."""
-
-    nodes: tuple[Node, ...] = ()
-    length: int = 0
-    source: Branch | None = None  # None: shared nodes only
-    cut_node: Node | None = None  # a sealed block of which the first tokens are kept, as codes
-    tail: OpenBlock | None = None  # of which the first tokens are kept
-    extends: bool = False  # all of `source` is matched: the request continues it
-
-    def open_len(self, block_size: int) -> int:
-        """Matched tokens after the whole nodes."""
-        return self.length - len(self.nodes) * block_size
-
-    @property
-    def all_nodes(self) -> tuple[Node, ...]:
-        return self.nodes + ((self.cut_node,) if self.cut_node else ())
-
-    def entries(self) -> Iterator[Entry]:
-        yield from self.all_nodes
-        if self.tail is not None:
-            yield self.tail
-
-    @property
-    def missing(self) -> list[Entry]:
-        """What has to be read from disk."""
-        return [entry for entry in self.entries() if entry.data is None]
-
-
 def _common_prefix(a: np.ndarray, b: np.ndarray) -> int:
     n = min(len(a), len(b))
     differ = np.flatnonzero(a[:n] != b[:n])
@@ -143,16 +53,25 @@ def _preference(match: Match) -> tuple[int, bool, bool, str]:
 
 
 class Contexts:
-    """The registry. It knows what is in RAM and on disk, not how it gets there: engine/memory.py moves it."""
+    """The registry. It knows what is in RAM and on disk; engine/restore.py and engine/save.py move it."""
 
     def __init__(
-        self, *, fingerprint: bytes, block_size: int, sharing: Literal["namespace", "agent"], max_branches: int
+        self,
+        *,
+        fingerprint: bytes,
+        spec: KVCacheSpec,
+        sharing: Literal["namespace", "agent"],
+        max_branches: int,
+        running: Callable[[], Iterable[Holder]] = tuple,
     ):
-        self._fingerprint, self.block_size = fingerprint, block_size
+        """`running`: what the sequences of the moment hold."""
+        self._fingerprint, self.spec, self.block_size, self._running = fingerprint, spec, spec.block_size, running
+        self._stacks = frozenset(map(str, range(len(spec.stacks))))
         self._sharing, self._max_branches = sharing, max_branches
         self.agents: dict[tuple[str, str], Agent] = {}
         self._newcomers: WeakValueDictionary[tuple[str, str], Agent] = WeakValueDictionary()  # still without a branch
         self.nodes: dict[bytes, Node] = {}
+        self._held: list[Match] = []  # that something waits for, other than a sequence
         self.pool = BlockPool()
 
     def scope(self, namespace: str, agent: str) -> bytes:
@@ -167,20 +86,28 @@ class Contexts:
             self._newcomers[key] = agent
         return agent
 
+    def enter(self, agent: Agent) -> Agent:
+        """Note that it was used; returns the one of that name, if there is another one by now."""
+        agent = self.agents.setdefault((agent.namespace, agent.name), agent)
+        agent.last_used = time.time()
+        return agent
+
     def branches(self) -> Iterable[Branch]:
         return (b for a in self.agents.values() for b in a.branches.values())
 
     def match(self, namespace: str, agent: str, tokens: Sequence[int]) -> Match:
         """The longest prefix of `tokens`, short of the last one, over the agent's branches, then over shared nodes."""
         wanted = np.array(tokens[:-1], dtype=np.uint32)
+        if self.spec.foreign is not None:
+            return Match(self.spec)
         known = self.agents.get((namespace, agent))
         found = [self._match_branch(branch, wanted) for branch in known.branches.values()] if known else []
-        best = max(found, key=_preference, default=Match())
+        best = max(found, key=_preference, default=Match(self.spec))
         shared = self._match_shared(self.scope(namespace, agent), wanted)
         return shared if shared.length > best.length else best
 
     def prefix(self, branch: Branch, num_tokens: int) -> Match:
-        """The branch's first tokens."""
+        """The branch's first tokens, or fewer, if a sequence can't go on from there."""
         return self._match_branch(branch, branch.tokens()[:num_tokens])
 
     def match_whole(self, branch: Branch, tokens: Sequence[int]) -> Match | None:
@@ -192,18 +119,7 @@ class Contexts:
         return match if match.length == len(wanted) and match.extends else None
 
     def _match_branch(self, branch: Branch, wanted: np.ndarray) -> Match:
-        n = _common_prefix(branch.tokens(), wanted)
-        whole = min(n // self.block_size, len(branch.nodes))
-        inside = n > whole * self.block_size
-        sealed = whole < len(branch.nodes)
-        return Match(
-            nodes=tuple(branch.nodes[:whole]),
-            length=n,
-            source=branch,
-            cut_node=branch.nodes[whole] if inside and sealed else None,
-            tail=branch.tail if inside and not sealed else None,
-            extends=n == len(branch),
-        )
+        return self._reach(branch.nodes, branch.tail, _common_prefix(branch.tokens(), wanted), branch)
 
     def _match_shared(self, scope: bytes, wanted: np.ndarray) -> Match:
         nodes: list[Node] = []
@@ -214,7 +130,23 @@ class Contexts:
                 break
             nodes.append(node)
             parent = node.key
-        return Match(tuple(nodes), len(nodes) * self.block_size)
+        return self._reach(nodes, None, len(nodes) * self.block_size, None)
+
+    def _reach(self, nodes: list[Node], tail: OpenBlock | None, n: int, source: Branch | None) -> Match:
+        """The first `n` tokens, or as many as a sequence can go on from."""
+        n = resumable(self.spec, nodes, tail, n)
+        whole = min(n // self.block_size, len(nodes))
+        inside = n > whole * self.block_size
+        sealed = whole < len(nodes)
+        return Match(
+            self.spec,
+            nodes=tuple(nodes[:whole]),
+            length=n,
+            source=source,
+            cut_node=nodes[whole] if inside and sealed else None,
+            tail=tail if inside and not sealed else None,
+            extends=source is not None and n == len(source),
+        )
 
     def new_branch(self, agent: Agent) -> Branch:
         return Branch(uuid.uuid4().hex, agent)
@@ -231,13 +163,13 @@ class Contexts:
     ) -> Node:
         """The node of a block that just filled up: the existing one of that key, or a new one. Not held yet.
 
-        An existing node whose bytes are only on disk can't be compared or adopted without a read, so the block gets a
-        key of its own: a little space for never mixing two computations of one block.
+        An existing node of which a stack is not in RAM can't be adopted without a read, so the block gets a key of its
+        own: a little space for never mixing two computations of one block.
         """
         array = np.array(tokens, dtype=np.uint32)
         key = block_key(scope, parent, array, lineage)
         found = self.nodes.get(key)
-        if found is not None and found.data is None:
+        if found is not None and (found.data is None or not self._stacks <= found.data.parts):
             key, found = block_key(scope, parent, array, lineage + uuid.uuid4().bytes), None
         if found is None:
             found = self.nodes[key] = Node(key, parent, array, expendable=ephemeral)
@@ -245,12 +177,40 @@ class Contexts:
         found.expendable = found.expendable and ephemeral
         return found
 
+    def add_states(self, node: Node, block: SealedBlock) -> None:
+        """Keep what `block`, a running sequence's own, has more of recurrent state."""
+        had = node.data.arrays if node.data is not None else {}
+        more = {name: a for name, a in block.arrays.items() if state_offset(name) is not None and name not in had}
+        if more:
+            self.pool.add(node, more)
+
     @staticmethod
     def hold(nodes: Iterable[Node]) -> None:
         now = time.time()
         for node in nodes:
             node.refs += 1
             node.last_used = now
+
+    def hold_match(self, match: Match) -> None:
+        """Keep its nodes, and what of them comes into RAM for it, until `release_match`."""
+        self.hold(match.all_nodes)
+        self._held.append(match)
+
+    def release_match(self, match: Match) -> None:
+        self._held = [held for held in self._held if held is not match]
+        self.thin(match.all_nodes)
+        self.release(match.all_nodes)
+
+    def thin(self, path: Sequence[Node]) -> None:
+        """Let go of what nobody needs in RAM of the nodes of a path that starts at the root."""
+        thin(self.spec, self.pool, path, self._holders())
+
+    def _holders(self) -> Iterator[Holder]:
+        for branch in self.branches():
+            yield branch.nodes, len(branch)
+        for match in self._held:
+            yield match.all_nodes, match.length
+        yield from self._running()
 
     @staticmethod
     def touch(match: Match) -> None:
@@ -279,9 +239,8 @@ class Contexts:
 
         Returns the oldest; the prefixes are in `branch.displaced`. The branch must already hold its nodes.
         """
-        agent = branch.agent
-        agent = branch.agent = self.agents.setdefault((agent.namespace, agent.name), agent)
-        branch.last_used = agent.last_used = time.time()
+        agent = branch.agent = self.enter(branch.agent)
+        branch.last_used = agent.last_used
         agent.branches[branch.id] = branch
         mine = branch.tokens()
         gone = [
@@ -308,6 +267,7 @@ class Contexts:
     def drop_branch(self, branch: Branch) -> None:
         branch.agent.branches.pop(branch.id, None)
         self.set_tail(branch, OpenBlock())  # a read of the old one that is on its way finds no place
+        self.thin(branch.nodes)
         self.release(branch.nodes)
 
     def drop_agent(self, agent: Agent) -> None:
@@ -335,25 +295,4 @@ class Contexts:
                 branch.tail = OpenBlock()
 
     def infos(self, namespace: str) -> list[AgentInfo]:
-        return [agent_info(a) for (owner, _), a in list(self.agents.items()) if owner == namespace]
-
-
-def agent_info(agent: Agent) -> AgentInfo:
-    branches = list(agent.branches.values())
-    nodes = {n.key: n for b in branches for n in list(b.nodes)}.values()
-    held = [data for data in (*(n.data for n in nodes), *(b.tail.data for b in branches)) if data is not None]
-    return AgentInfo(
-        agent_id=agent.name,
-        tier="hot" if agent.newest and agent.newest.is_hot else "warm",
-        tokens=max((len(b) for b in branches), default=0),
-        branches=len(branches),
-        ram_bytes=sum(data.nbytes for data in held),
-        disk_bytes=sum(n.disk_bytes for n in nodes) + sum(b.tail.disk_bytes for b in branches),
-        created=agent.created,
-        last_used=agent.last_used,
-        pinned=agent.pinned,
-        ttl=agent.ttl,
-        ephemeral=agent.ephemeral,
-        requests=agent.requests,
-        hit_tokens=agent.hit_tokens,
-    )
+        return [agent_info(a, self.spec) for (owner, _), a in list(self.agents.items()) if owner == namespace]

@@ -14,6 +14,7 @@ import mlx.core as mx
 
 from ..config import Settings
 from ..errors import AgentMemError, ContextLengthExceeded, EngineFailed, ShuttingDown, StartupError
+from ..kvcache.spec import describe
 from ..models.loading import LoadedModel
 from .lifecycle import Lifecycle
 from .loop import EngineLoop
@@ -79,6 +80,7 @@ class Engine:
             "model": self.model_name,
             "device": str(mx.default_device()),
             "kv_bits": self._settings.kv_bits if self._core.runner.spec.bits else "16",
+            "cache": describe(self._core.runner.spec),
             "attention": "codes" if self._core.runner.on_codes else "dequantized",
             "running": len(self._core.scheduler.active),
             "waiting": len(self._core.scheduler.waiting),

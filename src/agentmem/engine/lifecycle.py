@@ -16,8 +16,10 @@ from ..errors import AgentMemError, AgentNotFound, Busy, Conflict, InvalidReques
 from ..kvcache.block import Tail
 from ..store.agent_store import Linked
 from ..store.records import BlockRecord, BranchRecord
+from .agent import Agent, Branch, agent_info
 from .block_pool import Entry, Node, OpenBlock
-from .contexts import Agent, Branch, Match, agent_info
+from .index import delete_agent, enter
+from .match import Match
 from .request import AgentDetail, BranchInfo
 from .startup import Core
 
@@ -41,7 +43,7 @@ class Imported:
 
 class Lifecycle:
     def __init__(self, core: Core):
-        self._core, self._contexts, self._memory = core, core.contexts, core.memory
+        self._core, self._contexts, self._saver = core, core.contexts, core.saver
         self._importing: set[tuple[str, str]] = set()  # namespace, name
 
     # -- what is known, and kept
@@ -50,10 +52,10 @@ class Lifecycle:
         agent = self._agent(namespace, name)
         branches = sorted(agent.branches.values(), key=lambda b: -b.last_used)
         rows = [
-            BranchInfo(len(b), "hot" if b.is_hot else "warm", b.last_used, self._memory.unsaved_tokens(b))
+            BranchInfo(len(b), b.tier(self._contexts.spec), b.last_used, self._saver.unsaved_tokens(b))
             for b in branches
         ]
-        done.set_result(AgentDetail(agent_info(agent), rows))
+        done.set_result(AgentDetail(agent_info(agent, self._contexts.spec), rows))
 
     def tokens(self, namespace: str, name: str, done: "Future[list[int]]") -> None:
         """Of the newest branch."""
@@ -71,7 +73,7 @@ class Lifecycle:
         self._note(agent, done)
 
     def _note(self, agent: Agent, done: "Future[None]") -> None:
-        noted = self._memory.note(agent, now=True) or self._memory.store.flush()
+        noted = self._saver.note(agent, now=True) or self._core.store.flush()
         self._then(noted, done, lambda _: done.set_result(None))
 
     def expired(self) -> list[tuple[str, str]]:
@@ -114,8 +116,8 @@ class Lifecycle:
         """All that rests of an agent, then go on."""
         for branch in agent.branches.values():
             if not branch.in_use or branch.suspended:
-                self._memory.save_rest(branch, forced=True)
-        self._then(self._memory.store.flush(), done, then)
+                self._saver.save_rest(branch, forced=True)
+        self._then(self._core.store.flush(), done, then)
 
     # -- forks and cuts
 
@@ -143,11 +145,11 @@ class Lifecycle:
         agent, tail = branch.agent, branch.tail
         tail_saved = source.tail.disk_bytes or not len(source.tail.tokens)
         if not whole or not tail_saved or not all(node.disk_bytes for node in branch.nodes):
-            self._memory.save_rest(branch, forced=False)
+            self._saver.save_rest(branch, forced=False)
             self.show(agent.namespace, agent.name, done)
             return
-        tail.disk_bytes = source.tail.disk_bytes
-        forked = self._memory.store.fork_branch(
+        tail.disk_bytes, tail.disk_parts = source.tail.disk_bytes, source.tail.disk_parts
+        forked = self._core.store.fork_branch(
             source.id, branch.id, agent.namespace, agent.name, branch.head, branch.last_used
         )
 
@@ -155,12 +157,12 @@ class Lifecycle:
             if forked.exception() is None:
                 branch.disk_head = branch.head
             if forked.exception() is not None or not forked.result():
-                tail.disk_bytes = 0
+                tail.not_on_disk()
                 if tail.data is None and branch.tail is tail:
                     self._contexts.set_tail(branch, OpenBlock())
             self._guarded(done, lambda: self.show(agent.namespace, agent.name, done))
 
-        forked.add_done_callback(lambda _: self._memory.post(on_engine))
+        forked.add_done_callback(lambda _: self._core.post(on_engine))
 
     def truncate(
         self, namespace: str, name: str, num_tokens: int, held: int | None, done: "Future[AgentDetail]"
@@ -193,7 +195,7 @@ class Lifecycle:
         """What is kept is on disk by now, or after one more look if it was on its way: what is not goes from there."""
         if branch.agent.branches.get(branch.id) is not branch:  # deleted meanwhile: to save it would bring it back
             raise AgentNotFound(branch.agent.name)
-        self._memory.save_rest(branch, forced=True)
+        self._saver.save_rest(branch, forced=True)
         saved, agent = not branch.displaced, branch.agent
         if not saved and not tries:
             raise StoreFailed(
@@ -206,7 +208,7 @@ class Lifecycle:
             else:
                 self._truncated(branch, done, tries - 1)
 
-        self._then(self._memory.store.flush(), done, flushed)
+        self._then(self._core.store.flush(), done, flushed)
 
     def _cut(self, branch: Branch, num_tokens: int | None) -> Match:
         if num_tokens is not None and not 1 <= num_tokens <= len(branch):
@@ -220,7 +222,7 @@ class Lifecycle:
         self._contexts.set_tail(branch, tail, data)
         for old in self._contexts.put_branch(branch):
             for branch_id in (old.id, *old.displaced):
-                self._memory.store.delete_branch(branch_id)
+                self._core.store.delete_branch(branch_id)
         return branch
 
     def _read_open_block(
@@ -228,28 +230,29 @@ class Lifecycle:
     ) -> None:
         """Go on with what follows the whole blocks of `match`, from disk if need be."""
         entry: Entry | None = match.cut_node if match.cut_node is not None else match.tail
-        if entry is None or entry.data is not None:
+        missing = [what for what in match.missing if what.entry is entry]
+        if not missing:
             self._open_block(match, ready)
             return
-        if not self._core.budget.make_room(entry.disk_bytes, match.entries(), urgent=False):
+        if not self._core.budget.make_room(sum(m.nbytes for m in missing), match.entries(), urgent=False):
             raise Busy("There is no room in RAM (kv_budget) to read the block that is cut.", code="kv_budget_full")
-        self._contexts.hold(match.all_nodes)
+        self._contexts.hold_match(match)
 
         def read(_bytes: int, _at: float) -> None:
             self._guarded(done, lambda: self._open_block(match, ready))
-            self._contexts.release(match.all_nodes)
+            self._contexts.release_match(match)
 
-        self._memory.restore(match, read, only=entry)
+        self._core.restorer.restore(match, read, only=entry)
 
     def _open_block(self, match: Match, ready: Callable[[OpenBlock, Tail | None], None]) -> None:
-        if any(entry is not None and entry.data is None for entry in (match.cut_node, match.tail)):
+        if any(what.entry in (match.cut_node, match.tail) for what in match.missing):
             raise NotFound("The block to be cut could not be read; it was put aside.", code="cache_damaged")
         source = match.source
         assert source is not None
         here = source.agent.branches.get(source.id) is source and source.nodes[: len(match.nodes)] == [*match.nodes]
         if not here or len(source) < match.length:  # deleted, or found damaged, while it was read
             raise Conflict("The agent was changed by another request; try again.", param="agent_id")
-        data, lineage = self._memory.open_block(match)
+        data, lineage = self._core.restorer.open_block(match)
         tokens = source.tokens()[len(match.nodes) * self._contexts.block_size : match.length]
         ready(OpenBlock(tokens, lineage=lineage, expendable=source.agent.ephemeral), data)
 
@@ -272,7 +275,7 @@ class Lifecycle:
                 if any(branch.in_use for branch in agent.branches.values()):
                     raise Conflict(f"Agent {name[:200]!r} has a request running; wait for it.", param="agent_id")
                 raise StoreFailed("The agent could not be saved: see /health.")
-            links = self._memory.store.link_files(list(blocks), [branch_id for _, branch_id in tails])
+            links = self._core.store.link_files(list(blocks), [branch_id for _, branch_id in tails])
             self._then(links, done, lambda files: done.set_result(Exported(agent, held, files)))
 
         self._save(agent, done, saved)
@@ -293,7 +296,7 @@ class Lifecycle:
         if imported is None:
             done.set_result(None)
             return
-        self._memory.enter(imported.branches, imported.blocks)
+        enter(self._contexts, imported.branches, imported.blocks)
         agent = self._agent(namespace, name)
         agent.last_used = max(branch.last_used for branch in imported.branches)
         self.show(namespace, name, cast("Future[AgentDetail]", done))
@@ -301,11 +304,11 @@ class Lifecycle:
     # -- the store
 
     def collect_garbage(self, done: "Future[int]") -> None:
-        before = self._memory.store.stats()["disk_bytes"]
+        before = self._core.store.stats()["disk_bytes"]
         for namespace, name in self.expired():
-            self._memory.delete_agent(namespace, name, Future())
-        collected = self._memory.store.collect_garbage()
-        self._then(collected, done, lambda _: done.set_result(before - self._memory.store.stats()["disk_bytes"]))
+            delete_agent(self._contexts, self._core.store, namespace, name, Future())
+        collected = self._core.store.collect_garbage()
+        self._then(collected, done, lambda _: done.set_result(before - self._core.store.stats()["disk_bytes"]))
 
     # -- helpers
 
@@ -335,7 +338,7 @@ class Lifecycle:
         def on_engine() -> None:
             self._guarded(done, lambda: function(future.result()))
 
-        future.add_done_callback(lambda _: self._memory.post(on_engine))
+        future.add_done_callback(lambda _: self._core.post(on_engine))
 
     @staticmethod
     def _guarded(done: "Future[Any]", function: Callable[[], None]) -> None:

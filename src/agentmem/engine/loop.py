@@ -15,6 +15,7 @@ from ..metrics import EngineFigures, Metrics
 from .admission import LOOK_INTERVAL, Admission
 from .block_pool import FRESH
 from .contexts import ROOT
+from .index import delete_agent
 from .lifecycle import Lifecycle
 from .request import FinishReason, GenerateRequest, TextDelta
 from .scheduler import Step
@@ -108,7 +109,7 @@ class EngineLoop:
         for seq in (*self.core.scheduler.active, *self.core.scheduler.waiting):
             if (seq.request.namespace, seq.request.agent_id) == (namespace, agent_id):
                 seq.discard = True
-        self.core.memory.delete_agent(namespace, agent_id, done)
+        delete_agent(self.core.contexts, self.core.store, namespace, agent_id, done)
 
     def perform(self, operation: "Callable[[Future[Any]], None]", done: "Future[Any]") -> None:
         """Something that is done to an agent, rather than asked of it."""
@@ -154,14 +155,14 @@ class EngineLoop:
             return 0.02
         if self._admission.short or self.memory_error:
             return LOOK_INTERVAL
-        soon = min(self.core.memory.next_save - time.monotonic(), self.lifecycle.next_expiry() - time.time())
+        soon = min(self.core.saver.next_save - time.monotonic(), self.lifecycle.next_expiry() - time.time())
         return min(60.0, max(0.0, soon))
 
     def _watch_memory(self) -> None:
         """Save what rests; keep the process below `--memory-limit`."""
         now = time.monotonic()
-        if now >= self.core.memory.next_save:
-            self.core.memory.save_idle()
+        if now >= self.core.saver.next_save:
+            self.core.saver.save_idle()
         if now >= self._watch_due:
             self._watch_due = now + _WATCH_INTERVAL
             self.memory_error = self.core.budget.relieve_process()
@@ -185,9 +186,9 @@ class EngineLoop:
                 self._finish(seq, "length")
 
     def _schedule(self) -> Step | None:
-        memory = self.core.memory
-        since = max(memory.reading_since, self._last_prefill)
-        reading_ms = (time.perf_counter() - since) * 1e3 if memory.incoming_bytes else None
+        restorer = self.core.restorer
+        since = max(restorer.reading_since, self._last_prefill)
+        reading_ms = (time.perf_counter() - since) * 1e3 if restorer.incoming_bytes else None
         step = self.core.scheduler.schedule(reading_ms)
         if step is not None and step.prefill is not None and self._admission.look_again(step.prefill):
             step = self.core.scheduler.schedule(reading_ms)
@@ -277,8 +278,11 @@ class EngineLoop:
                 seq.cache.adopt(index, node.data)
             contexts.hold([node])
             seq.nodes.append(node)
-            if not seq.discard:
-                self.core.memory.save_block(seq.branch, list(seq.nodes))
+            # the state at the end of a block is only known to be wanted once nothing follows: it waits for the next
+            path = seq.nodes[:-1] if self.core.runner.spec.recurrent else list(seq.nodes)
+            if path and not seq.discard:
+                self.core.saver.save_block(seq.branch, path)
+        contexts.thin(seq.nodes)
         self.core.trace.span("seal", began, agent=seq.request.agent_id, blocks=len(blocks))
 
     def _figures(self) -> EngineFigures:
@@ -293,7 +297,7 @@ class EngineLoop:
             reserved_bytes=self.reserved_bytes,
             disk_bytes=store["block_bytes"] + store["tail_bytes"],
             written_bytes=store["bytes_written"],
-            restored_bytes=self.core.memory.restored_bytes,
+            restored_bytes=self.core.restorer.restored_bytes,
             evicted_bytes=self.core.contexts.pool.evicted_bytes,
             suspensions=self._admission.suspensions,
             quarantined=store["quarantined"],
@@ -319,8 +323,8 @@ class EngineLoop:
         """Save until all is on disk, or nothing more gets there."""
         before = -1
         for agent in self.core.contexts.agents.values():
-            self.core.memory.note(agent, now=True)
-        while self.core.memory.save_idle(now=True):
+            self.core.saver.note(agent, now=True)
+        while self.core.saver.save_idle(now=True):
             self.core.store.flush().result()
             self._run_posted()
             written = self.core.store.stats()["writes"]

@@ -1,60 +1,133 @@
 """Every forward pass: prefill of one sequence, decode of a batch. Engine thread only."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
 import mlx.core as mx
+from mlx_lm.models.cache import make_prompt_cache
 
-from ..kvcache.attention import install_seam, verify_seam
+from ..errors import ModelError
+from ..kvcache.attention import TOLERANCE, install_seam, relative_error, verify_seam
+from ..kvcache.batch import BatchQuantizedKVCache
 from ..kvcache.block import SealedBlock, Snapshot
-from ..kvcache.cache import BatchQuantizedKVCache, SequenceCache
+from ..kvcache.cache import ForeignCache, SequenceCache
 from ..kvcache.calibrate import key_centres
 from ..kvcache.quantize import CacheSpace
-from ..kvcache.spec import KVBits, read_spec
+from ..kvcache.spec import KVBits, KVCacheSpec
+from ..kvcache.trace import all_fetched, foreign_spec, read_spec
+
+Cache = SequenceCache | ForeignCache
 
 
 class ModelRunner:
     """A loaded model behind the attention seam, and the caches it runs over."""
 
-    def __init__(self, model: Any, *, kv_bits: KVBits = "4", block_size: int = 256):
-        """Install the seam, read the spec and check the seam's numbers. Raises ModelError."""
+    def __init__(self, model: Any, *, kv_bits: KVBits = "4", block_size: int = 256, state_interval: int | None = None):
+        """Install the seam, read the spec and check its numbers against mlx-lm's; see `spec.foreign` if they part."""
         self.model = model
         install_seam(model)
-        self.spec = read_spec(model, kv_bits=kv_bits, block_size=block_size)
-        self.plain_spec = replace(self.spec, kv_bits="16")
-        self._space = CacheSpace(self.spec)
         self.on_codes = False
         self.vocab_size: int = model(mx.array([[0]])).shape[-1]
-        cache = SequenceCache(self.plain_spec, CacheSpace(self.plain_spec))
-        verify_seam(model, lambda tokens: self.forward(tokens, [cache])[0], self.vocab_size)
+        self.spec, self.batchable = self._understood(
+            read_spec(model, kv_bits=kv_bits, block_size=block_size, state_interval=state_interval)
+        )
+        self.plain_spec = replace(self.spec, kv_bits="16")
+        self._space = CacheSpace(self.spec)
+
+    def _understood(self, spec: KVCacheSpec) -> tuple[KVCacheSpec, bool]:
+        """The spec that gives mlx-lm's logits, and whether a batch does too."""
+        reason, candidates = "", [spec, all_fetched(spec)]
+        for candidate in [c for c in candidates if c is not None and c.foreign is None]:
+            plain = replace(candidate, kv_bits="16")
+            try:
+                verify_seam(self.model, self._forwarder(plain), self.vocab_size)
+                return candidate, self._batches(plain)
+            except ModelError as e:
+                reason = reason or str(e)
+            except (AttributeError, TypeError, ValueError, IndexError, AssertionError) as e:
+                reason = reason or f"its code does not work with caches other than its own ({type(e).__name__}: {e})"
+        return (spec if spec.foreign else foreign_spec(self.model, reason, spec.kv_bits, spec.block_size)), False
+
+    def _forwarder(self, plain: KVCacheSpec) -> Callable[[mx.array], mx.array]:
+        cache = SequenceCache(plain, CacheSpace(plain))
+        return lambda tokens: self._pass(plain, tokens, [cache])[0]
+
+    def _batches(self, plain: KVCacheSpec) -> bool:
+        """Whether the model takes a batch of sequences of unequal length."""
+        space, tokens = CacheSpace(plain), mx.array([[(7919 * i + 13) % self.vocab_size for i in range(12)]])
+
+        def prefilled() -> list[SequenceCache]:
+            caches = [SequenceCache(plain, space) for _ in range(2)]
+            for cache, n in zip(caches, (11, 5), strict=True):
+                self._pass(plain, tokens[:, :n], [cache])
+            return caches
+
+        alone = [self._pass(plain, tokens[:, 11:], [cache])[0] for cache in prefilled()]
+        try:
+            together, _ = self._pass(plain, mx.concatenate([tokens[:, 11:]] * 2), prefilled())
+            return relative_error(together, mx.concatenate(alone)) < TOLERANCE
+        except (AttributeError, TypeError, ValueError, IndexError):
+            return False
 
     def calibrate(self, tokens: list[int]) -> list[mx.array]:
         """Key centres of this model, see kvcache/calibrate.py."""
-        return key_centres(self.plain_spec, lambda t, cache: self.forward(t, [cache]), tokens)
+        plain = self.plain_spec
+        return key_centres(plain, lambda t, cache: self._forward(plain, t, [cache]), tokens)
 
     def use_centres(self, centres: list[mx.array]) -> None:
         self._space = CacheSpace(self.spec, centres)
 
-    def new_cache(self, snapshot: Snapshot | None = None, capacity: int = 0) -> SequenceCache:
-        return SequenceCache(self.spec, self._space, snapshot, capacity=capacity, on_codes=self.on_codes)
+    def new_cache(self, snapshot: Snapshot | None = None, capacity: int = 0, checkpoint_at: int | None = None) -> Cache:
+        if self.spec.foreign is not None:
+            return ForeignCache(make_prompt_cache(self.model))
+        return SequenceCache(
+            *(self.spec, self._space, snapshot),
+            capacity=capacity, on_codes=self.on_codes, checkpoint_at=checkpoint_at,
+        )  # fmt: skip
 
-    def forward(self, tokens: mx.array, caches: Sequence[SequenceCache]) -> tuple[mx.array, list[list[SealedBlock]]]:
+    def forward(self, tokens: mx.array, caches: Sequence[Cache]) -> tuple[mx.array, list[list[SealedBlock]]]:
         """tokens [B, L] through the model; (logits [B, L, vocab], blocks that filled up), both lazy."""
-        batch = BatchQuantizedKVCache(caches)
+        return self._forward(self.spec, tokens, caches)
+
+    def _forward(
+        self, spec: KVCacheSpec, tokens: mx.array, caches: Sequence[Cache]
+    ) -> tuple[mx.array, list[list[SealedBlock]]]:
+        if len(caches) > 1 and not (self.batchable and all(c.length or not spec.recurrent for c in caches)):
+            each = [self._forward(spec, tokens[b : b + 1], [cache]) for b, cache in enumerate(caches)]
+            return mx.concatenate([logits for logits, _ in each]), [fresh for _, [fresh] in each]
+        if not spec.stepwise or tokens.shape[1] == 1:
+            return self._pass(spec, tokens, caches)
+        parts, fresh = [], []
+        while tokens.shape[1]:
+            n = spec.block_size - caches[0].length % spec.block_size
+            logits, [blocks] = self._pass(spec, tokens[:, :n], caches)
+            parts.append(logits)
+            fresh += blocks
+            tokens = tokens[:, n:]
+        return mx.concatenate(parts, axis=1), [fresh]
+
+    def _pass(
+        self, spec: KVCacheSpec, tokens: mx.array, caches: Sequence[Cache]
+    ) -> tuple[mx.array, list[list[SealedBlock]]]:
+        [*ours] = [cache for cache in caches if isinstance(cache, SequenceCache)]
+        if not ours:
+            [foreign] = caches
+            assert isinstance(foreign, ForeignCache)
+            logits = self.model(tokens, cache=foreign.caches)
+            return logits, [foreign.advance(tokens.shape[1])]
+        batch = BatchQuantizedKVCache(spec, ours)
         logits = self.model(tokens, cache=batch.layers)
         return logits, batch.advance(tokens.shape[1])
 
-    def prefill(self, cache: SequenceCache, tokens: Sequence[int]) -> list[SealedBlock]:
+    def prefill(self, cache: Cache, tokens: Sequence[int]) -> list[SealedBlock]:
         """Append `tokens`, evaluated; no logits are computed. Returns the blocks that filled up."""
         _, [fresh] = self.forward(mx.array([list(tokens)]), [cache])
         mx.eval(cache.arrays(), [block.arrays for block in fresh])
         return fresh
 
-    def decode(
-        self, caches: Sequence[SequenceCache], tokens: Sequence[int]
-    ) -> tuple[mx.array, list[list[SealedBlock]]]:
+    def decode(self, caches: Sequence[Cache], tokens: Sequence[int]) -> tuple[mx.array, list[list[SealedBlock]]]:
         """One token for each sequence: (logits [B, vocab], blocks that filled up), lazy: `settle` evaluates."""
         logits, fresh = self.forward(mx.array(list(tokens))[:, None], caches)
         return logits[:, -1], fresh

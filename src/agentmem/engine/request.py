@@ -7,6 +7,7 @@ from typing import IO, Any, Literal, Protocol
 
 from ..errors import InvalidRequest
 
+Tier = Literal["warm", "hot"]
 CacheState = Literal["cold", "warm", "hot"]  # nothing cached; read from disk; in RAM
 FinishReason = Literal["stop", "length"]
 
@@ -89,7 +90,7 @@ class AgentInfo:
     """One row of GET /v1/agents. Bytes count a shared block once for each agent that holds it."""
 
     agent_id: str
-    tier: Literal["warm", "hot"]
+    tier: Tier
     tokens: int  # of the longest branch
     branches: int
     ram_bytes: int
@@ -106,7 +107,7 @@ class AgentInfo:
 @dataclass(frozen=True)
 class BranchInfo:
     tokens: int
-    tier: Literal["warm", "hot"]
+    tier: Tier
     last_used: float
     unsaved_tokens: int  # that a crash would cost
 

@@ -7,10 +7,12 @@ measured to take. Decode comes first: who has just been restored does not wait f
 """
 
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from ..errors import Busy
 from .sequence import Sequence, Status
+from .thin import Holder
 
 _SHARED_CHUNK = 128  # where no max_itl_ms is set, a gap may last as long as this many tokens took at first
 _CHUNK_BESIDE_RESTORE = 32  # a read ends within milliseconds, and must not wait for a long chunk then
@@ -81,6 +83,11 @@ class Scheduler:
         """Of those that hold a cache, the one to suspend: the highest `priority` number, the newest."""
         holders = (seq for seq in self.active if seq.cache is not None)
         return max(holders, key=lambda seq: (seq.request.priority, seq.submitted))
+
+    def holders(self) -> Iterator[Holder]:
+        """Paths that sequences hold, and where they go on from."""
+        for seq in (*self.active, *self.waiting):
+            yield from seq.holds()
 
     def remove(self, seq: Sequence) -> None:
         for queue in (self.waiting, self.active):

@@ -6,12 +6,14 @@ from dataclasses import dataclass, field
 from enum import Enum, auto
 
 from ..errors import AgentMemError
-from ..kvcache.cache import SequenceCache
+from ..kvcache.cache import ForeignCache, SequenceCache
+from .agent import Branch
 from .block_pool import Entry, Node
-from .contexts import Branch, Match
+from .match import Match
 from .output import OutputStream
 from .request import CacheState, Finished, FinishReason, GenerateRequest, RequestStats, TextDelta
 from .sampling import Sampler
+from .thin import Holder
 
 Event = TextDelta | Finished | AgentMemError
 
@@ -37,7 +39,7 @@ class Sequence:
     match: Match | None = None  # until the cache is made from it
     reading: bool = False  # what it matched is on its way from disk, perhaps ahead of need
     capacity: int = 0  # tokens that RAM is reserved for
-    cache: SequenceCache | None = None
+    cache: SequenceCache | ForeignCache | None = None
     suspended: bool = False  # gave its RAM to others, at least once
     kept: Branch | None = None  # what it had computed by then, while it waits to go on
     cached_at_start: int = 0  # tokens that `cache` began with
@@ -76,6 +78,13 @@ class Sequence:
         yield from self.nodes
         if self.match is not None:
             yield from self.match.entries()
+
+    def holds(self) -> Iterator[Holder]:
+        """The path that it works with, or matched, and where it goes on from."""
+        if self.cache is not None:
+            yield self.nodes, self.cache.length
+        if self.match is not None:
+            yield self.match.all_nodes, self.match.length
 
     @property
     def cache_state(self) -> CacheState:

@@ -15,6 +15,7 @@ from ..config import Settings, resolve
 from ..errors import CorruptSegment, StartupError, StoreError
 from ..kvcache import calibrate
 from ..kvcache.block import from_host, to_host
+from ..kvcache.spec import describe
 from ..models.loading import LoadedModel
 from ..store import segment
 from ..store.agent_store import AgentStore
@@ -24,13 +25,15 @@ from ..store.room import Limits
 from .budget import RamBudget
 from .contexts import Contexts
 from .footprint import physical_memory, room_for_caches
-from .memory import Memory
+from .index import forget, load_index
 from .model_runner import ModelRunner
+from .restore import Restorer
+from .save import Saver
 from .scheduler import Scheduler
 from .trace import Trace
 
 log = logging.getLogger(__name__)
-CACHE_FORMAT = "1"  # rises when the meaning of a stored code changes: rotation, centring, quantization
+CACHE_FORMAT = "2"  # rises when the meaning of a stored code changes: rotation, centring, quantization
 
 
 @dataclass(frozen=True)
@@ -40,11 +43,13 @@ class Core:
     model: LoadedModel
     runner: ModelRunner
     contexts: Contexts
-    memory: Memory
+    restorer: Restorer
+    saver: Saver
     store: AgentStore
     scheduler: Scheduler
     budget: RamBudget
     trace: Trace
+    post: Callable[[Callable[[], None]], None]  # runs a function on the engine thread
     fingerprint: str  # of what gives a stored byte its meaning: weights, cache layout, calibration
     vocab_size: int  # ids that the tokenizer knows; some models' logits are padded beyond
 
@@ -52,9 +57,13 @@ class Core:
 def build_core(settings: Settings, load: Callable[[], LoadedModel], post: Callable[[Callable[[], None]], None]) -> Core:
     """Load everything. Raises StartupError. On the engine thread: MLX's streams belong to one."""
     model = load()
-    runner = ModelRunner(model.model, kv_bits=settings.kv_bits, block_size=settings.block_size)
-    if runner.spec.unquantized_reason:
-        log.warning("not quantized: %s", runner.spec.unquantized_reason)
+    runner = ModelRunner(
+        model.model,
+        kv_bits=settings.kv_bits,
+        block_size=settings.block_size,
+        state_interval=settings.state_interval,
+    )
+    log.info("cache: %s", describe(runner.spec))
     fingerprint = _fingerprint(model.weights_hash, runner.spec.identity())
     try:
         segment.make_private_dir(settings.store_dir)
@@ -95,38 +104,46 @@ def _core(
     fingerprint: str,
     post: Callable[[Callable[[], None]], None],
 ) -> Core:
-    contexts = Contexts(
-        fingerprint=fingerprint.encode() + store.address_secret,
-        block_size=runner.spec.block_size,
-        sharing=settings.sharing,
-        max_branches=settings.max_branches,
-    )
-    memory = Memory(
-        contexts,
-        store,
-        runner.spec,
-        tail_delay=settings.tail_delay,
-        write_amplification=settings.write_amplification,
-        post=post,
-    )
-    memory.load_index()
     scheduler = Scheduler(
         max_running=settings.max_running,
         max_queue=settings.max_queue,
         prefill_chunk=settings.prefill_chunk,
         max_itl_ms=settings.max_itl_ms,
     )
+    contexts = Contexts(
+        fingerprint=fingerprint.encode() + store.address_secret,
+        spec=runner.spec,
+        sharing=settings.sharing,
+        max_branches=settings.max_branches,
+        running=scheduler.holders,
+    )
+    restorer = Restorer(contexts, store, runner.spec, post)
+    saver = Saver(
+        contexts,
+        store,
+        tail_delay=settings.tail_delay,
+        write_amplification=settings.write_amplification,
+        post=post,
+    )
+    store.on_trim = lambda gone: post(lambda: forget(contexts, gone))
+    load_index(contexts, store)
     budget = RamBudget(
         resolve(settings.kv_budget, room_for_caches()),
         resolve(settings.memory_limit, physical_memory()),
-        memory,
+        contexts,
+        restorer,
+        saver,
+        store,
         runner.spec,
         on_codes=runner.on_codes,
         max_context=min(settings.max_context or model.max_context, model.max_context),
         active=lambda: scheduler.active,
     )
     vocab_size = min(runner.vocab_size, max(model.tokenizer.get_vocab().values()) + 1)
-    return Core(model, runner, contexts, memory, store, scheduler, budget, trace, fingerprint, vocab_size)
+    return Core(
+        *(model, runner, contexts, restorer, saver, store, scheduler, budget),
+        *(trace, post, fingerprint, vocab_size),
+    )
 
 
 def _fingerprint(weights_hash: str, spec_identity: str) -> str:

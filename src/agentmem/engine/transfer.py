@@ -22,7 +22,7 @@ from ..store.archive import Archive, block_name, tail_name, write_archive
 from ..store.records import IMPORTS, BlockRecord, BranchRecord, FileRef, TailRecord
 from .contexts import ROOT
 from .lifecycle import Exported, Imported
-from .memory import foreign_lineage, tail_identity
+from .restore import foreign_lineage, tail_identity
 from .startup import Core
 
 _FILE_HEADER = 1 << 16  # bytes, at most
@@ -161,7 +161,7 @@ class _Import:
         shapes = block_shapes(self._spec, len(tokens), first=parent is None)
         tensors, _ = self._tensors(row["file"], lambda _: shapes)
         ref: FileRef = self._store.save_block(branch_id, *self._scratch, key, parent, tokens, tensors, {}).result()
-        return BlockRecord(key, parent, tokens, ref.nbytes, ref.checksum, time.time())
+        return BlockRecord(key, parent, tokens, ref.nbytes, ref.checksum, time.time(), ref.parts)
 
     def _tail(self, branch_id: str, head: bytes | None, row: dict[str, Any]) -> TailRecord:
         tokens = self._tokens(row["tokens"], 1, self._spec.block_size - 1)
@@ -180,7 +180,8 @@ class _Import:
             "identity": tail_identity(head or ROOT, tokens),
         }
         saved = self._store.save_tail(branch_id, *self._scratch, head, tokens, tensors, metadata)
-        return TailRecord(tokens, saved.result().nbytes, saved.result().checksum)
+        ref = saved.result()
+        return TailRecord(tokens, ref.nbytes, ref.checksum, ref.parts)
 
     def _tokens(self, given: list[int], at_least: int, at_most: int) -> np.ndarray:
         if not at_least <= len(given) <= at_most or not all(

@@ -7,7 +7,8 @@ model's numbers, so that a model whose attention we do not understand is refused
 """
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, cast
 
 import mlx.core as mx
@@ -15,10 +16,13 @@ from mlx_lm.models import base
 from mlx_lm.models.cache import make_prompt_cache
 
 from ..errors import ModelError
-from .quantize import Codes, quant_group
+from .quantize import Codes
+from .spec import LayerSpec, coded_shape
 
 _original = base.scaled_dot_product_attention
 FEW_QUERIES = 16  # up to here attention on codes reads them in place; beyond, it dequantizes them once for all queries
+Observer = Callable[[mx.array, mx.array, Any, Any, bool], None]  # keys, values, cache, mask, whether there are sinks
+_observers: list[Observer] = []
 
 
 def _dispatch(
@@ -30,22 +34,29 @@ def _dispatch(
     mask: Any,
     sinks: mx.array | None = None,
 ) -> mx.array:
+    for observer in _observers:
+        observer(keys, values, cache, mask, sinks is not None)
     if hasattr(cache, "attend"):
         return cache.attend(queries, scale, sinks)
     return _original(queries, keys, values, cache=cache, scale=scale, mask=mask, sinks=sinks)
 
 
+@contextmanager
+def observed(observer: Observer) -> Iterator[None]:
+    """`observer` is told of every call of the seam meanwhile."""
+    _observers.append(observer)
+    try:
+        yield
+    finally:
+        _observers.remove(observer)
+
+
 def install_seam(model: Any) -> None:
-    """Route the attention of `model`'s modules through their cache objects. Idempotent."""
-    names = {type(module).__module__ for _, module in model.named_modules()}
-    patched = 0
-    for name in names:
+    """Route the attention of `model`'s modules through their cache objects, as far as it uses mlx-lm's. Idempotent."""
+    for name in {type(module).__module__ for _, module in model.named_modules()}:
         module = sys.modules[name]
         if getattr(module, "scaled_dot_product_attention", None) in (_original, _dispatch):
             module.scaled_dot_product_attention = _dispatch  # type: ignore[attr-defined]
-            patched += 1
-    if not patched:
-        raise ModelError("the model's code does not use mlx-lm's scaled_dot_product_attention: not supported")
 
 
 def verify_seam(model: Any, forward: Callable[[mx.array], mx.array], vocab_size: int) -> None:
@@ -57,25 +68,42 @@ def verify_seam(model: Any, forward: Callable[[mx.array], mx.array], vocab_size:
     theirs = make_prompt_cache(model)
     for part in (tokens[:, :15], tokens[:, 15:23], tokens[:, 23:]):
         expected, got = model(part, cache=theirs), forward(part)
-        worst = mx.abs(expected - got).max() / mx.maximum(mx.abs(expected).max(), 1e-6)
-        error = cast(float, worst.item())
-        if not error < 0.02:  # 16-bit rounding stays under it; a wrong mask or scale does not
+        error = relative_error(got, expected)
+        if not error < TOLERANCE:
             raise ModelError(f"the model's attention is not understood: logits differ by {error:.1%}")
 
 
+TOLERANCE = 0.02  # of the largest logit: 16-bit rounding stays under it; a wrong mask or scale does not
+
+
+def relative_error(got: mx.array, expected: mx.array) -> float:
+    """Largest difference of two arrays of one shape, by the largest value; nan where either is."""
+    return cast(float, (mx.abs(expected - got).max() / mx.maximum(mx.abs(expected).max(), 1e-6)).item())
+
+
 def attend_dense(
-    q: mx.array, k: mx.array, v: mx.array, scale: float, window: int | None, sinks: mx.array | None
+    q: mx.array, k: mx.array, v: mx.array, scale: float, layer: LayerSpec, first: int, sinks: mx.array | None
 ) -> mx.array:
-    """Causal attention of the last n positions, q [1, Hq, n, D], over k, v [1, H, T, D], T >= n."""
-    n, total = q.shape[2], k.shape[2]
+    """Causal attention of the last n positions, q [1, Hq, n, D].
+
+    k, v [1, H, T, D], T >= n, are those of positions `first` to `first` + T - 1: all that any of the queries sees.
+    """
+    n, stop = q.shape[2], first + k.shape[2]
     mask: Any = "causal" if n > 1 else None
-    if window is not None and total > window:
-        first = max(0, total - n - window + 1)  # oldest position that any of the queries sees
-        k, v = k[..., first:, :], v[..., first:, :]
-        if n > 1:
-            rows, columns = mx.arange(total - n, total)[:, None], mx.arange(first, total)[None]
-            mask = (columns <= rows) & (rows < columns + window)
+    if n > 1 and layer.first_visible(stop - 1) > first:
+        rows, columns = mx.arange(stop - n, stop)[:, None], mx.arange(first, stop)[None]
+        mask = visible(layer, rows, columns)
     return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=mask, sinks=sinks)
+
+
+def visible(layer: LayerSpec, rows: mx.array, columns: mx.array) -> mx.array:
+    """Whether the positions `rows` see `columns`, bool in their common shape."""
+    seen = columns <= rows
+    if layer.window is None:
+        return seen
+    if layer.kind == "chunked":
+        return seen & (columns >= rows // layer.window * layer.window)
+    return seen & (rows < columns + layer.window)
 
 
 def attend_codes(
@@ -98,13 +126,14 @@ def attend_codes(
     _, heads_q, n, dim = q.shape
     heads, first, sealed, m = k_open.shape[1], k_first.shape[2], k_codes.packed.shape[2], k_open.shape[2]
     rows = (q * scale).reshape(1, heads, heads_q // heads * n, dim)
+    padded, group = coded_shape(dim)
     on_codes = mx.quantized_matmul(
-        rows,
+        rows if padded == dim else mx.pad(rows, [(0, 0)] * 3 + [(0, padded - dim)]),
         k_codes.packed,
         k_codes.scales.astype(q.dtype),
         k_codes.biases.astype(q.dtype),
         transpose=True,
-        group_size=quant_group(dim),
+        group_size=group,
         bits=bits[0],
     )[..., first:]
     on_open = rows @ k_open.swapaxes(-1, -2)
@@ -115,14 +144,15 @@ def attend_codes(
     scores = mx.concatenate([rows @ k_first.swapaxes(-1, -2), on_codes, on_open], axis=-1)
     weights = mx.softmax(scores, axis=-1, precise=True)
     on_sealed = mx.concatenate([mx.zeros_like(weights[..., :first]), weights[..., first:sealed]], axis=-1)
+    v_dim = v_open.shape[-1]
     out = mx.quantized_matmul(
         on_sealed,
         v_codes.packed,
         v_codes.scales.astype(q.dtype),
         v_codes.biases.astype(q.dtype),
         transpose=False,
-        group_size=quant_group(v_open.shape[-1]),
+        group_size=coded_shape(v_dim)[1],
         bits=bits[1],
-    )
+    )[..., :v_dim]
     out = out + weights[..., :first] @ v_first + weights[..., sealed:] @ v_open
-    return out.reshape(1, heads_q, n, v_open.shape[-1])
+    return out.reshape(1, heads_q, n, v_dim)

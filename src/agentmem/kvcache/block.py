@@ -7,11 +7,13 @@ Worked example, block_size 256, SmolLM2 (30 equal layers, 3 KV heads, head dim 6
     blocks[1]  tokens 256..511   the same without sinks
     tail       tokens 512..599   k0.full, v0.full [30, 3, 88, 64], in the model's dtype
 
-"0" is the index of a stack (layers of one shape). Where a block was cut inside, the tail starts with the codes it had:
-`tail.prefix` holds them, and they are never quantized again.
+"0" is the index of a stack (layers of one kind and shape). A sliding-window layer's part of a block is there only as
+long as a sequence needs it. Recurrent state is there where a snapshot was taken: s0.1@137 [layers, ...] is the second
+array of state stack 0 after 137 tokens of the block. Where a block was cut inside, the tail starts with the codes it
+had: `tail.prefix` holds them, and they are never quantized again.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, cast
@@ -19,13 +21,24 @@ from typing import Any, cast
 import mlx.core as mx
 import numpy as np
 
-from ..tensors import HostTensor
-from .quantize import Codes, decode
+from ..tensors import HostTensor, part_of
+from .quantize import Codes
 from .spec import KVCacheSpec
 
 Arrays = dict[str, mx.array]
 RawArrays = dict[str, tuple[str, mx.array]]  # dtype as in HostTensor, array
 TOKENS = 2  # the token axis of every array here
+
+
+def state_offset(name: str) -> int | None:
+    """Tokens of the block after which this snapshot of recurrent state was taken; None: it is no state."""
+    _, at, offset = name.partition("@")
+    return int(offset) if at else None
+
+
+def states_until(arrays: Arrays, num_tokens: int) -> Arrays:
+    """The snapshots of recurrent state in the first `num_tokens` tokens of a block."""
+    return {n: a for n, a in arrays.items() if (offset := state_offset(n)) is not None and offset <= num_tokens}
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,9 +49,21 @@ class SealedBlock:
     def nbytes(self) -> int:
         return sum(a.nbytes for a in self.arrays.values())
 
+    @cached_property
+    def parts(self) -> frozenset[str]:
+        """Of what is here, see tensors.part_of."""
+        return frozenset(map(part_of, self.arrays))
+
+    def only(self, parts: Container[str]) -> "SealedBlock":
+        """Without the other parts."""
+        return SealedBlock({name: a for name, a in self.arrays.items() if part_of(name) in parts})
+
+    def with_arrays(self, more: Arrays) -> "SealedBlock":
+        return SealedBlock(self.arrays | more)
+
     def cut(self, num_tokens: int) -> "SealedBlock":
-        """The first `num_tokens` tokens, codes as they are."""
-        return SealedBlock({name: a[:, :, :num_tokens] for name, a in self.arrays.items()})
+        """The first `num_tokens` tokens, codes as they are, without states."""
+        return SealedBlock({n: a[:, :, :num_tokens] for n, a in self.arrays.items() if state_offset(n) is None})
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,10 +74,17 @@ class Tail:
     full: Arrays
     prefix: SealedBlock | None = None
     prefix_len: int = 0
+    states: Arrays = field(default_factory=dict)  # of recurrent layers, named as in a block
 
     @cached_property
     def nbytes(self) -> int:
-        return sum(a.nbytes for a in self.full.values()) + (self.prefix.nbytes if self.prefix else 0)
+        arrays = (*self.full.values(), *self.states.values())
+        return sum(a.nbytes for a in arrays) + (self.prefix.nbytes if self.prefix else 0)
+
+    @cached_property
+    def parts(self) -> frozenset[str]:
+        """Its snapshots of recurrent state; of the layers' stacks it always has all."""
+        return frozenset(map(part_of, self.states))
 
     def cut(self, num_tokens: int) -> "Tail | None":
         if num_tokens == 0:
@@ -62,31 +94,36 @@ class Tail:
         keep = min(self.prefix_len, num_tokens)
         prefix = self.prefix.cut(keep) if self.prefix and keep else None
         full = {name: a[:, :, : num_tokens - keep] for name, a in self.full.items()}
-        return Tail(num_tokens, full, prefix, keep)
+        return Tail(num_tokens, full, prefix, keep, states_until(self.states, num_tokens))
 
     def to_arrays(self) -> Arrays:
         """One flat dict, for a file; empty arrays are left out."""
         prefix = self.prefix.arrays if self.prefix else {}
-        return {n: a for n, a in self.full.items() if a.size} | {f"prefix.{n}": a for n, a in prefix.items()}
+        codes = {f"prefix.{n}": a for n, a in prefix.items()}
+        return {n: a for n, a in self.full.items() if a.size} | codes | self.states
 
     @staticmethod
     def from_arrays(arrays: Arrays, num_tokens: int, prefix_len: int, spec: KVCacheSpec) -> "Tail":
         codes = {n.removeprefix("prefix."): a for n, a in arrays.items() if n.startswith("prefix.")}
-        full = {n: a for n, a in arrays.items() if not n.startswith("prefix.")}
-        if not codes:
-            return Tail(num_tokens, full)
-        prefix = SealedBlock(codes)
-        return Tail(num_tokens, full or Tail.of_cut_block(prefix, prefix_len, spec).full, prefix, prefix_len)
+        states = states_until(arrays, num_tokens)
+        full = {n: a for n, a in arrays.items() if not n.startswith("prefix.") and n not in states}
+        prefix = SealedBlock(codes) if codes else None
+        return Tail(num_tokens, full or _no_tokens(spec), prefix, prefix_len, states)
 
     @staticmethod
     def of_cut_block(block: SealedBlock, num_tokens: int, spec: KVCacheSpec) -> "Tail":
         """The open block after `block` was cut to `num_tokens` >= 1 tokens: all of them codes."""
-        full = {}
-        for s, stack in enumerate(spec.stacks):
-            layer = spec.layers[stack[0]]
-            for part, dim in (("k", layer.k_dim), ("v", layer.v_dim)):
-                full[f"{part}{s}.full"] = mx.zeros((len(stack), layer.num_kv_heads, 0, dim), spec.dtype)
-        return Tail(num_tokens, full, block.cut(num_tokens), num_tokens)
+        states = states_until(block.arrays, num_tokens)
+        return Tail(num_tokens, _no_tokens(spec), block.cut(num_tokens), num_tokens, states)
+
+
+def _no_tokens(spec: KVCacheSpec) -> Arrays:
+    full = {}
+    for s, stack in enumerate(spec.stacks):
+        layer = spec.layers[stack[0]]
+        for part, dim in (("k", layer.k_dim), ("v", layer.v_dim)):
+            full[f"{part}{s}.full"] = mx.zeros((len(stack), layer.num_kv_heads, 0, dim), spec.dtype)
+    return full
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,32 +134,24 @@ class Snapshot:
     tail: Tail | None = None
 
 
-def values(sources: Sequence[Mapping[str, mx.array]], part: str, spec: KVCacheSpec) -> list[mx.array]:
-    """What one layer's part of consecutive blocks stands for, in cache space: pieces [1, H, n, D], in order.
-
-    `part` is "k" or "v"; names come without the stack ("k.packed"). The first of `sources` may carry sinks.
-    """
-    if spec.bits is None:
-        return [s[f"{part}.full"] for s in sources]
-    dense = decode(concatenate_codes(sources, part), spec.bits["kv".index(part)], spec.dtype)
-    sinks = sources[0].get(f"{part}.sinks")
-    return [dense] if sinks is None else [sinks, dense[:, :, sinks.shape[TOKENS] :]]
-
-
 def concatenate_codes(blocks: Sequence[Mapping[str, mx.array]], name: str) -> Codes:
     parts = (mx.concatenate([b[f"{name}.{field}"] for b in blocks], axis=TOKENS) for field in Codes._fields)
     return Codes(*parts)
 
 
-_HOST_DTYPES = {mx.uint32: "U32", mx.float16: "F16", mx.float32: "F32", mx.bfloat16: "BF16"}
-_NUMPY_DTYPES = {"U32": np.uint32, "F16": np.float16, "F32": np.float32, "BF16": np.uint16}
+STORABLE = {  # dtypes of arrays that a file can hold
+    mx.int64: "I64", mx.int32: "I32", mx.uint32: "U32", mx.float32: "F32", mx.float16: "F16", mx.bfloat16: "BF16",
+}  # fmt: skip
+_NUMPY_DTYPES = {
+    "I64": np.int64, "I32": np.int32, "U32": np.uint32, "F32": np.float32, "F16": np.float16, "BF16": np.uint16,
+}  # fmt: skip
 
 
 def to_host(arrays: Arrays) -> dict[str, HostTensor]:
     """Evaluate, and hand out views of the memory that keep the arrays alive: nothing is copied. Engine thread only."""
     raw = {n: mx.contiguous(a.view(mx.uint16) if a.dtype == mx.bfloat16 else a) for n, a in arrays.items()}
     mx.eval(raw)
-    return {n: HostTensor(_HOST_DTYPES[a.dtype], a.shape, memoryview(cast(Any, raw[n]))) for n, a in arrays.items()}
+    return {n: HostTensor(STORABLE[a.dtype], a.shape, memoryview(cast(Any, raw[n]))) for n, a in arrays.items()}
 
 
 def copy_host(tensors: Mapping[str, HostTensor]) -> RawArrays:

@@ -21,12 +21,17 @@ def calibration_tokens(encode: Callable[[str], list[int]]) -> list[int]:
 def key_centres(
     spec: KVCacheSpec, forward: Callable[[mx.array, SequenceCache], object], tokens: list[int]
 ) -> list[mx.array]:
-    """One [num_kv_heads, 1, k_dim] float32 centre per layer. `forward(tokens [1, L], cache)` runs the model.
+    """One [num_kv_heads, 1, k_dim] float32 centre per layer; [0] of recurrent ones. `forward` runs tokens [1, L].
 
     `spec` must be unquantized; the first tokens (attention sinks, whose keys are unlike all others) don't count.
     """
     cache = SequenceCache(spec, CacheSpace(spec))
     forward(mx.array([tokens]), cache)
-    centres = [k[0, :, spec.num_sinks :].astype(mx.float32).mean(axis=1, keepdims=True) for k in cache.all_keys()]
+    keys = cache.kept_keys()
+    centres = [_centre(keys[i], spec.num_sinks) if i in keys else mx.zeros(1) for i in range(len(spec.layers))]
     mx.eval(centres)
     return centres
+
+
+def _centre(keys: mx.array, skipped: int) -> mx.array:
+    return keys[0, :, skipped:].astype(mx.float32).mean(axis=1, keepdims=True)

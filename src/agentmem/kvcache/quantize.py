@@ -2,20 +2,24 @@
 
 `q.k` is unchanged up to one constant per query when a vector is subtracted from every key, and unchanged when q and k
 are both rotated; values are rotated back once, after attention (QuaRot, arXiv 2404.00456). So everything the cache
-holds, codes and full precision alike, lives in centred and rotated space ("cache space").
+of a layer behind the attention seam holds, codes and full precision alike, lives in centred and rotated space ("cache
+space"). Of a layer whose model computes with what the cache returns, only the codes do.
 """
 
 from typing import NamedTuple
 
 import mlx.core as mx
 
-from .spec import KVCacheSpec, quant_group
+from .spec import KVCacheSpec, LayerSpec, coded_shape
 
 ROTATION_GROUP = 64
 
 
 class Codes(NamedTuple):
-    """`mx.quantize`'s triple: packed uint32 [..., D * bits / 32], scales and biases [..., D / group], 16-bit."""
+    """`mx.quantize`'s triple: packed uint32 [..., D * bits / 32], scales and biases [..., D / group], 16-bit.
+
+    D is the head dim, padded to whole groups.
+    """
 
     packed: mx.array
     scales: mx.array
@@ -23,29 +27,46 @@ class Codes(NamedTuple):
 
 
 def sealed_bytes(spec: KVCacheSpec, num_tokens: int) -> int:
-    """Of the first `num_tokens` tokens of a sequence in sealed blocks, all layers, the sinks included."""
+    """Of the first `num_tokens` tokens of a sequence in sealed blocks, all layers and parts, the sinks included."""
     sinks = min(num_tokens, spec.num_sinks) if spec.bits is not None else 0
-    return num_tokens * spec.sealed_bytes + sinks * spec.dense_bytes
+    states = num_tokens // spec.state_interval * spec.state_bytes
+    return num_tokens * spec.sealed_bytes + sinks * spec.dense_bytes + states
 
 
 def encode(x: mx.array, bits: int) -> Codes:
     """Affine codes of x [..., D]. Scales are 16-bit whatever x is, so that 4 bits are 4.5 and not 5."""
-    packed, scales, biases = mx.quantize(x, group_size=quant_group(x.shape[-1]), bits=bits)
+    padded, group = coded_shape(x.shape[-1])
+    if padded != x.shape[-1]:
+        x = mx.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, padded - x.shape[-1])])
+    packed, scales, biases = mx.quantize(x, group_size=group, bits=bits)
     if x.dtype == mx.float32:
         scales, biases = scales.astype(mx.float16), biases.astype(mx.float16)
     return Codes(packed, scales, biases)
 
 
-def decode(codes: Codes, bits: int, dtype: mx.Dtype) -> mx.array:
-    """The value of sealed codes: [..., D] in `dtype`."""
-    dim = codes.packed.shape[-1] * 32 // bits
+def decode(codes: Codes, bits: int, dtype: mx.Dtype, dim: int) -> mx.array:
+    """The value of sealed codes: [..., dim] in `dtype`."""
+    _, group = coded_shape(dim)
     scales, biases = codes.scales.astype(dtype), codes.biases.astype(dtype)
-    return mx.dequantize(codes.packed, scales, biases, group_size=quant_group(dim), bits=bits)
+    return mx.dequantize(codes.packed, scales, biases, group_size=group, bits=bits)[..., :dim]
 
 
 def hadamard(dim: int) -> mx.array:
-    """Orthonormal, symmetric Hadamard matrix of the largest power of two that divides `dim`, at most 64. float32."""
-    size = min(dim & -dim, ROTATION_GROUP)
+    """An orthonormal, symmetric matrix that mixes `dim` channels: Hadamard matrices along its diagonal. float32.
+
+    One of 64 stands for all groups where `dim` is a multiple of 64; else its pieces are powers of two, [dim, dim].
+    """
+    if dim % ROTATION_GROUP == 0:
+        return _hadamard(ROTATION_GROUP)
+    matrix, at = mx.zeros((dim, dim)), 0
+    while at < dim:
+        size = min(ROTATION_GROUP, 1 << ((dim - at).bit_length() - 1))
+        matrix[at : at + size, at : at + size] = _hadamard(size)
+        at += size
+    return matrix
+
+
+def _hadamard(size: int) -> mx.array:
     return mx.hadamard_transform(mx.eye(size), scale=size**-0.5)
 
 
@@ -53,15 +74,17 @@ class CacheSpace:
     """Moves queries, keys and values of each layer into cache space, and attention's output out of it."""
 
     def __init__(self, spec: KVCacheSpec, key_centres: list[mx.array] | None = None):
-        """`key_centres`: per layer [num_kv_heads, 1, k_dim], or None for no centring. Unquantized specs do nothing."""
+        """`key_centres`: per layer [num_kv_heads, 1, k_dim], or None for no centring; of recurrent layers anything.
+
+        Unquantized specs do nothing.
+        """
         self.identity = spec.bits is None
-        dims = {d for layer in spec.layers for d in (layer.k_dim, layer.v_dim)}
+        dims = {d for layer in spec.layers for d in layer.dims if d}
         self._rotations = {d: hadamard(d).astype(spec.dtype) for d in dims}
         self._centres: list[mx.array | None] = [None] * len(spec.layers)
         if key_centres is not None:
-            # where sink logits join the softmax, a constant per query does not cancel
             self._centres = [
-                None if layer.attention_sinks else centre.astype(spec.dtype)
+                centre.astype(spec.dtype) if _may_centre(layer) else None
                 for layer, centre in zip(spec.layers, key_centres, strict=True)
             ]
         mx.eval(list(self._rotations.values()), [c for c in self._centres if c is not None])
@@ -80,11 +103,48 @@ class CacheSpace:
         return qkv[:, :heads_q], qkv[:, heads_q : heads_q + heads], qkv[:, heads_q + heads :]
 
     def leave(self, out: mx.array) -> mx.array:
-        """Attention's output [B, Hq, L, Dv], back in the model's space: the Hadamard matrix is its own inverse."""
+        """Attention's output [B, Hq, L, Dv], back in the model's space: the rotation is its own inverse."""
         return out if self.identity else self._rotate(out)
+
+    def enter_part(self, layer: int, part: str, x: mx.array) -> mx.array:
+        """Keys (part "k") or values ("v") [1, H, n, D] of a layer that is fetched, on their way into codes."""
+        centre = self._centres[layer] if part == "k" else None
+        return self._rotate(x if centre is None else x - centre)
+
+    def leave_part(self, layer: int, part: str, x: mx.array) -> mx.array:
+        """The inverse of `enter_part`."""
+        centre, x = self._centres[layer] if part == "k" else None, self._rotate(x)
+        return x if centre is None else x + centre
 
     def _rotate(self, x: mx.array) -> mx.array:
         matrix = self._rotations[x.shape[-1]]
         if matrix.shape[0] == x.shape[-1]:
             return x @ matrix
         return (x.reshape(*x.shape[:-1], -1, matrix.shape[0]) @ matrix).reshape(x.shape)
+
+
+def _may_centre(layer: LayerSpec) -> bool:
+    """Where sink logits join the softmax, a constant per query does not cancel; what is fetched gets it back."""
+    return layer.kind != "recurrent" and (layer.fetched or not layer.attention_sinks)
+
+
+class LayerCodec:
+    """What one layer's cache stands for, as codes and back."""
+
+    def __init__(self, spec: KVCacheSpec, space: CacheSpace, index: int):
+        self._spec, self._space, self._index = spec, space, index
+        self.layer = spec.layers[index]
+
+    def encode(self, part: str, x: mx.array) -> Codes:
+        """`part` "k" or "v" of one block, x [1, H, n, D], as the running cache holds it."""
+        assert self._spec.bits is not None
+        if self.layer.fetched:
+            x = self._space.enter_part(self._index, part, x)
+        return encode(x, self._spec.bits["kv".index(part)])
+
+    def decode(self, part: str, codes: Codes) -> mx.array:
+        """The inverse. One block a call: a product's rounding may depend on its number of rows."""
+        assert self._spec.bits is not None
+        i = "kv".index(part)
+        x = decode(codes, self._spec.bits[i], self._spec.dtype, self.layer.dims[i])
+        return self._space.leave_part(self._index, part, x) if self.layer.fetched else x

@@ -1,7 +1,6 @@
 """What the arrays of a block or a tail must look like: for caches that come from outside."""
 
-from .quantize import quant_group
-from .spec import KVCacheSpec
+from .spec import KVCacheSpec, coded_shape
 
 Shapes = dict[str, tuple[str, tuple[int, ...]]]  # by name: dtype as in HostTensor, shape
 _DTYPES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}
@@ -31,9 +30,9 @@ def _shapes(spec: KVCacheSpec, tokens: dict[str, int], first: bool) -> Shapes:
                 continue
             assert spec.bits is not None
             n, scale = tokens["codes"], "BF16" if dtype == "BF16" else "F16"
-            shapes[f"{part}{s}.packed"] = "U32", (*where, n, dim * spec.bits[i] // 32)
+            shapes[f"{part}{s}.packed"] = "U32", (*where, n, coded_shape(dim)[0] * spec.bits[i] // 32)
             for field in ("scales", "biases"):
-                shapes[f"{part}{s}.{field}"] = scale, (*where, n, dim // quant_group(dim))
+                shapes[f"{part}{s}.{field}"] = scale, (*where, n, coded_shape(dim)[0] // coded_shape(dim)[1])
             if first:
                 shapes[f"{part}{s}.sinks"] = dtype, (*where, min(n, spec.num_sinks), dim)
     return shapes

@@ -1,53 +1,83 @@
-"""KVCacheSpec: what a model's cache is made of, read off the cache objects it makes and one traced forward pass."""
+"""KVCacheSpec: what a model's cache is made of, and what of it a sequence needs. trace.py reads it off a model."""
 
+import math
 from dataclasses import dataclass
-from functools import cached_property
-from typing import Any, Literal
+from functools import cache, cached_property
+from typing import Literal
 
 import mlx.core as mx
-from mlx_lm.models.cache import KVCache, RotatingKVCache, make_prompt_cache
 
-from ..errors import ModelError
-
-LayerKind = Literal["global", "sliding"]
+LayerKind = Literal["global", "sliding", "chunked", "latent", "recurrent"]
 KVBits = Literal["4", "k5v4", "8", "16"]
 
 QUANT_GROUP = 64
 _BITS: dict[KVBits, tuple[int, int] | None] = {"4": (4, 4), "k5v4": (5, 4), "8": (8, 8), "16": None}
 
 
-def quant_group(dim: int) -> int:
-    """Values of a head that share a scale and a bias, 16 bits each."""
-    return QUANT_GROUP if dim % QUANT_GROUP == 0 else 32
+@cache
+def coded_shape(dim: int) -> tuple[int, int]:
+    """How a head of `dim` values is coded: (values, padded to whole groups; group that shares a scale and a bias)."""
+    padded = {group: -(-dim // group) * group for group in (QUANT_GROUP, 32)}
+    group = min(padded, key=lambda g: coded_bytes(padded[g], g, 4))
+    return padded[group], group
+
+
+def coded_bytes(padded: int, group: int, bits: int) -> int:
+    """Of one head: codes, and a scale and a bias of 16 bits for each group."""
+    return padded * bits // 8 + padded // group * 4
 
 
 @dataclass(frozen=True)
 class LayerSpec:
+    """One cache object of the model. A recurrent one has `state` and none of the fields between."""
+
     kind: LayerKind
-    num_kv_heads: int
-    k_dim: int
-    v_dim: int
-    window: int | None = None  # tokens a sliding layer sees, itself included
+    num_kv_heads: int = 0
+    k_dim: int = 0
+    v_dim: int = 0
+    window: int | None = None  # sliding: tokens that a token sees, itself included; chunked: tokens of a chunk
     attention_sinks: bool = False  # the layer hands sink logits to its softmax (gpt-oss)
+    fetched: bool = False  # the model computes with what the cache returns, not by attention through the seam
+    state: tuple[tuple[tuple[int, ...], str], ...] = ()  # shape and dtype ("float32") of each array, batch of one
 
     @property
     def dims(self) -> tuple[int, int]:
         return self.k_dim, self.v_dim
 
     @property
-    def stack_key(self) -> tuple[int, int, int]:
-        return self.num_kv_heads, self.k_dim, self.v_dim
+    def stack_key(self) -> tuple[object, ...]:
+        return self.kind, self.window, self.num_kv_heads, self.k_dim, self.v_dim, self.fetched, self.state
+
+    def first_visible(self, position: int) -> int:
+        """The earliest position whose key and value the token at `position` sees."""
+        if self.window is None:
+            return 0
+        if self.kind == "chunked":
+            return position // self.window * self.window
+        return max(0, position - self.window + 1)
+
+
+@dataclass(frozen=True)
+class ForeignCaches:
+    """A model whose caches only mlx-lm's own classes can hold: correct, but nothing is kept after an answer."""
+
+    reason: str
+    fixed_bytes: int  # of a running sequence's caches
+    token_bytes: int  # and for each token
 
 
 @dataclass(frozen=True)
 class KVCacheSpec:
-    """Shapes and precision of one model's cache. Layers of one shape are stacked in one tensor, RAM and disk alike."""
+    """Shapes and precision of one model's cache. Layers of one kind and shape are stacked in one tensor."""
 
     layers: tuple[LayerSpec, ...]
     dtype: mx.Dtype  # of keys and values as the model makes them
+    slots: tuple[int | tuple[int, ...], ...] = ()  # where `layers` belong in the list of caches that the model takes
     kv_bits: KVBits = "4"
     block_size: int = 256
     num_sinks: int = 4  # first tokens of a sequence, kept in full precision
+    foreign: ForeignCaches | None = None  # then there are no `layers`
+    state_interval: int = 2048  # tokens between two snapshots of recurrent state; a multiple of block_size
 
     @cached_property
     def bits(self) -> tuple[int, int] | None:
@@ -57,10 +87,14 @@ class KVCacheSpec:
     @cached_property
     def unquantized_reason(self) -> str | None:
         """In words, why blocks stay in full precision although fewer bits were asked for; else None."""
-        odd = {d for layer in self.layers for d in (layer.k_dim, layer.v_dim) if d % 32}
-        if self.kv_bits == "16" or not odd:
+        bits = _BITS[self.kv_bits]
+        if bits is None:
             return None
-        return f"head dims {sorted(odd)} are not multiples of 32: blocks keep the model's dtype"
+        dims = sorted({dim for layer in self.layers for dim in layer.dims if dim})
+        no_gain = [d for d in dims if coded_bytes(*coded_shape(d), max(bits)) >= d * self.dtype.size]
+        if no_gain:
+            return f"head dims {no_gain} are too small to take fewer bytes as codes: blocks keep the model's dtype"
+        return None if dims else "no layer has keys and values"
 
     @cached_property
     def dense_bytes(self) -> int:
@@ -70,73 +104,117 @@ class KVCacheSpec:
     @cached_property
     def sealed_bytes(self) -> int:
         """Of one token in a sealed block, all layers; sinks come on top."""
+        return sum(self.stack_bytes)
+
+    @cached_property
+    def stack_bytes(self) -> tuple[int, ...]:
+        """By stack: of one token in a sealed block."""
+        return tuple(len(stack) * self._layer_bytes(self.layers[stack[0]]) for stack in self.stacks)
+
+    def _layer_bytes(self, layer: LayerSpec) -> int:
         if self.bits is None:
-            return self.dense_bytes
-        sizes = (
-            (layer.num_kv_heads, d, b) for layer in self.layers for d, b in zip(layer.dims, self.bits, strict=True)
-        )
-        return sum(heads * (dim * bits // 8 + dim // quant_group(dim) * 4) for heads, dim, bits in sizes)
+            return layer.num_kv_heads * sum(layer.dims) * self.dtype.size
+        sizes = zip(layer.dims, self.bits, strict=True)
+        return layer.num_kv_heads * sum(coded_bytes(*coded_shape(dim), bits) for dim, bits in sizes)
+
+    @cached_property
+    def state_bytes(self) -> int:
+        """Of one snapshot of the recurrent state, all layers."""
+        arrays = (array for layer in self.layers for array in layer.state)
+        return sum(math.prod(shape) * getattr(mx, dtype).size for shape, dtype in arrays)
 
     @cached_property
     def stacks(self) -> tuple[tuple[int, ...], ...]:
-        """Layer indices by shape, in order of first appearance: Gemma's 48 equal layers give one stack of 48."""
-        by_shape: dict[tuple[int, int, int], list[int]] = {}
+        """Indices of attention layers by kind and shape, in order of first appearance."""
+        return self._stacked(recurrent=False)
+
+    @cached_property
+    def state_stacks(self) -> tuple[tuple[int, ...], ...]:
+        """The same of recurrent layers."""
+        return self._stacked(recurrent=True)
+
+    def _stacked(self, *, recurrent: bool) -> tuple[tuple[int, ...], ...]:
+        by_shape: dict[tuple[object, ...], list[int]] = {}
         for index, layer in enumerate(self.layers):
-            by_shape.setdefault(layer.stack_key, []).append(index)
+            if (layer.kind == "recurrent") is recurrent:
+                by_shape.setdefault(layer.stack_key, []).append(index)
         return tuple(tuple(stack) for stack in by_shape.values())
 
     @cached_property
     def position_in_stack(self) -> tuple[tuple[int, int], ...]:
-        """For each layer: (index of its stack, index within the stack)."""
-        where = {layer: (s, i) for s, stack in enumerate(self.stacks) for i, layer in enumerate(stack)}
+        """For each layer: (index of its stack, or of its state stack, index within it)."""
+        both = (self.stacks, self.state_stacks)
+        where = {layer: (s, i) for stacks in both for s, stack in enumerate(stacks) for i, layer in enumerate(stack)}
         return tuple(where[i] for i in range(len(self.layers)))
+
+    @cached_property
+    def recurrent(self) -> bool:
+        """A sequence goes on only from where there is a snapshot of its state."""
+        return bool(self.state_stacks)
+
+    @cached_property
+    def stepwise(self) -> bool:
+        """A forward pass must not cross a block boundary: recurrent state, and what is fetched, are of one position."""
+        return any(layer.kind == "recurrent" or layer.fetched for layer in self.layers)
+
+    @cached_property
+    def windowed(self) -> bool:
+        """Some layers don't see all of a sequence."""
+        return any(layer.window is not None for layer in self.layers)
+
+    def needed(self, index: int, position: int) -> frozenset[str]:
+        """Parts (tensors.part_of) of block `index` that a sequence needs to go on from `position`, in it or after.
+
+        Whole stacks, as far as the next token sees into the block, all of them of a block that is cut inside; the
+        recurrent state at `position`, for the block that it lies in or ends.
+        """
+        start, stop = index * self.block_size, (index + 1) * self.block_size
+        cut = start < position < stop
+        parts = {
+            str(s)
+            for s, stack in enumerate(self.stacks)
+            if cut or self.layers[stack[0]].first_visible(position) < min(stop, position)
+        }
+        if self.recurrent and start < position <= stop:
+            parts.add(f"@{position - start}")
+        return frozenset(parts)
 
     def identity(self) -> str:
         """Everything that gives a stored byte its meaning, as text for the fingerprint."""
         return repr((self.layers, str(self.dtype), self.kv_bits, self.block_size, self.num_sinks))
 
 
-class _TracedCache(KVCache):
-    """A layer's plain cache that notes what passes through it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.shapes: tuple[tuple[int, ...], tuple[int, ...]] | None = None
-        self.dtype: mx.Dtype | None = None
-        self.through_seam = False
-        self.attention_sinks = False
-
-    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-        self.shapes, self.dtype = (keys.shape, values.shape), keys.dtype
-        return super().update_and_fetch(keys, values)
-
-    def attend(self, queries: mx.array, scale: float, sinks: mx.array | None) -> mx.array:
-        self.through_seam, self.attention_sinks = True, sinks is not None
-        keys, values = self.keys_and_values()
-        return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale, sinks=sinks)
+MAX_STATE_INTERVAL = 4096
 
 
-def read_spec(model: Any, *, kv_bits: KVBits = "4", block_size: int = 256) -> KVCacheSpec:
-    """Trace one token through `model`, its attention seam installed. Raises ModelError for unsupported layers."""
-    made = make_prompt_cache(model)
-    for index, cache in enumerate(made):
-        if type(cache) not in (KVCache, RotatingKVCache) or getattr(cache, "keep", False):
-            raise ModelError(f"layer {index} uses a {type(cache).__name__} cache, which agentmem does not support yet")
-    traced = [_TracedCache() for _ in made]
-    mx.eval(model(mx.array([[0]]), cache=traced))
-    layers = tuple(_layer_spec(i, cache, trace) for i, (cache, trace) in enumerate(zip(made, traced, strict=True)))
-    dtypes = {trace.dtype for trace in traced}
-    if len(dtypes) != 1:
-        raise ModelError(f"layers of different dtypes {sorted(map(str, dtypes))} are not supported yet")
-    dtype = dtypes.pop()
-    assert dtype is not None
-    return KVCacheSpec(layers, dtype, kv_bits, block_size)
+def default_state_interval(spec: KVCacheSpec) -> int:
+    """Tokens between two snapshots of recurrent state: as many as take the bytes of one, 4096 at most.
+
+    Measured by benchmarks/state_interval.py, see docs/architecture.md.
+    """
+    return min(MAX_STATE_INTERVAL, max(1, -(-spec.state_bytes // max(spec.sealed_bytes, 1))))
 
 
-def _layer_spec(index: int, cache: Any, trace: _TracedCache) -> LayerSpec:
-    if trace.shapes is None or not trace.through_seam:
-        raise ModelError(f"layer {index} computes attention outside scaled_dot_product_attention: not supported yet")
-    keys, values = trace.shapes
-    window = cache.max_size if isinstance(cache, RotatingKVCache) else None
-    kind: LayerKind = "sliding" if window else "global"
-    return LayerSpec(kind, keys[1], keys[3], values[3], window, trace.attention_sinks)
+def describe(spec: KVCacheSpec) -> str:
+    """In words: what layers there are, and how each is kept."""
+    if spec.foreign is not None:
+        return f"mlx-lm's own, in full precision; nothing is kept after an answer: {spec.foreign.reason}"
+    kinds = ", ".join(_describe_stack(spec, stack) for stack in (*spec.stacks, *spec.state_stacks))
+    kept = {"16": "in the model's own type", "k5v4": "in 5 (keys) and 4 bits"}.get(
+        spec.kv_bits, f"in {spec.kv_bits} bits"
+    )
+    if spec.unquantized_reason:
+        kept = f"in the model's own type ({spec.unquantized_reason})"
+    blocks = [f"keys and values {kept}, {spec.sealed_bytes:,} bytes a token"] if spec.stacks else []
+    states = f"recurrent state in full precision, {spec.state_bytes:,} bytes every {spec.state_interval:,} tokens"
+    return f"{kinds}; " + "; ".join(blocks + ([states] if spec.recurrent else []))
+
+
+def _describe_stack(spec: KVCacheSpec, stack: tuple[int, ...]) -> str:
+    layer = spec.layers[stack[0]]
+    text = f"{len(stack)} {layer.kind}"
+    if layer.kind == "recurrent":
+        return text
+    over = f" over {layer.window:,}" if layer.window else ""
+    dims = f"{layer.k_dim}" if layer.k_dim == layer.v_dim else f"{layer.k_dim}/{layer.v_dim}"
+    return f"{text}{over} ({layer.num_kv_heads} heads of {dims}{', with sinks' if layer.attention_sinks else ''})"

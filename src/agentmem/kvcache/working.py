@@ -1,13 +1,13 @@
-"""Working copies: what attention of one layer of one running sequence reads, dequantized or as codes."""
+"""Working copies: what one layer of one running sequence computes with, dequantized, as codes, or as state."""
 
 from collections.abc import Sequence
 
 import mlx.core as mx
 
 from .attention import FEW_QUERIES, attend_codes, attend_dense
-from .block import TOKENS, Arrays, concatenate_codes, values
-from .quantize import Codes, decode, sealed_bytes
-from .spec import KVCacheSpec
+from .block import TOKENS, Arrays, concatenate_codes
+from .quantize import Codes, LayerCodec
+from .spec import KVCacheSpec, LayerSpec
 
 STEP = 256  # tokens by which a working copy grows
 CodesPair = tuple[Codes, Codes]  # of keys and of values
@@ -19,12 +19,10 @@ def capacity_for(num_tokens: int) -> int:
     return -(-num_tokens // STEP) * STEP
 
 
-def working_bytes(spec: KVCacheSpec, num_tokens: int, *, on_codes: bool) -> int:
-    """RAM of a running sequence's working copy with room for `num_tokens` tokens, all layers."""
-    if not on_codes or spec.bits is None:
-        return capacity_for(num_tokens) * spec.dense_bytes
-    sealed = num_tokens // spec.block_size * spec.block_size
-    return capacity_for(spec.block_size) * spec.dense_bytes + sealed_bytes(spec, sealed)
+def _window_capacity(spec: KVCacheSpec, layer: LayerSpec) -> int:
+    """Tokens that a windowed layer's working copy has room for: those seen, the open block, and some to move rarely."""
+    assert layer.window is not None
+    return capacity_for(layer.window + spec.block_size + STEP)
 
 
 def _replace(old: Codes, new: Codes, start: int, stop: int) -> Codes:
@@ -33,74 +31,132 @@ def _replace(old: Codes, new: Codes, start: int, stop: int) -> Codes:
     return Codes(*(mx.concatenate([a[:, :, :start], b, a[:, :, stop:]], TOKENS) for a, b in pairs))
 
 
-class DenseLayer:
-    """One layer's working copy, dequantized: k, v [1, H, capacity, D]. Sealed tokens hold the value of their codes."""
+def values(sources: Sequence[Arrays], part: str, codec: LayerCodec, *, quantized: bool) -> list[mx.array]:
+    """What one layer's part of consecutive blocks stands for: pieces [1, H, n, D], in order.
 
-    def __init__(self, spec: KVCacheSpec, layer: int):
-        self._spec, self._layer = spec, spec.layers[layer]
+    `part` is "k" or "v"; names come without the stack ("k.packed"). The first of `sources` may carry sinks.
+    """
+    if not quantized:
+        return [s[f"{part}.full"] for s in sources]
+    if codec.layer.fetched:
+        dense = [codec.decode(part, concatenate_codes([s], part)) for s in sources]
+    else:
+        dense = [codec.decode(part, concatenate_codes(sources, part))]
+    sinks = sources[0].get(f"{part}.sinks")
+    return dense if sinks is None else [sinks, dense[0][:, :, sinks.shape[TOKENS] :], *dense[1:]]
+
+
+class DenseLayer:
+    """One layer's working copy, dequantized: k, v [1, H, capacity, D]. Sealed tokens hold the value of their codes.
+
+    A windowed layer's holds what can still be seen, and the open block.
+    """
+
+    def __init__(self, spec: KVCacheSpec, codec: LayerCodec):
+        self._spec, self._codec, self._layer = spec, codec, codec.layer
+        self._base = 0  # position of the first token here
         shape = (1, self._layer.num_kv_heads, 0)
         self.k = mx.zeros((*shape, self._layer.k_dim), spec.dtype)
         self.v = mx.zeros((*shape, self._layer.v_dim), spec.dtype)
 
-    def load(self, sources: Sequence[Arrays], ends: Arrays, capacity: int) -> None:
-        """Start from `sources`, this layer's part of blocks, then `ends`: k.full, v.full of the open block."""
-        self.k, self.v = (self._assemble(part, sources, ends, capacity) for part in ("k", "v"))
+    def load(self, sources: Sequence[Arrays], ends: Arrays, base: int, capacity: int) -> None:
+        """Start from `sources`, this layer's part of blocks from position `base` on, then `ends`, the open block's."""
+        self._base = base
+        pieces = [self._pieces(part, sources, ends) for part in ("k", "v")]
+        length = sum(p.shape[TOKENS] for p in pieces[0])
+        room = self._room_for(max(capacity, base + length)) - length
+        self.k, self.v = (self._join(p, x, room) for p, x in zip(pieces, (self.k, self.v), strict=True))
 
-    def _assemble(self, part: str, sources: Sequence[Arrays], ends: Arrays, capacity: int) -> mx.array:
-        pieces = values(sources, part, self._spec) if sources else []
-        pieces += [ends[f"{part}.full"]] if ends else []
-        length = sum(p.shape[TOKENS] for p in pieces)
-        shape = list(pieces[0].shape)
-        shape[TOKENS] = capacity_for(max(capacity, length)) - length
-        return mx.concatenate([*pieces, mx.zeros(shape, self._spec.dtype)], TOKENS)
+    def _pieces(self, part: str, sources: Sequence[Arrays], ends: Arrays) -> list[mx.array]:
+        quantized = self._spec.bits is not None
+        pieces = values(sources, part, self._codec, quantized=quantized) if sources else []
+        return pieces + ([ends[f"{part}.full"]] if ends else [])
+
+    @staticmethod
+    def _join(pieces: list[mx.array], like: mx.array, room: int) -> mx.array:
+        shape = list(like.shape)
+        shape[TOKENS] = room
+        return mx.concatenate([*pieces, mx.zeros(shape, like.dtype)], TOKENS)
+
+    def _room_for(self, stop: int) -> int:
+        """Capacity to have for tokens up to `stop`."""
+        most = capacity_for(stop - self._base)
+        return most if self._layer.window is None else min(most, _window_capacity(self._spec, self._layer))
 
     def reserve(self, num_tokens: int) -> None:
-        have = self.k.shape[TOKENS]
-        if num_tokens > have:
-            more = capacity_for(num_tokens) - have
+        self._grow(self._room_for(num_tokens))
+
+    def _grow(self, capacity: int) -> None:
+        more = capacity - self.k.shape[TOKENS]
+        if more > 0:
             self.k, self.v = (mx.pad(x, [(0, 0), (0, 0), (0, more), (0, 0)]) for x in (self.k, self.v))
 
     def write(self, start: int, k: mx.array, v: mx.array) -> None:
         stop = start + k.shape[TOKENS]
-        self.reserve(stop)
-        self.k[:, :, start:stop] = k
-        self.v[:, :, start:stop] = v
+        if stop - self._base > self.k.shape[TOKENS]:
+            self._make_room(start, stop)
+        at = slice(start - self._base, stop - self._base)
+        self.k[:, :, at] = k
+        self.v[:, :, at] = v
+
+    def _make_room(self, start: int, stop: int) -> None:
+        """For tokens start..stop-1: a windowed layer first lets go of what no later token sees."""
+        unseen = min(self._layer.first_visible(start), start // self._spec.block_size * self._spec.block_size)
+        gone = unseen - self._base
+        if self._layer.window is not None and gone > 0:
+            self._base = unseen
+            self.k, self.v = self.k[:, :, gone:], self.v[:, :, gone:]
+        self._grow(max(self._room_for(stop), stop - self._base))
+
+    def visible(self, start: int, stop: int) -> tuple[mx.array, mx.array, int]:
+        """Keys and values that positions start..stop-1 see, up to the last one's own; position of the first."""
+        first = max(self._layer.first_visible(start), self._base)
+        k, v = self.read(first, stop)
+        return k, v, first
 
     def attend(self, q: mx.array, stop: int, scale: float, sinks: mx.array | None) -> mx.array:
-        return attend_dense(q, self.k[:, :, :stop], self.v[:, :, :stop], scale, self._layer.window, sinks)
+        """q [1, Hq, n, D] of the n positions before `stop`."""
+        k, v, first = self.visible(stop - q.shape[2], stop)
+        return attend_dense(q, k, v, scale, self._layer, first, sinks)
 
     def read(self, start: int, stop: int) -> tuple[mx.array, mx.array]:
-        return self.k[:, :, start:stop], self.v[:, :, start:stop]
+        at = slice(start - self._base, stop - self._base)
+        return self.k[:, :, at], self.v[:, :, at]
+
+    def kept(self, stop: int) -> mx.array:
+        """All keys that are here up to position `stop`."""
+        return self.k[:, :, : stop - self._base]
 
     def seal(self, start: int, codes: CodesPair, sinks: DensePair | None) -> None:
         """Tokens from `start` become what `codes` stand for; the first of them, where given, `sinks`."""
-        assert self._spec.bits is not None
-        stop = start + codes[0].packed.shape[TOKENS]
-        k, v = (decode(c, bits, self._spec.dtype) for c, bits in zip(codes, self._spec.bits, strict=True))
-        self.k[:, :, start:stop] = k
-        self.v[:, :, start:stop] = v
+        k, v = (self._codec.decode(part, c) for part, c in zip("kv", codes, strict=True))
         if sinks is not None:
-            self.write(start, *sinks)
+            k, v = (mx.concatenate([s, x[:, :, s.shape[TOKENS] :]], TOKENS) for s, x in zip(sinks, (k, v), strict=True))
+        gone = max(0, self._base - start)
+        self.write(start + gone, k[:, :, gone:], v[:, :, gone:])
 
     def arrays(self) -> list[mx.array]:
         return [self.k, self.v]
 
 
 class CodesLayer:
-    """One layer's working copy that stays codes: about 0.28 of the dense one in RAM. The open block is dense."""
+    """One layer's working copy that stays codes: about 0.28 of the dense one in RAM. The open block is dense.
 
-    def __init__(self, spec: KVCacheSpec, layer: int):
-        self._spec, self._layer = spec, spec.layers[layer]
+    For attention over all tokens; a window is small, and stays dense.
+    """
+
+    def __init__(self, spec: KVCacheSpec, codec: LayerCodec):
+        self._spec, self._codec, self._layer = spec, codec, codec.layer
         self._sealed = 0
         self._codes: CodesPair | None = None
         self._first: DensePair | None = None  # sinks
-        self._open = DenseLayer(spec, layer)
+        self._open = DenseLayer(spec, codec)
 
-    def load(self, sources: Sequence[Arrays], ends: Arrays, capacity: int) -> None:
+    def load(self, sources: Sequence[Arrays], ends: Arrays, base: int, capacity: int) -> None:
         blocks = [s for s in sources if s["k.packed"].shape[TOKENS] == self._spec.block_size]
         open_parts = sources[len(blocks) :]
         if open_parts or ends:
-            self._open.load(open_parts, ends, self._spec.block_size)
+            self._open.load(open_parts, ends, base, self._spec.block_size)
         if blocks:
             self._codes = concatenate_codes(blocks, "k"), concatenate_codes(blocks, "v")
             self._first = blocks[0]["k.sinks"], blocks[0]["v.sinks"]
@@ -115,18 +171,17 @@ class CodesLayer:
     def attend(self, q: mx.array, stop: int, scale: float, sinks: mx.array | None) -> mx.array:
         k, v = self._open.read(0, stop - self._sealed)
         if self._codes is None:
-            return attend_dense(q, k, v, scale, self._layer.window, sinks)
+            return attend_dense(q, k, v, scale, self._layer, 0, sinks)
         assert self._first is not None and self._spec.bits is not None
-        if q.shape[2] <= FEW_QUERIES and self._layer.window is None and sinks is None:
+        if q.shape[2] <= FEW_QUERIES and sinks is None:
             return attend_codes(q, *self._codes, *self._first, k, v, scale, self._spec.bits)
         k, v = (self._dense(i, part) for i, part in enumerate((k, v)))
-        return attend_dense(q, k, v, scale, self._layer.window, sinks)
+        return attend_dense(q, k, v, scale, self._layer, 0, sinks)
 
     def _dense(self, i: int, open_part: mx.array) -> mx.array:
         """Keys (i = 0) or values (1) of all tokens, decoded for this one call."""
-        assert self._codes is not None and self._first is not None and self._spec.bits is not None
-        first = self._first[i]
-        sealed = decode(self._codes[i], self._spec.bits[i], self._spec.dtype)
+        assert self._codes is not None and self._first is not None
+        first, sealed = self._first[i], self._codec.decode("kv"[i], self._codes[i])
         return mx.concatenate([first, sealed[:, :, first.shape[TOKENS] :], open_part], TOKENS)
 
     def read(self, start: int, stop: int) -> tuple[mx.array, mx.array]:
@@ -146,3 +201,40 @@ class CodesLayer:
     def arrays(self) -> list[mx.array]:
         kept = [a for pair in (self._codes or ()) for a in pair] + list(self._first or ())
         return kept + self._open.arrays()
+
+
+class RecurrentLayer:
+    """One layer's state, [1, ...] each; None before the first token: what that stands for is the model's business."""
+
+    def __init__(self, layer: LayerSpec):
+        self.state: list[mx.array | None] = [None] * len(layer.state)
+
+    def arrays(self) -> list[mx.array]:
+        return [a for a in self.state if a is not None]
+
+
+AttentionLayer = DenseLayer | CodesLayer
+
+
+def working_bytes(spec: KVCacheSpec, num_tokens: int, *, on_codes: bool) -> int:
+    """RAM of a running sequence's working copy with room for `num_tokens` tokens, all layers."""
+    if spec.foreign is not None:
+        return spec.foreign.fixed_bytes + capacity_for(num_tokens) * spec.foreign.token_bytes
+    layers = sum(_layer_bytes(spec, s, num_tokens, on_codes=on_codes) for s in range(len(spec.stacks)))
+    return layers + spec.state_bytes
+
+
+def stays_codes(spec: KVCacheSpec, layer: LayerSpec, *, on_codes: bool) -> bool:
+    """Whether a running sequence reads this layer's codes in place."""
+    return on_codes and spec.bits is not None and layer.window is None and not layer.fetched
+
+
+def _layer_bytes(spec: KVCacheSpec, stack: int, num_tokens: int, *, on_codes: bool) -> int:
+    layer, count = spec.layers[spec.stacks[stack][0]], len(spec.stacks[stack])
+    dense = layer.num_kv_heads * sum(layer.dims) * spec.dtype.size * count
+    if not stays_codes(spec, layer, on_codes=on_codes):
+        most = _window_capacity(spec, layer) if layer.window is not None else capacity_for(num_tokens)
+        return min(capacity_for(num_tokens), most) * dense
+    sealed = num_tokens // spec.block_size * spec.block_size
+    sinks = min(sealed, spec.num_sinks) * dense
+    return capacity_for(spec.block_size) * dense + sealed * spec.stack_bytes[stack] + sinks

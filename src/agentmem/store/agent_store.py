@@ -17,7 +17,7 @@ import re
 import sqlite3
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import Future
 from contextlib import ExitStack
 from dataclasses import replace
@@ -28,19 +28,20 @@ import numpy as np
 
 from ..errors import ShuttingDown, StoreError
 from ..tensors import HostTensor
-from . import jobs, links
+from . import jobs, links, saves
+from .batch import Flush
 from .crypto import Vault
 from .keys import FileKeys
 from .layout import Layout
 from .links import Linked
 from .lock import acquire, announce, release
 from .manifest import Manifest
-from .reader import READERS, Catalog, Reader, Segment, read_segment
+from .reader import READERS, Catalog, Reader, read_segment
 from .reconcile import open_manifest, reconcile
 from .records import AgentRecord, FileRef, StoreIndex
 from .room import Limits, Room
 from .schema import Damaged
-from .segment import make_private_dir
+from .segment import Segment, make_private_dir
 from .trim import Trimmed, trim
 from .writer import Writer
 
@@ -144,7 +145,7 @@ class AgentStore:
         """
         now = time.time() if last_used is None else last_used
         return self._writer.submit(
-            jobs.SaveBlock(branch_id, namespace, agent, key, now, tokens, tensors, metadata, key, parent)
+            saves.SaveBlock(branch_id, namespace, agent, key, now, tokens, tensors, metadata, key, parent)
         )
 
     def save_tail(
@@ -160,7 +161,7 @@ class AgentStore:
     ) -> Future[FileRef]:
         """Make `head` the branch's head, and these its tokens after it."""
         now = time.time() if last_used is None else last_used
-        return self._writer.submit(jobs.SaveTail(branch_id, namespace, agent, head, now, tokens, tensors, metadata))
+        return self._writer.submit(saves.SaveTail(branch_id, namespace, agent, head, now, tokens, tensors, metadata))
 
     def save_branch(
         self, branch_id: str, namespace: str, agent: str, head: bytes | None, last_used: float
@@ -169,7 +170,7 @@ class AgentStore:
 
         Blocks that no branch reaches any more stay until the next deletion, quarantine or open.
         """
-        return self._writer.submit(jobs.BranchJob(branch_id, namespace, agent, head, last_used))
+        return self._writer.submit(saves.BranchJob(branch_id, namespace, agent, head, last_used))
 
     def fork_branch(
         self, source: str, branch_id: str, namespace: str, agent: str, head: bytes | None, last_used: float
@@ -178,7 +179,7 @@ class AgentStore:
 
         Writes no file: the tail's gets a second name.
         """
-        return self._writer.submit(jobs.ForkBranch(branch_id, namespace, agent, head, last_used, source))
+        return self._writer.submit(saves.ForkBranch(branch_id, namespace, agent, head, last_used, source))
 
     def touch(self, agent: AgentRecord, branch_id: str | None = None) -> Future[None]:
         """Note an agent's and a branch's last use, and what else is known of the agent."""
@@ -222,12 +223,13 @@ class AgentStore:
 
     def flush(self) -> Future[None]:
         """Resolves when every write asked for before has ended, well or not."""
-        return self._writer.submit(jobs.Flush())
+        return self._writer.submit(Flush())
 
     # Reads
 
-    def read_block(self, key: bytes) -> Future[dict[str, HostTensor]]:
-        return _closed() if self._closed else self._reader.read_block(key)
+    def read_block(self, key: bytes, parts: Collection[str] | None = None) -> Future[dict[str, HostTensor]]:
+        """Tensors of these parts (tensors.part_of; None: of all), those that it has; no other part is read."""
+        return _closed() if self._closed else self._reader.read_block(key, parts)
 
     def read_tail(self, branch_id: str) -> Future[Segment]:
         """Tensors and metadata."""

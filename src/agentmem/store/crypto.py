@@ -3,9 +3,9 @@
     master key                  one, from a key file, the environment or the macOS keychain; in no file of the store
       wraps an agent's key      Vault.wrap; once it is deleted, what only that agent held can't be read any more
         wraps a file's key      seal(agent's key, file's key, ...), once for each agent that holds the file
-          seals the file        12 bytes nonce, ciphertext, 16 bytes tag
+          seals each part of it 12 bytes nonce, ciphertext, 16 bytes tag (sealed.py), and its token ids
 
-Nonces are random: one key may seal 2^32 times (NIST SP 800-38D, 8.3). A file's key seals once.
+Nonces are random: one key may seal 2^32 times (NIST SP 800-38D, 8.3). A file's key seals its parts, once each.
 """
 
 import base64

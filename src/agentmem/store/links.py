@@ -5,7 +5,7 @@ from pathlib import Path
 
 from ..errors import NotFound
 from . import segment
-from .jobs import Batch, Job
+from .batch import Batch, Job
 from .records import FileRef
 from .room import Room
 

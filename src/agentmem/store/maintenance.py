@@ -15,13 +15,15 @@ from pathlib import Path
 
 from ..errors import CorruptSegment, StoreError
 from . import schema
+from .database import refuse_newer
 from .layout import Layout
 from .lock import Holder, InUse, acquire, release
-from .manifest import Manifest, refuse_newer
+from .manifest import Manifest
 from .reconcile import empty_quarantine, open_manifest, reconcile
 from .records import FileRef
 from .room import disk_usage
-from .segment import make_private_dir, read_verified
+from .segment import make_private_dir
+from .segment_file import read_file
 from .trim import trim
 
 
@@ -175,7 +177,7 @@ def _files(layout: Layout, manifest: Manifest) -> Iterator[tuple[Path, Callable[
 
 def _problem(path: Path, ref: FileRef) -> str | None:
     try:
-        read_verified(path, ref.nbytes, ref.checksum)
+        read_file(path, ref.nbytes, ref.checksum)
     except CorruptSegment as e:
         return e.message
     return None
@@ -183,9 +185,18 @@ def _problem(path: Path, ref: FileRef) -> str | None:
 
 @contextmanager
 def _reading(layout: Layout) -> Iterator[Manifest]:
+    """One of an older format as the next open will see it."""
     refuse_newer(layout.manifest)
-    with closing(sqlite3.connect(layout.manifest.absolute().as_uri() + "?mode=ro", uri=True)) as db:
-        yield Manifest(db)
+    with (
+        closing(sqlite3.connect(layout.manifest.absolute().as_uri() + "?mode=ro", uri=True)) as db,
+        closing(sqlite3.connect(":memory:", isolation_level=None)) as copy,
+    ):
+        if schema.is_older(db):
+            db.backup(copy)
+            schema.migrate(copy)
+            yield Manifest(copy)
+        else:
+            yield Manifest(db)
 
 
 @contextmanager

@@ -1,152 +1,47 @@
-"""The manifest: a SQLite database (WAL) of agents, branches and blocks. It is the truth about the store.
+"""The manifest: agents, branches and blocks in a database. It is the truth about the store."""
 
-One connection, used by one thread at a time: by whoever opens the store, then by the writer.
-"""
-
-import os
-import sqlite3
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import closing, contextmanager
-from pathlib import Path
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from ..errors import AgentMemError, NotFound, StoreError
-from . import schema
-from .crypto import seal, unseal
-from .records import AgentRecord, BlockRecord, BranchRecord, FileRef, Holding, StoreIndex, TailRecord
+from ..errors import NotFound
+from . import rows
+from .database import Database
+from .records import AgentRecord, BlockRecord, FileRef, Holding, StoreIndex, TailRecord
 
 if TYPE_CHECKING:
     from .keys import FileKeys
 
-_NO_TAIL = "tail_tokens = NULL, tail_nbytes = NULL, tail_checksum = NULL, tail_generation = NULL, tail_key = NULL"
+_NO_TAIL = (
+    "tail_tokens = NULL, tail_nbytes = NULL, tail_checksum = NULL, tail_parts = NULL, tail_generation = NULL,"
+    " tail_key = NULL"
+)
 
 
-_HOURS_KEPT = 48
-
-
-def _pack(tokens: np.ndarray, file_key: bytes | None) -> bytes:
-    data = np.ascontiguousarray(tokens, "<u4").tobytes()
-    return bytes(seal(file_key, data, b"tokens")) if file_key else data
-
-
-def _unpack(blob: bytes, file_key: bytes | None) -> np.ndarray:
-    """Raises CorruptSegment."""
-    return np.frombuffer(unseal(file_key, blob, b"tokens") if file_key else blob, "<u4")
-
-
-class Manifest:
-    damaged_rows = 0  # found and dropped when it was opened
-
-    def __init__(self, db: sqlite3.Connection):
-        self.db = db
-
-    @classmethod
-    def open(cls, path: Path) -> "Manifest":
-        """Open, creating and migrating as needed; rows that are damaged are gone.
-
-        A newer format raises StoreError and leaves every byte as it was. schema.Damaged: it is no manifest any more.
-        """
-        refuse_newer(path)
-        # SQLite gives -wal and -shm the database's mode
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
-        os.fchmod(fd, 0o600)
-        os.close(fd)
-        # nobody else should hold a lock on it; where someone does, saves fail rather than pile up behind it
-        db = sqlite3.connect(path, timeout=1.0, isolation_level=None, check_same_thread=False)
-        try:
-            # secure_delete: a deleted agent's tokens don't stay in free pages. fullfsync: macOS, see segment._fsync
-            for pragma in (
-                "journal_mode = WAL",
-                "journal_size_limit = 1048576",
-                "wal_autocheckpoint = 200",
-                "synchronous = FULL",
-                "fullfsync = ON",
-                "checkpoint_fullfsync = ON",
-                "foreign_keys = ON",
-                "secure_delete = ON",
-            ):
-                db.execute(f"PRAGMA {pragma}")
-            schema.migrate(db)
-            schema.check(db)
-            manifest = cls(db)
-            with manifest.transaction():
-                manifest.damaged_rows = schema.drop_damaged_rows(db)
-            return manifest
-        except (sqlite3.Error, UnicodeDecodeError, schema.Damaged) as e:
-            db.close()
-            if not isinstance(e, schema.Damaged) and schema.is_damage(e):
-                raise schema.Damaged(str(e)) from e
-            raise
-
-    def close(self) -> None:
-        self.db.close()
-
-    @contextmanager
-    def transaction(self) -> Iterator[None]:
-        """All or nothing, durable when it ends without an error."""
-        self.db.execute("BEGIN IMMEDIATE")
-        try:
-            yield
-            self.db.execute("COMMIT")
-        finally:
-            if self.db.in_transaction:
-                self.db.execute("ROLLBACK")
-
-    @contextmanager
-    def all_or_nothing(self) -> Iterator[None]:
-        """Of a transaction, a part whose changes are undone by an AgentMemError."""
-        self.db.execute("SAVEPOINT part")
-        try:
-            yield
-        except AgentMemError:
-            self.db.execute("ROLLBACK TO part")
-            self.db.execute("RELEASE part")
-            raise
-        self.db.execute("RELEASE part")
-
-    def truncate_wal(self) -> None:
-        """Copy the log into the database and empty it: what was deleted isn't in it any more."""
-        self.db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
-
+class Manifest(Database):
     # What the store holds
 
-    def meta(self) -> dict[str, str]:
-        return dict(self.db.execute("SELECT key, value FROM meta"))
-
-    def is_sealed(self) -> bool:
-        """Whether it holds keys of encrypted files."""
-        return self.db.execute("SELECT 1 FROM block_keys LIMIT 1").fetchone() is not None
-
-    def forget_everything(self) -> None:
-        for table in ("block_keys", "branches", "agents", "blocks"):
-            self.db.execute(f"DELETE FROM {table}")
-
-    def set_meta(self, meta: dict[str, str]) -> None:
-        """What the blocks are made with."""
-        self.db.execute("DELETE FROM meta")
-        self.db.executemany("INSERT INTO meta VALUES (?, ?)", meta.items())
-
     def agents(self) -> list[AgentRecord]:
-        rows = self.db.execute(
+        found = self.db.execute(
             "SELECT namespace, name, created, last_used, pinned, ttl, requests, hit_tokens FROM agents ORDER BY id"
         )
         return [
-            AgentRecord(space, name, made, used, bool(pinned), *rest) for space, name, made, used, pinned, *rest in rows
+            AgentRecord(space, name, made, used, bool(pinned), *rest)
+            for space, name, made, used, pinned, *rest in found
         ]
 
     def index(self, block_keys: Mapping[bytes, bytes], tail_keys: Mapping[str, bytes]) -> StoreIndex:
         """`block_keys`, `tail_keys`: of encrypted files, by block and by branch."""
         branches = self.db.execute(
-            "SELECT b.id, namespace, name, head, tail_tokens, tail_nbytes, tail_checksum, b.last_used"
+            "SELECT b.id, namespace, name, head, b.last_used, tail_tokens, tail_nbytes, tail_checksum, tail_parts"
             " FROM branches b JOIN agents a ON a.id = agent_id ORDER BY b.rowid"
         )
-        blocks = self.db.execute("SELECT key, parent, tokens, nbytes, checksum, created FROM blocks ORDER BY rowid")
+        blocks = self.db.execute(
+            "SELECT key, parent, tokens, nbytes, checksum, created, parts FROM blocks ORDER BY rowid"
+        )
         return StoreIndex(
             self.agents(),
-            [_branch(tail_keys.get(row[0]), *row) for row in branches],
-            [_block(block_keys.get(row[0]), *row) for row in blocks],
+            [rows.branch(tail_keys.get(row[0]), *row) for row in branches],
+            [rows.block(block_keys.get(row[0]), *row) for row in blocks],
         )
 
     def parent(self, key: bytes) -> bytes | None:
@@ -157,22 +52,28 @@ class Manifest:
         return row[0]
 
     def block_file(self, key: bytes) -> FileRef | None:
-        row = self.db.execute("SELECT nbytes, checksum FROM blocks WHERE key = ?", (key,)).fetchone()
-        return row and FileRef(*row)
+        return self.block_files("WHERE key = ?", key).get(key)
+
+    def block_files(self, where: str = "", *values: Any) -> dict[bytes, FileRef]:
+        """Without their parts, which only `block_parts` and `index` tell."""
+        found = self.db.execute(f"SELECT key, nbytes, checksum FROM blocks {where}", values)
+        return {key: FileRef(*ref) for key, *ref in found}
+
+    def block_parts(self, key: bytes) -> Mapping[str, int]:
+        (text,) = self.db.execute("SELECT parts FROM blocks WHERE key = ?", (key,)).fetchone()
+        return rows.unpack_parts(text)
 
     def tail_file(self, branch_id: str) -> FileRef | None:
         return self.tail_files("AND id = ?", branch_id).get(branch_id)
 
     def tail_files(self, where: str = "", *values: Any) -> dict[str, FileRef]:
-        rows = self.db.execute(
+        """Without their parts."""
+        found = self.db.execute(
             "SELECT id, tail_nbytes, tail_checksum, tail_generation FROM branches"
             f" WHERE tail_generation IS NOT NULL {where}",
             values,
         )
-        return {branch_id: FileRef(*ref) for branch_id, *ref in rows}
-
-    def block_files(self) -> dict[bytes, FileRef]:
-        return {key: FileRef(*ref) for key, *ref in self.db.execute("SELECT key, nbytes, checksum FROM blocks")}
+        return {branch_id: FileRef(*ref) for branch_id, *ref in found}
 
     def parents(self) -> dict[bytes, bytes | None]:
         """Parent by key, each after its parent (which had to be there when it was added)."""
@@ -180,20 +81,16 @@ class Manifest:
 
     def holdings(self) -> list[Holding]:
         """What each branch holds, and how long ago it was used: for choosing what leaves a full store."""
-        rows = self.db.execute(
+        found = self.db.execute(
             "SELECT b.id, head, tail_nbytes, b.last_used, pinned FROM branches b JOIN agents a ON a.id = agent_id"
         )
-        return [Holding(id, head, tail or 0, last_used, bool(pinned)) for id, head, tail, last_used, pinned in rows]
+        return [Holding(id, head, tail or 0, last_used, bool(pinned)) for id, head, tail, last_used, pinned in found]
 
     def expired(self, now: float) -> list[tuple[str, str]]:
         """Namespace and name of the agents whose time is over."""
         return self.db.execute(
             "SELECT namespace, name FROM agents WHERE ttl IS NOT NULL AND NOT pinned AND last_used + ttl < ?", (now,)
         ).fetchall()
-
-    def writes(self) -> dict[int, int]:
-        """Bytes written to files, by hour since 1970, of the last days."""
-        return dict(self.db.execute("SELECT hour, bytes FROM writes ORDER BY hour"))
 
     def heads(self) -> dict[str, bytes | None]:
         return dict(self.db.execute("SELECT id, head FROM branches"))
@@ -210,10 +107,10 @@ class Manifest:
             raise NotFound(f"block {key.hex()} isn't in the store; save it, from the root on, before what follows it")
 
     def add_block(self, block: BlockRecord, file_key: bytes | None) -> None:
-        tokens = _pack(block.tokens, file_key)
+        tokens, parts = rows.pack_tokens(block.tokens, file_key), rows.pack_parts(block.parts)
         self.db.execute(
-            "INSERT INTO blocks (key, parent, tokens, nbytes, checksum, created) VALUES (?, ?, ?, ?, ?, ?)",
-            (block.key, block.parent, tokens, block.nbytes, block.checksum, block.created),
+            "INSERT INTO blocks (key, parent, tokens, nbytes, checksum, created, parts) VALUES (?, ?, ?, ?, ?, ?, ?)",
+            (block.key, block.parent, tokens, block.nbytes, block.checksum, block.created, parts),
         )
 
     def delete_block(self, key: bytes) -> None:
@@ -264,16 +161,19 @@ class Manifest:
     ):
         """`wrapped`: the file's key under the agent's."""
         self.db.execute(
-            "UPDATE branches SET tail_tokens = ?, tail_nbytes = ?, tail_checksum = ?, tail_generation = ?, tail_key = ?"
-            " WHERE id = ?",
-            (_pack(tail.tokens, file_key), tail.nbytes, tail.checksum, generation, wrapped, branch_id),
+            "UPDATE branches SET tail_tokens = ?, tail_nbytes = ?, tail_checksum = ?, tail_parts = ?,"
+            " tail_generation = ?, tail_key = ? WHERE id = ?",
+            (
+                *(rows.pack_tokens(tail.tokens, file_key), tail.nbytes, tail.checksum, rows.pack_parts(tail.parts)),
+                *(generation, wrapped, branch_id),
+            ),
         )
 
     def copy_tail(self, source: str, branch_id: str, generation: int, wrapped: bytes | None) -> None:
         """Of a branch with the same head; the file has another name."""
         self.db.execute(
-            "UPDATE branches SET (tail_tokens, tail_nbytes, tail_checksum) ="
-            " (SELECT tail_tokens, tail_nbytes, tail_checksum FROM branches WHERE id = ?),"
+            "UPDATE branches SET (tail_tokens, tail_nbytes, tail_checksum, tail_parts) ="
+            " (SELECT tail_tokens, tail_nbytes, tail_checksum, tail_parts FROM branches WHERE id = ?),"
             " tail_generation = ?, tail_key = ? WHERE id = ?",
             (source, generation, wrapped, branch_id),
         )
@@ -312,12 +212,6 @@ class Manifest:
         row = self.db.execute("SELECT id FROM agents WHERE namespace = ? AND name = ?", (namespace, name)).fetchone()
         return row and row[0]
 
-    def count_writes(self, nbytes: int, hour: int) -> None:
-        self.db.execute(
-            "INSERT INTO writes VALUES (?, ?) ON CONFLICT DO UPDATE SET bytes = bytes + excluded.bytes", (hour, nbytes)
-        )
-        self.db.execute("DELETE FROM writes WHERE hour < ?", (hour - _HOURS_KEPT,))
-
     def delete_branch(self, branch_id: str) -> None:
         """And its agent, if it was the last."""
         self._delete_branches("id = ?", branch_id)
@@ -327,12 +221,12 @@ class Manifest:
         return self._delete_branches("head IS NULL AND tail_generation IS NULL")
 
     def _delete_branches(self, where: str, *values: Any) -> list[str]:
-        rows = self.db.execute(f"DELETE FROM branches WHERE {where} RETURNING id, agent_id", values).fetchall()
+        found = self.db.execute(f"DELETE FROM branches WHERE {where} RETURNING id, agent_id", values).fetchall()
         self.db.executemany(
             "DELETE FROM agents WHERE id = ?1 AND NOT EXISTS (SELECT 1 FROM branches WHERE agent_id = ?1)",
-            [(agent_id,) for _, agent_id in rows],
+            [(agent_id,) for _, agent_id in found],
         )
-        return [branch_id for branch_id, _ in rows]
+        return [branch_id for branch_id, _ in found]
 
     def delete_bare_agents(self) -> None:
         """Those that hold nothing."""
@@ -352,49 +246,20 @@ class Manifest:
 
     def branches_through(self, key: bytes) -> list[str]:
         """The branches whose chain contains the block."""
-        rows = self.db.execute(
+        found = self.db.execute(
             "WITH RECURSIVE below(key) AS"
             " (VALUES (?) UNION SELECT blocks.key FROM blocks JOIN below ON parent = below.key)"
             " SELECT id FROM branches WHERE head IN below",
             (key,),
         )
-        return [branch_id for (branch_id,) in rows]
+        return [branch_id for (branch_id,) in found]
 
     def delete_unreachable(self) -> list[bytes]:
         """Delete every block in no branch's chain; their keys."""
-        rows = self.db.execute(
+        found = self.db.execute(
             "WITH RECURSIVE live(key) AS (SELECT head FROM branches WHERE head IS NOT NULL"
             " UNION SELECT parent FROM blocks JOIN live USING (key) WHERE parent IS NOT NULL)"
             " SELECT key FROM blocks WHERE key NOT IN live"
         ).fetchall()
-        self._delete_blocks(rows)
-        return [key for (key,) in rows]
-
-
-def refuse_newer(path: Path) -> None:
-    """Raises StoreError: a newer agentmem wrote it; schema.Damaged; sqlite3.Error."""
-    if not path.exists():
-        return
-    try:
-        # read-only: closing a writable connection would fold the log into the database
-        with closing(sqlite3.connect(path.absolute().as_uri() + "?mode=ro", uri=True)) as db:
-            version = schema.newer_format(db)
-    except (sqlite3.Error, UnicodeDecodeError) as e:
-        if schema.is_damage(e):
-            raise schema.Damaged(str(e)) from e
-        raise
-    if version is not None:
-        raise StoreError(
-            f"{path} has format {version}, this agentmem knows up to {len(schema.MIGRATIONS)}: it was written by a "
-            "newer one; use that, or another --home"
-        )
-
-
-def _branch(key: bytes | None, branch_id: str, namespace: str, agent: str, head: bytes | None, *rest: Any):
-    tokens, nbytes, checksum, last_used = rest
-    tail = None if tokens is None else TailRecord(_unpack(tokens, key), nbytes, checksum)
-    return BranchRecord(branch_id, namespace, agent, head, tail, last_used)
-
-
-def _block(file_key: bytes | None, key: bytes, parent: bytes | None, tokens: bytes, *rest: Any) -> BlockRecord:
-    return BlockRecord(key, parent, _unpack(tokens, file_key), *rest)
+        self._delete_blocks(found)
+        return [key for (key,) in found]

@@ -1,25 +1,26 @@
 """Reads blocks and tails on a few threads. Every byte is verified before anyone sees it."""
 
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 from ..errors import CorruptSegment
 from ..tensors import HostTensor
-from .crypto import unseal
 from .layout import Layout
 from .records import FileRef
-from .segment import decode, read_verified
+from .sealed import read_sealed
+from .segment import Segment
+from .segment_file import read_file
 
 READERS = 4  # threads: with the file cache cold they overlap its reads, else their checksums and decryption
-Segment = tuple[dict[str, HostTensor], dict[str, str]]
 
 
-def read_segment(path: Path, ref: FileRef, context: bytes) -> Segment:
-    """What the file holds, verified, and decrypted where it has a key. Raises CorruptSegment."""
-    data = read_verified(path, ref.nbytes, ref.checksum)
-    return decode(unseal(ref.key, data, context) if ref.key else data)
+def read_segment(path: Path, ref: FileRef, context: bytes, parts: Collection[str] | None = None) -> Segment:
+    """What the file holds, or these parts of it, verified, and decrypted where it has a key. Raises CorruptSegment."""
+    if ref.key:
+        return read_sealed(path, ref.nbytes, ref.checksum, ref.key, context, parts)
+    return read_file(path, ref.nbytes, ref.checksum, parts)
 
 
 class Catalog:
@@ -64,8 +65,8 @@ class Reader:
         self._catalog = catalog
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="agentmem-reader")
 
-    def read_block(self, key: bytes) -> Future[dict[str, HostTensor]]:
-        return self._pool.submit(self._read_block, key)
+    def read_block(self, key: bytes, parts: Collection[str] | None = None) -> Future[dict[str, HostTensor]]:
+        return self._pool.submit(self._read_block, key, parts)
 
     def read_tail(self, branch_id: str) -> Future[Segment]:
         return self._pool.submit(self._read_tail, branch_id)
@@ -74,12 +75,13 @@ class Reader:
         """Waits for the reads in flight."""
         self._pool.shutdown()
 
-    def _read_block(self, key: bytes) -> dict[str, HostTensor]:
+    def _read_block(self, key: bytes, parts: Collection[str] | None) -> dict[str, HostTensor]:
         tensors, _ = self._read(
             f"block {key.hex()}",
             b"block:" + key,
             lambda: self._catalog.block(key),
             lambda _: self._layout.block(key),
+            parts,
         )
         return tensors
 
@@ -91,11 +93,18 @@ class Reader:
             lambda ref: self._layout.tail(branch_id, ref.generation),
         )
 
-    def _read(self, what: str, context: bytes, find: Callable[[], FileRef | None], path: Callable) -> Segment:
+    def _read(
+        self,
+        what: str,
+        context: bytes,
+        find: Callable[[], FileRef | None],
+        path: Callable[[FileRef], Path],
+        parts: Collection[str] | None = None,
+    ) -> Segment:
         ref = find()
         while ref is not None:
             try:
-                return read_segment(path(ref), ref, context)
+                return read_segment(path(ref), ref, context, parts)
             except CorruptSegment:
                 # a tail may have been replaced, or a block deleted, since `find`: that is no corruption
                 before, ref = ref, find()

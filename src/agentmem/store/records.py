@@ -16,6 +16,7 @@ class BlockRecord:
     nbytes: int  # of the file
     checksum: bytes
     created: float  # Unix seconds
+    parts: Mapping[str, int] = field(default_factory=dict)  # bytes of each (tensors.part_of) in the file
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,7 @@ class TailRecord:
     tokens: np.ndarray  # uint32
     nbytes: int
     checksum: bytes
+    parts: Mapping[str, int] = field(default_factory=dict)  # of its snapshots ("@137"); stacks it always has, all
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,7 @@ class FileRef:
     checksum: bytes
     generation: int = 0  # of a tail
     key: bytes | None = field(default=None, repr=False)  # of an encrypted file
+    parts: Mapping[str, int] = field(default_factory=dict)  # as in the block's or tail's record; of a saved file only
 
 
 def written_in_last_hour(by_hour: Mapping[int, int], now: float) -> int:

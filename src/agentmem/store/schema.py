@@ -47,14 +47,31 @@ def _v2(db: sqlite3.Connection) -> None:
     db.execute("CREATE TABLE writes (hour INTEGER PRIMARY KEY, bytes INTEGER NOT NULL)")  # hours since 1970
     for table in ("agents", "branches", "blocks"):
         db.execute(f"ALTER TABLE {table} ADD COLUMN sum BLOB")
-        columns = _columns(db, table)
-        new = f"UPDATE {table} SET sum = rowsum({', '.join(columns)}) WHERE rowid = NEW.rowid"
-        db.execute(f"CREATE TRIGGER {table}_inserted AFTER INSERT ON {table} BEGIN {new}; END")
-        db.execute(f"CREATE TRIGGER {table}_updated AFTER UPDATE OF {', '.join(columns)} ON {table} BEGIN {new}; END")
-        db.execute(f"UPDATE {table} SET sum = rowsum({', '.join(columns)})")
+        _keep_sums(db, table)
 
 
-MIGRATIONS = [_v1, _v2]  # to change the tables, append a function; never edit one that was released
+def _v3(db: sqlite3.Connection) -> None:
+    """Parts of files, as JSON. Earlier files have none and can't be read any more: what names them goes, all of it."""
+    for table in ("block_keys", "branches", "agents", "blocks"):
+        db.execute(f"DELETE FROM {table}")
+    db.execute("ALTER TABLE blocks ADD COLUMN parts TEXT NOT NULL DEFAULT '{}'")
+    db.execute("ALTER TABLE branches ADD COLUMN tail_parts TEXT")
+    for table in ("branches", "blocks"):
+        db.execute(f"DROP TRIGGER {table}_inserted")
+        db.execute(f"DROP TRIGGER {table}_updated")
+        _keep_sums(db, table)
+
+
+def _keep_sums(db: sqlite3.Connection, table: str) -> None:
+    """Over the columns that it has now, of every row there is or will be."""
+    columns = ", ".join(_columns(db, table))
+    new = f"UPDATE {table} SET sum = rowsum({columns}) WHERE rowid = NEW.rowid"
+    db.execute(f"CREATE TRIGGER {table}_inserted AFTER INSERT ON {table} BEGIN {new}; END")
+    db.execute(f"CREATE TRIGGER {table}_updated AFTER UPDATE OF {columns} ON {table} BEGIN {new}; END")
+    db.execute(f"UPDATE {table} SET sum = rowsum({columns})")
+
+
+MIGRATIONS = [_v1, _v2, _v3]  # to change the tables, append a function; never edit one that was released
 
 
 class Damaged(Exception):
@@ -81,6 +98,12 @@ def newer_format(db: sqlite3.Connection) -> int | None:
     (version,) = db.execute("PRAGMA user_version").fetchone()
     (application,) = db.execute("PRAGMA application_id").fetchone()
     return version if version > len(MIGRATIONS) and application == _APP + version else None
+
+
+def is_older(db: sqlite3.Connection) -> bool:
+    """Than the format of this agentmem."""
+    (version,) = db.execute("PRAGMA user_version").fetchone()
+    return version < len(MIGRATIONS)
 
 
 def check(db: sqlite3.Connection) -> None:

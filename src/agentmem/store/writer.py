@@ -19,13 +19,14 @@ from typing import Any
 
 from ..errors import AgentMemError, CorruptSegment, EngineFailed, NotFound, ShuttingDown, StoreFailed
 from . import segment
-from .jobs import Batch, BranchJob, Flush, Job
+from .batch import Batch, Flush, Job
 from .keys import FileKeys
 from .layout import Layout
 from .manifest import Manifest
 from .reader import Catalog
 from .records import FileRef, written_in_last_hour
 from .room import LeastRecentlyUsed, Room, StoreFull
+from .saves import BranchJob
 from .trim import Trimmed, trim
 
 MAX_BATCH_JOBS = 32  # bounds how long the first of a batch waits for the last

@@ -1,0 +1,45 @@
+"""Match: the longest prefix of a request's tokens that is cached, and can be gone on from."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from ..kvcache.spec import KVCacheSpec
+from .agent import Branch
+from .block_pool import Entry, Node, OpenBlock
+from .reach import Missing, missing
+
+
+@dataclass(frozen=True)
+class Match:
+    """The longest reusable prefix: whole nodes, then part of one more node or of a tail."""
+
+    spec: KVCacheSpec
+    nodes: tuple[Node, ...] = ()
+    length: int = 0
+    source: Branch | None = None  # None: shared nodes only
+    cut_node: Node | None = None  # a sealed block of which the first tokens are kept, as codes
+    tail: OpenBlock | None = None  # of which the first tokens are kept
+    extends: bool = False  # all of `source` is matched: the request continues it
+
+    @property
+    def open_len(self) -> int:
+        """Matched tokens after the whole nodes."""
+        return self.length - len(self.nodes) * self.spec.block_size
+
+    @property
+    def all_nodes(self) -> tuple[Node, ...]:
+        return self.nodes + ((self.cut_node,) if self.cut_node else ())
+
+    def entries(self) -> Iterator[Entry]:
+        yield from self.all_nodes
+        if self.tail is not None:
+            yield self.tail
+
+    @property
+    def missing(self) -> list[Missing]:
+        """What has to be read from disk."""
+        return missing(self.spec, self.all_nodes, self.tail, self.length)
+
+    @property
+    def missing_bytes(self) -> int:
+        return sum(what.nbytes for what in self.missing)
