@@ -1,6 +1,6 @@
 """What could make 4 bits better at the same size: variants of the cache's quantization against the one in use.
 
-python benchmarks/quality.py --corpus FILE --json benchmarks/results/quality-demo.json
+python benchmarks/quality.py --json benchmarks/results/quality-demo-pydoc.json
 
 Each variant is one change to the baseline, which is the product's cache at 4 bits written down again: keys centred and
 rotated, values rotated, codes in groups of 64 with 16-bit scales, first tokens and the open block in full precision. A
@@ -369,7 +369,7 @@ def rows_of(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--corpus", type=Path, action="append", help="besides the text of pydoc_data.topics")
+    parser.add_argument("--corpus", type=Path, help="text file (default: the text of pydoc_data.topics)")
     parser.add_argument("--windows", type=int, default=2, help="of 2,048 tokens, of each corpus")
     parser.add_argument("--only", help="names of variants, comma-separated; the baseline always runs")
     parser.add_argument("--json", type=Path, help="where to write the result")
@@ -379,21 +379,18 @@ def main() -> None:
     names = args.only.split(",") if args.only else [v.name for v in VARIANTS]
     variants = tuple(v for v in VARIANTS if v is BASELINE or v.name in names)
     run = Run(loaded, variants, collect_moments(loaded))
-    protocol, corpora = Protocol(2048, 2048, 2048 * args.windows), {}
-    for path in [None, *(args.corpus or [])]:
-        name, text = read_corpus(path)
-        tokens = loaded.tokenizer.encode(text[: 32 * protocol.num_scored], add_special_tokens=False, verbose=False)
-        windows = cut_windows(tokens, protocol, [])
-        corpora[name] = rows_of(variants, run, windows, len(loaded.model.layers))
-        print(f"\n{name}")
-        for row in corpora[name]:
-            print(
-                f"{row['variant']:<16} {row['ratio_to_fp16']:.3f}  KL {row['kl']:.5f} ({row['kl_over_baseline']:.2f})  "
-                f"dPPL {row['delta_percent']:+.2f} %  top-1 {row['top1']:.2%}  {row['what']}",
-                flush=True,
-            )
-    result = {"benchmark": "quality", "machine": describe_machine(), "model": loaded.name}
-    write_result(result | {"tokens": protocol.num_scored, "window": 2048, "corpora": corpora}, args.json)
+    protocol = Protocol(2048, 2048, 2048 * args.windows)
+    corpus, text = read_corpus(args.corpus)
+    tokens = loaded.tokenizer.encode(text[: 32 * protocol.num_scored], add_special_tokens=False, verbose=False)
+    rows = rows_of(variants, run, cut_windows(tokens, protocol, []), len(loaded.model.layers))
+    print(f"\n{corpus}")
+    for row in rows:
+        print(
+            f"{row['variant']:<16} {row['ratio_to_fp16']:.3f}  KL {row['kl']:.5f} ({row['kl_over_baseline']:.2f})  "
+            f"dPPL {row['delta_percent']:+.2f} %  top-1 {row['top1']:.2%}  {row['what']}"
+        )
+    result = {"benchmark": "quality", "machine": describe_machine(), "model": loaded.name, "corpus": corpus}
+    write_result(result | {"tokens": protocol.num_scored, "window": 2048, "rows": rows}, args.json)
 
 
 if __name__ == "__main__":
