@@ -28,7 +28,7 @@ from machine import describe_machine, write_result  # noqa: E402
 
 from agentmem.bench.scores import Score, delta_percent, log_probabilities, score  # noqa: E402
 from agentmem.bench.windows import Protocol, Window, cut_windows, read_corpus  # noqa: E402
-from agentmem.kvcache.attention import attend_dense, install_seam  # noqa: E402
+from agentmem.kvcache.attention import install_seam  # noqa: E402
 from agentmem.kvcache.calibrate import calibration_tokens  # noqa: E402
 from agentmem.models.loading import LoadedModel, load_model  # noqa: E402
 
@@ -204,9 +204,9 @@ class LayerCache:
     def attend(self, queries: mx.array, scale: float, sinks: mx.array | None) -> mx.array:
         keys, values = (mx.concatenate([pair[i] for pair in self._kept], axis=2) for i in (0, 1))
         if not self._space:
-            return attend_dense(queries, keys, values, scale, None, sinks)
+            return _attention(queries, keys, values, scale)
         heads = keys.shape[1]
-        out = attend_dense(_by_head(queries, self._space["query_in"], heads), keys, values, scale, None, sinks)
+        out = _attention(_by_head(queries, self._space["query_in"], heads), keys, values, scale)
         if self._kept[-1][0].shape[2] == BLOCK:
             self._seal()
         out = _by_head(out, self._space["value_out"], heads)
@@ -223,6 +223,10 @@ class LayerCache:
 
     def arrays(self) -> list[mx.array]:
         return [a for pair in self._kept for a in pair]
+
+
+def _attention(q: mx.array, k: mx.array, v: mx.array, scale: float) -> mx.array:
+    return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask="causal")
 
 
 def _by_head(x: mx.array, matrices: mx.array, heads: int) -> mx.array:
