@@ -122,7 +122,10 @@ class Lifecycle:
     # -- forks and cuts
 
     def fork(self, namespace: str, name: str, to: str, num_tokens: int | None, done: "Future[AgentDetail]") -> None:
-        """A new agent that holds the first tokens (None: all) of the newest branch; nothing is copied."""
+        """A new agent that holds the first tokens (None: all) of the newest branch; nothing is copied.
+
+        Fewer, if no sequence can go on from there: `done` gets what there is.
+        """
         source = self._newest(self._agent(namespace, name))
         self._check_new(namespace, to, "to")
         match = self._cut(source, num_tokens)
@@ -167,7 +170,10 @@ class Lifecycle:
     def truncate(
         self, namespace: str, name: str, num_tokens: int, held: int | None, done: "Future[AgentDetail]"
     ) -> None:
-        """Forget what comes after the first tokens of the newest branch, which holds `held`, in RAM and on disk."""
+        """Forget what comes after the first tokens of the newest branch, which holds `held`, in RAM and on disk.
+
+        Fewer are kept if no sequence can go on from there: `done` gets what there is.
+        """
         agent = self._agent(namespace, name)
         old = self._newest(agent)
         if old.in_use:
@@ -175,7 +181,7 @@ class Lifecycle:
         if held not in (None, len(old)):
             raise Conflict(f"Agent {name[:200]!r} was changed by another request; try again.", param="agent_id")
         match = self._cut(old, num_tokens)
-        if match.extends:
+        if num_tokens == len(old):
             self.show(namespace, name, done)
             return
 
@@ -213,7 +219,14 @@ class Lifecycle:
     def _cut(self, branch: Branch, num_tokens: int | None) -> Match:
         if num_tokens is not None and not 1 <= num_tokens <= len(branch):
             raise InvalidRequest(f"tokens must be 1 to {len(branch)}, which is what there is.", param="tokens")
-        return self._contexts.prefix(branch, len(branch) if num_tokens is None else num_tokens)
+        match = self._contexts.prefix(branch, len(branch) if num_tokens is None else num_tokens)
+        if not match.length:
+            raise Conflict(
+                "Nothing is kept from which a sequence could go on there or before: windows and states of the tokens "
+                "up to there are neither in RAM nor on disk.",
+                param="tokens",
+            )
+        return match
 
     def _enter(self, agent: Agent, nodes: list[Node], tail: OpenBlock, data: Tail | None) -> Branch:
         branch = self._contexts.new_branch(agent)

@@ -20,6 +20,7 @@ from ..store import segment
 from ..store.agent_store import AgentStore
 from ..store.archive import Archive, block_name, tail_name, write_archive
 from ..store.records import IMPORTS, BlockRecord, BranchRecord, FileRef, TailRecord
+from ..tensors import part_of
 from .contexts import ROOT
 from .lifecycle import Exported, Imported
 from .restore import foreign_lineage, tail_identity
@@ -27,6 +28,7 @@ from .startup import Core
 
 _FILE_HEADER = 1 << 16  # bytes, at most
 _MAX_BRANCHES = 256
+_MAX_STATES = 8  # snapshots in one block
 
 
 def export_chunks(core: Core, exported: Exported) -> Iterator[bytes]:
@@ -158,19 +160,22 @@ class _Import:
         row, key = self._rows[i], self._keys[i]
         parent = None if row["parent"] is None else self._keys[row["parent"]]
         tokens = self._tokens(row["tokens"], self._spec.block_size, self._spec.block_size)
-        shapes = block_shapes(self._spec, len(tokens), first=parent is None)
-        tensors, _ = self._tensors(row["file"], lambda _: shapes)
+
+        def shapes(_: dict[str, str], parts: set[str]) -> Shapes:
+            return block_shapes(self._spec, len(tokens), parts, first=parent is None)
+
+        tensors, _ = self._tensors(row["file"], shapes)
         ref: FileRef = self._store.save_block(branch_id, *self._scratch, key, parent, tokens, tensors, {}).result()
         return BlockRecord(key, parent, tokens, ref.nbytes, ref.checksum, time.time(), ref.parts)
 
     def _tail(self, branch_id: str, head: bytes | None, row: dict[str, Any]) -> TailRecord:
         tokens = self._tokens(row["tokens"], 1, self._spec.block_size - 1)
 
-        def shapes(metadata: dict[str, str]) -> Shapes:
+        def shapes(metadata: dict[str, str], parts: set[str]) -> Shapes:
             prefix_len = int(metadata["prefix_len"])
             if not 0 <= prefix_len <= len(tokens):
                 raise ValueError(f"prefix_len {prefix_len}")
-            return tail_shapes(self._spec, len(tokens), prefix_len, first=head is None)
+            return tail_shapes(self._spec, len(tokens), prefix_len, parts, first=head is None)
 
         tensors, found = self._tensors(row["file"], shapes)
         prefix_len = int(found["prefix_len"])
@@ -191,13 +196,14 @@ class _Import:
         return np.array(given, np.uint32)
 
     def _tensors(self, name: str, shapes: Any) -> tuple[dict[str, Any], dict[str, str]]:
-        """Of one file of the archive, if they are what `shapes`, which gets the metadata, says."""
-        most = self._spec.block_size * (self._spec.dense_bytes + self._spec.sealed_bytes) * 2 + _FILE_HEADER
+        """Of one file of the archive, if they are what `shapes` says, which gets its metadata and parts."""
+        spec = self._spec
+        most = spec.block_size * (spec.dense_bytes + spec.sealed_bytes) * 2 + _MAX_STATES * spec.state_bytes
         try:
-            tensors, metadata = segment.decode(self._archive.content(name, most))
+            tensors, metadata = segment.decode(self._archive.content(name, most + _FILE_HEADER))
         except CorruptSegment as e:
             raise ValueError(f"{name}: {e}") from None
         found = {key: (tensor.dtype, tensor.shape) for key, tensor in tensors.items()}
-        if found != (wanted := shapes(metadata)):
+        if found != (wanted := shapes(metadata, {part_of(name) for name in found})):
             raise ValueError(f"{name} holds {str(found)[:300]}, and should hold {str(wanted)[:300]}")
         return tensors, metadata

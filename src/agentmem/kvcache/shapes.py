@@ -1,38 +1,69 @@
 """What the arrays of a block or a tail must look like: for caches that come from outside."""
 
+import math
+from collections.abc import Collection, Iterable
+
+import mlx.core as mx
+
+from .block import STORABLE
 from .spec import KVCacheSpec, coded_shape
 
 Shapes = dict[str, tuple[str, tuple[int, ...]]]  # by name: dtype as in HostTensor, shape
-_DTYPES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}
 
 
-def block_shapes(spec: KVCacheSpec, num_tokens: int, *, first: bool) -> Shapes:
-    """Of a sealed block, or of the first tokens of one; `first`: of a sequence, so that it has sinks."""
-    return _shapes(spec, {"full": num_tokens} if spec.bits is None else {"codes": num_tokens}, first)
+def block_shapes(spec: KVCacheSpec, num_tokens: int, parts: Collection[str], *, first: bool) -> Shapes:
+    """Of a sealed block, or of the first tokens of one, that has `parts`; `first`: of a sequence, so that it has sinks.
+
+    The stacks of layers that see everything must be there. Parts that there can't be are left out.
+    """
+    windows = [spec.layers[stack[0]].window for stack in spec.stacks]
+    wanted = {s for s, window in enumerate(windows) if window is None or str(s) in parts}
+    stacks = _codes(spec, wanted, num_tokens, first) if spec.bits is not None else _full(spec, wanted, num_tokens)
+    return stacks | _states(spec, num_tokens, parts)
 
 
-def tail_shapes(spec: KVCacheSpec, num_tokens: int, prefix_len: int, *, first: bool) -> Shapes:
-    """Of a tail that starts with the codes of `prefix_len` tokens."""
-    full = _shapes(spec, {"full": num_tokens - prefix_len}, False) if num_tokens > prefix_len else {}
-    prefix = block_shapes(spec, prefix_len, first=first) if prefix_len else {}
-    return full | {f"prefix.{name}": shape for name, shape in prefix.items()}
+def tail_shapes(spec: KVCacheSpec, num_tokens: int, prefix_len: int, parts: Collection[str], *, first: bool) -> Shapes:
+    """Of a tail that starts with the codes of `prefix_len` tokens; of `parts`, those that are snapshots count."""
+    stacks = {str(s) for s in range(len(spec.stacks))}
+    full = _full(spec, range(len(spec.stacks)), num_tokens - prefix_len)
+    prefix = block_shapes(spec, prefix_len, stacks, first=first) if prefix_len else {}
+    shapes = {name: shape for name, shape in full.items() if math.prod(shape[1])}
+    return shapes | {f"prefix.{name}": shape for name, shape in prefix.items()} | _states(spec, num_tokens, parts)
 
 
-def _shapes(spec: KVCacheSpec, tokens: dict[str, int], first: bool) -> Shapes:
-    dtype = _DTYPES[str(spec.dtype).removeprefix("mlx.core.")]
+def _full(spec: KVCacheSpec, stacks: Iterable[int], num_tokens: int) -> Shapes:
+    dtype = STORABLE[spec.dtype]
     shapes: Shapes = {}
-    for s, stack in enumerate(spec.stacks):
-        layer = spec.layers[stack[0]]
-        for i, (part, dim) in enumerate((("k", layer.k_dim), ("v", layer.v_dim))):
-            where = (len(stack), layer.num_kv_heads)
-            if "full" in tokens:
-                shapes[f"{part}{s}.full"] = dtype, (*where, tokens["full"], dim)
-                continue
-            assert spec.bits is not None
-            n, scale = tokens["codes"], "BF16" if dtype == "BF16" else "F16"
-            shapes[f"{part}{s}.packed"] = "U32", (*where, n, coded_shape(dim)[0] * spec.bits[i] // 32)
-            for field in ("scales", "biases"):
-                shapes[f"{part}{s}.{field}"] = scale, (*where, n, coded_shape(dim)[0] // coded_shape(dim)[1])
-            if first:
-                shapes[f"{part}{s}.sinks"] = dtype, (*where, min(n, spec.num_sinks), dim)
+    for s in stacks:
+        layer = spec.layers[spec.stacks[s][0]]
+        for part, dim in zip("kv", layer.dims, strict=True):
+            shapes[f"{part}{s}.full"] = dtype, (len(spec.stacks[s]), layer.num_kv_heads, num_tokens, dim)
     return shapes
+
+
+def _codes(spec: KVCacheSpec, stacks: Iterable[int], num_tokens: int, first: bool) -> Shapes:
+    assert spec.bits is not None
+    dtype = STORABLE[spec.dtype]
+    shapes: Shapes = {}
+    scale = "BF16" if dtype == "BF16" else "F16"
+    for s in stacks:
+        layer = spec.layers[spec.stacks[s][0]]
+        where = len(spec.stacks[s]), layer.num_kv_heads
+        for part, dim, bits in zip("kv", layer.dims, spec.bits, strict=True):
+            padded, group = coded_shape(dim)
+            shapes[f"{part}{s}.packed"] = "U32", (*where, num_tokens, padded * bits // 32)
+            for field in ("scales", "biases"):
+                shapes[f"{part}{s}.{field}"] = scale, (*where, num_tokens, padded // group)
+            if first:
+                shapes[f"{part}{s}.sinks"] = dtype, (*where, min(num_tokens, spec.num_sinks), dim)
+    return shapes
+
+
+def _states(spec: KVCacheSpec, num_tokens: int, parts: Collection[str]) -> Shapes:
+    offsets = [n for n in range(1, num_tokens + 1) if f"@{n}" in parts]
+    return {
+        f"s{s}.{i}@{offset}": (STORABLE[getattr(mx, dtype)], (len(stack), *shape[1:]))
+        for s, stack in enumerate(spec.state_stacks)
+        for i, (shape, dtype) in enumerate(spec.layers[stack[0]].state)
+        for offset in offsets
+    }

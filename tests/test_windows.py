@@ -1,0 +1,116 @@
+"""Layers with a window through a whole engine: what stays in RAM, what is read back, and that nothing else changes."""
+
+import asyncio
+from typing import Any
+
+import pytest
+from test_budget import Sampler
+from test_engine import settle
+from tiny import BLOCK, EngineThread, random_tokens, tiny_engine, tiny_loader
+
+from agentmem.engine.reach import missing
+from agentmem.engine.request import GenerateRequest, SamplingParams
+
+PROMPT = random_tokens(600, seed=1)
+LOAD = tiny_loader("gemma3")
+
+
+def newest(engine: EngineThread, agent: str = "alice") -> Any:
+    return engine.core.contexts.agents["default", agent].newest
+
+
+def evict(engine: EngineThread, agent: str = "alice") -> int:
+    return engine.call(engine.engine.evict_agent("default", agent))
+
+
+def test_what_rests_has_in_ram_only_what_its_end_sees(tmp_path):
+    with tiny_engine(tmp_path, LOAD) as engine:
+        engine.ask("alice", PROMPT, 8)
+        settle(engine)
+        branch, spec = newest(engine), engine.core.runner.spec
+        parts = [node.data.parts for node in branch.nodes]
+        assert parts == [spec.needed(i, len(branch)) for i in range(len(branch.nodes))]
+        assert sum(len(p) == len(spec.stacks) for p in parts) == 1  # 39 tokens before 607 lie in it and in the tail
+        info = engine.agents()["alice"]
+        assert (info.tier, info.ram_bytes) == ("hot", engine.core.contexts.pool.nbytes)
+        assert all(len(node.disk_parts) == len(spec.stacks) for node in branch.nodes)
+
+
+def test_an_evicted_agent_answers_as_if_it_had_not_been_and_only_what_it_needs_is_read(tmp_path):
+    more = random_tokens(20, seed=2)
+
+    def second(engine: EngineThread, evicted: bool) -> tuple[str, Any]:
+        engine.ask("alice", PROMPT, 8)
+        settle(engine)
+        tokens = newest(engine).tokens().tolist()
+        if evicted:
+            assert evict(engine) > 0
+            assert engine.core.contexts.pool.nbytes == 0
+        return engine.ask("alice", [*tokens, *more], 30)
+
+    with tiny_engine(tmp_path / "stayed", LOAD) as engine:
+        expected, _ = second(engine, False)
+    with tiny_engine(tmp_path / "evicted", LOAD) as engine:
+        text, stats = second(engine, True)
+        files = engine.agents()["alice"].disk_bytes
+    assert text == expected
+    assert stats.cached_tokens == 607
+    assert 0 < stats.restored_bytes < 0.6 * files  # a third of the files is the tail
+
+
+@pytest.mark.parametrize("restarted", [False, True])
+def test_truncated_to_any_block_boundary_it_answers_as_a_fresh_agent_with_the_same_blocks(tmp_path, restarted):
+    prompt, more = PROMPT[:200], random_tokens(12, seed=3)
+    with tiny_engine(tmp_path / "a", LOAD) as engine:
+        engine.ask("alice", prompt, 8)
+        settle(engine)
+        for end in range(BLOCK, 200, BLOCK):
+            engine.call(engine.engine.fork_agent("default", "alice", f"cut-{end}", None))
+        settle(engine)
+    with tiny_engine(tmp_path / "b", LOAD) as fresh, tiny_engine(tmp_path / "a", LOAD) as engine:
+        if not restarted:
+            engine.ask("alice", prompt, 8)
+            settle(engine)
+        for end in range(BLOCK, 200, BLOCK):
+            shown = engine.call(engine.engine.truncate_agent("default", f"cut-{end}", end, None))
+            assert shown.agent.tokens == end
+            text, stats = engine.ask(f"cut-{end}", [*prompt[:end], *more], 8)
+            assert stats.cached_tokens == end
+            fresh.ask(f"fresh-{end}", [*prompt[:end], 9], 0)
+            assert text == fresh.ask(f"fresh-{end}", [*prompt[:end], *more], 8)[0]
+
+
+def test_an_ephemeral_agent_goes_on_from_its_end_and_is_prefilled_where_its_windows_are_gone(tmp_path):
+    with tiny_engine(tmp_path / "a", LOAD) as engine:
+
+        async def answer(tokens: list[int]) -> Any:
+            request = GenerateRequest(
+                "default", "eve", tokens, SamplingParams(max_tokens=8, seed=7, ignore_eos=True), ephemeral=True
+            )
+            return [event async for event in engine.engine.generate(request)][-1].stats
+
+        engine.call(answer(PROMPT))
+        branch = newest(engine, "eve")
+        lacking = missing(engine.core.runner.spec, branch.nodes, branch.tail, len(branch))
+        assert not lacking and engine.agents()["eve"].disk_bytes == 0
+        tokens = branch.tokens().tolist()
+        assert engine.call(answer([*tokens, 9, 9])).cached_tokens == 607
+        assert engine.call(answer([*PROMPT[:300], 9, 9])).cached_tokens == 0
+
+
+@pytest.mark.parametrize("sequences", [1.5, 2.5])
+def test_while_long_prompts_prefill_and_decode_nothing_is_used_that_was_not_reserved(tmp_path, sequences):
+    prompts = {f"a{i}": random_tokens(500, seed=i) for i in range(4)}
+
+    async def all_at_once(engine: EngineThread) -> list[str]:
+        answers = [engine.answer(name, tokens, 40) for name, tokens in prompts.items()]
+        return [text for text, _ in await asyncio.gather(*answers)]
+
+    with tiny_engine(tmp_path / "free", LOAD) as engine:
+        expected = engine.call(all_at_once(engine), timeout=120)
+        kv_budget = int(sequences * engine.core.budget.running_bytes(768))
+    with tiny_engine(tmp_path / "tight", LOAD, kv_budget=kv_budget, tail_delay=0.0) as engine:
+        with Sampler(engine) as sampler:
+            assert engine.call(all_at_once(engine), timeout=120) == expected
+        assert sampler.most <= kv_budget
+        assert sampler.uncounted <= 0
