@@ -294,5 +294,10 @@ class Contexts:
             if branch.tail is entry:
                 branch.tail = OpenBlock()
 
+    def branch_tokens(self, namespace: str, name: str) -> list[np.ndarray]:
+        """On any thread: a branch that moves on meanwhile may give ids of before and after, which no one relies on."""
+        agent = self.agents.get((namespace, name))
+        return [branch.tokens() for branch in list(agent.branches.values())] if agent else []
+
     def infos(self, namespace: str) -> list[AgentInfo]:
         return [agent_info(a, self.spec) for (owner, _), a in list(self.agents.items()) if owner == namespace]

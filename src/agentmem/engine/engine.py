@@ -11,6 +11,7 @@ from functools import partial
 from typing import IO, Any
 
 import mlx.core as mx
+import numpy as np
 
 from ..config import Settings
 from ..errors import AgentMemError, ContextLengthExceeded, EngineFailed, ShuttingDown, StartupError
@@ -92,6 +93,9 @@ class Engine:
 
     def metrics(self) -> bytes:
         return self._core_loop.metrics.text()
+
+    def branch_tokens(self, namespace: str, agent_id: str) -> list[np.ndarray]:
+        return self._core.contexts.branch_tokens(namespace, agent_id)
 
     async def agents(self, namespace: str) -> list[AgentInfo]:
         return self._core.contexts.infos(namespace)
