@@ -45,8 +45,14 @@ def capacity(
 
     Bytes of a resting agent: FP16 with all layers at full length, FP16 with windows as mlx-lm's own caches keep them,
     the paper's Q4 (all layers at full length), and agentmem (in RAM, and what a restore reads; at worst: the most up to
-    that length, with an unfinished block or a full chunk). Built-ins:
-    deepseek-coder-v2-lite, deepseek-v3, gemma-3-12b, gpt-oss-20b, llama-3.1-8b, llama-4-scout, qwen3-next-80b-a3b.
+    that length, with an unfinished block or a full chunk). A running agent's working copy comes on top.
+
+    Built-ins: deepseek-coder-v2-lite, deepseek-v3, gemma-3-12b, gpt-oss-20b, llama-3.1-8b, llama-4-scout,
+    qwen3-next-80b-a3b.
+
+    JSON: {"budget_bytes", "models": [{"model", "layers": [{"kind", "layers", ...}], "contexts": [{"tokens",
+    "fp16_all_layers": {"bytes", "agents"}, "fp16_windows", "paper_q4", "agentmem": the same,
+    "agentmem_at_worst_bytes", "agentmem_disk_bytes"}]}], "paper": [{"model", "budget_bytes", "contexts"}]}.
     """
     settings = load_settings({"home": home, "kv_bits": kv_bits, "block_size": block_size}, config)
     lengths = _contexts(contexts)

@@ -2,8 +2,7 @@
 
 Its rule is every layer at full length, 16 bits a value, or 0.28125 of that. Its "10.2 GB" is no single number: Gemma's
 row comes out with 10.2 GiB (24 agents of 432 MiB do not fit into 10,200 MiB), the other two rows with 10,200 MiB (70,
-not 72, agents of 144 MiB): so all 24 figures. Likewise its "3.4 GB" for 32K tokens of Gemma are
-3.375 GiB.
+not 72, agents of 144 MiB): so all 24 figures. Likewise its "3.4 GB" for 32K tokens of Gemma are 3.375 GiB, 3.62 GB.
 """
 
 from dataclasses import dataclass
