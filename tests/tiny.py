@@ -185,6 +185,10 @@ class EngineThread:
     def agents(self) -> dict[str, Any]:
         return {a.agent_id: a for a in self.core.contexts.infos("default")}
 
+    def agents_nodes(self, name: str) -> list[Any]:
+        """Of its newest branch."""
+        return list(self.core.contexts.agents["default", name].newest.nodes)
+
     def stop(self) -> None:
         self.call(self.engine.stop())
         self.loop.call_soon_threadsafe(self.loop.stop)

@@ -15,6 +15,7 @@ from .agent import Agent
 from .block_pool import OpenBlock
 from .match import Match
 from .output import OutputStream
+from .reach import last_snapshot
 from .sampling import Sampler
 from .sequence import Sequence, Status
 from .startup import Core
@@ -136,7 +137,9 @@ class Admission:
         self._apply(seq, agent)
         seq.branch = saver.claim_branch(agent, match, persist=not (seq.discard or agent.ephemeral))
         saver.note(agent, seq.branch)
-        seq.cache = self._core.runner.new_cache(snapshot, seq.capacity, checkpoint_at=seq.prompt_len - 1)
+        seq.cache = self._core.runner.new_cache(
+            snapshot, seq.capacity, checkpoint_at=seq.prompt_len - 1, last_state=last_snapshot(contexts.spec, seq.nodes)
+        )
         seq.cached_at_start = match.length
         if not seq.suspended:
             seq.num_cached = match.length

@@ -79,12 +79,19 @@ class ModelRunner:
     def use_centres(self, centres: list[mx.array]) -> None:
         self._space = CacheSpace(self.spec, centres)
 
-    def new_cache(self, snapshot: Snapshot | None = None, capacity: int = 0, checkpoint_at: int | None = None) -> Cache:
+    def new_cache(
+        self,
+        snapshot: Snapshot | None = None,
+        capacity: int = 0,
+        checkpoint_at: int | None = None,
+        last_state: int = 0,
+    ) -> Cache:
+        """See SequenceCache."""
         if self.spec.foreign is not None:
             return ForeignCache(make_prompt_cache(self.model))
         return SequenceCache(
             *(self.spec, self._space, snapshot),
-            capacity=capacity, on_codes=self.on_codes, checkpoint_at=checkpoint_at,
+            capacity=capacity, on_codes=self.on_codes, checkpoint_at=checkpoint_at, last_state=last_state,
         )  # fmt: skip
 
     def forward(self, tokens: mx.array, caches: Sequence[Cache]) -> tuple[mx.array, list[list[SealedBlock]]]:

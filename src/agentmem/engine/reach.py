@@ -64,6 +64,11 @@ def _snapshots(spec: KVCacheSpec, nodes: Sequence[Node], tail: OpenBlock | None,
         yield from sorted((p for p in positions if p <= n), reverse=True)
 
 
+def last_snapshot(spec: KVCacheSpec, nodes: Sequence[Node]) -> int:
+    """Position of the last snapshot of recurrent state in `nodes`; 0 if there is none."""
+    return next(_snapshots(spec, nodes, None, len(nodes) * spec.block_size), 0) if spec.recurrent else 0
+
+
 def _can_resume(spec: KVCacheSpec, nodes: Sequence[Node], position: int) -> bool:
     """Of a tail, `position` is one that it has a snapshot of, if it needs one."""
     wanted = needs(spec, min(len(nodes), -(-position // spec.block_size)), position)

@@ -27,13 +27,15 @@ class SequenceCache:
         capacity: int = 0,
         on_codes: bool = False,
         checkpoint_at: int | None = None,
+        last_state: int = 0,
     ):
         """`capacity`: tokens known to come, the snapshot's included, so that prefill does not copy as it grows.
 
         `checkpoint_at`: the position, beside every `state_interval` of the spec, whose recurrent state is to be kept:
-        the end of the prompt, say.
+        the end of the prompt, say. Once its block is full it stays if it is a quarter of the interval away from the one
+        before, `last_state` (0: none), so that many short turns don't store a state each.
         """
-        self._spec, self.space, self._checkpoint_at = spec, space, checkpoint_at
+        self._spec, self.space, self._checkpoint_at, self._last_state = spec, space, checkpoint_at, last_state
         self._attention: dict[int, AttentionLayer] = {}
         self._recurrent: dict[int, RecurrentLayer] = {}
         for i, layer in enumerate(spec.layers):
@@ -110,7 +112,7 @@ class SequenceCache:
         ]
         self._sealing.clear()
         if fresh:
-            fresh[-1] = fresh[-1].with_arrays(self._states)  # a stepwise pass fills one at most
+            fresh[-1] = fresh[-1].with_arrays(self._worth_keeping())  # a stepwise pass fills one at most
             self._tail_prefix, self._states = (None, 0), {}
         self.blocks += fresh
         if fresh and (self._spec.windowed or self._spec.recurrent):
@@ -215,6 +217,17 @@ class SequenceCache:
             i: {f"s.{j}@{offset}": a for j, a in enumerate(work.arrays())} for i, work in self._recurrent.items()
         }
         return self._stack(per_layer, self._spec.state_stacks)
+
+    def _worth_keeping(self) -> Arrays:
+        """Of the snapshot in the block that just filled up."""
+        if not self._states:
+            return {}
+        offset = max(state_offset(name) or 0 for name in self._states)
+        position, interval = self.length - self._spec.block_size + offset, self._spec.state_interval
+        if position % interval and self._last_state and position - self._last_state < interval // 4:
+            return {}
+        self._last_state = position
+        return self._states
 
     def _load_state(self, arrays: Arrays, offset: int) -> None:
         there = {n: a for n, a in arrays.items() if state_offset(n) == offset}
