@@ -108,14 +108,14 @@ def test_while_long_prompts_prefill_and_decode_nothing_is_used_that_was_not_rese
     prompts = {f"a{i}": random_tokens(490, seed=i) for i in range(4)}
 
     async def all_at_once(engine: EngineThread) -> list[int]:
-        answers = [engine.answer(name, tokens, 300) for name, tokens in prompts.items()]
+        answers = [engine.answer(name, tokens, 60) for name, tokens in prompts.items()]
         return [stats.completion_tokens for _, stats in await asyncio.gather(*answers)]
 
     with tiny_engine(tmp_path / "free", LOAD) as engine:
-        kv_budget = int(sequences * engine.core.budget.running_bytes(1024))
+        kv_budget = int(sequences * engine.core.budget.running_bytes(768))
     with tiny_engine(tmp_path / "tight", LOAD, kv_budget=kv_budget, tail_delay=0.0) as engine:
         with Sampler(engine) as sampler:
-            assert engine.call(all_at_once(engine), timeout=120) == [300] * 4
+            assert engine.call(all_at_once(engine), timeout=120) == [60] * 4
         assert sampler.most <= kv_budget
         assert sampler.uncounted <= 0
 
