@@ -17,6 +17,7 @@ from ..config import Settings
 from ..errors import AgentMemError, ContextLengthExceeded, EngineFailed, ShuttingDown, StartupError
 from ..kvcache.spec import describe
 from ..models.loading import LoadedModel
+from .cuts import Cuts
 from .lifecycle import Lifecycle
 from .loop import EngineLoop
 from .request import AgentDetail, AgentInfo, Export, Finished, GenerateRequest, TextDelta, check_agent_id
@@ -119,10 +120,10 @@ class Engine:
         return await self._perform(partial(self._lifecycle.evict, namespace, agent_id))
 
     async def fork_agent(self, namespace: str, agent_id: str, to: str, tokens: int | None) -> AgentDetail:
-        return await self._perform(partial(self._lifecycle.fork, namespace, agent_id, to, tokens))
+        return await self._perform(partial(self._cuts.fork, namespace, agent_id, to, tokens))
 
     async def truncate_agent(self, namespace: str, agent_id: str, tokens: int, held: int | None) -> AgentDetail:
-        return await self._perform(partial(self._lifecycle.truncate, namespace, agent_id, tokens, held))
+        return await self._perform(partial(self._cuts.truncate, namespace, agent_id, tokens, held))
 
     async def agent_tokens(self, namespace: str, agent_id: str) -> list[int]:
         return await self._perform(partial(self._lifecycle.tokens, namespace, agent_id))
@@ -168,6 +169,10 @@ class Engine:
     @property
     def _lifecycle(self) -> Lifecycle:
         return self._core_loop.lifecycle
+
+    @property
+    def _cuts(self) -> Cuts:
+        return self._core_loop.cuts
 
     def begin_drain(self) -> None:
         self._stopping = True
