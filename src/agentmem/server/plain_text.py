@@ -28,7 +28,7 @@ class PlainText:
         return [token for piece in text.split(sentinel) if piece for token in self._encode(piece)]
 
     def _encode(self, text: str) -> list[int]:
-        tokens: list[int] = self._tokenizer.encode(text, add_special_tokens=False)
+        tokens: list[int] = self._tokenizer.encode(text, add_special_tokens=False, verbose=False)
         return tokens
 
     def _hide(self, text: str, sentinel: str) -> str:
