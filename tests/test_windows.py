@@ -100,17 +100,62 @@ def test_an_ephemeral_agent_goes_on_from_its_end_and_is_prefilled_where_its_wind
 
 @pytest.mark.parametrize("sequences", [1.5, 2.5])
 def test_while_long_prompts_prefill_and_decode_nothing_is_used_that_was_not_reserved(tmp_path, sequences):
-    prompts = {f"a{i}": random_tokens(500, seed=i) for i in range(4)}
+    prompts = {f"a{i}": random_tokens(490, seed=i) for i in range(4)}
 
-    async def all_at_once(engine: EngineThread) -> list[str]:
-        answers = [engine.answer(name, tokens, 40) for name, tokens in prompts.items()]
-        return [text for text, _ in await asyncio.gather(*answers)]
+    async def all_at_once(engine: EngineThread) -> list[int]:
+        answers = [engine.answer(name, tokens, 300) for name, tokens in prompts.items()]
+        return [stats.completion_tokens for _, stats in await asyncio.gather(*answers)]
 
     with tiny_engine(tmp_path / "free", LOAD) as engine:
-        expected = engine.call(all_at_once(engine), timeout=120)
-        kv_budget = int(sequences * engine.core.budget.running_bytes(768))
+        kv_budget = int(sequences * engine.core.budget.running_bytes(1024))
     with tiny_engine(tmp_path / "tight", LOAD, kv_budget=kv_budget, tail_delay=0.0) as engine:
         with Sampler(engine) as sampler:
-            assert engine.call(all_at_once(engine), timeout=120) == expected
+            assert engine.call(all_at_once(engine), timeout=120) == [300] * 4
         assert sampler.most <= kv_budget
         assert sampler.uncounted <= 0
+
+
+def test_of_a_block_that_two_wait_for_each_part_is_read_once(tmp_path):
+    more = random_tokens(20, seed=4)
+    with tiny_engine(tmp_path, LOAD) as engine:
+        engine.ask("alice", PROMPT, 8)
+        settle(engine)
+        engine.call(engine.engine.fork_agent("default", "alice", "bob", 10 * BLOCK))
+        settle(engine)
+    with tiny_engine(tmp_path, LOAD) as engine:
+        read: list[tuple[bytes, str]] = []
+        read_block = engine.core.store.read_block
+
+        def noted(key: bytes, parts: frozenset[str]) -> Any:
+            read.extend((key, part) for part in parts)
+            return read_block(key, parts)
+
+        engine.core.store.read_block = noted
+        tokens = {"alice": newest(engine).tokens().tolist(), "bob": PROMPT[: 10 * BLOCK]}
+
+        async def both() -> list[int]:
+            asked = [engine.answer(name, [*tokens[name], *more]) for name in tokens]
+            return [stats.cached_tokens for _, stats in await asyncio.gather(*asked)]
+
+        assert engine.call(both()) == [607, 320]
+        assert len(read) == len(set(read)) == 18 + 1 + 2  # "0" of all, "1" where alice's end and where bob's looks
+
+
+def test_a_file_that_lacks_what_it_should_hold_is_put_aside_and_prefilled_again(tmp_path):
+    with tiny_engine(tmp_path, LOAD) as engine:
+        engine.ask("alice", PROMPT, 8)
+        settle(engine)
+        evict(engine)
+        tokens, read_block = newest(engine).tokens().tolist(), engine.core.store.read_block
+
+        def without_windows(key: bytes, parts: frozenset[str]) -> Any:
+            return read_block(key, parts - {"0"})
+
+        engine.core.store.read_block = without_windows
+        text, stats = engine.ask("alice", [*tokens, 9, 9])
+        engine.core.store.read_block = read_block
+        assert stats.cached_tokens < 17 * BLOCK
+        assert engine.core.store.stats()["quarantined"] > 0
+    with tiny_engine(tmp_path / "fresh", LOAD) as engine:
+        engine.ask("alice", tokens, 0)
+        assert engine.ask("alice", [*tokens, 9, 9])[0] == text

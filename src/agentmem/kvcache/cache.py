@@ -121,7 +121,7 @@ class SequenceCache:
 
     def adopt(self, index: int, block: SealedBlock) -> None:
         """Take `block`, which another sequence sealed for the same tokens, in place of our own."""
-        self.blocks[index] = block
+        self.blocks[index] = block.only(self._spec.needed(index, self.length))
         if self.length == (index + 1) * self._spec.block_size:
             self._load_state(block.arrays, self._spec.block_size)
         if self._spec.bits is None:
@@ -183,10 +183,13 @@ class SequenceCache:
         return Codes(*(mx.concatenate([a, b[:, :, n:]], TOKENS) for a, b in zip(had, codes, strict=True)))
 
     def _let_go(self) -> None:
-        """Of what no window reaches back to any more; the block pool may still hold it."""
+        """Of states, and of what no window reaches back to any more; the block pool may still hold it."""
+        first = min(
+            (layer.first_visible(self.length) for layer in self._spec.layers if layer.window), default=self.length
+        )
         for i in range(len(self.blocks) - 1, -1, -1):
             block = self.blocks[i].only(self._spec.needed(i, self.length))
-            if block.parts == self.blocks[i].parts and i < len(self.blocks) - 1:
+            if block.parts == self.blocks[i].parts and (i + 1) * self._spec.block_size <= first:
                 break
             self.blocks[i] = block
 
