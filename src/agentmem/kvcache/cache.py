@@ -124,10 +124,12 @@ class SequenceCache:
         self.blocks[index] = block.only(self._spec.needed(index, self.length))
         if self.length == (index + 1) * self._spec.block_size:
             self._load_state(block.arrays, self._spec.block_size)
-        if self._spec.bits is None:
-            return
         for i, work in self._attention.items():
             parts = self._unstack(block.arrays, i)
+            if self._spec.bits is None:
+                assert isinstance(work, DenseLayer)
+                work.replace(index * self._spec.block_size, parts["k.full"], parts["v.full"])
+                continue
             sinks = (parts["k.sinks"], parts["v.sinks"]) if "k.sinks" in parts else None
             codes = concatenate_codes([parts], "k"), concatenate_codes([parts], "v")
             work.seal(index * self._spec.block_size, codes, sinks)
