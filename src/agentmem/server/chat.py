@@ -65,6 +65,13 @@ class ChatRenderer:
             raise ContextLengthExceeded(len(tokens), self._max_context, self._why_max)
         return tokens
 
+    async def text_tokens(self, text: str, branches: Sequence[np.ndarray] = ()) -> list[int]:
+        """Of a text that is rendered already; `branches` as in `render`."""
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(
+            self._thread, lambda: splice(self._token_text, self._plain.encode(text), branches).tokens
+        )
+
     async def message_starts(self, tokens: Sequence[int]) -> list[int]:
         """Where each message of a rendered chat starts; one that the template put in (a system prompt) counts too.
 

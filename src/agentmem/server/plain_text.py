@@ -25,9 +25,10 @@ class PlainText:
         sentinel = _unused(_texts(messages))
         hidden = [m if m["role"] == "assistant" else _map_text(m, lambda t: self._hide(t, sentinel)) for m in messages]
         text = self._tokenizer.apply_chat_template(hidden, add_generation_prompt=True, tokenize=False, **options)
-        return [token for piece in text.split(sentinel) if piece for token in self._encode(piece)]
+        return [token for piece in text.split(sentinel) if piece for token in self.encode(piece)]
 
-    def _encode(self, text: str) -> list[int]:
+    def encode(self, text: str) -> list[int]:
+        """A text in which special tokens' names are special tokens."""
         tokens: list[int] = self._tokenizer.encode(text, add_special_tokens=False, verbose=False)
         return tokens
 
