@@ -1,6 +1,6 @@
 """What could make 4 bits better at the same size: variants of the cache's quantization against the one in use.
 
-python benchmarks/quality.py --corpus FILE --json benchmarks/results/quality-demo.json
+python benchmarks/quality.py --json benchmarks/results/quality-demo-pydoc.json
 
 Each variant is one change to the baseline, which is the product's cache at 4 bits written down again: keys centred and
 rotated, values rotated, codes in groups of 64 with 16-bit scales, first tokens and the open block in full precision. A
@@ -28,12 +28,13 @@ from machine import describe_machine, write_result  # noqa: E402
 
 from agentmem.bench.scores import Score, delta_percent, log_probabilities, score  # noqa: E402
 from agentmem.bench.windows import Protocol, Window, cut_windows, read_corpus  # noqa: E402
-from agentmem.kvcache.attention import attend_dense, install_seam  # noqa: E402
+from agentmem.kvcache.attention import install_seam  # noqa: E402
 from agentmem.kvcache.calibrate import calibration_tokens  # noqa: E402
 from agentmem.models.loading import LoadedModel, load_model  # noqa: E402
 
 BLOCK, GROUP = 256, 64
-FACTORS = (1.0, 0.96, 0.92, 0.88, 0.84, 0.8)  # by which "mse" shrinks a group's range
+FACTORS = (1.0, 0.96, 0.92, 0.88, 0.84, 0.8)  # by which `mse` shrinks a group's range
+FIT_FACTOR = {3: 0.86, 4: 0.96, 5: 0.98}  # by bits, least squared error of rotated keys and values
 Quantizer = Callable[[mx.array, int], mx.array]  # x [..., D], bits: what its codes stand for
 
 
@@ -86,21 +87,38 @@ def refit(x: mx.array, bits: int) -> mx.array:
     best, least = groups, mx.full(low.shape, mx.inf)
     for factor in FACTORS:
         middle, reach = (low + high) / 2, (high - low) / 2 * factor
-        scale, bias = mx.maximum(2 * reach / (2**bits - 1), 1e-8), middle - reach
+        scale, bias = 2 * reach / (2**bits - 1), middle - reach
         for _ in range(2):
-            codes = mx.clip(mx.round((groups - bias) / scale), 0, 2**bits - 1)
-            mean_c, mean_x = codes.mean(axis=-1, keepdims=True), groups.mean(axis=-1, keepdims=True)
-            spread = ((codes - mean_c) ** 2).sum(axis=-1, keepdims=True)
-            scale = ((codes - mean_c) * (groups - mean_x)).sum(axis=-1, keepdims=True) / mx.maximum(spread, 1e-8)
-            scale = mx.maximum(scale, 1e-8)
-            bias = mean_x - scale * mean_c
+            scale, bias = _least_squares(groups, _codes(groups, scale, bias, bits))
         best, least = _better(groups, _affine(groups, scale, bias, bits), best, least)
     return best.reshape(x.shape)
 
 
+def fit(x: mx.array, bits: int) -> mx.array:
+    """The cheap form of `refit`: the range shrunk by one factor, then scale and bias by least squares on the codes."""
+    groups = x.reshape(*x.shape[:-1], -1, GROUP)
+    low, high = groups.min(axis=-1, keepdims=True), groups.max(axis=-1, keepdims=True)
+    middle, reach = (low + high) / 2, (high - low) / 2 * FIT_FACTOR[bits]
+    codes = _codes(groups, 2 * reach / (2**bits - 1), middle - reach, bits)
+    scale, bias = (a.astype(mx.float16).astype(x.dtype) for a in _least_squares(groups, codes))
+    return (codes * scale + bias).reshape(x.shape)
+
+
+def _codes(groups: mx.array, scale: mx.array, bias: mx.array, bits: int) -> mx.array:
+    return mx.clip(mx.round((groups - bias) / mx.maximum(scale, 1e-8)), 0, 2**bits - 1)
+
+
+def _least_squares(groups: mx.array, codes: mx.array) -> tuple[mx.array, mx.array]:
+    """(scale, bias) of the line that leads from codes to values."""
+    mean_c, mean_x = codes.mean(axis=-1, keepdims=True), groups.mean(axis=-1, keepdims=True)
+    spread = ((codes - mean_c) ** 2).sum(axis=-1, keepdims=True)
+    scale = ((codes - mean_c) * (groups - mean_x)).sum(axis=-1, keepdims=True) / mx.maximum(spread, 1e-8)
+    return scale, mean_x - scale * mean_c
+
+
 def _affine(groups: mx.array, scale: mx.array, bias: mx.array, bits: int) -> mx.array:
     scale, bias = (a.astype(mx.float16).astype(groups.dtype) for a in (mx.maximum(scale, 1e-4), bias))
-    return mx.clip(mx.round((groups - bias) / scale), 0, 2**bits - 1) * scale + bias
+    return _codes(groups, scale, bias, bits) * scale + bias
 
 
 def _better(x: mx.array, value: mx.array, best: mx.array, least: mx.array) -> tuple[mx.array, mx.array]:
@@ -138,6 +156,7 @@ VARIANTS = (
     replace(BASELINE, name="whiten", what="the best linear map of keys (balance over all directions)", keys="whitened"),
     replace(BASELINE, name="mse", what="range of a group shrunk for least squared error", quantize=mse),
     replace(BASELINE, name="refit", what="the same, then scale and bias by least squares", quantize=refit),
+    replace(BASELINE, name="fit", what="one factor, then scale and bias by least squares", quantize=fit),
     replace(BASELINE, name="centred values", what="values centred too", values="centred"),
     replace(BASELINE, name="whiten values", what="the best linear map of values, by W_o", values="whitened"),
     replace(BASELINE, name="sinks 0", what="no sinks kept", num_sinks=0),
@@ -154,6 +173,9 @@ VARIANTS = (
         bits=dict.fromkeys((0, 1, 2, 27, 28, 29), (5, 4)) | dict.fromkeys(range(12, 18), (3, 4)),
     ),
     replace(BASELINE, name="balance+refit", what="both", keys="balanced", quantize=refit),
+    replace(BASELINE, name="k5v3+fit", what="both", default_bits=(5, 3), quantize=fit),
+    replace(BASELINE, name="k5v3+refit", what="both", default_bits=(5, 3), quantize=refit),
+    replace(BASELINE, name="k5v3+balance+fit", what="all", default_bits=(5, 3), quantize=fit, keys="balanced"),
     replace(BASELINE, name="whiten+refit", what="keys and values", keys="whitened", values="whitened", quantize=refit),
 )
 
@@ -182,9 +204,9 @@ class LayerCache:
     def attend(self, queries: mx.array, scale: float, sinks: mx.array | None) -> mx.array:
         keys, values = (mx.concatenate([pair[i] for pair in self._kept], axis=2) for i in (0, 1))
         if not self._space:
-            return attend_dense(queries, keys, values, scale, None, sinks)
+            return _attention(queries, keys, values, scale)
         heads = keys.shape[1]
-        out = attend_dense(_by_head(queries, self._space["query_in"], heads), keys, values, scale, None, sinks)
+        out = _attention(_by_head(queries, self._space["query_in"], heads), keys, values, scale)
         if self._kept[-1][0].shape[2] == BLOCK:
             self._seal()
         out = _by_head(out, self._space["value_out"], heads)
@@ -193,11 +215,18 @@ class LayerCache:
     def _seal(self) -> None:
         pairs = zip(self._kept[-1], self._bits, strict=True)
         n = self._variant.num_sinks if len(self._kept) == 1 else 0
-        sealed = [mx.concatenate([x[:, :, :n], self._variant.quantize(x[:, :, n:], bits)], axis=2) for x, bits in pairs]
-        self._kept[-1] = sealed[0], sealed[1]
+        keys, values = (mx.concatenate([x[:, :, :n], self._code(x[:, :, n:], bits)], axis=2) for x, bits in pairs)
+        self._kept[-1] = keys, values
+
+    def _code(self, x: mx.array, bits: int) -> mx.array:
+        return x if bits == 16 else self._variant.quantize(x, bits)
 
     def arrays(self) -> list[mx.array]:
         return [a for pair in self._kept for a in pair]
+
+
+def _attention(q: mx.array, k: mx.array, v: mx.array, scale: float) -> mx.array:
+    return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask="causal")
 
 
 def _by_head(x: mx.array, matrices: mx.array, heads: int) -> mx.array:
@@ -344,7 +373,7 @@ def rows_of(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--corpus", type=Path, action="append", help="besides the text of pydoc_data.topics")
+    parser.add_argument("--corpus", type=Path, help="text file (default: the text of pydoc_data.topics)")
     parser.add_argument("--windows", type=int, default=2, help="of 2,048 tokens, of each corpus")
     parser.add_argument("--only", help="names of variants, comma-separated; the baseline always runs")
     parser.add_argument("--json", type=Path, help="where to write the result")
@@ -354,21 +383,18 @@ def main() -> None:
     names = args.only.split(",") if args.only else [v.name for v in VARIANTS]
     variants = tuple(v for v in VARIANTS if v is BASELINE or v.name in names)
     run = Run(loaded, variants, collect_moments(loaded))
-    protocol, corpora = Protocol(2048, 2048, 2048 * args.windows), {}
-    for path in [None, *(args.corpus or [])]:
-        name, text = read_corpus(path)
-        tokens = loaded.tokenizer.encode(text[: 32 * protocol.num_scored], add_special_tokens=False, verbose=False)
-        windows = cut_windows(tokens, protocol, [])
-        corpora[name] = rows_of(variants, run, windows, len(loaded.model.layers))
-        print(f"\n{name}")
-        for row in corpora[name]:
-            print(
-                f"{row['variant']:<16} {row['ratio_to_fp16']:.3f}  KL {row['kl']:.5f} ({row['kl_over_baseline']:.2f})  "
-                f"dPPL {row['delta_percent']:+.2f} %  top-1 {row['top1']:.2%}  {row['what']}",
-                flush=True,
-            )
-    result = {"benchmark": "quality", "machine": describe_machine(), "model": loaded.name}
-    write_result(result | {"tokens": protocol.num_scored, "window": 2048, "corpora": corpora}, args.json)
+    protocol = Protocol(2048, 2048, 2048 * args.windows)
+    corpus, text = read_corpus(args.corpus)
+    tokens = loaded.tokenizer.encode(text[: 32 * protocol.num_scored], add_special_tokens=False, verbose=False)
+    rows = rows_of(variants, run, cut_windows(tokens, protocol, []), len(loaded.model.layers))
+    print(f"\n{corpus}")
+    for row in rows:
+        print(
+            f"{row['variant']:<16} {row['ratio_to_fp16']:.3f}  KL {row['kl']:.5f} ({row['kl_over_baseline']:.2f})  "
+            f"dPPL {row['delta_percent']:+.2f} %  top-1 {row['top1']:.2%}  {row['what']}"
+        )
+    result = {"benchmark": "quality", "machine": describe_machine(), "model": loaded.name, "corpus": corpus}
+    write_result(result | {"tokens": protocol.num_scored, "window": 2048, "rows": rows}, args.json)
 
 
 if __name__ == "__main__":

@@ -11,14 +11,21 @@ import mlx.core as mx
 import pytest
 import tiny
 from mlx_lm.models import llama
-from mlx_lm.models.cache import QuantizedKVCache, make_prompt_cache
+from mlx_lm.models.cache import (
+    ArraysCache,
+    CacheList,
+    ChunkedKVCache,
+    KVCache,
+    QuantizedKVCache,
+    make_prompt_cache,
+)
 from tiny import BLOCK, VOCAB, random_tokens, tiny_model
 from tiny_model_dir import write_tiny_model
 
 from agentmem.bench.plain import plain_cache
 from agentmem.bench.scores import Score, delta_percent, log_probabilities, score, student_t
 from agentmem.bench.windows import Protocol, cut_windows
-from agentmem.errors import StartupError
+from agentmem.errors import ModelError, StartupError
 
 COMMAND = (sys.executable, "-m", "agentmem.cli", "bench", "perplexity")
 FAULT = 2  # exit code
@@ -145,6 +152,19 @@ def test_plain_4_bits_are_mlx_lms_quantized_cache():
     ours = plain_cache(model)
     for part in (tokens[:, :40], tokens[:, 40:]):
         assert mx.allclose(model(part, cache=ours), model(part, cache=theirs), atol=1e-4)
+
+
+def test_recurrent_state_stays_what_it_is_in_the_plain_cache_and_alone_is_no_row():
+    class Model:
+        def __init__(self, *caches):
+            self.make_cache = lambda: list(caches)
+
+    state = ArraysCache(2)
+    first, (second, latent) = plain_cache(Model(state, CacheList(state, KVCache())))
+    assert first is second is state and type(latent) is not KVCache
+    for caches in ([state], [KVCache(), ChunkedKVCache(8)]):
+        with pytest.raises(ModelError, match="mlx-lm"):
+            plain_cache(Model(*caches))
 
 
 def test_layers_that_slide_have_all_rows_too(corpus, tmp_path):

@@ -1,6 +1,7 @@
 """`agentmem bench`: what the cache costs and gains, measured on this machine."""
 
 import json
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -87,8 +88,10 @@ def _presets(text: str, known: tuple[str, ...]) -> list[str]:
 
 def check_writable(file: Path) -> None:
     """Before minutes of work, not after."""
-    if not file.parent.is_dir() or file.is_dir():
-        raise StartupError(f"{file}: can't be written: {'is' if file.is_dir() else 'its parent is no'} directory")
+    if not file.parent.is_dir():
+        raise StartupError(f"{file}: can't be written: {file.parent} is no directory")
+    if file.is_dir() or not os.access(file if file.exists() else file.parent, os.W_OK):
+        raise StartupError(f"{file}: can't be written: {'it is a directory' if file.is_dir() else 'no permission'}")
 
 
 def _load(settings: Settings, protocol: "Protocol") -> "LoadedModel":

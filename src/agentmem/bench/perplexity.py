@@ -26,7 +26,9 @@ class PresetResult:
     """A row of the table; figures are None where `unavailable` says why."""
 
     kv_bits: str
-    bytes_per_token: float | None  # of a sealed token, sinks aside; 16-bit values count 2 bytes on a CPU too
+    bytes_per_token: (
+        float | None
+    )  # of a sealed token, sinks and snapshots of state aside; 16-bit values count 2 bytes on a CPU too
     ratio_to_fp16: float | None
     ppl: float | None = None
     delta_percent: float | None = None  # of perplexity, against 16 bits
@@ -116,7 +118,7 @@ def _plain(model: Any) -> _Sequence:
 def _sizes(spec: KVCacheSpec) -> tuple[float, float]:
     fp16 = spec.dense_bytes / spec.dtype.size * 2
     sealed = fp16 if spec.bits is None else spec.sealed_bytes
-    return sealed, sealed / fp16
+    return sealed, sealed / fp16 if fp16 else 1.0  # a recurrent model keeps nothing of a single token
 
 
 def _score_window(

@@ -3,7 +3,7 @@
 from typing import Any
 
 import mlx.core as mx
-from mlx_lm.models.cache import KVCache, RotatingKVCache, make_prompt_cache
+from mlx_lm.models.cache import ArraysCache, CacheList, KVCache, RotatingKVCache, make_prompt_cache
 
 from ..errors import ModelError
 
@@ -37,8 +37,14 @@ class _PlainQ4RotatingKVCache(_PlainQ4, RotatingKVCache):
 
 
 def plain_cache(model: Any) -> list[Any]:
-    """One cache object a layer. Raises ModelError, with the reason, where mlx-lm's way does not apply."""
-    return [_of_layer(made) for made in make_prompt_cache(model)]
+    """What the model takes as its cache. As in mlx-lm, recurrent state stays what it is.
+
+    Raises ModelError, with the reason, where nothing can be quantized that way.
+    """
+    made = [_of_layer(cache) for cache in make_prompt_cache(model)]
+    if not any(isinstance(part, _PlainQ4) for cache in made for part in getattr(cache, "caches", (cache,))):
+        raise ModelError("mlx-lm quantizes no layer of this model")
+    return made
 
 
 def _of_layer(made: Any) -> Any:
@@ -46,4 +52,8 @@ def _of_layer(made: Any) -> Any:
         return _PlainQ4KVCache()
     if type(made) is RotatingKVCache:
         return _PlainQ4RotatingKVCache(made.max_size, keep=made.keep)
+    if type(made) is CacheList:
+        return CacheList(*map(_of_layer, made.caches))
+    if type(made) is ArraysCache:
+        return made
     raise ModelError(f"mlx-lm does not quantize a {type(made).__name__}")
