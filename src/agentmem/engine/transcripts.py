@@ -104,21 +104,30 @@ class Transcripts:
         self._trim()
         return True
 
-    async def remove(self, namespace: str, agent: str, tree: TurnTree, turn: Turn) -> None:
-        """Forget a turn, off the disk too. What follows it keeps its messages until that goes. Raises StoreFailed."""
+    def drop(
+        self, namespace: str, agent: str, tree: TurnTree, turn: Turn, *, wipe: bool = False
+    ) -> Future[None] | None:
+        """Forget a turn; what follows it keeps its messages until that goes.
+
+        Gives what ends when the disk knows it (`wipe`: and its text is off the disk), None where nothing is there.
+        """
         with self._lock:
             if tree.deleted:
-                return
+                return None
             gone = tree.remove(turn.id)
-            hidden = [] if gone else [tree.hide(turn.id)]
+            hidden = None if gone else tree.hide(turn.id)
             if self._table is None or tree.in_ram_only:
-                return
-            if hidden:
-                done = self._table.put([turn.record(namespace, agent) for turn in hidden])
-            else:
-                done = self._table.delete(gone, wipe=True)
+                return None
+            if hidden is not None:
+                return self._table.put([hidden.record(namespace, agent)])
+            return self._table.delete(gone, wipe=wipe)
+
+    async def remove(self, namespace: str, agent: str, tree: TurnTree, turn: Turn) -> None:
+        """Forget a turn, off the disk too. Raises StoreFailed."""
+        done = self.drop(namespace, agent, tree, turn, wipe=True)
         try:
-            await asyncio.wrap_future(done)
+            if done is not None:
+                await asyncio.wrap_future(done)
         except (OSError, sqlite3.Error, AgentMemError) as e:
             raise StoreFailed(f"The response may still be on disk: {e}; delete it again") from e
 

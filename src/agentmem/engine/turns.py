@@ -9,6 +9,7 @@ A turn holds the messages that it added, in the shape of OpenAI's chat API. The 
 was added last.
 """
 
+import asyncio
 import json
 import time
 import uuid
@@ -61,6 +62,7 @@ class TurnTree:
         self.nbytes = 0  # about, of the text
         self.deleted = False  # with its agent: nothing is added any more
         self.in_ram_only = False
+        self.appending = asyncio.Lock()  # of what is told without being asked: one thing after the other
 
     @property
     def newest(self) -> Turn | None:

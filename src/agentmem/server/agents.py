@@ -4,6 +4,7 @@ import asyncio
 import os
 import tempfile
 from dataclasses import asdict
+from functools import partial
 from typing import IO, Any
 
 from fastapi import FastAPI, Request
@@ -12,13 +13,14 @@ from starlette.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from ..config import Settings
-from ..engine.request import AgentDetail, EngineAPI, Export, Finished, GenerateRequest, SamplingParams, check_agent_id
+from ..engine.request import AgentDetail, EngineAPI, Export, GenerateRequest, SamplingParams, check_agent_id
 from ..errors import AgentNotFound, InvalidRequest, StoreFailed
 from .auth import namespace_of
 from .chat import ChatRenderer
-from .events import unless_disconnected
+from .context import add_context_routes
 from .explain import add_explain_routes
 from .openai import ChatMessage, Text, Wire, chat_message
+from .prefill import answer, prefill
 
 IMPORT_PATH = "/v1/agents/import"  # its body is a file: read as it comes
 
@@ -47,9 +49,11 @@ class TTLBody(Wire):
 
 class PrewarmBody(Wire):
     messages: list[ChatMessage] = Field(min_length=1)
+    stream: bool | None = None  # how far it is, see prefill.py
 
 
 def add_agent_routes(app: FastAPI, engine: EngineAPI, renderer: ChatRenderer, settings: Settings) -> None:
+    add_context_routes(app, engine, renderer)
     add_explain_routes(app, engine, renderer)  # before what would take its path for an agent's id
 
     @app.get("/v1/agents")
@@ -115,29 +119,13 @@ def _add_memory_routes(app: FastAPI, engine: EngineAPI, renderer: ChatRenderer) 
             raise AgentNotFound(agent_id)
         return {"agent_id": agent_id, "restored_bytes": restored}
 
-    @app.post("/v1/agents/{agent_id:path}/prewarm")
-    async def prewarm_agent(agent_id: str, body: PrewarmBody, request: Request) -> dict[str, Any]:
+    @app.post("/v1/agents/{agent_id:path}/prewarm", response_model=None)
+    async def prewarm_agent(agent_id: str, body: PrewarmBody, request: Request) -> Response:
         """Prefill these messages as a request would, and answer nothing."""
         agent_id = check_agent_id(agent_id)
         tokens = await renderer.render([chat_message(m) for m in body.messages])
         generate = GenerateRequest(namespace_of(request), agent_id, tokens, SamplingParams(max_tokens=0))
-        return await unless_disconnected(request, _prewarm(engine, generate))
-
-
-async def _prewarm(engine: EngineAPI, generate: GenerateRequest) -> dict[str, Any]:
-    async for event in engine.generate(generate):
-        if isinstance(event, Finished):
-            names = (
-                "prompt_tokens",
-                "cache",
-                "cached_tokens",
-                "restored_bytes",
-                "restore_ms",
-                "prefill_ms",
-                "queue_ms",
-            )
-            return {"agent_id": generate.agent_id, **{name: getattr(event.stats, name) for name in names}}
-    raise AssertionError("a request ends with Finished")
+        return await answer(request, partial(prefill, engine, generate), stream=bool(body.stream))
 
 
 def _add_copy_routes(app: FastAPI, engine: EngineAPI, renderer: ChatRenderer) -> None:

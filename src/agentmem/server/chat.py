@@ -52,15 +52,19 @@ class ChatRenderer:
         self._token_text, self._plain = TokenText(tokenizer), PlainText(tokenizer)
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="tokenizer")
 
-    async def render(self, messages: Sequence[Message], branches: Sequence[np.ndarray] = ()) -> list[int]:
+    async def render(
+        self, messages: Sequence[Message], branches: Sequence[np.ndarray] = (), *, generation_prompt: bool = True
+    ) -> list[int]:
         """The prompt's token ids, up to where the assistant's answer begins, with room for at least one more.
+
+        Without a generation prompt, up to where the last message ends.
 
         A last message of the assistant's is history like any other: the answer is a new message after it. `branches`:
         token ids that the agent has cached; they are kept as far as their text is the prompt's, see splice.py.
         Raises InvalidRequest (no template, or one that refuses these messages) and ContextLengthExceeded.
         """
         loop = asyncio.get_running_loop()
-        tokens = await loop.run_in_executor(self._thread, self._render, messages, branches)
+        tokens = await loop.run_in_executor(self._thread, self._render, messages, branches, generation_prompt)
         if len(tokens) >= self._max_context:
             raise ContextLengthExceeded(len(tokens), self._max_context, self._why_max)
         return tokens
@@ -111,17 +115,19 @@ class ChatRenderer:
         messages = [Message(role, content).for_template() for role, content in zip(roles, contents, strict=False)]
         return list(self._tokenizer.apply_chat_template(messages, tokenize=True, **options))
 
-    def _render(self, messages: Sequence[Message], branches: Sequence[np.ndarray]) -> list[int]:
-        return splice(self._token_text, self._apply_template(messages), branches).tokens
+    def _render(
+        self, messages: Sequence[Message], branches: Sequence[np.ndarray], generation_prompt: bool
+    ) -> list[int]:
+        return splice(self._token_text, self._apply_template(messages, generation_prompt), branches).tokens
 
-    def _apply_template(self, messages: Sequence[Message]) -> list[int]:
+    def _apply_template(self, messages: Sequence[Message], generation_prompt: bool) -> list[int]:
         if not self._tokenizer.has_chat_template:
             raise InvalidRequest(
                 "This model has no chat template, so it can't take messages; serve its instruct or chat variant.",
                 param="messages",
             )
         try:
-            tokens = self._plain.tokens([m.for_template() for m in messages])
+            tokens = self._plain.tokens([m.for_template() for m in messages], generation_prompt)
         except TemplateError as e:
             message = f"The model's chat template refuses these messages: {e.message or type(e).__name__}"
             raise InvalidRequest(message, param="messages") from e

@@ -15,9 +15,11 @@ from ..config import Settings
 from ..engine.request import EngineAPI, Finished, GenerateRequest, RequestStats, SamplingParams
 from ..errors import AgentMemError, NotFound
 from .auth import namespace_of
-from .chat import ChatRenderer, resolve_agent_id
+from .chat import ANONYMOUS, ChatRenderer, resolve_agent_id
+from .conversation import Conversation, begin, is_retried, resume
 from .events import Event, Events, EventStream, unless_disconnected
-from .openai import AgentOptions, ChatCompletionRequest, chat_message, error_body
+from .openai import AgentOptions, ChatCompletionRequest, error_body
+from .render import render
 
 FIRST_EVENT_WAIT = 2.0  # s; until then an error can still become an HTTP status
 PING_INTERVAL = 5.0  # s between comments while a stream has nothing to say
@@ -39,8 +41,9 @@ class ChatCompletions:
 
     async def create(self, body: ChatCompletionRequest, request: Request) -> Response:
         check_model(body.model, self._engine.model_name)
-        generate = await self._generate_request(body, request)
-        answer = Answer(self._engine.model_name, generate.agent_id)
+        conversation = await self._conversation(body, request)
+        generate = await self._generate_request(body, conversation)
+        answer = Answer(self._engine.model_name, generate.agent_id, conversation)
         events = Events(self._engine.generate(generate))
         async with AsyncExitStack() as closing:
             closing.push_async_callback(events.aclose)
@@ -51,33 +54,44 @@ class ChatCompletions:
         include_usage = bool(body.stream_options and body.stream_options.include_usage)
         return EventStream(_chunks(answer, events, first, include_usage), events)
 
-    async def _generate_request(self, body: ChatCompletionRequest, request: Request) -> GenerateRequest:
+    async def _conversation(self, body: ChatCompletionRequest, request: Request) -> Conversation:
         header = next((value for name, value in request.headers.raw if name == b"x-agent-id"), None)
         agent_id = resolve_agent_id(body.agent_id, header)
-        branches = self._engine.branch_tokens(namespace_of(request), agent_id)
-        tokens = await self.renderer.render([chat_message(m) for m in body.messages], branches)
+        options, said = body.agentmem or AgentOptions(), [m.model_dump(exclude_none=True) for m in body.messages]
+        whose = (self._engine.turns, namespace_of(request), agent_id)
+        if options.continue_:
+            conversation = await resume(*whose, said, options.turn, retried=is_retried(request))
+        else:
+            conversation = begin(*whose, said, keep=body.store is not False and agent_id != ANONYMOUS)
+        conversation.ephemeral = bool(options.ephemeral)
+        return conversation
+
+    async def _generate_request(self, body: ChatCompletionRequest, conversation: Conversation) -> GenerateRequest:
+        namespace, agent_id = conversation.namespace, conversation.agent_id
+        branches = self._engine.branch_tokens(namespace, agent_id)
+        tokens = await render(self.renderer, conversation.messages, branches)
         limits = [limit for limit in (body.max_tokens, body.max_completion_tokens) if limit is not None]
         limits = limits or [self._settings.default_max_tokens]
         max_tokens = min(*limits, self._engine.max_context - len(tokens))
         params = sampling_params(body, max_tokens)
         agent = body.agentmem or AgentOptions()
-        return GenerateRequest(
-            namespace_of(request), agent_id, tokens, params, body.priority or 0, agent.ttl, agent.ephemeral
-        )
+        return GenerateRequest(namespace, agent_id, tokens, params, body.priority or 0, agent.ttl, agent.ephemeral)
 
 
 @dataclass(frozen=True)
 class Answer:
     model: str
     agent_id: str
+    conversation: Conversation
     id: str = field(default_factory=lambda: f"chatcmpl-{uuid.uuid4().hex}")
     created: int = field(default_factory=lambda: int(time.time()))
 
     def head(self, object: str) -> dict[str, Any]:
         return {"id": self.id, "object": object, "created": self.created, "model": self.model}
 
-    def agentmem(self, stats: RequestStats) -> dict[str, Any]:
-        """What this answer cost; times in ms."""
+    async def agentmem(self, stats: RequestStats, message: dict[str, Any]) -> dict[str, Any]:
+        """Leave a turn; what this answer cost, times in ms."""
+        turn = await self.conversation.finish("chat", [message])
         return {
             "agent_id": self.agent_id,
             "cache": stats.cache,
@@ -88,6 +102,7 @@ class Answer:
             "prefill_ms": round(stats.prefill_ms, 3),
             "ttft_ms": round(stats.ttft_ms, 3),
             "queue_ms": round(stats.queue_ms, 3),
+            "turn": turn,
         }
 
 
@@ -132,7 +147,7 @@ async def _completion(answer: Answer, events: Events) -> dict[str, Any]:
         **answer.head("chat.completion"),
         "choices": [choice],
         "usage": _usage(event.stats),
-        "agentmem": answer.agentmem(event.stats),
+        "agentmem": await answer.agentmem(event.stats, message),
     }
 
 
@@ -145,7 +160,7 @@ async def _chunks(answer: Answer, events: Events, event: Event | None, include_u
         choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish_reason}
         return _data({**head, "choices": [choice], **usage, **more})
 
-    has_role = False
+    has_role, text = False, ""
     while True:
         if event is None:
             yield PING
@@ -153,12 +168,14 @@ async def _chunks(answer: Answer, events: Events, event: Event | None, include_u
             has_role = True
             yield chunk({"role": "assistant", "content": ""})
         if isinstance(event, Finished):
-            yield chunk({}, event.reason, agentmem=answer.agentmem(event.stats))
+            message = {"role": "assistant", "content": text}
+            yield chunk({}, event.reason, agentmem=await answer.agentmem(event.stats, message))
             if include_usage:
                 yield _data({**head, "choices": [], "usage": _usage(event.stats)})
             yield DONE
             return
         if event is not None:
+            text += event.text
             yield chunk({"content": event.text})
         try:
             event = await events.next(PING_INTERVAL)

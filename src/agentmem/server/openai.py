@@ -134,6 +134,8 @@ class AgentOptions(Wire):
 
     ttl: float | None = Field(default=None, gt=0, allow_inf_nan=False)  # s that it is kept after its last use
     ephemeral: bool | None = None  # a new agent is never written to disk
+    continue_: bool | None = Field(default=None, alias="continue")  # the transcript holds what was said before
+    turn: Text | None = None  # where to continue, by default the newest
 
 
 class StreamOptions(Wire):

@@ -20,11 +20,17 @@ class PlainText:
         added = json.loads(tokenizer.backend_tokenizer.to_str())["added_tokens"]
         self._names = sorted((t["content"] for t in added if len(t["content"]) > 1), key=len, reverse=True)
 
-    def tokens(self, messages: Sequence[dict[str, Any]], **options: Any) -> list[int]:
-        """Of the rendered chat, up to where an answer begins. jinja2.TemplateError: the template refuses it."""
+    def tokens(
+        self, messages: Sequence[dict[str, Any]], add_generation_prompt: bool = True, **options: Any
+    ) -> list[int]:
+        """Of the rendered chat, up to where an answer begins. jinja2.TemplateError: the template refuses it.
+
+        Without a generation prompt, up to where the last message ends.
+        """
         sentinel = _unused(_texts(messages))
         hidden = [m if m["role"] == "assistant" else _map_text(m, lambda t: self._hide(t, sentinel)) for m in messages]
-        text = self._tokenizer.apply_chat_template(hidden, add_generation_prompt=True, tokenize=False, **options)
+        options |= {"add_generation_prompt": add_generation_prompt, "tokenize": False}
+        text = self._tokenizer.apply_chat_template(hidden, **options)
         return [token for piece in text.split(sentinel) if piece for token in self.encode(piece)]
 
     def encode(self, text: str) -> list[int]:
