@@ -101,7 +101,9 @@ class Settings(BaseSettings):
     )
     max_running: int = Field(8, ge=1, le=256, description="sequences decoded at once")
     max_queue: int = Field(64, ge=1, le=10_000, description="requests waiting; one more is answered 429")
-    max_branches: int = Field(4, ge=1, le=64, description="branches kept of one agent; the least recently used goes")
+    max_branches: int = Field(
+        4, ge=1, le=64, description="branches kept of one agent; the least recently used goes, the longest last"
+    )
     max_context: int | None = Field(None, ge=16, description="prompt and answer, in tokens (default: the model's)")
     default_max_tokens: int = Field(2048, ge=1, description="answer tokens where a request names no limit")
     kv_budget: BytesOrShare = Field(
