@@ -75,8 +75,8 @@ class Settings(BaseSettings):
         "(default: no key needed, all in the namespace 'default')",
     )
 
-    kv_bits: Literal["4", "k5v4", "8", "16"] = Field(
-        "4", description="bits of a sealed block: 4, 8, 16 (the model's own dtype), or k5v4 (keys 5, values 4)"
+    kv_bits: Literal["4", "k5v3", "k5v4", "8", "16"] = Field(
+        "4", description="bits of a sealed block: 4, 8, 16 (the model's own dtype), k5v3 (keys 5, values 3) or k5v4"
     )
     block_size: Annotated[int, AfterValidator(_multiple_of_32)] = Field(
         256, ge=32, le=2048, description="tokens a block"
