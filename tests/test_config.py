@@ -109,3 +109,37 @@ def test_figures_in_the_readme_are_those_of_the_committed_results():
     page = (root / "docs/architecture.md").read_text()
     for row in attention:
         assert f"{row['dequantized']:.0f} against {row['codes']:.0f}" in page
+
+
+def test_the_readmes_tables_of_quality_and_capacity_are_those_of_the_committed_results():
+    root = Path(__file__).parent.parent
+    readme = (root / "README.md").read_text()
+    corpora = [
+        {
+            row["kv_bits"]: row
+            for row in json.loads((root / f"benchmarks/results/perplexity-demo-{c}.json").read_text())["presets"]
+        }
+        for c in ("wikitext", "pydoc")
+    ]
+    for kv_bits, name in (("8", "8"), ("k5v4", "k5v4"), ("4", "4"), ("plain4", "plain 4 bits")):
+        rows = [corpus[kv_bits] for corpus in corpora]
+        cells = [f"{r['delta_percent']:+.2f} % ({_interval(r)}) | {r['kl']:.5f} | {r['top1']:.1%}" for r in rows]
+        assert f"| {name} | {rows[0]['ratio_to_fp16']:.3f} | {' | '.join(cells)} |" in readme
+    capacity = json.loads((root / "benchmarks/results/capacity.json").read_text())
+    names = {"gemma-3-12b": "Gemma 3 12B", "gpt-oss-20b": "gpt-oss-20b", "llama-3.1-8b": "Llama 3.1 8B",
+             "qwen3-next-80b-a3b": "Qwen3-Next-80B-A3B", "deepseek-v3": "DeepSeek-V3"}  # fmt: skip
+    for model in capacity["models"]:
+        at_32k = next(c for c in model["contexts"] if c["tokens"] == 32768)
+        if model["model"] in names:
+            cells = [at_32k[c] for c in ("fp16_all_layers", "fp16_windows", "paper_q4", "agentmem")]
+            row = " | ".join(f"{c['agents']} ({_size(c['bytes'])})" for c in cells)
+            assert f"| {names[model['model']]}, 32K | {row} |" in readme
+
+
+def _interval(row):
+    low, high = row["delta_ci95_percent"]
+    return f"{low:+.2f} to {high:+.2f}"
+
+
+def _size(nbytes):
+    return f"{nbytes / 1e9:.1f} GB" if nbytes >= 999.5e6 else f"{nbytes / 1e6:.0f} MB"

@@ -5,9 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from zoo import config_of
 
 from agentmem.config import load_settings
-from agentmem.doctor import collect, render
+from agentmem.doctor import _check_cache, collect, render
 from agentmem.models.blas import load_fast_blas
 
 
@@ -39,6 +40,24 @@ def test_the_model_is_described_without_loading_it(home, demo_model_dir):
     model = checks["model"]
     assert (model["status"], model["type"], model["max_context"]) == ("ok", "llama", 8192)
     assert model["parameters"] == 134_515_008  # 135M, as the name says
+    assert checks["cache"]["sealed_bytes_per_token"] == 6480
+
+
+@pytest.mark.parametrize(
+    ("model_type", "status", "says"),
+    [
+        ("gpt_oss", "ok", "1 sliding over 40 (2 heads of 32, with sinks)"),
+        ("falcon_h1", "ok", "recurrent state in full precision"),
+        ("mamba2", "ok", "2 recurrent; recurrent state in full precision"),
+        ("deepseek_v41", "warn", "nothing is kept after an answer: it uses a LayerCache of its own"),
+        ("no_such_type", "fail", "no_such_type"),
+    ],
+)
+def test_what_of_a_models_cache_is_kept_is_said_in_words(model_type, status, says):
+    config = {"model_type": model_type} if model_type.startswith("no") else config_of(model_type)
+    check = _check_cache(load_settings({}), config)
+    assert check["status"] == status
+    assert says in check["summary"]
 
 
 def test_a_missing_and_a_broken_model_are_failures(home, tmp_path):

@@ -126,8 +126,9 @@ def test_a_cut_sequence_goes_on_alike_from_codes_and_from_a_stored_tail():
         assert mx.array_equal(run(runner, back, TOKENS[:40], 9), run(runner, twin, TOKENS[:40], 9))
 
 
-def test_adopting_anothers_block_changes_what_is_attended_to():
-    runner = tiny_runner()
+@pytest.mark.parametrize(("kind", "kv_bits"), [("llama", "4"), ("llama", "16"), ("gemma3", "16")])
+def test_adopting_anothers_block_changes_what_is_attended_to(kind, kv_bits):
+    runner = tiny_runner(kind, kv_bits)
     ours, others = runner.new_cache(), runner.new_cache()
     run(runner, ours, TOKENS[:64], 64)
     run(runner, others, random_tokens(64, seed=5), 64)

@@ -54,7 +54,7 @@ def test_an_evicted_agent_goes_on_from_its_very_end_with_the_same_answer(tmp_pat
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_prompt_that_is_sent_again_goes_on_from_its_end_and_another_from_the_last_snapshot_before(tmp_path, kind):
-    with tiny_engine(tmp_path / "a", loader(kind)) as engine:
+    with tiny_engine(tmp_path / "a", loader(kind), state_interval=1024) as engine:
         engine.ask("alice", PROMPT, 60)
         settle(engine)
         assert engine.ask("alice", PROMPT, 8)[1].cached_tokens == 199
@@ -68,7 +68,7 @@ def test_a_prompt_that_is_sent_again_goes_on_from_its_end_and_another_from_the_l
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_cut_goes_to_the_last_snapshot_before_it_and_says_so(tmp_path, kind):
-    with tiny_engine(tmp_path, loader(kind)) as engine:
+    with tiny_engine(tmp_path, loader(kind), state_interval=1024) as engine:
         engine.ask("alice", PROMPT, 60)
         settle(engine)
         fork = engine.call(engine.engine.fork_agent("default", "alice", "bob", 240))

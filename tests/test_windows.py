@@ -1,6 +1,8 @@
 """Layers with a window through a whole engine: what stays in RAM, what is read back, and that nothing else changes."""
 
 import asyncio
+import time
+from concurrent.futures import Future
 from typing import Any
 
 import pytest
@@ -10,9 +12,12 @@ from tiny import BLOCK, EngineThread, random_tokens, tiny_engine, tiny_loader
 
 from agentmem.engine.reach import missing
 from agentmem.engine.request import GenerateRequest, SamplingParams
+from agentmem.engine.thin import window_blocks
+from agentmem.store.writer import StoreWriteSkipped
 
 PROMPT = random_tokens(600, seed=1)
 LOAD = tiny_loader("gemma3")
+WINDOW = "0"  # the stack of its five sliding layers; "1" is the global one
 
 
 def newest(engine: EngineThread, agent: str = "alice") -> Any:
@@ -100,17 +105,108 @@ def test_an_ephemeral_agent_goes_on_from_its_end_and_is_prefilled_where_its_wind
 
 @pytest.mark.parametrize("sequences", [1.5, 2.5])
 def test_while_long_prompts_prefill_and_decode_nothing_is_used_that_was_not_reserved(tmp_path, sequences):
-    prompts = {f"a{i}": random_tokens(500, seed=i) for i in range(4)}
+    prompts = {f"a{i}": random_tokens(490, seed=i) for i in range(4)}
 
-    async def all_at_once(engine: EngineThread) -> list[str]:
-        answers = [engine.answer(name, tokens, 40) for name, tokens in prompts.items()]
-        return [text for text, _ in await asyncio.gather(*answers)]
+    async def all_at_once(engine: EngineThread) -> list[int]:
+        answers = [engine.answer(name, tokens, 60) for name, tokens in prompts.items()]
+        return [stats.completion_tokens for _, stats in await asyncio.gather(*answers)]
 
     with tiny_engine(tmp_path / "free", LOAD) as engine:
-        expected = engine.call(all_at_once(engine), timeout=120)
         kv_budget = int(sequences * engine.core.budget.running_bytes(768))
     with tiny_engine(tmp_path / "tight", LOAD, kv_budget=kv_budget, tail_delay=0.0) as engine:
         with Sampler(engine) as sampler:
-            assert engine.call(all_at_once(engine), timeout=120) == expected
+            assert engine.call(all_at_once(engine), timeout=120) == [60] * 4
         assert sampler.most <= kv_budget
         assert sampler.uncounted <= 0
+
+
+def test_of_a_block_that_two_wait_for_each_part_is_read_once(tmp_path):
+    more = random_tokens(20, seed=4)
+    with tiny_engine(tmp_path, LOAD) as engine:
+        engine.ask("alice", PROMPT, 8)
+        settle(engine)
+        engine.call(engine.engine.fork_agent("default", "alice", "bob", 10 * BLOCK))
+        settle(engine)
+    with tiny_engine(tmp_path, LOAD) as engine:
+        read: list[tuple[bytes, str]] = []
+        read_block = engine.core.store.read_block
+
+        def noted(key: bytes, parts: frozenset[str]) -> Any:
+            read.extend((key, part) for part in parts)
+            return read_block(key, parts)
+
+        engine.core.store.read_block = noted
+        tokens = {"alice": newest(engine).tokens().tolist(), "bob": PROMPT[: 10 * BLOCK]}
+
+        async def both() -> list[int]:
+            asked = [engine.answer(name, [*tokens[name], *more]) for name in tokens]
+            return [stats.cached_tokens for _, stats in await asyncio.gather(*asked)]
+
+        assert engine.call(both()) == [607, 320]
+        assert len(read) == len(set(read)) == 18 + 1 + 2  # the global stack of all, windows where two ends look
+
+
+def test_a_file_that_lacks_what_it_should_hold_is_put_aside_and_prefilled_again(tmp_path):
+    with tiny_engine(tmp_path, LOAD) as engine:
+        engine.ask("alice", PROMPT, 8)
+        settle(engine)
+        evict(engine)
+        tokens, read_block = newest(engine).tokens().tolist(), engine.core.store.read_block
+
+        def without_windows(key: bytes, parts: frozenset[str]) -> Any:
+            return read_block(key, parts - {WINDOW})
+
+        engine.core.store.read_block = without_windows
+        text, stats = engine.ask("alice", [*tokens, 9, 9])
+        engine.core.store.read_block = read_block
+        assert stats.cached_tokens < 17 * BLOCK
+        assert engine.core.store.stats()["quarantined"] > 0
+    with tiny_engine(tmp_path / "fresh", LOAD) as engine:
+        engine.ask("alice", tokens, 0)
+        assert engine.ask("alice", [*tokens, 9, 9])[0] == text
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_prefill_that_outruns_the_disk_keeps_few_windows_and_what_could_not_be_saved_is_prefilled_again(
+    tmp_path, fails
+):
+    with tiny_engine(tmp_path, LOAD, tail_delay=3600) as engine:
+        store, late = engine.core.store, []
+        save_block = store.save_block
+
+        def later(*args: Any, **options: Any) -> Future[Any]:
+            future: Future[Any] = Future()
+            late.append((future, args, options))
+            return future
+
+        store.save_block = later
+        engine.ask("alice", PROMPT, 8)
+        branch = newest(engine)
+        windows = [i for i, node in enumerate(branch.nodes) if WINDOW in node.data.parts]
+        assert windows == list(range(18 - window_blocks(engine.core.runner.spec, 40), 18))
+        store.save_block = save_block
+
+        def now() -> None:
+            for future, args, options in late:
+                if fails:
+                    future.set_exception(StoreWriteSkipped("the disk is slow"))
+                else:
+                    save_block(*args, **options).add_done_callback(lambda saved, f=future: f.set_result(saved.result()))
+
+        engine.on_engine(now)
+        if fails:
+            engine.call(engine.engine.evict_agent("default", "alice"))
+        settle_blocks(engine)
+        assert len(branch.tokens()) == 607
+        assert [WINDOW in node.there for node in branch.nodes] == [not fails or i in windows for i in range(18)]
+        _, stats = engine.ask("bob", [*PROMPT[: 5 * BLOCK], 9, 9])
+        assert stats.cached_tokens == (0 if fails else 5 * BLOCK)
+        _, stats = engine.ask("bob", [*PROMPT[: 16 * BLOCK], 9, 9])
+        assert stats.cached_tokens == 16 * BLOCK
+
+
+def settle_blocks(engine: EngineThread) -> None:
+    deadline = time.monotonic() + 10
+    while not all(node.disk_bytes for node in newest(engine).nodes):
+        assert time.monotonic() < deadline, "not everything was persisted"
+        time.sleep(0.02)

@@ -52,7 +52,7 @@ def perplexity(
     """
     settings = load_settings({"model": model, "home": home, "block_size": block_size}, config)
     for file in filter(None, (json_file, plot)):
-        _check_writable(file)
+        check_writable(file)
     prepare_mlx(settings.home_dir)
     from .bench import perplexity as bench
     from .bench.plot import check_matplotlib, plot_perplexity
@@ -86,7 +86,7 @@ def _presets(text: str, known: tuple[str, ...]) -> list[str]:
     return [name for name in known if name in asked or name == "16"]
 
 
-def _check_writable(file: Path) -> None:
+def check_writable(file: Path) -> None:
     """Before minutes of work, not after."""
     if not file.parent.is_dir():
         raise StartupError(f"{file}: can't be written: {file.parent} is no directory")

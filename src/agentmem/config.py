@@ -21,7 +21,7 @@ def parse_bytes(value: Any) -> Any:
     unit = text[-1:] if text[-1:].isalpha() else ""
     try:
         return int(float(text.removesuffix(unit)) * _UNITS[unit])
-    except (KeyError, ValueError):
+    except (KeyError, ValueError, OverflowError):
         raise ValueError(f"{value!r} is not a size; write bytes, or a number with K, M, G or T, such as 8G") from None
 
 

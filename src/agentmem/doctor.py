@@ -32,7 +32,7 @@ def collect(settings: Settings, blas: BlasInfo) -> dict[str, Any]:
         _check_platform(),
         *_check_mlx(blas),
         _check_compiler(),
-        _check_model(settings),
+        *_check_model(settings),
         _check_store(settings),
         _check_modes(settings),
     ]
@@ -87,18 +87,20 @@ def _check_compiler() -> Check:
     return _check("compiler", "ok", summary, mx_compile=not off, path=compiler)
 
 
-def _check_model(settings: Settings) -> Check:
+def _check_model(settings: Settings) -> Iterator[Check]:
     from .models.model_dir import read_model_dir
 
     try:
         path = _local_model(settings)
         if path is None:
             fix = "agentmem pull demo" if settings.model == "demo" else "the first start downloads it from the hub"
-            return _check("model", "warn", f"{settings.model}: not on this machine yet", fix, model=settings.model)
+            yield _check("model", "warn", f"{settings.model}: not on this machine yet", fix, model=settings.model)
+            return
         found = read_model_dir(path)
     except ModelError as e:
         fix = "name a directory with an MLX model, or 'demo' (agentmem pull demo)"
-        return _check("model", "fail", e.message, fix, model=settings.model)
+        yield _check("model", "fail", e.message, fix, model=settings.model)
+        return
     summary = (
         f"{settings.model}: {found.model_type}, {found.parameters / 1e6:,.0f} M parameters, {found.dtype}, "
         f"{found.max_context:,} tokens, {found.path}"
@@ -111,7 +113,30 @@ def _check_model(settings: Settings) -> Check:
         "max_context": found.max_context,
         "bytes": found.bytes,
     }
-    return _check("model", "ok", summary, model=settings.model, **figures)
+    yield _check("model", "ok", summary, model=settings.model, **figures)
+    yield _check_cache(settings, found.config)
+
+
+def _check_cache(settings: Settings, config: dict[str, Any]) -> Check:
+    """Which kinds of layers the model has, and what of their caches is kept, and in how many bits."""
+    from .bench.spec_of_config import spec_of_config
+    from .kvcache.spec import describe
+
+    try:
+        spec = spec_of_config(
+            config,
+            kv_bits=settings.kv_bits,
+            block_size=settings.block_size,
+            state_interval=settings.state_interval,
+        )
+    except ModelError as e:
+        return _check("cache", "fail", e.message, "upgrade mlx-lm, or choose another model")
+    figures: dict[str, Any] = {"sealed_bytes_per_token": spec.sealed_bytes, "state_bytes": spec.state_bytes}
+    if spec.foreign is not None:
+        return _check(
+            "cache", "warn", describe(spec), "choose another model: this one prefills every request", **figures
+        )
+    return _check("cache", "ok", describe(spec), **figures)
 
 
 def _local_model(settings: Settings) -> Path | None:

@@ -6,7 +6,6 @@ blocks hold when its prefill begins, on a branch of its own.
 
 import logging
 import time
-from concurrent.futures import Future
 
 import numpy as np
 
@@ -199,39 +198,6 @@ class Admission:
             if not self._core.budget.make_room(nbytes + self._growth(), wanted, urgent=False):
                 return
             self._read(seq, match)
-
-    def prefetch_agent(self, namespace: str, name: str, done: "Future[int | None]") -> None:
-        """Bring the agent's newest branch into RAM; `done` gets the bytes read, None if there is no such agent.
-
-        Busy: there is no room now.
-        """
-        agent = self._core.contexts.agents.get((namespace, name))
-        if agent is None or not agent.branches:
-            done.set_result(None)
-            return
-        branch = agent.newest
-        assert branch is not None
-        match = self._core.contexts.prefix(branch, len(branch))
-        nbytes, budget = match.missing_bytes, self._core.budget
-        if not match.missing:
-            self._core.contexts.touch(match)
-            done.set_result(0)
-        elif not budget.make_room(nbytes, match.entries(), urgent=False):
-            raise Busy(
-                f"There is no room for the {nbytes:,} bytes of agent {name[:200]!r}: {budget.used_bytes:,} of the "
-                f"{budget.limit:,} bytes of RAM for caches (kv_budget) are in use or reserved.",
-                code="kv_budget_full",
-            )
-        else:
-            self._core.contexts.hold_match(match)
-            began = time.perf_counter()
-
-            def restored(nbytes: int, at: float) -> None:
-                self._trace.span("restore", began, max(began, at), agent=name, bytes=nbytes)
-                self._core.contexts.release_match(match)
-                done.set_result(nbytes)
-
-            self._core.restorer.restore(match, restored)
 
     # -- RAM of the running
 

@@ -30,7 +30,8 @@ class Branch:
         return np.concatenate([*(n.tokens for n in self.nodes), self.tail.tokens])
 
     def __len__(self) -> int:
-        return sum(len(n.tokens) for n in self.nodes) + len(self.tail.tokens)
+        per_node = len(self.nodes[0].tokens) if self.nodes else 0
+        return len(self.nodes) * per_node + len(self.tail.tokens)
 
     @property
     def head(self) -> bytes | None:

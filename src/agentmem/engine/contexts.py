@@ -259,10 +259,10 @@ class Contexts:
         return oldest
 
     def covering(self, branch: Branch, tokens: np.ndarray) -> Branch | None:
-        """Another branch of the agent that already holds all of `tokens`, such as after a prompt was sent again."""
+        """Another branch of the agent that can be gone on from after `tokens`, as when a prompt was sent again."""
         known = self.agents.get((branch.agent.namespace, branch.agent.name))
         others = (b for b in known.branches.values() if b is not branch) if known else ()
-        return next((b for b in others if _common_prefix(b.tokens(), tokens) == len(tokens)), None)
+        return next((b for b in others if self._match_branch(b, tokens).length == len(tokens)), None)
 
     def drop_branch(self, branch: Branch) -> None:
         branch.agent.branches.pop(branch.id, None)
@@ -293,6 +293,11 @@ class Contexts:
         for branch in self.branches():
             if branch.tail is entry:
                 branch.tail = OpenBlock()
+
+    def branch_tokens(self, namespace: str, name: str) -> list[np.ndarray]:
+        """On any thread: a branch that moves on meanwhile may give ids of before and after, which no one relies on."""
+        agent = self.agents.get((namespace, name))
+        return [branch.tokens() for branch in list(agent.branches.values())] if agent else []
 
     def infos(self, namespace: str) -> list[AgentInfo]:
         return [agent_info(a, self.spec) for (owner, _), a in list(self.agents.items()) if owner == namespace]

@@ -14,6 +14,14 @@ from .block_pool import Entry, Node, OpenBlock
 _NONE: frozenset[str] = frozenset()
 
 
+def needs(spec: KVCacheSpec, count: int, position: int) -> list[frozenset[str]]:
+    """By block, of the first `count` ones: what `spec.needed` says. Blocks far from the end all need the same."""
+    found: list[frozenset[str]] = []
+    while len(found) < count and (not found or found[-1] != spec.lasting_parts):
+        found.append(spec.needed(count - len(found) - 1, position))
+    return [spec.lasting_parts] * (count - len(found)) + found[::-1]
+
+
 @dataclass(frozen=True)
 class Missing:
     """Parts of a block that are not in RAM; of a tail, which is read as a whole, no parts are named."""
@@ -63,17 +71,17 @@ def last_snapshot(spec: KVCacheSpec, nodes: Sequence[Node]) -> int:
 
 def _can_resume(spec: KVCacheSpec, nodes: Sequence[Node], position: int) -> bool:
     """Of a tail, `position` is one that it has a snapshot of, if it needs one."""
-    last = min(len(nodes), -(-position // spec.block_size))
+    wanted = needs(spec, min(len(nodes), -(-position // spec.block_size)), position)
     # the last ones need most, so a failure is found soon
-    return all(spec.needed(i, position) <= nodes[i].there for i in range(last - 1, -1, -1))
+    return all(wanted[i] <= nodes[i].there for i in range(len(wanted) - 1, -1, -1))
 
 
 def missing(spec: KVCacheSpec, nodes: Sequence[Node], tail: OpenBlock | None, position: int) -> list[Missing]:
     """What is not in RAM, for a sequence that goes on from `position`, in `tail` or at the end of `nodes`."""
     lacking = [
         Missing(node, parts)
-        for i, node in enumerate(nodes)
-        if (parts := spec.needed(i, position) - (_NONE if node.data is None else node.data.parts))
+        for node, wanted in zip(nodes, needs(spec, len(nodes), position), strict=True)
+        if (parts := wanted - (_NONE if node.data is None else node.data.parts))
     ]
     if tail is not None and tail.data is None:
         lacking.append(Missing(tail, _NONE))

@@ -5,6 +5,8 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass
 from typing import IO, Any, Literal, Protocol
 
+import numpy as np
+
 from ..errors import InvalidRequest
 
 Tier = Literal["warm", "hot"]
@@ -153,6 +155,10 @@ class EngineAPI(Protocol):
 
     async def agent(self, namespace: str, agent_id: str) -> AgentDetail:
         """NotFound: there is none. So for all that follow."""
+        ...
+
+    def branch_tokens(self, namespace: str, agent_id: str) -> list[np.ndarray]:
+        """Token ids of what the agent has cached, branch by branch; while it changes, perhaps of none."""
         ...
 
     async def agent_tokens(self, namespace: str, agent_id: str) -> list[int]:

@@ -18,7 +18,7 @@ from ..tensors import part_of
 from .block_pool import FRESH, Entry, Node, OpenBlock
 from .contexts import ROOT, Contexts
 from .match import Match
-from .reach import Missing
+from .reach import Missing, needs
 
 _LINEAGE_POSITION = 4  # bytes at the end of a lineage: the token position of the cut
 Arrived = Callable[[int, float], None]  # bytes, when (time.perf_counter())
@@ -192,7 +192,8 @@ class Restorer:
         """What the matched prefix looks like as a cache, all of it in RAM; and the lineage of its open block."""
         assert not match.missing
         tail, lineage = self.open_block(match)
-        blocks = ((n.data or _NOTHING).only(self._spec.needed(i, match.length)) for i, n in enumerate(match.nodes))
+        wanted = needs(self._spec, len(match.nodes), match.length)
+        blocks = ((node.data or _NOTHING).only(parts) for node, parts in zip(match.nodes, wanted, strict=True))
         return Snapshot(tuple(blocks), tail), lineage
 
     def open_block(self, match: Match) -> tuple[Tail | None, bytes]:

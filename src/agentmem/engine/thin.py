@@ -51,13 +51,12 @@ def _recent(spec: KVCacheSpec, from_end: int) -> set[str]:
 
 def _needed(spec: KVCacheSpec, path: Sequence[Node], holders: Iterable[Holder]) -> list[set[str]]:
     """Parts that holders need of each node of the path."""
-    always = {str(s) for s, stack in enumerate(spec.stacks) if spec.layers[stack[0]].window is None}
-    needed = [set(always) for _ in path]
+    needed = [set(spec.lasting_parts) for _ in path]
     for nodes, position in holders:
         for i in range(_shared(path, nodes) - 1, -1, -1):
             parts = spec.needed(i, position)
             needed[i] |= parts
-            if parts <= always:  # what comes before needs no more
+            if parts <= spec.lasting_parts:  # what comes before needs no more
                 break
     return needed
 

@@ -163,6 +163,8 @@ class BatchQuantizedKVCache:
         """Close the pass; returns for each sequence the blocks that filled up."""
         for i, layer in enumerate(self._layers):
             if isinstance(layer, ArraysCache):
+                if num_tokens > 1:  # the last columns of a prompt's activations would keep all of them in RAM
+                    layer.cache = [mx.contiguous(a) for a in layer.cache]
                 for b, cache in enumerate(self._caches):
                     cache.set_state(i, [a if len(self._caches) == 1 else a[b : b + 1] for a in layer.cache])
             else:

@@ -162,6 +162,11 @@ class KVCacheSpec:
         """Some layers don't see all of a sequence."""
         return any(layer.window is not None for layer in self.layers)
 
+    @cached_property
+    def lasting_parts(self) -> frozenset[str]:
+        """Stacks of layers that see all of a sequence: what is needed of every block."""
+        return frozenset(str(s) for s, stack in enumerate(self.stacks) if self.layers[stack[0]].window is None)
+
     def needed(self, index: int, position: int) -> frozenset[str]:
         """Parts (tensors.part_of) of block `index` that a sequence needs to go on from `position`, in it or after.
 

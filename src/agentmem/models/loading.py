@@ -1,13 +1,14 @@
 """From the name of a model to the model, ready to run."""
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import mlx.core as mx
 import mlx.nn as nn
-from huggingface_hub import try_to_load_from_cache
+from huggingface_hub import hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import HTTPError, RevisionResolutionError, StrictDataclassError, XetDownloadError
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import _download, dequantize_model, load_tokenizer
@@ -18,6 +19,7 @@ from .model_dir import ModelDir, read_model_dir
 from .pull import Progress, pull_demo
 from .weights_hash import weights_hash
 
+_T = TypeVar("_T")
 _PART = r"\w[\w.-]*"  # of a hub name, org/model
 
 
@@ -51,6 +53,16 @@ def find_local(name: str, home: Path) -> Path | None:
         return directory
     config = try_to_load_from_cache(name, "config.json")
     return Path(config).parent if isinstance(config, str) else None
+
+
+def find_config(name: str, home: Path) -> Path:
+    """The config.json of a model, which of a hub name is downloaded alone. Raises ModelError."""
+    found = find_local(name, home)
+    if found is not None:
+        return found / "config.json"
+    if name == "demo":
+        raise ModelError("model 'demo' is not on this machine yet: agentmem pull demo")
+    return Path(_from_hub(name, lambda: hf_hub_download(name, "config.json")))
 
 
 def _directory(name: str, home: Path) -> Path | None:
@@ -110,8 +122,12 @@ def _load(found: ModelDir) -> tuple[nn.Module, TokenizerWrapper]:
 
 
 def _download_from_hub(name: str) -> Path:
+    return _from_hub(name, lambda: _download(name))
+
+
+def _from_hub(name: str, download: Callable[[], _T]) -> _T:
     try:
-        return _download(name)
+        return download()
     except (HTTPError, RevisionResolutionError, XetDownloadError, OSError, ValueError) as e:
         raise ModelError(
             f"model {name!r} is no directory here and can't be had from the hub ({_one_line(e)}). "

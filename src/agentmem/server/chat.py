@@ -11,6 +11,9 @@ from jinja2 import TemplateError
 
 from ..engine.request import check_agent_id
 from ..errors import ContextLengthExceeded, InvalidRequest
+from .plain_text import PlainText
+from .splice import splice
+from .token_text import TokenText
 
 ANONYMOUS = "anonymous"
 
@@ -46,16 +49,18 @@ class ChatRenderer:
         """
         self._tokenizer = tokenizer
         self._max_context, self._why_max = max_context, why_max
+        self._token_text, self._plain = TokenText(tokenizer), PlainText(tokenizer)
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="tokenizer")
 
-    async def render(self, messages: Sequence[Message]) -> list[int]:
+    async def render(self, messages: Sequence[Message], branches: Sequence[np.ndarray] = ()) -> list[int]:
         """The prompt's token ids, up to where the assistant's answer begins, with room for at least one more.
 
-        A last message of the assistant's is history like any other: the answer is a new message after it.
+        A last message of the assistant's is history like any other: the answer is a new message after it. `branches`:
+        token ids that the agent has cached; they are kept as far as their text is the prompt's, see splice.py.
         Raises InvalidRequest (no template, or one that refuses these messages) and ContextLengthExceeded.
         """
         loop = asyncio.get_running_loop()
-        tokens = await loop.run_in_executor(self._thread, self._apply_template, messages)
+        tokens = await loop.run_in_executor(self._thread, self._render, messages, branches)
         if len(tokens) >= self._max_context:
             raise ContextLengthExceeded(len(tokens), self._max_context, self._why_max)
         return tokens
@@ -99,6 +104,9 @@ class ChatRenderer:
         messages = [Message(role, content).for_template() for role, content in zip(roles, contents, strict=False)]
         return list(self._tokenizer.apply_chat_template(messages, tokenize=True, **options))
 
+    def _render(self, messages: Sequence[Message], branches: Sequence[np.ndarray]) -> list[int]:
+        return splice(self._token_text, self._apply_template(messages), branches).tokens
+
     def _apply_template(self, messages: Sequence[Message]) -> list[int]:
         if not self._tokenizer.has_chat_template:
             raise InvalidRequest(
@@ -106,9 +114,7 @@ class ChatRenderer:
                 param="messages",
             )
         try:
-            tokens = self._tokenizer.apply_chat_template(
-                [m.for_template() for m in messages], add_generation_prompt=True, tokenize=True
-            )
+            tokens = self._plain.tokens([m.for_template() for m in messages])
         except TemplateError as e:
             message = f"The model's chat template refuses these messages: {e.message or type(e).__name__}"
             raise InvalidRequest(message, param="messages") from e

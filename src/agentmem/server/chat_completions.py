@@ -54,7 +54,8 @@ class ChatCompletions:
     async def _generate_request(self, body: ChatCompletionRequest, request: Request) -> GenerateRequest:
         header = next((value for name, value in request.headers.raw if name == b"x-agent-id"), None)
         agent_id = resolve_agent_id(body.agent_id, header)
-        tokens = await self.renderer.render([chat_message(m) for m in body.messages])
+        branches = self._engine.branch_tokens(namespace_of(request), agent_id)
+        tokens = await self.renderer.render([chat_message(m) for m in body.messages], branches)
         limits = [limit for limit in (body.max_tokens, body.max_completion_tokens) if limit is not None]
         limits = limits or [self._settings.default_max_tokens]
         max_tokens = min(*limits, self._engine.max_context - len(tokens))

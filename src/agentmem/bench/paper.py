@@ -1,0 +1,52 @@
+"""Agents that fit, as the paper's table has it (arXiv 2603.04428), and the arithmetic that gives it.
+
+Its rule is every layer at full length, 16 bits a value, or 0.28125 of that. Its "10.2 GB" is no single number: Gemma's
+row comes out with 10.2 GiB (24 agents of 432 MiB do not fit into 10,200 MiB), the other two rows with 10,200 MiB (70,
+not 72, agents of 144 MiB): so all 24 figures. Likewise its "3.4 GB" for 32K tokens of Gemma are 3.375 GiB, 3.62 GB.
+"""
+
+from dataclasses import dataclass
+
+from ..kvcache.spec import KVCacheSpec
+from .capacity import agents, footprint
+
+_GIB, _MIB = 1 << 30, 1 << 20
+CONTEXTS = (4096, 8192, 16384, 32768)  # tokens
+
+
+@dataclass(frozen=True)
+class PaperRow:
+    """`fp16` and `q4`: agents that fit, for each of CONTEXTS."""
+
+    model: str  # name of a built-in config
+    budget: int  # bytes, as the paper must have read its "10.2 GB"
+    fp16: tuple[int, ...]
+    q4: tuple[int, ...]
+
+
+PAPER_TABLE = (
+    PaperRow("gemma-3-12b", int(10.2 * _GIB), (6, 3, 1, 0), (24, 12, 6, 3)),
+    PaperRow("deepseek-coder-v2-lite", 10_200 * _MIB, (9, 4, 2, 1), (33, 16, 8, 4)),
+    PaperRow("llama-3.1-8b", 10_200 * _MIB, (19, 9, 4, 2), (70, 35, 17, 8)),
+)
+
+
+@dataclass(frozen=True)
+class PaperCell:
+    """One length of one model within `PaperRow.budget`: the paper's figures, and what its rule and ours give."""
+
+    tokens: int
+    paper: tuple[int, int]  # agents in FP16, in Q4
+    by_its_rule: tuple[int, int]
+    agentmem: int
+
+
+def compare(row: PaperRow, spec: KVCacheSpec) -> list[PaperCell]:
+    """`spec` is that of the row's model."""
+    cells = []
+    for tokens, fp16, q4 in zip(CONTEXTS, row.fp16, row.q4, strict=True):
+        sizes = footprint(spec, tokens)
+        assert sizes.fp16_all_layers is not None and sizes.paper_q4 is not None and sizes.agentmem is not None
+        rule = agents(row.budget, sizes.fp16_all_layers), agents(row.budget, sizes.paper_q4)
+        cells.append(PaperCell(tokens, (fp16, q4), rule, agents(row.budget, sizes.agentmem)))
+    return cells
