@@ -10,7 +10,7 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 from mlx_lm.models import base, olmo3
-from mlx_lm.models.cache import KVCache, make_prompt_cache
+from mlx_lm.models.cache import KVCache, RotatingKVCache, make_prompt_cache
 from support_matrix import DOCUMENT, document
 from test_zoo import INCONSISTENT
 from tiny import random_tokens, run
@@ -91,6 +91,22 @@ def test_a_window_that_the_model_itself_cuts_out_of_a_cache_of_everything_is_lef
     assert relative_error(runner.forward(mx.array([TOKENS]), [runner.new_cache()])[0], expected) < ROUNDING
     assert runner.spec.foreign is not None
     assert "a window of 40" in runner.spec.foreign.reason
+
+
+@pytest.mark.parametrize("error", [AssertionError, KeyError, NotImplementedError, UnboundLocalError])
+@pytest.mark.parametrize("traced", [True, False])
+def test_a_model_that_refuses_caches_other_than_mlx_lms_runs_on_those(monkeypatch, error, traced):
+    forward = olmo3.Model.__call__
+
+    def picky(model, tokens, cache=None):
+        if cache is not None and not isinstance(cache[0], RotatingKVCache if traced else (RotatingKVCache, KVCache)):
+            raise error("not mine")
+        return forward(model, tokens, cache)
+
+    monkeypatch.setattr(olmo3.Model, "__call__", picky)
+    runner = ModelRunner(tiny("olmo3"), block_size=BLOCK)
+    assert runner.spec.foreign is not None
+    assert f"{error.__name__}: " in runner.spec.foreign.reason
 
 
 @pytest.mark.parametrize("model_type", [t for t in TYPES if t not in NO_REUSE])
