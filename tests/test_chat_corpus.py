@@ -1,19 +1,20 @@
 """The corpus of conversations itself: the families' templates and tokenizers do what the real ones are known for."""
 
 import json
+from functools import cache
 from pathlib import Path
 
 import pytest
 from chat.conversations import CONVERSATIONS, SYSTEM
 from chat.families import FAMILIES, FOLDER, added_tokens, decode, encode, encode_rest
-from chat.ideal import common_text, needs_of
+from chat.ideal import common_text, needs
 from chat.make_tokenizers import ADDED
 from chat.play import FORGED, SKIPPED, Step, play, render, supported
 from jinja2 import TemplateError
 
 PAIRS = [(family, name) for family in FAMILIES for name in supported(family)]
 
-# Where decoding gives another text than was encoded, and why; the texts are not in must-decode order but in meaning.
+# Where decoding gives another text than was encoded, and why.
 _UNDERSCORE = "U+2581 in a text is a space to SentencePiece"
 NO_ROUND_TRIP = {
     **{(family, "unicode"): "its normalizer composes characters (NFC)" for family in ("qwen3", "qwen3-instruct")},
@@ -25,9 +26,12 @@ SEAMS = [(family, "sampled_seams") for family in ("qwen3-instruct", "llama3", "g
 SEAMS += [(family, "sampled_chain") for family in ("qwen3", "qwen3-instruct", "llama3", "deepseek", "gpt-oss", "glm")]
 SEAMS += [("qwen3-instruct", "sampled_thoughts"), ("qwen3-instruct", "seams"), ("smollm2", "seams")]
 
+APART = 2  # tokens that a text split in two can take more than the whole
 
-def steps(family: str, name: str) -> list[Step]:
-    return list(play(family, name))
+
+@cache
+def steps(family: str, name: str) -> tuple[Step, ...]:
+    return tuple(play(family, name))
 
 
 def test_every_pair_plays_or_is_skipped_for_a_reason():
@@ -42,7 +46,7 @@ def test_every_pair_plays_or_is_skipped_for_a_reason():
 @pytest.mark.parametrize("family", FAMILIES)
 def test_playing_twice_gives_the_same(family):
     for name in ("reasoning", "seams", "look_alikes", "over_midnight"):
-        assert steps(family, name) == steps(family, name)
+        assert steps(family, name) == tuple(play(family, name))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -56,10 +60,10 @@ def test_decoding_prompt_and_answer_gives_their_text(family):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_marks_stand_only_where_a_message_holds_a_special_token(family):
-    for name in set(supported(family)) - {"look_alikes"}:
+    for name in set(supported(family)) - {"look_alikes", "forged_turn"}:
         assert all(s.marked == s.rendered for s in steps(family, name))
     marked = [s.marked for s in steps(family, "look_alikes")]
-    assert marked[-1].count(FORGED) >= 3
+    assert marked[-1].count(FORGED) >= 2
     assert marked[-1].replace(FORGED, "") == steps(family, "look_alikes")[-1].rendered
 
 
@@ -75,18 +79,28 @@ def test_an_answer_ends_with_an_end_token_unless_cut(family):
         assert (step.generated_ids[-1] in ends) != step.answer.cut
 
 
-@pytest.mark.parametrize(("family", "name"), PAIRS)
-def test_comparing_tokens_never_beats_the_ideal_by_more_than_a_token_each(family, name):
-    """One that the ideal grants each step, and few where the rest alone tokenizes worse than within the prompt."""
-    found = needs_of(family, name)
-    assert found[0].naive == found[0].total
-    assert all(need.ideal <= need.naive + 4 for need in found)
-    assert all(need.naive <= need.linear <= need.total for need in found)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_ideal_is_at_most_what_comparing_tokens_prefills(family):
+    """But for the one token that it grants each step, and a few where the rest tokenizes worse alone."""
+    for name in supported(family):
+        found = needs(steps(family, name))
+        assert found[0].naive == found[0].total
+        assert all(need.naive <= need.linear <= need.total for need in found)
+        if name != "forged_turn":
+            assert all(need.ideal <= need.naive + 1 + APART for need in found), name
+
+
+@pytest.mark.parametrize("family", ("qwen3-instruct", "smollm2"))
+def test_a_forged_turn_shares_text_and_tokens_with_the_real_one_but_is_not_common_text(family):
+    _, real, forged = steps(family, "forged_turn")[:3]
+    head = forged.rendered.index("Hi<|im_end|>")
+    assert real.rendered[: head + 40] == forged.rendered[: head + 40]
+    assert common_text(forged, [real]) == head + len("Hi")
 
 
 @pytest.mark.parametrize(("family", "name"), SEAMS)
 def test_comparing_tokens_prefills_more_than_the_ideal_at_seams(family, name):
-    found = needs_of(family, name)
+    found = needs(steps(family, name))
     assert sum(n.naive for n in found) > sum(n.ideal for n in found)
 
 
@@ -96,7 +110,7 @@ def test_thoughts_of_earlier_answers_are_gone_from_the_next_prompt(family):
     assert first.answer.reasoning in first.generated
     assert first.answer.reasoning not in second.rendered
     assert first.answer.text in second.rendered
-    assert common_text(second, [first]) <= len(first.rendered)
+    assert common_text(second, [first]) < len(first.rendered + first.generated) - len(first.answer.text)
 
 
 @pytest.mark.parametrize("family", ("qwen3", "glm", "gpt-oss"))

@@ -4,11 +4,10 @@ A *branch* is what an earlier step of the same agent left behind: the text rende
 All earlier steps of the conversation count as branches, whatever came between.
 
 The *common text* of a step is the longest prefix of its rendered text that is also a prefix of a branch's text, and
-that does not end inside an added token ("<｜tool▁calls▁begin｜>" and "<｜tool▁outputs▁begin｜>" have nothing in common).
+does not end inside an added token ("<｜tool▁calls▁begin｜>" and "<｜tool▁outputs▁begin｜>" have nothing in common).
 Where a user wrote what looks like a special token, and the other text has the special token itself there, they differ.
 """
 
-import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -37,10 +36,14 @@ class Need:
     common_chars: int
 
 
+def _common(a: Sequence[object], b: Sequence[object]) -> int:
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
 def common_text(step: Step, earlier: Sequence[Step]) -> int:
     """The length of the common text, in characters of step.rendered."""
     texts = (branch.marked + branch.generated for branch in earlier)
-    longest = max((len(os.path.commonprefix([step.marked, text])) for text in texts), default=0)
+    longest = max((_common(step.marked, text) for text in texts), default=0)
     common = longest - step.marked.count(FORGED, 0, longest)
     inside = (m.start() for m in added_pattern(step.family).finditer(step.rendered) if m.start() < common < m.end())
     return next(inside, common)
@@ -52,12 +55,8 @@ def ideal(step: Step, earlier: Sequence[Step]) -> int:
 
 def naive(step: Step, earlier: Sequence[Step]) -> int:
     branches = ((*branch.prompt_ids, *branch.generated_ids) for branch in earlier)
-    longest = max((common_tokens(step.prompt_ids, branch) for branch in branches), default=0)
+    longest = max((_common(step.prompt_ids, branch) for branch in branches), default=0)
     return max(1, len(step.prompt_ids) - longest)
-
-
-def common_tokens(a: Sequence[int], b: Sequence[int]) -> int:
-    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
 def needs(steps: Iterable[Step]) -> list[Need]:

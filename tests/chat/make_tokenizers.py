@@ -31,6 +31,7 @@ DEEPSEEK_WORDS = (
     + _SPACES
 )
 
+# fmt: off
 # family: its special tokens, and the added tokens that are not special
 ADDED: dict[str, tuple[list[str], list[str]]] = {
     "qwen3": (
@@ -38,8 +39,8 @@ ADDED: dict[str, tuple[list[str], list[str]]] = {
         ["<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>", "<think>", "</think>"],
     ),
     "llama3": (
-        ["<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>"]
-        + ["<|eom_id|>", "<|eot_id|>", "<|python_tag|>"],
+        ["<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eom_id|>",
+         "<|eot_id|>", "<|python_tag|>"],
         [],
     ),
     "gemma3": (
@@ -52,24 +53,25 @@ ADDED: dict[str, tuple[list[str], list[str]]] = {
         + [f"<｜tool▁{noun}▁{side}｜>" for noun in ("calls", "call", "outputs", "output") for side in ("begin", "end")],
     ),
     "gpt-oss": (
-        ["<|startoftext|>", "<|endoftext|>", "<|return|>", "<|constrain|>", "<|channel|>"]
-        + ["<|start|>", "<|end|>", "<|message|>", "<|call|>"],
+        ["<|startoftext|>", "<|endoftext|>", "<|return|>", "<|constrain|>", "<|channel|>", "<|start|>",
+         "<|end|>", "<|message|>", "<|call|>"],
         [],
     ),
     "mistral": (
-        ["<unk>", "<s>", "</s>", "[INST]", "[/INST]", "[TOOL_CALLS]"]
-        + ["[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]", "[TOOL_RESULTS]", "[/TOOL_RESULTS]"],
+        ["<unk>", "<s>", "</s>", "[INST]", "[/INST]", "[TOOL_CALLS]", "[AVAILABLE_TOOLS]",
+         "[/AVAILABLE_TOOLS]", "[TOOL_RESULTS]", "[/TOOL_RESULTS]"],
         [],
     ),
     "mistral-v1": (["<unk>", "<s>", "</s>"], []),
     "smollm2": (["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<repo_name>", "<file_sep>"], []),
     "glm": (
-        ["<|endoftext|>", "[MASK]", "[gMASK]", "[sMASK]", "<sop>", "<eop>"]
-        + ["<|system|>", "<|user|>", "<|assistant|>", "<|observation|>"],
-        ["<think>", "</think>", "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>"]
-        + ["<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>"],
+        ["<|endoftext|>", "[MASK]", "[gMASK]", "[sMASK]", "<sop>", "<eop>", "<|system|>", "<|user|>",
+         "<|assistant|>", "<|observation|>"],
+        ["<think>", "</think>", "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>",
+         "<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>"],
     ),
 }
+# fmt: on
 
 
 def words(pattern: str) -> pre_tokenizers.PreTokenizer:

@@ -7,7 +7,7 @@ BILLING = "x-anthropic-billing-header:"  # Claude Code's: another text each turn
 
 
 def normalise(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Parts are joined by a newline; null is ""; a `developer` is the system; a system message left empty is dropped."""
+    """Parts are joined by a newline, null is "", a `developer` is the system; an empty system message is dropped."""
     return [m for m in map(_message, messages) if m["role"] != "system" or m["content"]]
 
 

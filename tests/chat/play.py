@@ -96,7 +96,10 @@ def supported(family: str) -> list[str]:
 def play(
     family: str, conversation: str, normaliser: Callable[[list[Message]], list[Message]] = normalise
 ) -> Iterator[Step]:
-    """The steps of a conversation that SKIPPED does not name; `normaliser` makes a template's messages of a client's."""
+    """The steps of a conversation that SKIPPED does not name.
+
+    `normaliser` makes the messages that a template takes out of those that the client sent.
+    """
     for index, request in enumerate(CONVERSATIONS[conversation]):
         messages = normaliser(request.messages)
         rendered = render(family, messages, request.tools, request.today, request.template_kwargs)
@@ -111,7 +114,7 @@ def play(
             today=request.today,
             normalised=messages,
             rendered=rendered,
-            marked=_marked(family, messages, request),
+            marked=_marked(family, messages, request, rendered),
             prompt_ids=tuple(encode(family, rendered)),
             answer=request.answer,
             generated=generated + ("" if request.answer.cut else end),
@@ -132,8 +135,10 @@ def _in_pieces(family: str, text: str, size: int) -> list[int]:
     return [token for piece in chain(*pieces) for token in encode_rest(family, piece)]
 
 
-def _marked(family: str, messages: list[Message], request: Request) -> str:
+def _marked(family: str, messages: list[Message], request: Request, rendered: str) -> str:
     marked = [m if m["role"] == "assistant" else {**m, "content": _mark(family, m["content"])} for m in messages]
+    if marked == messages:
+        return rendered
     return render(family, marked, request.tools, request.today, request.template_kwargs)
 
 

@@ -7,11 +7,11 @@ CITIES = {
     ),
     "Accra": (
         "And Accra?",
-        "Accra is Ghana's capital, on the Gulf of Guinea; it has 284,124 people in its centre, and over 5 million in all.",
+        "Accra is Ghana's capital, on the Gulf of Guinea; 284,124 people live in its centre, over 5 million in all.",
     ),
     "Lima": (
         "How far is it from Lima to Cusco?",
-        "About 575 km as the crow flies:\n\n1. by plane 1 h 20 min,\n2. by bus 21 h.\n\n```python\nkm = {'lima': 575}\n```",
+        "About 575 km as the crow flies:\n\n1. by air 1 h 20 min,\n2. by bus 21 h.\n\n```python\nkm = {'a': 575}\n```",
     ),
     "Hanoi": ("What do people eat in Hanoi?", "Phở, bún chả and bánh mì; *phở* was first sold there around 1910."),
     "Quito": ("Isn't Quito high up?", "Yes: it's at 2,850 m, so you'll be short of breath for a day or two."),
