@@ -106,6 +106,9 @@ class Settings(BaseSettings):
     )
     max_context: int | None = Field(None, ge=16, description="prompt and answer, in tokens (default: the model's)")
     default_max_tokens: int = Field(2048, ge=1, description="answer tokens where a request names no limit")
+    reasoning_alias: bool = Field(
+        False, description="reasoning text as `reasoning` too, not only as `reasoning_content`"
+    )
     kv_budget: BytesOrShare = Field(
         0.6,
         gt=0,
