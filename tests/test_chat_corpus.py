@@ -10,6 +10,7 @@ from chat.families import FAMILIES, FOLDER, added_tokens, decode, encode, encode
 from chat.ideal import common_text, needs
 from chat.make_tokenizers import ADDED
 from chat.play import FORGED, SKIPPED, Step, play, render, supported
+from chat.reference import spliced
 from jinja2 import TemplateError
 
 PAIRS = [(family, name) for family in FAMILIES for name in supported(family)]
@@ -88,6 +89,19 @@ def test_the_ideal_is_at_most_what_comparing_tokens_prefills(family):
         assert all(need.naive <= need.linear <= need.total for need in found)
         if name != "forged_turn":
             assert all(need.ideal <= need.naive + 1 + APART for need in found), name
+
+
+@pytest.mark.parametrize("family", sorted(set(FAMILIES) - {"mistral-v1"}))
+def test_a_plain_splice_reaches_the_ideal_and_keeps_the_text(family):
+    prefilled = most = 0
+    for name in supported(family):
+        played = steps(family, name)
+        for step, need, got in zip(played, needs(played), spliced(played), strict=True):
+            # one more where the common text ends inside a token
+            assert got.prefilled <= need.ideal + 1, (name, step.index)
+            assert got.text == step.rendered or (family, name) in NO_ROUND_TRIP, (name, step.index)
+            prefilled, most = prefilled + got.prefilled, most + need.ideal
+    assert 0.95 * most < prefilled <= most
 
 
 @pytest.mark.parametrize("family", ("qwen3-instruct", "smollm2"))

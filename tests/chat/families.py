@@ -80,6 +80,18 @@ def encode_rest(family: str, text: str) -> list[int]:
     return encode(family, text.removeprefix(" ") if family == "mistral-v1" else text)
 
 
+def encode_with_ends(family: str, text: str) -> list[tuple[int, int | None]]:
+    """encode_rest, and where in the text each token ends; None: within a character that the next one goes on with."""
+    before = "<s>" if family == "mistral" else ""
+    found = tokenizer_of(family).backend_tokenizer.encode(before + text, add_special_tokens=False)
+    starts = [*(start for start, _ in found.offsets[1:]), len(before + text)][: len(found)]
+    ends = [
+        (token, end - len(before) if end <= start else None)
+        for token, (_, end), start in zip(found.ids, found.offsets, starts, strict=True)
+    ]
+    return ends[1:] if before else ends
+
+
 def decode(family: str, tokens: list[int]) -> str:
     return tokenizer_of(family).decode(tokens, skip_special_tokens=False)
 

@@ -123,16 +123,19 @@ def play(
 
 
 def _generate(family: str, text: str, end: str, answer: Answer) -> list[int]:
-    tokens = _in_pieces(family, text, answer.piece) if answer.piece else encode_rest(family, text)
+    tokens = [token for piece in pieces(family, text, answer.piece) for token in encode_rest(family, piece)]
     return tokens if answer.cut else tokens + encode_rest(family, end)
 
 
-def _in_pieces(family: str, text: str, size: int) -> list[int]:
-    """Tokens of at most `size` characters each, added tokens excepted: they stay whole."""
+def pieces(family: str, text: str, size: int) -> list[str]:
+    """Pieces that the sampler's tokens do not cross: `size` characters each, added tokens whole. All of it for 0."""
+    if not size:
+        return [text]
     parts = re.split(f"({added_pattern(family).pattern})", text)
     whole = added_tokens(family)
-    pieces = [[part] if part in whole else [part[i : i + size] for i in range(0, len(part), size)] for part in parts]
-    return [token for piece in chain(*pieces) for token in encode_rest(family, piece)]
+    return list(
+        chain(*([part] if part in whole else [part[i : i + size] for i in range(0, len(part), size)] for part in parts))
+    )
 
 
 def _marked(family: str, messages: list[Message], request: Request, rendered: str) -> str:
