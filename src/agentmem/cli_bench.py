@@ -23,7 +23,9 @@ Model = Annotated[str | None, typer.Option(help="'demo', a directory with an MLX
 Home = Annotated[Path | None, typer.Option(help="directory that holds models and stores (default: ~/.agentmem)")]
 Config = Annotated[Path | None, typer.Option("--config", help="TOML file with settings, see configs/")]
 Corpus = Annotated[Path | None, typer.Option(help="text file in UTF-8 (default: the text of pydoc_data.topics)")]
-Presets = Annotated[str, typer.Option(help="rows besides 16, comma-separated; plain4: 4 bits as in mlx-lm")]
+Presets = Annotated[
+    str, typer.Option(help="rows besides 16, comma-separated: 8, k5v4, k5v3, 4, or plain4, 4 bits as in mlx-lm")
+]
 JsonFile = Annotated[Path | None, typer.Option("--json", help="write the result there", metavar="FILE")]
 Plot = Annotated[Path | None, typer.Option(help="draw it there, as PNG, SVG or PDF", metavar="FILE")]
 

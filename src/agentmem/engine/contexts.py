@@ -243,9 +243,9 @@ class Contexts:
             for b in agent.branches.values()
             if b is not branch and not b.in_use and len(b) <= len(mine) and common_prefix(b.tokens(), mine) == len(b)
         ]
-        others = sorted(
-            (b for b in agent.branches.values() if b not in gone and not b.in_use), key=lambda b: b.last_used
-        )
+        main = max(agent.branches.values(), key=lambda b: (len(b), b.last_used))  # leaves after all side branches
+        idle = (b for b in agent.branches.values() if b not in gone and not b.in_use)
+        others = sorted(idle, key=lambda b: (b is main, b.last_used))
         oldest = others[: max(0, len(others) - self._max_branches)]
         for old in gone:
             branch.displaced += [old.id, *old.displaced]

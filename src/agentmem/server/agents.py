@@ -19,7 +19,7 @@ from .auth import namespace_of
 from .chat import ChatRenderer
 from .context import add_context_routes
 from .explain import add_explain_routes
-from .openai import ChatMessage, Text, Wire, chat_message
+from .openai import ChatMessage, Text, Wire, chat_messages
 from .prefill import answer, prefill
 
 IMPORT_PATH = "/v1/agents/import"  # its body is a file: read as it comes
@@ -122,9 +122,9 @@ def _add_memory_routes(app: FastAPI, engine: EngineAPI, renderer: ChatRenderer) 
     @app.post("/v1/agents/{agent_id:path}/prewarm", response_model=None)
     async def prewarm_agent(agent_id: str, body: PrewarmBody, request: Request) -> Response:
         """Prefill these messages as a request would, and answer nothing."""
-        agent_id = check_agent_id(agent_id)
-        tokens = await renderer.render([chat_message(m) for m in body.messages])
-        generate = GenerateRequest(namespace_of(request), agent_id, tokens, SamplingParams(max_tokens=0))
+        agent_id, namespace = check_agent_id(agent_id), namespace_of(request)
+        tokens = await renderer.render(chat_messages(body.messages), engine.branch_tokens(namespace, agent_id))
+        generate = GenerateRequest(namespace, agent_id, tokens, SamplingParams(max_tokens=0))
         return await answer(request, partial(prefill, engine, generate), stream=bool(body.stream))
 
 

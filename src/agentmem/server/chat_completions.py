@@ -3,7 +3,7 @@
 import json
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,11 +15,16 @@ from ..config import Settings
 from ..engine.request import EngineAPI, Finished, GenerateRequest, RequestStats, SamplingParams
 from ..errors import AgentMemError, NotFound
 from .auth import namespace_of
-from .chat import ANONYMOUS, ChatRenderer, resolve_agent_id
+from .chat import ChatRenderer
 from .conversation import Conversation, begin, is_retried, resume
 from .events import Event, Events, EventStream, unless_disconnected
+from .identity import ANONYMOUS, resolve_agent_id
+from .messages import ToolCall
 from .openai import AgentOptions, ChatCompletionRequest, error_body
+from .output_parser import Content, OutputParser, Part, Reasoning
+from .parts import message_of
 from .render import render
+from .tools import function_tools
 
 FIRST_EVENT_WAIT = 2.0  # s; until then an error can still become an HTTP status
 PING_INTERVAL = 5.0  # s between comments while a stream has nothing to say
@@ -41,9 +46,17 @@ class ChatCompletions:
 
     async def create(self, body: ChatCompletionRequest, request: Request) -> Response:
         check_model(body.model, self._engine.model_name)
+        tools = function_tools(body.tools)
         conversation = await self._conversation(body, request)
+        conversation.tools = tools
         generate = await self._generate_request(body, conversation)
-        answer = Answer(self._engine.model_name, generate.agent_id, conversation)
+        parser = OutputParser(
+            self.renderer.markup,
+            [] if body.tool_choice == "none" else tools,
+            in_reasoning=await self.renderer.ends_in_reasoning(generate.tokens),
+            max_calls=1 if body.parallel_tool_calls is False else 0,
+        )
+        answer = Answer(self._engine.model_name, conversation, parser, self._settings.reasoning_alias)
         events = Events(self._engine.generate(generate))
         async with AsyncExitStack() as closing:
             closing.push_async_callback(events.aclose)
@@ -55,8 +68,14 @@ class ChatCompletions:
         return EventStream(_chunks(answer, events, first, include_usage), events)
 
     async def _conversation(self, body: ChatCompletionRequest, request: Request) -> Conversation:
-        header = next((value for name, value in request.headers.raw if name == b"x-agent-id"), None)
-        agent_id = resolve_agent_id(body.agent_id, header)
+        agent_id = resolve_agent_id(
+            request.headers,
+            agent_id=body.agent_id,
+            prompt_cache_key=body.prompt_cache_key,
+            metadata=body.metadata,
+            user=body.user,
+            safety_identifier=body.safety_identifier,
+        )
         options, said = body.agentmem or AgentOptions(), [m.model_dump(exclude_none=True) for m in body.messages]
         whose = (self._engine.turns, namespace_of(request), agent_id)
         if options.continue_:
@@ -69,7 +88,9 @@ class ChatCompletions:
     async def _generate_request(self, body: ChatCompletionRequest, conversation: Conversation) -> GenerateRequest:
         namespace, agent_id = conversation.namespace, conversation.agent_id
         branches = self._engine.branch_tokens(namespace, agent_id)
-        tokens = await render(self.renderer, conversation.messages, branches)
+        tokens = await render(
+            self.renderer, conversation.messages, branches, tools=conversation.tools, options=body.chat_template_kwargs
+        )
         limits = [limit for limit in (body.max_tokens, body.max_completion_tokens) if limit is not None]
         limits = limits or [self._settings.default_max_tokens]
         max_tokens = min(*limits, self._engine.max_context - len(tokens))
@@ -81,29 +102,41 @@ class ChatCompletions:
 @dataclass(frozen=True)
 class Answer:
     model: str
-    agent_id: str
     conversation: Conversation
+    parser: OutputParser
+    reasoning_alias: bool  # the reasoning under both names
     id: str = field(default_factory=lambda: f"chatcmpl-{uuid.uuid4().hex}")
     created: int = field(default_factory=lambda: int(time.time()))
 
     def head(self, object: str) -> dict[str, Any]:
         return {"id": self.id, "object": object, "created": self.created, "model": self.model}
 
-    async def agentmem(self, stats: RequestStats, message: dict[str, Any]) -> dict[str, Any]:
-        """Leave a turn; what this answer cost, times in ms."""
-        turn = await self.conversation.finish("chat", [message])
-        return {
-            "agent_id": self.agent_id,
-            "cache": stats.cache,
-            "cached_tokens": stats.cached_tokens,
-            "cause": stats.cause,
-            "restored_bytes": stats.restored_bytes,
-            "restore_ms": round(stats.restore_ms, 3),
-            "prefill_ms": round(stats.prefill_ms, 3),
-            "ttft_ms": round(stats.ttft_ms, 3),
-            "queue_ms": round(stats.queue_ms, 3),
-            "turn": turn,
-        }
+    def reasoning(self, text: str) -> dict[str, str]:
+        return {"reasoning_content": text} | ({"reasoning": text} if self.reasoning_alias else {})
+
+    def finish_reason(self, event: Finished) -> str:
+        return "tool_calls" if event.reason == "stop" and self.parser.num_calls else event.reason
+
+    async def end(self, stats: RequestStats, parts: list[Part]) -> dict[str, Any]:
+        """Leave a turn; what this answer cost."""
+        turn = await self.conversation.finish("chat", [message_of(parts)])
+        return agentmem(self.conversation.agent_id, stats, turn)
+
+
+def agentmem(agent_id: str, stats: RequestStats, turn: str | None) -> dict[str, Any]:
+    """What an answer cost, times in ms, and the turn that it left."""
+    return {
+        "agent_id": agent_id,
+        "cache": stats.cache,
+        "cached_tokens": stats.cached_tokens,
+        "cause": stats.cause,
+        "restored_bytes": stats.restored_bytes,
+        "restore_ms": round(stats.restore_ms, 3),
+        "prefill_ms": round(stats.prefill_ms, 3),
+        "ttft_ms": round(stats.ttft_ms, 3),
+        "queue_ms": round(stats.queue_ms, 3),
+        "turn": turn,
+    }
 
 
 def check_model(name: str, served: str) -> None:
@@ -137,18 +170,54 @@ def _usage(stats: RequestStats) -> dict[str, Any]:
 
 
 async def _completion(answer: Answer, events: Events) -> dict[str, Any]:
-    text = []
+    parts: list[Part] = []
     while not isinstance(event := await events.next(), Finished):
         assert event is not None
-        text.append(event.text)
-    message = {"role": "assistant", "content": "".join(text)}
-    choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": event.reason}
+        parts += answer.parser.feed(event.text)
+    parts += answer.parser.finish(cut=event.reason == "length")
+    choice = {
+        "index": 0,
+        "message": _message(answer, parts),
+        "logprobs": None,
+        "finish_reason": answer.finish_reason(event),
+    }
     return {
         **answer.head("chat.completion"),
         "choices": [choice],
         "usage": _usage(event.stats),
-        "agentmem": await answer.agentmem(event.stats, message),
+        "agentmem": await answer.end(event.stats, parts),
     }
+
+
+def _message(answer: Answer, parts: list[Part]) -> dict[str, Any]:
+    message = message_of(parts)
+    if "reasoning_content" in message:
+        message |= answer.reasoning(message["reasoning_content"])
+    return message
+
+
+class _Deltas:
+    """The deltas of one stream, in the order that OpenAI's clients put together."""
+
+    def __init__(self, answer: Answer):
+        self._answer = answer
+        self._num_calls = 0
+
+    def of(self, parts: list[Part]) -> Iterator[dict[str, Any]]:
+        for part in parts:
+            if isinstance(part, Content):
+                yield {"content": part.text}
+            elif isinstance(part, Reasoning):
+                yield self._answer.reasoning(part.text)
+            else:
+                yield from self._of_call(part)
+
+    def _of_call(self, call: ToolCall) -> Iterator[dict[str, Any]]:
+        """Who is called, then with what."""
+        index, self._num_calls = self._num_calls, self._num_calls + 1
+        head = {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": ""}}
+        yield {"tool_calls": [{"index": index, **head}]}
+        yield {"tool_calls": [{"index": index, "function": {"arguments": call.arguments_json}}]}
 
 
 async def _chunks(answer: Answer, events: Events, event: Event | None, include_usage: bool) -> AsyncIterator[str]:
@@ -156,27 +225,34 @@ async def _chunks(answer: Answer, events: Events, event: Event | None, include_u
     head = answer.head("chat.completion.chunk")
     usage = {"usage": None} if include_usage else {}
 
-    def chunk(delta: dict[str, str], finish_reason: str | None = None, **more: Any) -> str:
+    deltas, parser, parts = _Deltas(answer), answer.parser, list[Part]()
+
+    def chunk(delta: dict[str, Any], finish_reason: str | None = None, **more: Any) -> str:
         choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish_reason}
         return _data({**head, "choices": [choice], **usage, **more})
 
-    has_role, text = False, ""
+    has_role, said = False, time.monotonic()
     while True:
-        if event is None:
-            yield PING
-        elif not has_role:
+        if event is not None and not has_role:
             has_role = True
             yield chunk({"role": "assistant", "content": ""})
         if isinstance(event, Finished):
-            message = {"role": "assistant", "content": text}
-            yield chunk({}, event.reason, agentmem=await answer.agentmem(event.stats, message))
+            parts += (rest := parser.finish(cut=event.reason == "length"))
+            for delta in deltas.of(rest):
+                yield chunk(delta)
+            cost = await answer.end(event.stats, parts)
+            yield chunk({}, answer.finish_reason(event), agentmem=cost)
             if include_usage:
                 yield _data({**head, "choices": [], "usage": _usage(event.stats)})
             yield DONE
             return
-        if event is not None:
-            text += event.text
-            yield chunk({"content": event.text})
+        parts += (fresh := parser.feed(event.text) if event is not None else [])
+        for delta in deltas.of(fresh):
+            said = time.monotonic()
+            yield chunk(delta)
+        if event is None or time.monotonic() - said > PING_INTERVAL:  # a long tool call says nothing until it is whole
+            said = time.monotonic()
+            yield PING
         try:
             event = await events.next(PING_INTERVAL)
         except AgentMemError as e:

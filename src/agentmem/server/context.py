@@ -12,7 +12,7 @@ from ..engine.turns import Messages, Turn, TurnTree, canonical, new_turn
 from ..errors import Conflict
 from .auth import namespace_of
 from .chat import ChatRenderer
-from .conversation import TranscriptNotFound, is_retried
+from .conversation import TranscriptNotFound, inherited, is_retried, system
 from .openai import AgentOptions, ChatMessage, Text, Wire
 from .prefill import OnProgress, answer, prefill
 from .render import render
@@ -124,8 +124,12 @@ async def _apply(
     body: ContextBody,
     on_progress: OnProgress | None,
 ) -> dict[str, Any]:
-    messages = [*tree.messages(change.parent), *(item for turn in change.turns for item in turn.items)]
-    tokens = await render(renderer, messages, engine.branch_tokens(*agent), generation_prompt=False)
+    # as the next request is likely to have it
+    instructions, tools = (inherited(tree, tree.newest, name) for name in ("instructions", "tools"))
+    messages = [*system(instructions), *tree.messages(change.parent)]
+    messages += [item for turn in change.turns for item in turn.items]
+    branches = engine.branch_tokens(*agent)
+    tokens = await render(renderer, messages, branches, tools=tools or (), generation_prompt=False)
     options = body.agentmem or AgentOptions()
     params = SamplingParams(max_tokens=0)
     generate = GenerateRequest(*agent, tokens, params, ttl=options.ttl, ephemeral=options.ephemeral)
@@ -150,7 +154,7 @@ def _transcript(agent_id: str, tree: TurnTree, last: Turn) -> dict[str, Any]:
             "key": turn.key,
             "messages": len(turn.items),
             "created": turn.created,
-            "instructions": turn.about.get("instructions"),
+            "instructions": inherited(tree, turn, "instructions"),
         }
         for turn in path
     ]

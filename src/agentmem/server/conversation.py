@@ -1,6 +1,6 @@
 """Where a request stands in its agent's transcript: what was said before it, and the turn that it leaves."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from starlette.requests import Request
@@ -24,11 +24,14 @@ class Conversation:
     parent: Turn | None = None
     resumed: bool = False  # the request goes on from `parent`; else it sent all that was said
     ephemeral: bool = False
+    tools: list[dict[str, Any]] = field(default_factory=list)
+    instructions: str | None = None  # a system message before all that was said, of this request alone
 
     @property
     def messages(self) -> Messages:
         """All that the model is to see."""
-        return [*self.tree.messages(self.parent), *self.new] if self.tree else self.new
+        before = self.tree.messages(self.parent) if self.tree else []
+        return [*system(self.instructions), *before, *self.new]
 
     async def finish(self, kind: Kind, answer: Messages, turn_id: str | None = None, **more: Any) -> str | None:
         """Leave a turn; its id. None: nothing is to be left, or the agent was deleted, or the store can't be read."""
@@ -39,9 +42,27 @@ class Conversation:
         except StoreFailed:  # /health has it; the answer is there all the same
             return None
         parent, known = (self.parent, 0) if self.resumed else tree.longest_prefix(self.new)
-        turn = new_turn(kind, parent, [*self.new[known:], *answer], turn_id, **more)
+        about = {"instructions": self.instructions or None, "tools": self.tools or None, **more}
+        turn = new_turn(kind, parent, [*self.new[known:], *answer], turn_id, about=_news(tree, parent, about))
         kept = self.turns.add(self.namespace, self.agent_id, tree, [turn], ephemeral=self.ephemeral)
         return turn.id if kept else None
+
+
+def system(instructions: str | None) -> Messages:
+    return [{"role": "system", "content": instructions}] if instructions else []
+
+
+def inherited(tree: TurnTree, turn: Turn | None, name: str) -> Any:
+    """What the nearest turn up the path from `turn` tells about itself under a name; else None."""
+    return next((step.about[name] for step in reversed(tree.path(turn)) if name in step.about), None)
+
+
+def _news(tree: TurnTree, parent: Turn | None, about: dict[str, Any]) -> dict[str, Any]:
+    """Without tools and instructions that are its parent's: they are long."""
+    same = [
+        name for name in ("instructions", "tools") if (inherited(tree, parent, name) or None) == (about[name] or None)
+    ]
+    return {name: value for name, value in about.items() if name not in same}
 
 
 def begin(turns: Transcripts, namespace: str, agent_id: str, messages: Messages, *, keep: bool) -> Conversation:

@@ -10,7 +10,7 @@ from ..engine.request import EngineAPI, Explanation
 from ..errors import NotFound
 from .auth import namespace_of
 from .chat import ChatRenderer
-from .openai import ChatMessage, Text, Wire, chat_message
+from .openai import ChatMessage, Text, Wire, chat_messages
 
 
 class ExplainBody(Wire):
@@ -38,7 +38,7 @@ def add_explain_routes(app: FastAPI, engine: EngineAPI, renderer: ChatRenderer) 
     async def explain_prompt(agent_id: str, body: ExplainBody, request: Request) -> dict[str, Any]:
         branches = engine.branch_tokens(namespace_of(request), agent_id)
         if body.messages is not None:
-            tokens = await renderer.render([chat_message(m) for m in body.messages], branches)
+            tokens = await renderer.render(chat_messages(body.messages), branches)
         else:
             tokens = await renderer.text_tokens(body.prompt or "", branches)
         found = await engine.explain_agent(namespace_of(request), agent_id, tokens)

@@ -21,15 +21,17 @@ class PlainText:
         self._names = sorted((t["content"] for t in added if len(t["content"]) > 1), key=len, reverse=True)
 
     def tokens(
-        self, messages: Sequence[dict[str, Any]], add_generation_prompt: bool = True, **options: Any
+        self, messages: Sequence[dict[str, Any]], generation_prompt: bool = True, /, **options: Any
     ) -> list[int]:
         """Of the rendered chat, up to where an answer begins. jinja2.TemplateError: the template refuses it.
 
         Without a generation prompt, up to where the last message ends.
         """
-        sentinel = _unused(_texts(messages))
+        sentinel = _unused((*_texts(messages), *_texts(options)))
+        if "tools" in options:
+            options["tools"] = _map_texts(options["tools"], lambda t: self._hide(t, sentinel))
         hidden = [m if m["role"] == "assistant" else _map_text(m, lambda t: self._hide(t, sentinel)) for m in messages]
-        options |= {"add_generation_prompt": add_generation_prompt, "tokenize": False}
+        options |= {"add_generation_prompt": generation_prompt, "tokenize": False}
         text = self._tokenizer.apply_chat_template(hidden, **options)
         return [token for piece in text.split(sentinel) if piece for token in self.encode(piece)]
 
@@ -59,6 +61,15 @@ def _texts(value: Any) -> Iterable[str]:
 def _map_text(message: dict[str, Any], change: Any) -> dict[str, Any]:
     """What a message says and who says so; its role is the template's business."""
     return {k: change(v) if isinstance(v, str) and k != "role" else v for k, v in message.items()}
+
+
+def _map_texts(value: Any, change: Any) -> Any:
+    """With every text in it changed, however deep."""
+    if isinstance(value, str):
+        return change(value)
+    if isinstance(value, dict):
+        return {_map_texts(key, change): _map_texts(inner, change) for key, inner in value.items()}
+    return [_map_texts(inner, change) for inner in value] if isinstance(value, list) else value
 
 
 def _unused(texts: Iterable[str]) -> str:
