@@ -26,7 +26,8 @@ class ChatRenderer:
         """
         self._tokenizer = tokenizer
         self._max_context, self._why_max = max_context, why_max
-        self._token_text, self._plain = TokenText(tokenizer), PlainText(tokenizer)
+        self._token_text = TokenText(tokenizer)
+        self._plain = PlainText(tokenizer, self._token_text)
         self._template = ChatTemplate(tokenizer)
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="tokenizer")
 

@@ -19,10 +19,11 @@ class Conversation:
     turns: Transcripts
     namespace: str
     agent_id: str
-    tree: TurnTree | None  # None: no turn is left
+    tree: TurnTree | None  # None: nothing was said before, and no turn is left
     new: Messages  # that the request sent
     parent: Turn | None = None
     resumed: bool = False  # the request goes on from `parent`; else it sent all that was said
+    keep: bool = True  # leave a turn
     ephemeral: bool = False
     tools: list[dict[str, Any]] = field(default_factory=list)
     instructions: str | None = None  # a system message before all that was said, of this request alone
@@ -35,7 +36,7 @@ class Conversation:
 
     async def finish(self, kind: Kind, answer: Messages, turn_id: str | None = None, **more: Any) -> str | None:
         """Leave a turn; its id. None: nothing is to be left, or the agent was deleted, or the store can't be read."""
-        if self.tree is None:
+        if self.tree is None or not self.keep:
             return None
         try:
             tree = await self.turns.loaded(self.namespace, self.agent_id, self.tree)

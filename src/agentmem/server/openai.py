@@ -70,7 +70,7 @@ def _known_role(role: Any) -> Any:
     return role
 
 
-def _tool_choice(choice: Any) -> Any:
+def check_tool_choice(choice: Any) -> Any:
     if choice not in (None, "none", "auto"):
         _unsupported("this server can't make the model call a tool; leave it out, or use 'auto' or 'none'")
     return choice
@@ -179,7 +179,9 @@ class ChatCompletionRequest(Wire):
     prompt_cache_retention: str | None = None
 
     tools: list[Any] | None = None
-    tool_choice: Annotated[Any, BeforeValidator(_tool_choice), WithJsonSchema({"enum": [None, "none", "auto"]})] = None
+    tool_choice: Annotated[
+        Any, BeforeValidator(check_tool_choice), WithJsonSchema({"enum": [None, "none", "auto"]})
+    ] = None
     parallel_tool_calls: bool | None = None
     chat_template_kwargs: dict[Text, Any] | None = None
 
