@@ -58,6 +58,9 @@ class FakeEngine:
     def metrics(self):
         return b"agentmem_running_requests 0.0\n"
 
+    def branch_tokens(self, namespace, agent_id):
+        return []
+
     async def agents(self, namespace):
         return [self.info(name) for name in self.agent_ids]
 

@@ -68,7 +68,7 @@ def test_logits_after_a_restore_are_bit_identical(kind, on_codes, at):
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen3", "deepseek_v2"])
-@pytest.mark.parametrize("kv_bits", ["4", "k5v4", "8"])
+@pytest.mark.parametrize("kv_bits", ["4", "k5v3", "k5v4", "8"])
 def test_attention_on_codes_equals_attention_on_their_dequantized_copy(kind, kv_bits):
     on_codes, dense = tiny_runner(kind, kv_bits, on_codes=True), tiny_runner(kind, kv_bits)
     start = dense.new_cache()

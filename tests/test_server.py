@@ -24,6 +24,7 @@ from agentmem.server import chat_completions, run
 from agentmem.server.app import create_app
 from agentmem.server.middleware import BodyLimit
 
+CALL = {"id": "c1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
 HELLO = [{"role": "user", "content": "hello"}]
 
 
@@ -123,6 +124,7 @@ def test_sdk_reads_an_answer_with_its_usage_and_what_it_cost(engine, settings):
         "agent_id": "alice",
         "cache": "warm",
         "cached_tokens": 3,
+        "cause": "first",
         "restored_bytes": 1024,
         "restore_ms": 1.235,
         "prefill_ms": 2.0,
@@ -322,7 +324,8 @@ def test_agent_id_header_that_is_not_utf8_is_refused(chat):
         ({"stop": [1]}, "stop.0", None),
         ({"n": 2}, "n", "unsupported_parameter"),
         ({"n": True}, "n", "unsupported_parameter"),
-        ({"tools": [{"type": "function"}]}, "tools", "unsupported_parameter"),
+        ({"tools": [{"type": "function"}]}, "tools.0.function", None),
+        ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools", None),  # its template ignores them
         ({"tool_choice": "required"}, "tool_choice", "unsupported_parameter"),
         ({"response_format": {"type": "json_object"}}, "response_format", "unsupported_parameter"),
         ({"logprobs": True}, "logprobs", "unsupported_parameter"),
@@ -335,9 +338,13 @@ def test_agent_id_header_that_is_not_utf8_is_refused(chat):
         ({"messages": None}, "messages", "invalid_type"),
         ({"messages": [{"role": "user"}]}, "messages.0.content", "invalid_type"),
         ({"messages": [{"role": "king", "content": ""}]}, "messages.0.role", None),
-        ({"messages": [{"role": "tool", "content": "x", "tool_call_id": "1"}]}, "messages.0.role", None),
+        ({"messages": [{"role": "function", "content": "x", "name": "f"}]}, "messages.0.role", "unsupported_parameter"),
+        ({"messages": [{"role": "tool", "content": "x"}]}, "messages.0.tool_call_id", None),
+        ({"messages": [{"role": "user", "content": "x", "tool_call_id": "1"}]}, "messages.0.tool_call_id", None),
         ({"messages": [{"role": "user", "content": "", "x": 1}]}, "messages.0.x", "unknown_parameter"),
-        ({"messages": [{"role": "assistant", "content": "", "tool_calls": [{}]}]}, "messages.0.tool_calls", None),
+        ({"messages": [{"role": "assistant", "content": "", "tool_calls": [{}]}]}, "messages.0.tool_calls.0.id", None),
+        ({"messages": [{"role": "assistant", "tool_calls": [CALL]}]}, "messages", None),  # its template ignores them
+        ({"messages": [{"role": "user", "content": "", "tool_calls": [CALL]}]}, "messages.0.tool_calls", None),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages.0.content", None),
         ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "messages.0.content", None),
         ({"messages": [{"role": "user", "content": ["x"]}]}, "messages.0.content", None),

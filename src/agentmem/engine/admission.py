@@ -6,7 +6,6 @@ blocks hold when its prefill begins, on a branch of its own.
 
 import logging
 import time
-from concurrent.futures import Future
 
 import numpy as np
 
@@ -14,6 +13,7 @@ from ..errors import Busy
 from ..kvcache.working import STEP, capacity_for
 from .agent import Agent
 from .block_pool import OpenBlock
+from .explain import explain
 from .match import Match
 from .output import OutputStream
 from .reach import last_snapshot
@@ -144,6 +144,8 @@ class Admission:
         seq.cached_at_start = match.length
         if not seq.suspended:
             seq.num_cached = match.length
+            agent.explained = explain(agent, seq.tokens, match)
+            seq.cause = agent.explained.cause
         if seq.output is None:
             seq.sampler = Sampler(seq.request.params, self._core.vocab_size)
             seq.output = OutputStream(self._core.model.tokenizer, seq.request.params)
@@ -199,39 +201,6 @@ class Admission:
             if not self._core.budget.make_room(nbytes + self._growth(), wanted, urgent=False):
                 return
             self._read(seq, match)
-
-    def prefetch_agent(self, namespace: str, name: str, done: "Future[int | None]") -> None:
-        """Bring the agent's newest branch into RAM; `done` gets the bytes read, None if there is no such agent.
-
-        Busy: there is no room now.
-        """
-        agent = self._core.contexts.agents.get((namespace, name))
-        if agent is None or not agent.branches:
-            done.set_result(None)
-            return
-        branch = agent.newest
-        assert branch is not None
-        match = self._core.contexts.prefix(branch, len(branch))
-        nbytes, budget = match.missing_bytes, self._core.budget
-        if not match.missing:
-            self._core.contexts.touch(match)
-            done.set_result(0)
-        elif not budget.make_room(nbytes, match.entries(), urgent=False):
-            raise Busy(
-                f"There is no room for the {nbytes:,} bytes of agent {name[:200]!r}: {budget.used_bytes:,} of the "
-                f"{budget.limit:,} bytes of RAM for caches (kv_budget) are in use or reserved.",
-                code="kv_budget_full",
-            )
-        else:
-            self._core.contexts.hold_match(match)
-            began = time.perf_counter()
-
-            def restored(nbytes: int, at: float) -> None:
-                self._trace.span("restore", began, max(began, at), agent=name, bytes=nbytes)
-                self._core.contexts.release_match(match)
-                done.set_result(nbytes)
-
-            self._core.restorer.restore(match, restored)
 
     # -- RAM of the running
 

@@ -11,14 +11,16 @@ from functools import partial
 from typing import IO, Any
 
 import mlx.core as mx
+import numpy as np
 
 from ..config import Settings
 from ..errors import AgentMemError, ContextLengthExceeded, EngineFailed, ShuttingDown, StartupError
 from ..kvcache.spec import describe
 from ..models.loading import LoadedModel
+from .cuts import Cuts
 from .lifecycle import Lifecycle
 from .loop import EngineLoop
-from .request import AgentDetail, AgentInfo, Export, Finished, GenerateRequest, TextDelta, check_agent_id
+from .request import AgentDetail, AgentInfo, Explanation, Export, Finished, GenerateRequest, TextDelta, check_agent_id
 from .sequence import Event, Sequence
 from .startup import Core, build_core
 from .transfer import export_chunks, import_agent, read_archive
@@ -93,6 +95,9 @@ class Engine:
     def metrics(self) -> bytes:
         return self._core_loop.metrics.text()
 
+    def branch_tokens(self, namespace: str, agent_id: str) -> list[np.ndarray]:
+        return self._core.contexts.branch_tokens(namespace, agent_id)
+
     async def agents(self, namespace: str) -> list[AgentInfo]:
         return self._core.contexts.infos(namespace)
 
@@ -115,10 +120,13 @@ class Engine:
         return await self._perform(partial(self._lifecycle.evict, namespace, agent_id))
 
     async def fork_agent(self, namespace: str, agent_id: str, to: str, tokens: int | None) -> AgentDetail:
-        return await self._perform(partial(self._lifecycle.fork, namespace, agent_id, to, tokens))
+        return await self._perform(partial(self._cuts.fork, namespace, agent_id, to, tokens))
 
     async def truncate_agent(self, namespace: str, agent_id: str, tokens: int, held: int | None) -> AgentDetail:
-        return await self._perform(partial(self._lifecycle.truncate, namespace, agent_id, tokens, held))
+        return await self._perform(partial(self._cuts.truncate, namespace, agent_id, tokens, held))
+
+    async def explain_agent(self, namespace: str, agent_id: str, tokens: list[int] | None) -> Explanation | None:
+        return await self._perform(partial(self._lifecycle.explain, namespace, agent_id, tokens))
 
     async def agent_tokens(self, namespace: str, agent_id: str) -> list[int]:
         return await self._perform(partial(self._lifecycle.tokens, namespace, agent_id))
@@ -164,6 +172,10 @@ class Engine:
     @property
     def _lifecycle(self) -> Lifecycle:
         return self._core_loop.lifecycle
+
+    @property
+    def _cuts(self) -> Cuts:
+        return self._core_loop.cuts
 
     def begin_drain(self) -> None:
         self._stopping = True

@@ -11,12 +11,15 @@ import mlx.core as mx
 
 from ..errors import AgentMemError, Conflict, EngineFailed, MemoryPressure, ShuttingDown
 from ..kvcache.block import SealedBlock
-from ..metrics import EngineFigures, Metrics
+from ..metrics import Metrics
 from .admission import LOOK_INTERVAL, Admission
 from .block_pool import FRESH
 from .contexts import ROOT
+from .cuts import Cuts
+from .figures import figures
 from .index import delete_agent
 from .lifecycle import Lifecycle
+from .prefetch import prefetch_agent
 from .request import FinishReason, GenerateRequest, TextDelta
 from .scheduler import Step
 from .sequence import Sequence, Status
@@ -33,10 +36,10 @@ class EngineLoop:
     def __init__(self, core: Core, inbox: "queue.SimpleQueue[Callable[[], None]]"):
         self.core, self._inbox = core, inbox
         self._admission = Admission(core)
-        self.lifecycle = Lifecycle(core)
+        self.lifecycle, self.cuts = Lifecycle(core), Cuts(core)
         self.ram_bytes = self.reserved_bytes = 0  # as they were between two steps
         self.memory_error: str | None = None
-        self.metrics = Metrics(self._figures)
+        self.metrics = Metrics(lambda: figures(core, self._admission.suspensions, self.ram_bytes, self.reserved_bytes))
         self._drain_deadline: float | None = None  # time.monotonic()
         self._watch_due = 0.0  # time.monotonic()
         self._last_prefill = 0.0  # time.perf_counter()
@@ -121,7 +124,7 @@ class EngineLoop:
             done.set_exception(e)
 
     def prefetch_agent(self, namespace: str, agent_id: str, done: "Future[int | None]") -> None:
-        self._admission.prefetch_agent(namespace, agent_id, done)
+        prefetch_agent(self.core, namespace, agent_id, done)
 
     def drain(self, grace: float) -> None:
         if self._drain_deadline is None:
@@ -284,27 +287,6 @@ class EngineLoop:
                 self.core.saver.save_block(seq.branch, path)
         contexts.thin(seq.nodes)
         self.core.trace.span("seal", began, agent=seq.request.agent_id, blocks=len(blocks))
-
-    def _figures(self) -> EngineFigures:
-        """Called on the event loop: reads counts that the engine thread changes, each whole."""
-        statuses = [seq.status for seq in list(self.core.scheduler.active)]
-        store = self.core.store.stats()
-        return EngineFigures(
-            running=sum(status is not Status.RESTORING for status in statuses),
-            waiting=len(self.core.scheduler.waiting),
-            restoring=sum(status is Status.RESTORING for status in statuses),
-            ram_bytes=self.ram_bytes,
-            reserved_bytes=self.reserved_bytes,
-            disk_bytes=store["block_bytes"] + store["tail_bytes"],
-            written_bytes=store["bytes_written"],
-            restored_bytes=self.core.restorer.restored_bytes,
-            evicted_bytes=self.core.contexts.pool.evicted_bytes,
-            suspensions=self._admission.suspensions,
-            quarantined=store["quarantined"],
-            trimmed_bytes=store["trimmed_bytes"],
-            store_bytes=store["disk_bytes"],
-            written_last_hour=store["bytes_written_last_hour"],
-        )
 
     # -- stop
 

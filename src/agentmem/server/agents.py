@@ -17,7 +17,8 @@ from ..errors import AgentNotFound, InvalidRequest, StoreFailed
 from .auth import namespace_of
 from .chat import ChatRenderer
 from .events import unless_disconnected
-from .openai import ChatMessage, Text, Wire, chat_message
+from .explain import add_explain_routes
+from .openai import ChatMessage, Text, Wire, chat_messages
 
 IMPORT_PATH = "/v1/agents/import"  # its body is a file: read as it comes
 
@@ -49,6 +50,8 @@ class PrewarmBody(Wire):
 
 
 def add_agent_routes(app: FastAPI, engine: EngineAPI, renderer: ChatRenderer, settings: Settings) -> None:
+    add_explain_routes(app, engine, renderer)  # before what would take its path for an agent's id
+
     @app.get("/v1/agents")
     async def list_agents(request: Request) -> dict[str, Any]:
         agents = await engine.agents(namespace_of(request))
@@ -116,7 +119,7 @@ def _add_memory_routes(app: FastAPI, engine: EngineAPI, renderer: ChatRenderer) 
     async def prewarm_agent(agent_id: str, body: PrewarmBody, request: Request) -> dict[str, Any]:
         """Prefill these messages as a request would, and answer nothing."""
         agent_id = check_agent_id(agent_id)
-        tokens = await renderer.render([chat_message(m) for m in body.messages])
+        tokens = await renderer.render(chat_messages(body.messages))
         generate = GenerateRequest(namespace_of(request), agent_id, tokens, SamplingParams(max_tokens=0))
         return await unless_disconnected(request, _prewarm(engine, generate))
 

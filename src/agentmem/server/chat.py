@@ -1,39 +1,19 @@
-"""A chat, whatever wire format it came in: whose it is, and the token ids that its messages render to."""
+"""A chat, whatever wire format it came in, to the token ids that its messages render to."""
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
-from jinja2 import TemplateError
 
-from ..engine.request import check_agent_id
 from ..errors import ContextLengthExceeded, InvalidRequest
-
-ANONYMOUS = "anonymous"
-
-
-@dataclass(frozen=True)
-class Message:
-    role: Literal["system", "user", "assistant"]
-    content: str
-    name: str | None = None
-
-    def for_template(self) -> dict[str, str]:
-        name = {"name": self.name} if self.name is not None else {}
-        return {"role": self.role, "content": self.content, **name}
-
-
-def resolve_agent_id(body: str | None, header: bytes | None) -> str:
-    """The body's agent id, else the X-Agent-Id header's (UTF-8), else "anonymous". Raises InvalidRequest."""
-    if body is None and header is None:
-        return ANONYMOUS
-    try:
-        return check_agent_id(body if body is not None else (header or b"").decode())
-    except UnicodeDecodeError:
-        raise InvalidRequest("The header X-Agent-Id is not valid UTF-8.", param="agent_id") from None
+from .markup import Markup
+from .messages import Message, Role
+from .plain_text import PlainText
+from .splice import splice
+from .template import ChatTemplate
+from .token_text import TokenText
 
 
 class ChatRenderer:
@@ -46,19 +26,47 @@ class ChatRenderer:
         """
         self._tokenizer = tokenizer
         self._max_context, self._why_max = max_context, why_max
+        self._token_text, self._plain = TokenText(tokenizer), PlainText(tokenizer)
+        self._template = ChatTemplate(tokenizer)
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="tokenizer")
 
-    async def render(self, messages: Sequence[Message]) -> list[int]:
+    @property
+    def markup(self) -> Markup:
+        """Of the answers."""
+        return self._template.markup
+
+    async def render(
+        self,
+        messages: Sequence[Message],
+        branches: Sequence[np.ndarray] = (),
+        *,
+        tools: Sequence[dict[str, Any]] = (),
+        options: Mapping[str, Any] | None = None,
+    ) -> list[int]:
         """The prompt's token ids, up to where the assistant's answer begins, with room for at least one more.
 
-        A last message of the assistant's is history like any other: the answer is a new message after it.
-        Raises InvalidRequest (no template, or one that refuses these messages) and ContextLengthExceeded.
+        A last message of the assistant's is history like any other: the answer is a new message after it. `branches`:
+        token ids that the agent has cached; they are kept as far as their text is the prompt's, see splice.py.
+        `options` are the template's own, such as enable_thinking.
+        Raises InvalidRequest (no template, or one that refuses or ignores what is given) and ContextLengthExceeded.
         """
         loop = asyncio.get_running_loop()
-        tokens = await loop.run_in_executor(self._thread, self._apply_template, messages)
+        tokens = await loop.run_in_executor(self._thread, self._render, messages, branches, tools, options or {})
         if len(tokens) >= self._max_context:
             raise ContextLengthExceeded(len(tokens), self._max_context, self._why_max)
         return tokens
+
+    async def text_tokens(self, text: str, branches: Sequence[np.ndarray] = ()) -> list[int]:
+        """Of a text that is rendered already; `branches` as in `render`."""
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(
+            self._thread, lambda: splice(self._token_text, self._plain.encode(text), branches).tokens
+        )
+
+    async def ends_in_reasoning(self, tokens: Sequence[int]) -> bool:
+        """Whether the answer to this prompt begins within the reasoning."""
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._thread, self._template.ends_in_reasoning, tokens)
 
     async def message_starts(self, tokens: Sequence[int]) -> list[int]:
         """Where each message of a rendered chat starts; one that the template put in (a system prompt) counts too.
@@ -95,23 +103,30 @@ class ChatRenderer:
         )
 
     def _probe(self, contents: list[str], **options: bool) -> list[int]:
-        roles: list[Literal["user", "assistant"]] = ["user", "assistant", "user"]
-        messages = [Message(role, content).for_template() for role, content in zip(roles, contents, strict=False)]
-        return list(self._tokenizer.apply_chat_template(messages, tokenize=True, **options))
+        roles: list[Role] = ["user", "assistant", "user"]
+        messages = [Message(role, content) for role, content in zip(roles, contents, strict=False)]
+        return list(self._tokenizer.apply_chat_template(self._template.dicts(messages), tokenize=True, **options))
 
-    def _apply_template(self, messages: Sequence[Message]) -> list[int]:
+    def _render(
+        self,
+        messages: Sequence[Message],
+        branches: Sequence[np.ndarray],
+        tools: Sequence[dict[str, Any]],
+        options: Mapping[str, Any],
+    ) -> list[int]:
+        return splice(self._token_text, self._apply_template(messages, tools, options), branches).tokens
+
+    def _apply_template(
+        self, messages: Sequence[Message], tools: Sequence[dict[str, Any]], options: Mapping[str, Any]
+    ) -> list[int]:
         if not self._tokenizer.has_chat_template:
             raise InvalidRequest(
                 "This model has no chat template, so it can't take messages; serve its instruct or chat variant.",
                 param="messages",
             )
-        try:
-            tokens = self._tokenizer.apply_chat_template(
-                [m.for_template() for m in messages], add_generation_prompt=True, tokenize=True
-            )
-        except TemplateError as e:
-            message = f"The model's chat template refuses these messages: {e.message or type(e).__name__}"
-            raise InvalidRequest(message, param="messages") from e
+        self._template.check(messages, tools, options)
+        given = {**options, "tools": list(tools)} if tools else options
+        tokens = self._template.render(messages, lambda dicts: self._plain.tokens(dicts, **given))
         if not tokens:
             raise InvalidRequest("The messages render to an empty prompt.", param="messages")
         return list(tokens)

@@ -3,7 +3,7 @@
 import json
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,9 +15,13 @@ from ..config import Settings
 from ..engine.request import EngineAPI, Finished, GenerateRequest, RequestStats, SamplingParams
 from ..errors import AgentMemError, NotFound
 from .auth import namespace_of
-from .chat import ChatRenderer, resolve_agent_id
+from .chat import ChatRenderer
 from .events import Event, Events, EventStream, unless_disconnected
-from .openai import AgentOptions, ChatCompletionRequest, chat_message, error_body
+from .identity import resolve_agent_id
+from .messages import ToolCall
+from .openai import AgentOptions, ChatCompletionRequest, chat_messages, error_body
+from .output_parser import Content, OutputParser, Part, Reasoning
+from .tools import function_tools
 
 FIRST_EVENT_WAIT = 2.0  # s; until then an error can still become an HTTP status
 PING_INTERVAL = 5.0  # s between comments while a stream has nothing to say
@@ -39,8 +43,15 @@ class ChatCompletions:
 
     async def create(self, body: ChatCompletionRequest, request: Request) -> Response:
         check_model(body.model, self._engine.model_name)
-        generate = await self._generate_request(body, request)
-        answer = Answer(self._engine.model_name, generate.agent_id)
+        tools = function_tools(body.tools)
+        generate = await self._generate_request(body, request, tools)
+        parser = OutputParser(
+            self.renderer.markup,
+            [] if body.tool_choice == "none" else tools,
+            in_reasoning=await self.renderer.ends_in_reasoning(generate.tokens),
+            max_calls=1 if body.parallel_tool_calls is False else 0,
+        )
+        answer = Answer(self._engine.model_name, generate.agent_id, parser, self._settings.reasoning_alias)
         events = Events(self._engine.generate(generate))
         async with AsyncExitStack() as closing:
             closing.push_async_callback(events.aclose)
@@ -51,10 +62,21 @@ class ChatCompletions:
         include_usage = bool(body.stream_options and body.stream_options.include_usage)
         return EventStream(_chunks(answer, events, first, include_usage), events)
 
-    async def _generate_request(self, body: ChatCompletionRequest, request: Request) -> GenerateRequest:
-        header = next((value for name, value in request.headers.raw if name == b"x-agent-id"), None)
-        agent_id = resolve_agent_id(body.agent_id, header)
-        tokens = await self.renderer.render([chat_message(m) for m in body.messages])
+    async def _generate_request(
+        self, body: ChatCompletionRequest, request: Request, tools: list[dict[str, Any]]
+    ) -> GenerateRequest:
+        agent_id = resolve_agent_id(
+            request.headers,
+            agent_id=body.agent_id,
+            prompt_cache_key=body.prompt_cache_key,
+            metadata=body.metadata,
+            user=body.user,
+            safety_identifier=body.safety_identifier,
+        )
+        branches = self._engine.branch_tokens(namespace_of(request), agent_id)
+        tokens = await self.renderer.render(
+            chat_messages(body.messages), branches, tools=tools, options=body.chat_template_kwargs
+        )
         limits = [limit for limit in (body.max_tokens, body.max_completion_tokens) if limit is not None]
         limits = limits or [self._settings.default_max_tokens]
         max_tokens = min(*limits, self._engine.max_context - len(tokens))
@@ -69,11 +91,19 @@ class ChatCompletions:
 class Answer:
     model: str
     agent_id: str
+    parser: OutputParser
+    reasoning_alias: bool  # the reasoning under both names
     id: str = field(default_factory=lambda: f"chatcmpl-{uuid.uuid4().hex}")
     created: int = field(default_factory=lambda: int(time.time()))
 
     def head(self, object: str) -> dict[str, Any]:
         return {"id": self.id, "object": object, "created": self.created, "model": self.model}
+
+    def reasoning(self, text: str) -> dict[str, str]:
+        return {"reasoning_content": text} | ({"reasoning": text} if self.reasoning_alias else {})
+
+    def finish_reason(self, event: Finished) -> str:
+        return "tool_calls" if event.reason == "stop" and self.parser.num_calls else event.reason
 
     def agentmem(self, stats: RequestStats) -> dict[str, Any]:
         """What this answer cost; times in ms."""
@@ -81,6 +111,7 @@ class Answer:
             "agent_id": self.agent_id,
             "cache": stats.cache,
             "cached_tokens": stats.cached_tokens,
+            "cause": stats.cause,
             "restored_bytes": stats.restored_bytes,
             "restore_ms": round(stats.restore_ms, 3),
             "prefill_ms": round(stats.prefill_ms, 3),
@@ -119,13 +150,22 @@ def _usage(stats: RequestStats) -> dict[str, Any]:
     }
 
 
+def _tool_call(call: ToolCall) -> dict[str, Any]:
+    return {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments_json}}
+
+
 async def _completion(answer: Answer, events: Events) -> dict[str, Any]:
-    text = []
+    parts: list[Part] = []
     while not isinstance(event := await events.next(), Finished):
         assert event is not None
-        text.append(event.text)
-    message = {"role": "assistant", "content": "".join(text)}
-    choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": event.reason}
+        parts += answer.parser.feed(event.text)
+    parts += answer.parser.finish(cut=event.reason == "length")
+    choice = {
+        "index": 0,
+        "message": _message(answer, parts),
+        "logprobs": None,
+        "finish_reason": answer.finish_reason(event),
+    }
     return {
         **answer.head("chat.completion"),
         "choices": [choice],
@@ -134,30 +174,72 @@ async def _completion(answer: Answer, events: Events) -> dict[str, Any]:
     }
 
 
+def _message(answer: Answer, parts: list[Part]) -> dict[str, Any]:
+    content = "".join(part.text for part in parts if isinstance(part, Content))
+    reasoning = "".join(part.text for part in parts if isinstance(part, Reasoning))
+    calls = [_tool_call(part) for part in parts if isinstance(part, ToolCall)]
+    message: dict[str, Any] = {"role": "assistant", "content": content if content or not calls else None}
+    if reasoning:
+        message |= answer.reasoning(reasoning)
+    if calls:
+        message["tool_calls"] = calls
+    return message
+
+
+class _Deltas:
+    """The deltas of one stream, in the order that OpenAI's clients put together."""
+
+    def __init__(self, answer: Answer):
+        self._answer = answer
+        self._num_calls = 0
+
+    def of(self, parts: list[Part]) -> Iterator[dict[str, Any]]:
+        for part in parts:
+            if isinstance(part, Content):
+                yield {"content": part.text}
+            elif isinstance(part, Reasoning):
+                yield self._answer.reasoning(part.text)
+            else:
+                yield from self._of_call(part)
+
+    def _of_call(self, call: ToolCall) -> Iterator[dict[str, Any]]:
+        """Who is called, then with what."""
+        index, self._num_calls = self._num_calls, self._num_calls + 1
+        head = {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": ""}}
+        yield {"tool_calls": [{"index": index, **head}]}
+        yield {"tool_calls": [{"index": index, "function": {"arguments": call.arguments_json}}]}
+
+
 async def _chunks(answer: Answer, events: Events, event: Event | None, include_usage: bool) -> AsyncIterator[str]:
     """The stream from its first event (None: none yet) on. An engine's error becomes its last line."""
     head = answer.head("chat.completion.chunk")
     usage = {"usage": None} if include_usage else {}
 
-    def chunk(delta: dict[str, str], finish_reason: str | None = None, **more: Any) -> str:
+    deltas, parser = _Deltas(answer), answer.parser
+
+    def chunk(delta: dict[str, Any], finish_reason: str | None = None, **more: Any) -> str:
         choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish_reason}
         return _data({**head, "choices": [choice], **usage, **more})
 
-    has_role = False
+    has_role, said = False, time.monotonic()
     while True:
-        if event is None:
-            yield PING
-        elif not has_role:
+        if event is not None and not has_role:
             has_role = True
             yield chunk({"role": "assistant", "content": ""})
         if isinstance(event, Finished):
-            yield chunk({}, event.reason, agentmem=answer.agentmem(event.stats))
+            for delta in deltas.of(parser.finish(cut=event.reason == "length")):
+                yield chunk(delta)
+            yield chunk({}, answer.finish_reason(event), agentmem=answer.agentmem(event.stats))
             if include_usage:
                 yield _data({**head, "choices": [], "usage": _usage(event.stats)})
             yield DONE
             return
-        if event is not None:
-            yield chunk({"content": event.text})
+        for delta in deltas.of(parser.feed(event.text) if event is not None else []):
+            said = time.monotonic()
+            yield chunk(delta)
+        if event is None or time.monotonic() - said > PING_INTERVAL:  # a long tool call says nothing until it is whole
+            said = time.monotonic()
+            yield PING
         try:
             event = await events.next(PING_INTERVAL)
         except AgentMemError as e:

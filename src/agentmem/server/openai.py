@@ -4,6 +4,7 @@ A parameter that promises something about the output is either honoured or refus
 about it (who asks, how to bill, where to cache) is accepted and not looked at.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, NoReturn
 
@@ -15,16 +16,15 @@ from pydantic import (
     Field,
     GetCoreSchemaHandler,
     GetJsonSchemaHandler,
-    ValidationInfo,
     WithJsonSchema,
 )
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
-from .chat import Message
+from .messages import Message, normalise
 
 _MAX_STOPS = 16
-_ECHO = 200  # characters of the client's own text (field names, part types) that an error repeats
+_ECHO = 200  # characters of the client's own text (field names) that an error repeats
 
 
 def _unsupported(what: str) -> NoReturn:
@@ -65,36 +65,15 @@ Text = Annotated[str, AfterValidator(_encodable)]
 
 
 def _known_role(role: Any) -> Any:
-    if role in ("tool", "function"):
-        _unsupported(f"messages of role '{role}' are not supported by this server; use system, user or assistant")
+    if role == "function":
+        _unsupported("messages of role 'function' are not supported by this server; use 'tool'")
     return role
 
 
-def _part_text(index: int, part: Any) -> str:
-    """The text of one content part. Cache hints on it are accepted: every prefix is cached anyway."""
-    kind = part.get("type") if isinstance(part, dict) else None
-    if not isinstance(kind, str):
-        raise ValueError(f"part {index} must be an object with a type")
-    if kind != "text":
-        _unsupported(f"part {index} is of type {kind[:_ECHO]!r}; this server reads only parts of type 'text'")
-    if unknown := set(part) - {"type", "text", "cache_control", "prompt_cache_breakpoint"}:
-        raise ValueError(f"part {index} has an unknown field {min(unknown)[:_ECHO]!r}")
-    if not isinstance(part.get("text"), str):
-        raise ValueError(f"part {index} must have a text, which is a string")
-    return part["text"]
-
-
-def _join_parts(content: Any, info: ValidationInfo) -> Any:
-    """A list of text parts and the same text as one string are the same message, so they must render the same."""
-    if isinstance(content, list):
-        return "".join(_part_text(i, part) for i, part in enumerate(content))
-    if content is None and info.data.get("role") == "assistant":
-        return ""
-    return content
-
-
-_CONTENT_SCHEMA = {"type": ["string", "array", "null"], "items": {"type": "object", "required": ["type", "text"]}}
-Content = Annotated[Text, BeforeValidator(_join_parts), WithJsonSchema(_CONTENT_SCHEMA)]
+def _tool_choice(choice: Any) -> Any:
+    if choice not in (None, "none", "auto"):
+        _unsupported("this server can't make the model call a tool; leave it out, or use 'auto' or 'none'")
+    return choice
 
 
 def _stop_list(stop: Any) -> Any:
@@ -112,21 +91,39 @@ class Wire(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 
+class FunctionCall(Wire):
+    name: Annotated[Text, Field(min_length=1)]
+    arguments: Annotated[Any, WithJsonSchema({"type": ["string", "object"]})]
+
+
+class ToolCallBody(Wire):
+    id: Text
+    type: Literal["function"] = "function"
+    function: FunctionCall
+    index: int | None = None  # of a delta, which a client put together
+
+
+_CONTENT_SCHEMA = {"type": ["string", "array", "null"], "items": {"type": "object", "required": ["type", "text"]}}
+
+
 class ChatMessage(Wire):
-    role: Annotated[Literal["system", "developer", "user", "assistant"], BeforeValidator(_known_role)]
-    content: Content = Field(default=None, validate_default=True)
+    role: Annotated[Literal["system", "developer", "user", "assistant", "tool"], BeforeValidator(_known_role)]
+    content: Annotated[Any, WithJsonSchema(_CONTENT_SCHEMA)] = None
     name: Text | None = None
+    tool_calls: list[ToolCallBody] | None = None
+    tool_call_id: Text | None = None
+    reasoning_content: Text | None = None
+    reasoning: Text | None = None
     # what a client sends back of an earlier answer, where it holds nothing
     refusal: Annotated[Any, Only()] = None
     audio: Annotated[Any, Only()] = None
     function_call: Annotated[Any, Only()] = None
-    tool_calls: Annotated[Any, Only([])] = None
     annotations: Annotated[Any, Only([])] = None
 
 
-def chat_message(message: ChatMessage) -> Message:
-    role = "system" if message.role == "developer" else message.role
-    return Message(role, message.content, message.name)
+def chat_messages(messages: Sequence[ChatMessage]) -> list[Message]:
+    """In the form that the renderer takes. InvalidRequest names what can't be read."""
+    return normalise([message.model_dump() for message in messages])
 
 
 class AgentOptions(Wire):
@@ -178,12 +175,14 @@ class ChatCompletionRequest(Wire):
     prompt_cache_key: str | None = None
     prompt_cache_options: dict[str, Any] | None = None
     prompt_cache_retention: str | None = None
+
+    tools: list[Any] | None = None
+    tool_choice: Annotated[Any, BeforeValidator(_tool_choice), WithJsonSchema({"enum": [None, "none", "auto"]})] = None
     parallel_tool_calls: bool | None = None
+    chat_template_kwargs: dict[Text, Any] | None = None
 
     # would promise something that isn't there
     n: Annotated[Any, Only(1)] = None
-    tools: Annotated[Any, Only([])] = None
-    tool_choice: Annotated[Any, Only("none", "auto")] = None
     functions: Annotated[Any, Only([])] = None
     function_call: Annotated[Any, Only("none", "auto")] = None
     response_format: Annotated[Any, Only({"type": "text"})] = None
