@@ -161,4 +161,4 @@ class Cuts(Operations):
             raise Conflict("The agent was changed by another request; try again.", param="agent_id")
         data, lineage = self._core.restorer.open_block(match)
         tokens = source.tokens()[len(match.nodes) * self._contexts.block_size : match.length]
-        ready(OpenBlock(tokens, lineage=lineage, expendable=source.agent.ephemeral), data)
+        ready(OpenBlock(tokens, lineage=lineage, expendable=source.agent.ephemeral), data and data.compact())
