@@ -230,3 +230,32 @@ def test_a_namespace_sees_nothing_of_another_ones_transcripts(model, tmp_path):
         more = {**body, "agentmem": {"continue": True, "turn": turn}}
         assert refused(server.client.post("/chat/completions", json=more, **b))[0] == 404
         assert server.stop() == 0
+
+
+def test_a_fork_takes_the_transcript_along_and_goes_its_own_way(server):
+    server.chat([user(20, 1)], agent="source", max_tokens=4)
+    assert server.client.post(path("source", "fork"), json={"to": "copy"}).status_code == 200
+    before = transcript(server, "source")
+    assert transcript(server, "copy")["messages"] == before["messages"]
+    go_on(server, [user(4, 2)], "copy")
+    assert transcript(server, "source") == before
+
+
+def test_a_truncation_forgets_the_turns_that_it_cuts(server):
+    first = server.chat([user(20, 1)], agent="cut", max_tokens=4)
+    go_on(server, [user(4, 2)], "cut")
+    assert server.client.post(path("cut", "truncate"), json={"messages": 2}).status_code == 200
+    assert transcript(server, "cut")["turn"] == first["agentmem"]["turn"]
+    assert len(go_on(server, [user(4, 3)], "cut")["choices"]) == 1
+    assert transcript(server, "cut")["messages"][2] == user(4, 3)
+
+
+def test_what_was_begun_before_an_agent_was_deleted_leaves_no_turn(server):
+    body = {"messages": [user(9, 1)], "agent_id": "deleted", "stream": True, "max_tokens": 200, "ignore_eos": True}
+    with server.client.stream("POST", "/chat/completions", json=body) as response:
+        lines = response.iter_lines()
+        next(lines)
+        server.client.delete("/agents/deleted")
+        rest = list(lines)
+    assert any('"finish_reason":"length"' in line and '"turn":null' in line for line in rest)
+    assert refused(server.client.get(path("deleted", "transcript")))[0] == 404

@@ -131,9 +131,8 @@ class TurnTree:
         gone: list[str] = []
         on_path = {turn.id for turn in self.path(self.newest)}
         too_many = len(self.turns) - len(on_path) - MAX_OFF_PATH
-        for turn_id in list(self.turns) if too_many > 0 else ():
-            if len(gone) < too_many and turn_id in self.turns and turn_id not in on_path and self.is_leaf(turn_id):
-                gone += self.remove(turn_id)
+        while len(gone) < too_many:
+            gone += self.remove(next(t for t in self.turns if t not in on_path and self.is_leaf(t)))
         return gone
 
     def hide(self, turn_id: str) -> Turn:

@@ -21,6 +21,7 @@ from .context import add_context_routes
 from .explain import add_explain_routes
 from .openai import ChatMessage, Text, Wire, chat_messages
 from .prefill import answer, prefill
+from .transcripts import copy_transcript, cut_transcript
 
 IMPORT_PATH = "/v1/agents/import"  # its body is a file: read as it comes
 
@@ -134,7 +135,10 @@ def _add_copy_routes(app: FastAPI, engine: EngineAPI, renderer: ChatRenderer) ->
     @app.post("/v1/agents/{agent_id:path}/fork")
     async def fork_agent(agent_id: str, body: ForkBody, request: Request) -> dict[str, Any]:
         to = check_agent_id(body.to, "to")
-        return _shown(await engine.fork_agent(namespace_of(request), agent_id, to, body.tokens))
+        forked = await engine.fork_agent(namespace_of(request), agent_id, to, body.tokens)
+        if body.tokens is None:
+            await copy_transcript(engine, namespace_of(request), agent_id, to)
+        return _shown(forked)
 
     @app.post("/v1/agents/{agent_id:path}/truncate")
     async def truncate_agent(agent_id: str, body: TruncateBody, request: Request) -> dict[str, Any]:
@@ -143,7 +147,9 @@ def _add_copy_routes(app: FastAPI, engine: EngineAPI, renderer: ChatRenderer) ->
             assert body.messages is not None
             tokens = await engine.agent_tokens(namespace, agent_id)
             keep, held = await _messages_end(renderer, tokens, body.messages), len(tokens)
-        return _shown(await engine.truncate_agent(namespace, agent_id, keep, held))
+        cut = await engine.truncate_agent(namespace, agent_id, keep, held)
+        await cut_transcript(engine, renderer, namespace, agent_id, keep)
+        return _shown(cut)
 
     @app.post("/v1/agents/{agent_id:path}/export", response_class=Response)
     async def export_agent(agent_id: str, request: Request) -> Response:
