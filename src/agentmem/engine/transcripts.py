@@ -1,6 +1,7 @@
 """All agents' turns: in RAM while they are in use, written behind, read again when an agent is asked for."""
 
 import asyncio
+import math
 import sqlite3
 import threading
 from collections import OrderedDict
@@ -9,7 +10,7 @@ from concurrent.futures import Future
 from weakref import WeakValueDictionary
 
 from ..errors import AgentMemError, StoreFailed
-from ..store.turns import TurnRecord, TurnTable
+from ..store.turns import TurnTable
 from .turns import Turn, TurnTree
 
 MAX_RAM = 64 << 20  # bytes, about, of turns that nobody works with
@@ -33,7 +34,6 @@ class Transcripts:
         self._lock = threading.Lock()  # orders what is written of an agent, and its deletion
         self._trees: WeakValueDictionary[_Key, TurnTree] = WeakValueDictionary()
         self._recent: OrderedDict[_Key, TurnTree] = OrderedDict()  # keeps them alive
-        self._loading: dict[_Key, Future[list[TurnRecord]]] = {}
         self._trimming = False
 
     def open(self, namespace: str, agent: str) -> TurnTree:
@@ -44,25 +44,24 @@ class Transcripts:
             if tree is None:
                 tree = self._trees[key] = TurnTree()
                 if self._table is not None:
-                    self._loading[key] = self._table.read(namespace, agent)
+                    tree.reading = self._table.read(namespace, agent)
             self._keep(key, tree)
         return tree
 
     async def loaded(self, namespace: str, agent: str, tree: TurnTree) -> TurnTree:
         """`tree`, once it holds what the store has of it. Raises StoreFailed."""
-        key = (namespace, agent)
-        reading = self._loading.get(key)
+        reading = tree.reading
         if reading is None:
             return tree
         try:
             records = await asyncio.shield(asyncio.wrap_future(reading))
         except (OSError, sqlite3.Error, AgentMemError) as e:
             with self._lock:
-                if self._loading.pop(key, None) is reading:
-                    self._drop(key)  # the next one who asks reads again
+                if self._trees.get((namespace, agent)) is tree:
+                    self._drop((namespace, agent))  # the next one who asks reads again
             raise StoreFailed(f"The agent's transcript can't be read: {e}") from e
-        if self._loading.get(key) is reading:
-            del self._loading[key]
+        if tree.reading is not None:
+            tree.reading = None
             tree.load(map(Turn.of, records))
         return tree
 
@@ -142,18 +141,18 @@ class Transcripts:
         if tree is not None:
             tree.deleted = True
         self._recent.pop(key, None)
-        self._loading.pop(key, None)
 
     def _keep(self, key: _Key, tree: TurnTree) -> None:
-        """Keep it in RAM, and let go of those that were used before, as far as they are on disk."""
+        """Keep it in RAM, and let go of what was used before: what is on disk too, and of the rest what is too much."""
         self._recent[key] = tree
         self._recent.move_to_end(key)
         if self._table is None:
             return
-        idle = [k for k, tree in self._recent.items() if k != key and not tree.in_ram_only and k not in self._loading]
-        held = sum(self._recent[k].nbytes for k in idle)
-        while idle and (held > MAX_RAM or len(idle) > MAX_TREES):
-            held -= self._recent.pop(idle.pop(0)).nbytes
+        for only_here, most in ((False, MAX_TREES), (True, math.inf)):
+            idle = [k for k, tree in self._recent.items() if k != key and tree.in_ram_only is only_here]
+            held = sum(self._recent[k].nbytes for k in idle)
+            while idle and (held > MAX_RAM or len(idle) > most):
+                held -= self._recent.pop(idle.pop(0)).nbytes
 
     def _trim(self) -> None:
         if self._table is None or self._trimming or self._disk_bytes <= self._max_disk:

@@ -14,6 +14,7 @@ import json
 import time
 import uuid
 from collections.abc import Iterable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -62,6 +63,7 @@ class TurnTree:
         self.nbytes = 0  # about, of the text
         self.deleted = False  # with its agent: nothing is added any more
         self.in_ram_only = False
+        self.reading: Future[list[TurnRecord]] | None = None  # what the store has of it, until that is loaded
         self.appending = asyncio.Lock()  # of what is told without being asked: one thing after the other
 
     @property

@@ -54,8 +54,8 @@ class ChatRenderer:
         `options` are the template's own, such as enable_thinking.
         Raises InvalidRequest (no template, or one that refuses or ignores what is given) and ContextLengthExceeded.
         """
-        loop, chat = asyncio.get_running_loop(), (messages, tools, options or {}, generation_prompt)
-        tokens = await loop.run_in_executor(self._thread, lambda: self._render(branches, *chat))
+        loop, given = asyncio.get_running_loop(), (messages, branches, tools, options or {}, generation_prompt)
+        tokens = await loop.run_in_executor(self._thread, self._render, *given)
         if len(tokens) >= self._max_context:
             raise ContextLengthExceeded(len(tokens), self._max_context, self._why_max)
         return tokens
@@ -111,8 +111,16 @@ class ChatRenderer:
         messages = [Message(role, content) for role, content in zip(roles, contents, strict=False)]
         return list(self._tokenizer.apply_chat_template(self._template.dicts(messages), tokenize=True, **options))
 
-    def _render(self, branches: Sequence[np.ndarray], *chat: Any) -> list[int]:
-        return splice(self._token_text, self._apply_template(*chat), branches).tokens
+    def _render(
+        self,
+        messages: Sequence[Message],
+        branches: Sequence[np.ndarray],
+        tools: Sequence[dict[str, Any]],
+        options: Mapping[str, Any],
+        generation_prompt: bool = True,
+    ) -> list[int]:
+        tokens = self._apply_template(messages, tools, options, generation_prompt)
+        return splice(self._token_text, tokens, branches).tokens
 
     def _apply_template(
         self,
