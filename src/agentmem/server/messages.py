@@ -23,9 +23,8 @@ class ToolCall:
 
     @property
     def arguments_json(self) -> str:
-        """As OpenAI's format has it. Never with a lone surrogate, which no body could hold."""
-        text = json.dumps(self.arguments, ensure_ascii=False, allow_nan=False)
-        return text if _is_encodable(text) else json.dumps(self.arguments, allow_nan=False)
+        """As OpenAI's format has it. ValueError: it holds NaN, or an infinity."""
+        return json.dumps(self.arguments, ensure_ascii=False, allow_nan=False)
 
 
 @dataclass(frozen=True)

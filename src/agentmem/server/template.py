@@ -14,7 +14,7 @@ from .markup import Markup
 from .messages import Message, Role, ToolCall, check_encodable, without_system_between
 
 T = TypeVar("T")
-_RESERVED = set(inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters) - {"self", "kwargs"}
+_RESERVED = {*inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters, "messages"}
 _HELLO = Message("user", "hello")
 _CALL = ToolCall("call00001", "get_weather", {"city": "Paris"})
 _TOOL = {
@@ -41,11 +41,11 @@ class ChatTemplate:
 
         A template that wants one system message at most gets one, see `without_system_between`.
         """
-        refused: TemplateError | TypeError | None = None
+        refused: TemplateError | TypeError | RecursionError | None = None
         for attempt in self._attempts(messages):
             try:
                 return to_tokens(self.dicts(attempt))
-            except (TemplateError, TypeError) as e:  # TypeError: it does something with a value that this kind can't do
+            except (TemplateError, TypeError, RecursionError) as e:  # it does with a value what can't be done with it
                 refused = refused or e
         why = (refused.message if isinstance(refused, TemplateError) else str(refused)) or type(refused).__name__
         raise InvalidRequest(f"The model's chat template refuses these messages: {why}", param="messages") from refused
