@@ -1,4 +1,4 @@
-"""Tokenizers that spell bytes, with chat templates that behave like those of real families."""
+"""Tokenizers of fewer than 256 tokens that spell bytes, with chat templates that behave like those of real families."""
 
 import json
 import tempfile
@@ -96,6 +96,7 @@ HARMONY = """{%- for m in messages %}
 {%- if tools %}{{- '<|start|>developer<|message|>' + tools|tojson + '<|end|>' }}{%- endif %}
 {%- if add_generation_prompt %}{{- '<|start|>assistant' }}{%- endif %}"""
 
+_NEVER = {chr(b) for b in (0xC0, 0xC1, *range(0xF5, 0x100))}  # bytes of no UTF-8: so that it fits tiny.VOCAB
 _ADDED = {
     CHATML: ("<|im_start|>", "<|im_end|>"),
     QWEN3: ("<|im_start|>", "<|im_end|>", "<think>", "</think>", "<tool_call>", "</tool_call>"),
@@ -108,14 +109,14 @@ _ADDED[QWEN3_THINKING] = _ADDED[QWEN3]
 
 @cache
 def chat_tokenizer(template: str, *added: str) -> tokenizer_utils.TokenizerWrapper:
-    """As mlx-lm loads it from a model's directory; its ids are bytes, then those of the template's own tokens."""
+    """As mlx-lm loads it from a model's directory; its tokens are bytes, and the template's own."""
     with tempfile.TemporaryDirectory() as path:
         save_tokenizer(Path(path), template, *added)
         return tokenizer_utils.load(Path(path))
 
 
 def save_tokenizer(path: Path, template: str, *added: str) -> None:
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    alphabet = sorted(set(pre_tokenizers.ByteLevel.alphabet()) - _NEVER)
     bare = Tokenizer(models.BPE({c: i for i, c in enumerate(alphabet)}, []))
     bare.pre_tokenizer, bare.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     names = (*_ADDED.get(template, ()), *added)
