@@ -100,7 +100,7 @@ _NEVER = {chr(b) for b in (0xC0, 0xC1, *range(0xF5, 0x100))}  # bytes of no UTF-
 _ADDED = {
     CHATML: ("<|im_start|>", "<|im_end|>"),
     QWEN3: ("<|im_start|>", "<|im_end|>", "<think>", "</think>", "<tool_call>", "</tool_call>"),
-    LLAMA3: ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
+    LLAMA3: ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|python_tag|>"),
     GEMMA3: ("<start_of_turn>", "<end_of_turn>"),
     HARMONY: ("<|start|>", "<|end|>", "<|message|>", "<|channel|>", "<|constrain|>", "<|return|>", "<|call|>"),
 }

@@ -147,6 +147,32 @@ def test_late_and_several_system_messages_are_the_templates_where_it_takes_them_
     assert text.startswith(rendered(GEMMA3, messages[:3]))
 
 
+def test_system_messages_that_the_template_would_leave_out_are_not():
+    only_first = CHATML.replace(
+        "{% for m in messages %}", "{% for m in messages if loop.first or m.role != 'system' %}"
+    )
+    only_first = only_first.replace("if loop.first or", "if m == messages[0] or")
+    messages = [{"role": "user", "content": "hello"}, {"role": "system", "content": "Hurry."}]
+    assert rendered_with(only_first, messages).startswith("<|im_start|>user\nhello\n\nHurry.<|im_end|>")
+
+
+def test_parallel_calls_come_one_by_one_with_their_results_where_the_template_wants_that():
+    messages = [
+        {"role": "user", "content": "1"},
+        {"role": "assistant", "content": "", "tool_calls": [call("{}", "a"), call('{"n": 1}', "b"), call("{}", "c")]},
+        {"role": "tool", "tool_call_id": "b", "content": "rain"},
+        {"role": "tool", "tool_call_id": "a", "content": "sun"},
+        {"role": "assistant", "content": "", "tool_calls": [call('{"n": 2}', "a"), call('{"n": 3}', "b")]},
+        {"role": "tool", "tool_call_id": "b", "content": "snow"},
+    ]
+    text = rendered(LLAMA3, messages, [TOOL])
+    in_order = ('"parameters": {}', "sun", '"n": 1', "rain", '"parameters": {}', '"n": 2', '"n": 3', "snow")
+    at = 0
+    for said in in_order:
+        at = text.index(said, at) + 1
+    assert all(text.count(result) == 1 for result in ("sun", "rain", "snow"))
+
+
 def test_reasoning_reaches_templates_that_take_it_under_the_name_they_read():
     def messages(**said):
         return [{"role": "user", "content": "1"}, {"role": "assistant", "content": "2", **said}]

@@ -202,6 +202,21 @@ def test_gpt_oss_channels_are_reasoning_content_and_calls(text, parts):
     assert every_way(text, markup_of(HARMONY)) == parts
 
 
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ('{"name": "f", "parameters": {"a": 1}}', [CALLED]),
+        ('<|python_tag|>{"name": "f", "parameters": {"a": 1}}', [CALLED]),
+        ('{"names": []}', [(Content, '{"names": []}')]),
+        ('{"name": "f"', [(Content, '{"name": "f"')]),
+        ('Say {"name": "f"}', [(Content, 'Say {"name": "f"}')]),
+    ],
+)
+def test_llamas_calls_are_answers_that_are_json(text, parts):
+    assert every_way(text, markup_of(LLAMA3)) == parts
+    assert every_way(text, markup_of(LLAMA3), tools=[]) == [(Content, text)]
+
+
 def test_models_without_markup_say_text_to_the_character():
     for template in (CHATML, LLAMA3):
         text = f" <think>hm</think> {F}\n\n"

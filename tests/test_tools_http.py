@@ -187,7 +187,7 @@ def test_choices_that_would_force_a_call_are_refused(engine, ask, choice):
 
 
 def test_model_whose_calls_cannot_be_read_still_gets_the_tools(engine, ask):
-    engine.tokenizer, engine.text = chat_tokenizer(LLAMA3), '{"name": "weather", "parameters": {}}'
+    engine.tokenizer, engine.text = chat_tokenizer(LLAMA3), "weather(Paris)"
     assert ask(tools=[TOOL]).choices[0].message.content == engine.text
     assert '"weather"' in engine.prompt()
 
@@ -247,11 +247,13 @@ def test_long_tool_call_is_accompanied_by_pings(engine, settings, monkeypatch):
 def test_a_served_model_answers_tools_within_the_reasoning_that_its_template_opens(tmp_path):
     model = write_tiny_model(tmp_path / "tiny", max_context=1024)
     save_tokenizer(model, QWEN3_THINKING)
-    assert len(chat_tokenizer(QWEN3_THINKING)) <= VOCAB
+    tokenizer = chat_tokenizer(QWEN3_THINKING)
+    assert len(tokenizer) <= VOCAB
+    always_a = {str(tokenizer.convert_tokens_to_ids("a")): 100}
     with ServerProcess(tmp_path / "home", "--reasoning-alias", model=model) as server:
-        body = {"messages": HELLO, "tools": [TOOL], "max_tokens": 8, "ignore_eos": True, "user": "u"}
-        answer = server.client.post("/chat/completions", json=body | {"temperature": 0}).json()
+        body = {"messages": HELLO, "tools": [TOOL], "max_tokens": 4, "logit_bias": always_a, "user": "u"}
+        answer = server.client.post("/chat/completions", json=body).json()
         assert server.stop() == 0
     message = answer["choices"][0]["message"]
-    assert (message["content"], message["reasoning"]) == ("", message["reasoning_content"])
+    assert (message["content"], message["reasoning"], message["reasoning_content"]) == ("", "aaaa", "aaaa")
     assert answer["agentmem"]["agent_id"] == "u"

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..errors import InvalidRequest
 from .markup import Markup
-from .messages import Message, Role, ToolCall, check_encodable, without_system_between
+from .messages import Message, Role, ToolCall, check_encodable, one_call_each, without_system_between
 
 T = TypeVar("T")
 _RESERVED = {*inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters, "messages"}
@@ -39,7 +39,8 @@ class ChatTemplate:
     def render(self, messages: Sequence[Message], to_tokens: Callable[[list[dict[str, Any]]], T]) -> T:
         """What `to_tokens` makes of the messages as the template takes them. InvalidRequest: it refuses them.
 
-        A template that wants one system message at most gets one, see `without_system_between`.
+        A template that wants one system message at most gets one, see `without_system_between`; one that wants one tool
+        call at most in a message gets that, see `one_call_each`.
         """
         refused: TemplateError | TypeError | RecursionError | None = None
         for attempt in self._attempts(messages):
@@ -73,9 +74,15 @@ class ChatTemplate:
         return start is not None and self._tokenizer.decode(list(tokens[-16:])).rstrip().endswith(start)
 
     def _attempts(self, messages: Sequence[Message]) -> Iterator[Sequence[Message]]:
-        yield messages
-        if (merged := without_system_between(messages)) != list(messages):
-            yield merged
+        first = without_system_between(messages) if self._loses_system(messages) else list(messages)
+        yield first
+        for change in (without_system_between, one_call_each):
+            if (changed := change(first)) != first:
+                yield changed
+
+    def _loses_system(self, messages: Sequence[Message]) -> bool:
+        """Whether there are system messages after the first that would not be in the prompt."""
+        return any(m.role in ("system", "developer") for m in messages[1:]) and self._ignores_late_system
 
     def _dict(self, message: Message) -> dict[str, Any]:
         role: Role = message.role
@@ -105,6 +112,13 @@ class ChatTemplate:
     @cached_property
     def _takes_tools(self) -> bool:
         return self._probe([_HELLO], tools=[_TOOL]) != self._probe([_HELLO])
+
+    @cached_property
+    def _ignores_late_system(self) -> bool:
+        late = Message("system", "be quick")
+        first, answer = Message("system", "hello"), Message("assistant", "hello")
+        texts = [self._probe(probe) for probe in ([first, late, _HELLO], [first, _HELLO, answer, late, _HELLO])]
+        return any(text is not None and late.content not in text for text in texts)
 
     @cached_property
     def _takes_calls(self) -> bool:
