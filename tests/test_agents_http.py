@@ -549,3 +549,28 @@ def test_namespaces_can_do_nothing_to_each_others_agents(model, tmp_path):
             assert b.delete(path("mine")).json()["deleted"]
             assert cached(a.post("/chat/completions", json=body).json())[1] == first["usage"]["prompt_tokens"] - 1
         assert server.stop() == 0
+
+
+def test_a_miss_is_explained_with_the_first_text_that_differs(server):
+    first = [user(40, 700), {"role": "assistant", "content": "w9"}, user(20, 701)]
+    server.chat(first, "why", max_tokens=4)
+    explained = server.client.get(path("why", "/explain")).json()
+    assert (explained["cause"], explained["branch_tokens"]) == ("first", 0)
+
+    edited = [user(40, 700), {"role": "assistant", "content": "w10"}, user(20, 701)]
+    would = server.client.post(path("why", "/explain"), json={"messages": edited}).json()
+    assert would["cause"] == "parted"
+    assert (would["cached"]["text"].split()[0], would["prompt"]["text"].split()[0]) == ("w9", "w10")
+    assert would["before"]["text"].split()[-1] == "assistant"
+
+    chat = server.chat(edited, "why", max_tokens=4)
+    assert (chat["agentmem"]["cause"], chat["agentmem"]["cached_tokens"]) == ("parted", would["cached_tokens"])
+    last = server.client.get(path("why", "/explain")).json()
+    assert last == would
+    assert server.chat(edited, "why", max_tokens=4)["agentmem"]["cause"] == "repeated"
+    assert (
+        'agentmem_prefix_total{cause="parted"}' in server.client.get(server.url.removesuffix("/v1") + "/metrics").text
+    )
+    assert server.client.get(path("nobody", "/explain")).status_code == 404
+    for body in ({}, {"messages": edited, "prompt": "w1"}):
+        assert server.client.post(path("why", "/explain"), json=body).status_code == 400

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import mlx.core as mx
 import pytest
-from mlx_lm.models.cache import make_prompt_cache
+from mlx_lm.models import base, olmo3
+from mlx_lm.models.cache import KVCache, RotatingKVCache, make_prompt_cache
 from support_matrix import DOCUMENT, document
 from test_zoo import INCONSISTENT
 from tiny import random_tokens, run
@@ -79,6 +80,33 @@ def test_what_cannot_be_kept_runs_on_mlx_lms_caches_and_leaves_nothing(model_typ
     cache = runner.new_cache()
     assert runner.prefill(cache, TOKENS[:70]) == []
     assert cache.snapshot().tail is None
+
+
+def test_a_window_that_the_model_itself_cuts_out_of_a_cache_of_everything_is_left_to_mlx_lm(monkeypatch):
+    attention = base.scaled_dot_product_attention
+    monkeypatch.setattr(olmo3, "scaled_dot_product_attention", lambda *a, **k: attention(*a, **k))
+    monkeypatch.setattr(olmo3.Model, "make_cache", lambda model: [KVCache() for _ in model.layers])
+    runner = ModelRunner(tiny("olmo3"), kv_bits="16", block_size=BLOCK)
+    expected = runner.model(mx.array([TOKENS]), cache=make_prompt_cache(runner.model))
+    assert relative_error(runner.forward(mx.array([TOKENS]), [runner.new_cache()])[0], expected) < ROUNDING
+    assert runner.spec.foreign is not None
+    assert "a window of 40" in runner.spec.foreign.reason
+
+
+@pytest.mark.parametrize("error", [AssertionError, KeyError, NotImplementedError, UnboundLocalError])
+@pytest.mark.parametrize("traced", [True, False])
+def test_a_model_that_refuses_caches_other_than_mlx_lms_runs_on_those(monkeypatch, error, traced):
+    forward = olmo3.Model.__call__
+
+    def picky(model, tokens, cache=None):
+        if cache is not None and not isinstance(cache[0], RotatingKVCache if traced else (RotatingKVCache, KVCache)):
+            raise error("not mine")
+        return forward(model, tokens, cache)
+
+    monkeypatch.setattr(olmo3.Model, "__call__", picky)
+    runner = ModelRunner(tiny("olmo3"), block_size=BLOCK)
+    assert runner.spec.foreign is not None
+    assert f"{error.__name__}: " in runner.spec.foreign.reason
 
 
 @pytest.mark.parametrize("model_type", [t for t in TYPES if t not in NO_REUSE])

@@ -190,7 +190,7 @@ def test_a_row_that_can_not_be_measured_says_why(corpus, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (("--kv-bits", "4,3"), "--kv-bits 3: not known; choose from 16,8,k5v4,4,plain4"),
+        (("--kv-bits", "4,3"), "--kv-bits 3: not known; choose from 16,8,k5v4,k5v3,4,plain4"),
         (("--stride", "129"), "--stride must be from 1 to --window (128), is 129"),
         (("--stride", "0"), "--stride must be from 1 to --window (128), is 0"),
         (("--window", "1", "--stride", "1"), "--window must be at least 2 tokens"),

@@ -73,7 +73,7 @@ def test_a_second_turn_is_hot_and_its_answer_that_of_a_restarted_server(tmp_path
     assert warm_text == hot_text
 
 
-@pytest.mark.parametrize("kv_bits", ["k5v4", "8", "16"])
+@pytest.mark.parametrize("kv_bits", ["k5v3", "k5v4", "8", "16"])
 @pytest.mark.parametrize("kind", ["gemma3", "gpt_oss"])
 def test_restart_gives_the_same_answer_whatever_the_precision_and_layers(tmp_path, kv_bits, kind):
     load = tiny_loader(kind)

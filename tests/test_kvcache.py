@@ -65,7 +65,7 @@ def test_logits_after_a_restore_are_bit_identical(kind, on_codes, at):
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen3", "deepseek_v2"])
-@pytest.mark.parametrize("kv_bits", ["4", "k5v4", "8"])
+@pytest.mark.parametrize("kv_bits", ["4", "k5v3", "k5v4", "8"])
 def test_attention_on_codes_equals_attention_on_their_dequantized_copy(kind, kv_bits):
     on_codes, dense = tiny_runner(kind, kv_bits, on_codes=True), tiny_runner(kind, kv_bits)
     start = dense.new_cache()
@@ -126,8 +126,9 @@ def test_a_cut_sequence_goes_on_alike_from_codes_and_from_a_stored_tail():
         assert mx.array_equal(run(runner, back, TOKENS[:40], 9), run(runner, twin, TOKENS[:40], 9))
 
 
-def test_adopting_anothers_block_changes_what_is_attended_to():
-    runner = tiny_runner()
+@pytest.mark.parametrize(("kind", "kv_bits"), [("llama", "4"), ("llama", "16"), ("gemma3", "16")])
+def test_adopting_anothers_block_changes_what_is_attended_to(kind, kv_bits):
+    runner = tiny_runner(kind, kv_bits)
     ours, others = runner.new_cache(), runner.new_cache()
     run(runner, ours, TOKENS[:64], 64)
     run(runner, others, random_tokens(64, seed=5), 64)

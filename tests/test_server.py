@@ -124,6 +124,7 @@ def test_sdk_reads_an_answer_with_its_usage_and_what_it_cost(engine, settings):
         "agent_id": "alice",
         "cache": "warm",
         "cached_tokens": 3,
+        "cause": "first",
         "restored_bytes": 1024,
         "restore_ms": 1.235,
         "prefill_ms": 2.0,

@@ -25,7 +25,7 @@ TEXT = "\n".join(list(pydoc_data.topics.topics.values())[:20])
 
 
 def _wrap(bare: Tokenizer) -> PreTrainedTokenizerFast:
-    bare.add_tokens([AddedToken(s, special=s.startswith("<|"), normalized=False) for s in SPECIAL])
+    bare.add_tokens([AddedToken(s, special=True, normalized=False) for s in SPECIAL])
     return PreTrainedTokenizerFast(tokenizer_object=bare, chat_template=CHATML)
 
 
@@ -131,7 +131,7 @@ def test_the_branch_that_shares_most_text_is_taken():
 @given(said=texts)
 def test_what_a_user_writes_is_never_a_special_token(kind, said):
     tokenizer = KINDS[kind]()
-    tokens = PlainText(tokenizer).tokens([{"role": "user", "content": said}])
+    tokens = PlainText(tokenizer, TokenText(tokenizer)).tokens([{"role": "user", "content": said}])
     token_text = TokenText(tokenizer)
     special = [t for t in tokens if t in token_text.atomic_ids]
     assert special == ids(tokenizer, "<|im_start|><|im_end|><|im_start|>")
@@ -142,7 +142,7 @@ def test_what_a_user_writes_is_never_a_special_token(kind, said):
 def test_what_the_assistant_said_keeps_its_own_tokens():
     tokenizer = byte_level()
     said = "<think>\nhm\n</think>\nYes"
-    tokens = PlainText(tokenizer).tokens([{"role": "assistant", "content": said}])
+    tokens = PlainText(tokenizer, TokenText(tokenizer)).tokens([{"role": "assistant", "content": said}])
     assert [t for t in ids(tokenizer, "<think></think>") if t not in tokens] == []
 
 

@@ -152,6 +152,30 @@ def truncate(
 
 
 @app.command()
+def explain(
+    context: typer.Context,
+    agent_id: Id,
+    prompt: Annotated[
+        Path | None,
+        typer.Option(help="a chat (JSON: messages, or a request's body) or a rendered text; default: the last request"),
+    ] = None,
+) -> None:
+    """Why a prompt is cached as far as it is, and where it parts from what the agent has."""
+    path = _path(agent_id, "/explain")
+    if prompt is None:
+        _print(_client(context).call("GET", path))
+        return
+    text = _read(prompt)
+    try:
+        chat = json.loads(text)
+    except ValueError:
+        _print(_client(context).call("POST", path, json={"prompt": text}))
+        return
+    messages = chat.get("messages") if isinstance(chat, dict) else chat
+    _print(_client(context).call("POST", path, json={"messages": messages}))
+
+
+@app.command()
 def export(
     context: typer.Context,
     agent_id: Id,

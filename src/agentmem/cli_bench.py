@@ -1,6 +1,7 @@
 """`agentmem bench`: what the cache costs and gains, measured on this machine."""
 
 import json
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -22,7 +23,9 @@ Model = Annotated[str | None, typer.Option(help="'demo', a directory with an MLX
 Home = Annotated[Path | None, typer.Option(help="directory that holds models and stores (default: ~/.agentmem)")]
 Config = Annotated[Path | None, typer.Option("--config", help="TOML file with settings, see configs/")]
 Corpus = Annotated[Path | None, typer.Option(help="text file in UTF-8 (default: the text of pydoc_data.topics)")]
-Presets = Annotated[str, typer.Option(help="rows besides 16, comma-separated; plain4: 4 bits as in mlx-lm")]
+Presets = Annotated[
+    str, typer.Option(help="rows besides 16, comma-separated: 8, k5v4, k5v3, 4, or plain4, 4 bits as in mlx-lm")
+]
 JsonFile = Annotated[Path | None, typer.Option("--json", help="write the result there", metavar="FILE")]
 Plot = Annotated[Path | None, typer.Option(help="draw it there, as PNG, SVG or PDF", metavar="FILE")]
 
@@ -87,8 +90,10 @@ def _presets(text: str, known: tuple[str, ...]) -> list[str]:
 
 def check_writable(file: Path) -> None:
     """Before minutes of work, not after."""
-    if not file.parent.is_dir() or file.is_dir():
-        raise StartupError(f"{file}: can't be written: {'is' if file.is_dir() else 'its parent is no'} directory")
+    if not file.parent.is_dir():
+        raise StartupError(f"{file}: can't be written: {file.parent} is no directory")
+    if file.is_dir() or not os.access(file if file.exists() else file.parent, os.W_OK):
+        raise StartupError(f"{file}: can't be written: {'it is a directory' if file.is_dir() else 'no permission'}")
 
 
 def _load(settings: Settings, protocol: "Protocol") -> "LoadedModel":

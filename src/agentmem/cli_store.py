@@ -1,4 +1,7 @@
-"""`agentmem store`: the caches on disk, of every model, beside a running server or without one."""
+"""`agentmem store`: the caches on disk, of every model, beside a running server or without one.
+
+The store is imported inside the commands: with numpy and cryptography it takes longer than all of `agentmem --help`.
+"""
 
 import json
 import shutil
@@ -7,7 +10,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.progress import BarColumn, DownloadColumn, TransferSpeedColumn
@@ -16,10 +19,10 @@ from .cli_agents import Json, Key, ago, console, progress_bar, size, table
 from .client import Client
 from .config import Settings, load_settings, resolve
 from .errors import StartupError, StoreError
-from .store import maintenance, schema
-from .store.layout import Layout
-from .store.lock import InUse
-from .store.records import written_in_last_hour
+
+if TYPE_CHECKING:
+    from .store.layout import Layout
+    from .store.maintenance import StoreStats
 
 app = typer.Typer(no_args_is_help=True, help="Look at the caches on disk, check every byte of them, make room.")
 
@@ -30,8 +33,10 @@ Config = Annotated[Path | None, typer.Option("--config", help="TOML file with se
 @app.command()
 def stats(home: Home = None, config: Config = None, as_json: Json = False) -> None:
     """What each model's store holds, and how much was written."""
+    from .store.maintenance import store_stats
+
     settings = _settings(home, config)
-    rows = [_guarded(maintenance.store_stats, layout) for layout in _stores(settings)]
+    rows = [_guarded(store_stats, layout) for layout in _stores(settings)]
     if as_json:
         print(json.dumps([asdict(row) | {"writes": _writes(row)} for row in rows], indent=2))
         return
@@ -42,7 +47,7 @@ def stats(home: Home = None, config: Config = None, as_json: Json = False) -> No
     print(f"{size(total)} of at most {size(quota)} (store_quota); {size(disk.free)} of disk free")
 
 
-def _print_table(rows: list[maintenance.StoreStats]) -> None:
+def _print_table(rows: "list[StoreStats]") -> None:
     lines = table("store", "agents", "pinned", "blocks", "on disk", "written/h", "written/24 h", "last use")
     for row in rows:
         writes, used = _writes(row), ago(row.last_used) if row.last_used else "-"
@@ -55,7 +60,7 @@ def _print_table(rows: list[maintenance.StoreStats]) -> None:
             print(f"{_short(row)}: {', '.join(notes)}")
 
 
-def _short(row: maintenance.StoreStats) -> str:
+def _short(row: "StoreStats") -> str:
     return row.fingerprint[:12]
 
 
@@ -69,6 +74,8 @@ def verify(
     as_json: Json = False,
 ) -> None:
     """Read every file and compare its checksum. Exit code 1 if anything is damaged."""
+    from .store import maintenance
+
     layouts = _stores(_settings(home, config))
     with progress_bar(BarColumn(), DownloadColumn(), TransferSpeedColumn()) as progress:
         task = progress.add_task("reading", total=sum(_bytes(layout) for layout in layouts))
@@ -93,6 +100,9 @@ def verify(
 @app.command()
 def gc(home: Home = None, config: Config = None, api_key: Key = None, as_json: Json = False) -> None:
     """Delete what has expired, what is in quarantine and what nobody holds, and shrink stores to store_quota."""
+    from .store import maintenance
+    from .store.lock import InUse
+
     settings = _settings(home, config)
     freed: dict[str, int] = {}
     refused: list[StoreError] = []
@@ -124,8 +134,10 @@ def _settings(home: Path | None, config: Path | None) -> Settings:
     return load_settings({"home": home}, config)
 
 
-def _stores(settings: Settings) -> list[Layout]:
-    return maintenance.stores(settings.store_dir) if settings.store_dir.is_dir() else []
+def _stores(settings: Settings) -> "list[Layout]":
+    from .store.maintenance import stores
+
+    return stores(settings.store_dir) if settings.store_dir.is_dir() else []
 
 
 def _disk(settings: Settings) -> Any:
@@ -136,7 +148,9 @@ def _disk(settings: Settings) -> Any:
     return shutil.disk_usage(at)
 
 
-def _writes(row: maintenance.StoreStats) -> dict[str, int]:
+def _writes(row: "StoreStats") -> dict[str, int]:
+    from .store.records import written_in_last_hour
+
     now, by_hour = time.time(), row.bytes_written_by_hour
     return {
         "last_hour": written_in_last_hour(by_hour, now),
@@ -144,15 +158,19 @@ def _writes(row: maintenance.StoreStats) -> dict[str, int]:
     }
 
 
-def _bytes(layout: Layout) -> int:
-    row = _guarded(maintenance.store_stats, layout)
+def _bytes(layout: "Layout") -> int:
+    from .store.maintenance import store_stats
+
+    row = _guarded(store_stats, layout)
     return row.block_bytes + row.tail_bytes
 
 
-def _guarded(function: Callable[..., Any], layout: Layout, *args: Any, **options: Any) -> Any:
+def _guarded(function: Callable[..., Any], layout: "Layout", *args: Any, **options: Any) -> Any:
+    from .store.schema import Damaged
+
     try:
         return function(layout, *args, **options)
-    except (sqlite3.Error, schema.Damaged) as e:
+    except (sqlite3.Error, Damaged) as e:
         raise StartupError(
             f"the manifest of {layout.root} can't be read ({e}); the next start of a server puts a damaged one aside"
         ) from None

@@ -75,8 +75,8 @@ class Settings(BaseSettings):
         "(default: no key needed, all in the namespace 'default')",
     )
 
-    kv_bits: Literal["4", "k5v4", "8", "16"] = Field(
-        "4", description="bits of a sealed block: 4, 8, 16 (the model's own dtype), or k5v4 (keys 5, values 4)"
+    kv_bits: Literal["4", "k5v3", "k5v4", "8", "16"] = Field(
+        "4", description="bits of a sealed block: 4, 8, 16 (the model's own dtype), k5v3 (keys 5, values 3) or k5v4"
     )
     block_size: Annotated[int, AfterValidator(_multiple_of_32)] = Field(
         256, ge=32, le=2048, description="tokens a block"
@@ -101,7 +101,9 @@ class Settings(BaseSettings):
     )
     max_running: int = Field(8, ge=1, le=256, description="sequences decoded at once")
     max_queue: int = Field(64, ge=1, le=10_000, description="requests waiting; one more is answered 429")
-    max_branches: int = Field(4, ge=1, le=64, description="branches kept of one agent; the least recently used goes")
+    max_branches: int = Field(
+        4, ge=1, le=64, description="branches kept of one agent; the least recently used goes, the longest last"
+    )
     max_context: int | None = Field(None, ge=16, description="prompt and answer, in tokens (default: the model's)")
     default_max_tokens: int = Field(2048, ge=1, description="answer tokens where a request names no limit")
     reasoning_alias: bool = Field(

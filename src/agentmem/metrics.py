@@ -40,6 +40,9 @@ class Metrics(Collector):
         self._registry = registry = CollectorRegistry()
         registry.register(self)
         self._requests = Counter("agentmem_requests", "finished requests", ["cache"], registry=registry)
+        self._causes = Counter(
+            "agentmem_prefix", "finished requests by why no more was cached", ["cause"], registry=registry
+        )
         self._prompt = Counter("agentmem_prompt_tokens", "prompt tokens of finished requests", registry=registry)
         self._cached = Counter("agentmem_cached_tokens", "of those, taken from the cache", registry=registry)
         self._completion = Counter("agentmem_completion_tokens", "answered tokens", registry=registry)
@@ -52,6 +55,7 @@ class Metrics(Collector):
 
     def finished(self, stats: RequestStats) -> None:
         self._requests.labels(stats.cache).inc()
+        self._causes.labels(stats.cause).inc()
         self._prompt.inc(stats.prompt_tokens)
         self._cached.inc(stats.cached_tokens)
         self._completion.inc(stats.completion_tokens)

@@ -3,6 +3,8 @@
 import math
 from dataclasses import dataclass
 
+import numpy as np
+
 ITEM_BYTES = {"I64": 8, "F32": 4, "U32": 4, "I32": 4, "F16": 2, "BF16": 2, "U8": 1}  # by dtype, in safetensors' names
 
 
@@ -26,3 +28,10 @@ def part_of(name: str) -> str:
     """
     at = name.find("@")
     return name[at:] if at >= 0 else name.removeprefix("prefix.")[1:].partition(".")[0]
+
+
+def common_prefix(a: np.ndarray, b: np.ndarray) -> int:
+    """Items at the beginning that are the same."""
+    n = min(len(a), len(b))
+    differ = np.flatnonzero(a[:n] != b[:n])
+    return int(differ[0]) if len(differ) else n

@@ -18,7 +18,7 @@ from .windows import Window
 
 PLAIN = "plain4"
 REFERENCE = "16"
-PRESETS = (REFERENCE, "8", "k5v4", "4", PLAIN)
+PRESETS = (REFERENCE, "8", "k5v4", "k5v3", "4", PLAIN)
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from ..errors import Busy
 from ..kvcache.working import STEP, capacity_for
 from .agent import Agent
 from .block_pool import OpenBlock
+from .explain import explain
 from .match import Match
 from .output import OutputStream
 from .reach import last_snapshot
@@ -143,6 +144,8 @@ class Admission:
         seq.cached_at_start = match.length
         if not seq.suspended:
             seq.num_cached = match.length
+            agent.explained = explain(agent, seq.tokens, match)
+            seq.cause = agent.explained.cause
         if seq.output is None:
             seq.sampler = Sampler(seq.request.params, self._core.vocab_size)
             seq.output = OutputStream(self._core.model.tokenizer, seq.request.params)

@@ -9,7 +9,7 @@ from ..kvcache.spec import KVCacheSpec
 from ..store.records import AgentRecord
 from .block_pool import Entry, Node, OpenBlock
 from .reach import missing
-from .request import AgentInfo, Tier
+from .request import AgentInfo, Explanation, Tier
 
 
 @dataclass(eq=False)
@@ -56,6 +56,7 @@ class Agent:
     ephemeral: bool = False  # never written to disk
     requests: int = 0
     hit_tokens: int = 0  # of its prompts, that were cached
+    explained: Explanation | None = None  # of its last request
     noted_at: float = 0.0  # time.monotonic() when the store was last told of its use
 
     @property

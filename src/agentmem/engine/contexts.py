@@ -16,6 +16,7 @@ import numpy as np
 
 from ..kvcache.block import SealedBlock, Tail, state_offset
 from ..kvcache.spec import KVCacheSpec
+from ..tensors import common_prefix
 from .agent import Agent, Branch, agent_info
 from .block_pool import FRESH, BlockPool, Entry, Node, OpenBlock
 from .match import Match
@@ -38,12 +39,6 @@ def block_key(scope: bytes, parent: bytes, tokens: np.ndarray, lineage: bytes) -
         digest.update(len(part).to_bytes(8, "little"))
         digest.update(part)
     return digest.digest()
-
-
-def _common_prefix(a: np.ndarray, b: np.ndarray) -> int:
-    n = min(len(a), len(b))
-    differ = np.flatnonzero(a[:n] != b[:n])
-    return int(differ[0]) if len(differ) else n
 
 
 def _preference(match: Match) -> tuple[int, bool, bool, str]:
@@ -119,7 +114,7 @@ class Contexts:
         return match if match.length == len(wanted) and match.extends else None
 
     def _match_branch(self, branch: Branch, wanted: np.ndarray) -> Match:
-        return self._reach(branch.nodes, branch.tail, _common_prefix(branch.tokens(), wanted), branch)
+        return self._reach(branch.nodes, branch.tail, common_prefix(branch.tokens(), wanted), branch)
 
     def _match_shared(self, scope: bytes, wanted: np.ndarray) -> Match:
         nodes: list[Node] = []
@@ -246,11 +241,11 @@ class Contexts:
         gone = [
             b
             for b in agent.branches.values()
-            if b is not branch and not b.in_use and len(b) <= len(mine) and _common_prefix(b.tokens(), mine) == len(b)
+            if b is not branch and not b.in_use and len(b) <= len(mine) and common_prefix(b.tokens(), mine) == len(b)
         ]
-        others = sorted(
-            (b for b in agent.branches.values() if b not in gone and not b.in_use), key=lambda b: b.last_used
-        )
+        main = max(agent.branches.values(), key=lambda b: (len(b), b.last_used))  # leaves after all side branches
+        idle = (b for b in agent.branches.values() if b not in gone and not b.in_use)
+        others = sorted(idle, key=lambda b: (b is main, b.last_used))
         oldest = others[: max(0, len(others) - self._max_branches)]
         for old in gone:
             branch.displaced += [old.id, *old.displaced]

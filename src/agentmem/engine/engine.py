@@ -20,7 +20,7 @@ from ..models.loading import LoadedModel
 from .cuts import Cuts
 from .lifecycle import Lifecycle
 from .loop import EngineLoop
-from .request import AgentDetail, AgentInfo, Export, Finished, GenerateRequest, TextDelta, check_agent_id
+from .request import AgentDetail, AgentInfo, Explanation, Export, Finished, GenerateRequest, TextDelta, check_agent_id
 from .sequence import Event, Sequence
 from .startup import Core, build_core
 from .transfer import export_chunks, import_agent, read_archive
@@ -124,6 +124,9 @@ class Engine:
 
     async def truncate_agent(self, namespace: str, agent_id: str, tokens: int, held: int | None) -> AgentDetail:
         return await self._perform(partial(self._cuts.truncate, namespace, agent_id, tokens, held))
+
+    async def explain_agent(self, namespace: str, agent_id: str, tokens: list[int] | None) -> Explanation | None:
+        return await self._perform(partial(self._lifecycle.explain, namespace, agent_id, tokens))
 
     async def agent_tokens(self, namespace: str, agent_id: str) -> list[int]:
         return await self._perform(partial(self._lifecycle.tokens, namespace, agent_id))

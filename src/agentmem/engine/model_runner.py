@@ -16,7 +16,7 @@ from ..kvcache.cache import ForeignCache, SequenceCache
 from ..kvcache.calibrate import key_centres
 from ..kvcache.quantize import CacheSpace
 from ..kvcache.spec import KVBits, KVCacheSpec
-from ..kvcache.trace import all_fetched, foreign_spec, read_spec
+from ..kvcache.trace import MODEL_ERRORS, all_fetched, foreign_spec, read_spec
 
 Cache = SequenceCache | ForeignCache
 
@@ -46,7 +46,7 @@ class ModelRunner:
                 return candidate, self._batches(plain)
             except ModelError as e:
                 reason = reason or str(e)
-            except (AttributeError, TypeError, ValueError, IndexError, AssertionError) as e:
+            except MODEL_ERRORS as e:
                 reason = reason or f"its code does not work with caches other than its own ({type(e).__name__}: {e})"
         return (spec if spec.foreign else foreign_spec(self.model, reason, spec.kv_bits, spec.block_size)), False
 
@@ -68,7 +68,7 @@ class ModelRunner:
         try:
             together, _ = self._pass(plain, mx.concatenate([tokens[:, 11:]] * 2), prefilled())
             return relative_error(together, mx.concatenate(alone)) < TOLERANCE
-        except (AttributeError, TypeError, ValueError, IndexError):
+        except MODEL_ERRORS:
             return False
 
     def calibrate(self, tokens: list[int]) -> list[mx.array]:

@@ -11,7 +11,8 @@ from typing import Any
 
 from ..errors import AgentMemError, AgentNotFound, Conflict, StoreFailed
 from .agent import Agent, Branch, agent_info
-from .request import AgentDetail, BranchInfo
+from .explain import explain
+from .request import AgentDetail, BranchInfo, Explanation
 from .startup import Core
 
 
@@ -27,6 +28,13 @@ class Operations:
             for b in branches
         ]
         done.set_result(AgentDetail(agent_info(agent, self._contexts.spec), rows))
+
+    def explain(self, namespace: str, name: str, tokens: list[int] | None, done: "Future[Explanation | None]") -> None:
+        agent = self._agent(namespace, name)
+        if tokens is None:
+            done.set_result(agent.explained)
+        else:
+            done.set_result(explain(agent, tokens, self._contexts.match(namespace, name, tokens)))
 
     def _note(self, agent: Agent, done: "Future[None]") -> None:
         noted = self._saver.note(agent, now=True) or self._core.store.flush()

@@ -66,6 +66,26 @@ class TextDelta:
     text: str
 
 
+Cause = Literal["first", "extended", "repeated", "parted", "lost"]
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Why a prompt was cached as far as it was; see explain.py for the causes.
+
+    Token ids are of the agent's branch that has most in common with the prompt, and of the prompt.
+    """
+
+    cause: Cause
+    prompt_tokens: int
+    cached_tokens: int
+    common_tokens: int  # that the nearest branch has, cached or not
+    branch_tokens: int  # all of that branch
+    before: list[int]  # the last ids that both have
+    branch: list[int]  # what the branch has next
+    prompt: list[int]  # what the prompt has next
+
+
 @dataclass(frozen=True)
 class RequestStats:
     """What one request cost. Times in ms; `ttft_ms` runs from submission to the first sampled token."""
@@ -79,6 +99,7 @@ class RequestStats:
     prefill_ms: float
     ttft_ms: float
     queue_ms: float
+    cause: Cause = "first"
 
 
 @dataclass(frozen=True)
@@ -159,6 +180,10 @@ class EngineAPI(Protocol):
 
     def branch_tokens(self, namespace: str, agent_id: str) -> list[np.ndarray]:
         """Token ids of what the agent has cached, branch by branch; while it changes, perhaps of none."""
+        ...
+
+    async def explain_agent(self, namespace: str, agent_id: str, tokens: list[int] | None) -> Explanation | None:
+        """Of a prompt that could be sent now; `tokens` None: of the last one that was, None if there was none."""
         ...
 
     async def agent_tokens(self, namespace: str, agent_id: str) -> list[int]:

@@ -11,7 +11,7 @@ from .agent import Branch
 from .block_pool import Entry, Node
 from .match import Match
 from .output import OutputStream
-from .request import CacheState, Finished, FinishReason, GenerateRequest, RequestStats, TextDelta
+from .request import CacheState, Cause, Finished, FinishReason, GenerateRequest, RequestStats, TextDelta
 from .sampling import Sampler
 from .thin import Holder
 
@@ -47,6 +47,7 @@ class Sequence:
     branch: Branch | None = None
     nodes: list[Node] = field(default_factory=list)  # of the sealed blocks, in order
     lineage: bytes = b""  # of the open block, see contexts.block_key
+    cause: Cause = "first"  # why no more was cached
     restored_bytes: int = 0
     served_ms: float = 0.0  # that its own prefill took
     submitted: float = field(default_factory=time.perf_counter)
@@ -106,6 +107,7 @@ class Sequence:
             prefill_ms=span(self.restored, self.prefilled),
             ttft_ms=span(self.submitted, self.first_token),
             queue_ms=span(self.submitted, self.started),
+            cause=self.cause,
         )
 
     def finish(self, reason: FinishReason) -> None:

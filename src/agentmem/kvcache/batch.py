@@ -79,7 +79,7 @@ class _WatchedLayer(_AttendLayer):
         self._layer = layer
 
     def make_mask(self, n: int, return_array: bool = False, window_size: int | None = None) -> Any:
-        return _true_mask(self._layer, self._caches, n, return_array)
+        return _true_mask(self._layer, self._caches, n, return_array, window_size)
 
 
 class _FetchLayer(_KVLayer):
@@ -95,7 +95,7 @@ class _FetchLayer(_KVLayer):
         self._layer = layer
 
     def make_mask(self, n: int, return_array: bool = False, window_size: int | None = None) -> Any:
-        return _true_mask(self._layer, self._caches, n, return_array)
+        return _true_mask(self._layer, self._caches, n, return_array, window_size)
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         """keys [B, H, L, Dk], values [B, H, L, Dv]; the same of all that they see."""
@@ -116,8 +116,12 @@ def _padded(arrays: list[mx.array]) -> mx.array:
     return mx.concatenate([mx.pad(a, [(0, 0), (0, 0), (most - a.shape[2], 0), (0, 0)]) for a in arrays])
 
 
-def _true_mask(layer: LayerSpec, caches: Sequence[SequenceCache], n: int, return_array: bool) -> Any:
+def _true_mask(
+    layer: LayerSpec, caches: Sequence[SequenceCache], n: int, return_array: bool, window_size: int | None
+) -> Any:
     """What the next n positions see of the columns that `fetch` returns for them; of a batch, n = 1."""
+    if window_size not in (None, layer.window):
+        raise ValueError(f"a window of {window_size} over a cache that keeps {layer.window or 'all'}")
     starts = [cache.length for cache in caches]
     if len(starts) == 1:
         return _mask_of_one(layer, starts[0], n, return_array)
@@ -163,6 +167,8 @@ class BatchQuantizedKVCache:
         """Close the pass; returns for each sequence the blocks that filled up."""
         for i, layer in enumerate(self._layers):
             if isinstance(layer, ArraysCache):
+                if num_tokens > 1:  # the last columns of a prompt's activations would keep all of them in RAM
+                    layer.cache = [mx.contiguous(a) for a in layer.cache]
                 for b, cache in enumerate(self._caches):
                     cache.set_state(i, [a if len(self._caches) == 1 else a[b : b + 1] for a in layer.cache])
             else:

@@ -124,10 +124,12 @@ class SequenceCache:
         self.blocks[index] = block.only(self._spec.needed(index, self.length))
         if self.length == (index + 1) * self._spec.block_size:
             self._load_state(block.arrays, self._spec.block_size)
-        if self._spec.bits is None:
-            return
         for i, work in self._attention.items():
             parts = self._unstack(block.arrays, i)
+            if self._spec.bits is None:
+                assert isinstance(work, DenseLayer)
+                work.replace(index * self._spec.block_size, parts["k.full"], parts["v.full"])
+                continue
             sinks = (parts["k.sinks"], parts["v.sinks"]) if "k.sinks" in parts else None
             codes = concatenate_codes([parts], "k"), concatenate_codes([parts], "v")
             work.seal(index * self._spec.block_size, codes, sinks)
@@ -243,7 +245,7 @@ class SequenceCache:
     def _stack(per_layer: dict[int, Arrays], stacks: tuple[tuple[int, ...], ...]) -> Arrays:
         """By layer {"k.packed": [1, ...]} to {"k0.packed": [layers of stack 0, ...]}."""
         return {
-            f"{name[0]}{s}{name[1:]}": mx.concatenate([per_layer[i][name] for i in stack], axis=0)
+            f"{name[0]}{s}{name[1:]}": _joined([per_layer[i][name] for i in stack])
             for s, stack in enumerate(stacks)
             for name in per_layer.get(stack[0], {})
         }
@@ -256,6 +258,11 @@ class SequenceCache:
             for name, a in arrays.items()
             if name[1:].partition(".")[0] == tag and (name[0] == "s") == (layer in self._recurrent)
         }
+
+
+def _joined(arrays: list[mx.array]) -> mx.array:
+    """Along the layers, as a copy: one that were a view would keep a whole working copy in RAM."""
+    return mx.concatenate(arrays, axis=0) if len(arrays) > 1 else mx.contiguous(arrays[0])
 
 
 def _compact(arrays: Arrays) -> Arrays:

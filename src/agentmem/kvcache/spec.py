@@ -8,10 +8,16 @@ from typing import Literal
 import mlx.core as mx
 
 LayerKind = Literal["global", "sliding", "chunked", "latent", "recurrent"]
-KVBits = Literal["4", "k5v4", "8", "16"]
+KVBits = Literal["4", "k5v3", "k5v4", "8", "16"]
 
 QUANT_GROUP = 64
-_BITS: dict[KVBits, tuple[int, int] | None] = {"4": (4, 4), "k5v4": (5, 4), "8": (8, 8), "16": None}
+_BITS: dict[KVBits, tuple[int, int] | None] = {
+    "4": (4, 4),
+    "k5v3": (5, 3),  # no larger than 4
+    "k5v4": (5, 4),
+    "8": (8, 8),
+    "16": None,
+}
 
 
 @cache
@@ -205,7 +211,7 @@ def describe(spec: KVCacheSpec) -> str:
     if spec.foreign is not None:
         return f"mlx-lm's own, in full precision; nothing is kept after an answer: {spec.foreign.reason}"
     kinds = ", ".join(_describe_stack(spec, stack) for stack in (*spec.stacks, *spec.state_stacks))
-    kept = {"16": "in the model's own type", "k5v4": "in 5 (keys) and 4 bits"}.get(
+    kept = {"16": "in the model's own type", "k5v3": "in 5 (keys) and 3 bits", "k5v4": "in 5 (keys) and 4 bits"}.get(
         spec.kv_bits, f"in {spec.kv_bits} bits"
     )
     if spec.unquantized_reason:

@@ -21,6 +21,8 @@ from .attention import observed
 from .block import STORABLE
 from .spec import ForeignCaches, KVBits, KVCacheSpec, LayerKind, LayerSpec, default_state_interval
 
+# what a model's code may raise when its caches are not those it was written for
+MODEL_ERRORS = (AttributeError, TypeError, ValueError, LookupError, AssertionError, NameError, RuntimeError)
 _LENGTHS = (1, 5, 1)  # tokens of the traced passes: the shortest start, a prompt, and a step of decoding
 
 
@@ -142,7 +144,7 @@ def read_spec(
         return replace(spec, state_interval=-(-interval // block_size) * block_size)
     except Untraceable as e:
         reason = str(e)
-    except (AttributeError, TypeError, ValueError, IndexError, KeyError) as e:
+    except MODEL_ERRORS as e:
         reason = f"its code does not work with caches other than its own ({type(e).__name__}: {e})"
     return foreign_spec(model, reason, kv_bits, block_size)
 

@@ -132,6 +132,10 @@ class DenseLayer:
         k, v = (self._codec.decode(part, c) for part, c in zip("kv", codes, strict=True))
         if sinks is not None:
             k, v = (mx.concatenate([s, x[:, :, s.shape[TOKENS] :]], TOKENS) for s, x in zip(sinks, (k, v), strict=True))
+        self.replace(start, k, v)
+
+    def replace(self, start: int, k: mx.array, v: mx.array) -> None:
+        """Of tokens from `start`, all written before, those that are still here."""
         gone = max(0, self._base - start)
         self.write(start + gone, k[:, :, gone:], v[:, :, gone:])
 

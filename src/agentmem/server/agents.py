@@ -17,6 +17,7 @@ from ..errors import AgentNotFound, InvalidRequest, StoreFailed
 from .auth import namespace_of
 from .chat import ChatRenderer
 from .events import unless_disconnected
+from .explain import add_explain_routes
 from .openai import ChatMessage, Text, Wire, chat_messages
 
 IMPORT_PATH = "/v1/agents/import"  # its body is a file: read as it comes
@@ -49,6 +50,8 @@ class PrewarmBody(Wire):
 
 
 def add_agent_routes(app: FastAPI, engine: EngineAPI, renderer: ChatRenderer, settings: Settings) -> None:
+    add_explain_routes(app, engine, renderer)  # before what would take its path for an agent's id
+
     @app.get("/v1/agents")
     async def list_agents(request: Request) -> dict[str, Any]:
         agents = await engine.agents(namespace_of(request))

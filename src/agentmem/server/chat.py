@@ -26,7 +26,8 @@ class ChatRenderer:
         """
         self._tokenizer = tokenizer
         self._max_context, self._why_max = max_context, why_max
-        self._token_text, self._plain = TokenText(tokenizer), PlainText(tokenizer)
+        self._token_text = TokenText(tokenizer)
+        self._plain = PlainText(tokenizer, self._token_text)
         self._template = ChatTemplate(tokenizer)
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="tokenizer")
 
@@ -55,6 +56,13 @@ class ChatRenderer:
         if len(tokens) >= self._max_context:
             raise ContextLengthExceeded(len(tokens), self._max_context, self._why_max)
         return tokens
+
+    async def text_tokens(self, text: str, branches: Sequence[np.ndarray] = ()) -> list[int]:
+        """Of a text that is rendered already; `branches` as in `render`."""
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(
+            self._thread, lambda: splice(self._token_text, self._plain.encode(text), branches).tokens
+        )
 
     async def ends_in_reasoning(self, tokens: Sequence[int]) -> bool:
         """Whether the answer to this prompt begins within the reasoning."""

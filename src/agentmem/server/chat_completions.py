@@ -111,6 +111,7 @@ class Answer:
             "agent_id": self.agent_id,
             "cache": stats.cache,
             "cached_tokens": stats.cached_tokens,
+            "cause": stats.cause,
             "restored_bytes": stats.restored_bytes,
             "restore_ms": round(stats.restore_ms, 3),
             "prefill_ms": round(stats.prefill_ms, 3),

@@ -1,42 +1,78 @@
 """A chat's tokens, in which nothing that a user, a tool or a system prompt writes is a special token.
 
-A text that reads like a special token's name is broken up before the template sees it, by a character that no message
-holds, and the rendered text is tokenized in pieces between those characters. What the assistant said is left as it is:
-there the names are its own tokens (<think>, say).
+A text that reads like a special token's name is marked before the template sees it, by a character that no message
+holds. The rendered text is tokenized without the marks; of the special tokens found in it, those that were marked are
+spelled in ordinary tokens. What the assistant said is left as it is: there the names are its own tokens (<think>, say).
 """
 
 import json
+import re
 from collections.abc import Iterable, Sequence
+from functools import cached_property
 from typing import Any
 
-_SENTINELS = range(0xE000, 0xF8FF)  # for private use
+from .token_text import TokenText
+
+_MARKS = range(0xE000, 0xF8FF)  # for private use
+_MARKERS = ("think_start", "think_end", "tool_call_start", "tool_call_end")  # of mlx_lm's TokenizerWrapper
 
 
 class PlainText:
     """Of one tokenizer, an mlx_lm TokenizerWrapper."""
 
-    def __init__(self, tokenizer: Any):
-        self._tokenizer = tokenizer
+    def __init__(self, tokenizer: Any, token_text: TokenText):
+        self._tokenizer, self._token_text = tokenizer, token_text
         added = json.loads(tokenizer.backend_tokenizer.to_str())["added_tokens"]
-        self._names = sorted((t["content"] for t in added if len(t["content"]) > 1), key=len, reverse=True)
+        self._added = {t["content"]: t["id"] for t in added}
+        markers = {getattr(tokenizer, name, None) for name in _MARKERS}
+        # other added tokens are ordinary words: Gemma's are tags of HTML and runs of spaces
+        names = {t["content"] for t in added if t["special"] or t["content"] in markers}
+        self._names = sorted((name for name in names if len(name) > 1), key=len, reverse=True)
 
     def tokens(self, messages: Sequence[dict[str, Any]], **options: Any) -> list[int]:
         """Of the rendered chat, up to where an answer begins. jinja2.TemplateError: the template refuses it."""
-        sentinel = _unused((*_texts(messages), *_texts(options)))
+        mark = _unused((*_texts(messages), *_texts(options)))
         if "tools" in options:
-            options["tools"] = _map_texts(options["tools"], lambda t: self._hide(t, sentinel))
-        hidden = [m if m["role"] == "assistant" else _map_text(m, lambda t: self._hide(t, sentinel)) for m in messages]
-        text = self._tokenizer.apply_chat_template(hidden, add_generation_prompt=True, tokenize=False, **options)
-        return [token for piece in text.split(sentinel) if piece for token in self._encode(piece)]
+            options["tools"] = _map_texts(options["tools"], lambda t: self._mark(t, mark))
+        marked = [m if m["role"] == "assistant" else _map_text(m, lambda t: self._mark(t, mark)) for m in messages]
+        text = self._tokenizer.apply_chat_template(marked, add_generation_prompt=True, tokenize=False, **options)
+        return self._encode_marked(text, mark)
 
-    def _encode(self, text: str) -> list[int]:
-        tokens: list[int] = self._tokenizer.encode(text, add_special_tokens=False)
+    def encode(self, text: str) -> list[int]:
+        """A text in which special tokens' names are special tokens."""
+        tokens: list[int] = self._tokenizer.encode(text, add_special_tokens=False, verbose=False)
         return tokens
 
-    def _hide(self, text: str, sentinel: str) -> str:
+    def _encode_marked(self, text: str, mark: str) -> list[int]:
+        pieces = text.split(mark)
+        if len(pieces) == 1:
+            return self.encode(text)
+        starts, at = set(), 0
+        for piece in pieces[:-1]:
+            at += len(piece)
+            starts.add(at - 1)  # the mark stands behind the first character
+        plain = "".join(pieces)
+        found = [(m.start(), self._added[m.group()]) for m in self._pattern.finditer(plain)]
+        tokens = self.encode(plain)
+        if not self._token_text.is_known or [t for t in tokens if t in self._ids] != [t for _, t in found]:
+            return [token for piece in pieces if piece for token in self.encode(piece)]
+        positions = iter(start for start, _ in found)
+        spelled = (self._token_text.spell(t) if t in self._ids and next(positions) in starts else [t] for t in tokens)
+        return [token for several in spelled for token in several]
+
+    def _mark(self, text: str, mark: str) -> str:
         for name in self._names:
-            text = text.replace(name, name[0] + sentinel + name[1:])
+            text = text.replace(name, name[0] + mark + name[1:])
         return text
+
+    @cached_property
+    def _ids(self) -> frozenset[int]:
+        return frozenset(self._added.values())
+
+    @cached_property
+    def _pattern(self) -> re.Pattern[str]:
+        """Added tokens in a text, as a tokenizer finds them: from the left, the longest."""
+        return re.compile("|".join(map(re.escape, sorted(self._added, key=len, reverse=True))) or r"(?!)")
 
 
 def _texts(value: Any) -> Iterable[str]:
@@ -66,5 +102,5 @@ def _map_texts(value: Any, change: Any) -> Any:
 
 
 def _unused(texts: Iterable[str]) -> str:
-    used = {c for text in texts for c in text if ord(c) in _SENTINELS}
-    return next(chr(c) for c in _SENTINELS if chr(c) not in used)
+    used = {c for text in texts for c in text if ord(c) in _MARKS}
+    return next(chr(c) for c in _MARKS if chr(c) not in used)

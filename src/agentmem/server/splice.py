@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ..tensors import common_prefix
 from .token_text import TokenText
 
 
@@ -64,10 +65,10 @@ class _Text:
 
     def common(self, other: "_Text") -> int:
         """Bytes at the beginning that are the same, and special in both or in neither."""
-        n = _common_length(self.data, other.data)
+        n = common_prefix(self.data, other.data)
         mine, theirs = (self._special_until(n), other._special_until(n))
         same = min(
-            len(mine), len(theirs), _common_length(mine[:, 0], theirs[:, 0]), _common_length(mine[:, 1], theirs[:, 1])
+            len(mine), len(theirs), common_prefix(mine[:, 0], theirs[:, 0]), common_prefix(mine[:, 1], theirs[:, 1])
         )
         parted = [self._start(pairs[same]) for pairs in (mine, theirs) if same < len(pairs)]
         return min([n, *parted])
@@ -87,9 +88,3 @@ def _last_common(a: np.ndarray, b: np.ndarray, limit: int) -> int:
     """The last place, at most `limit`, at which tokens end in both; 0 if there is none."""
     both = np.intersect1d(a[a <= limit], b[b <= limit])
     return int(both[-1]) if len(both) else 0
-
-
-def _common_length(a: np.ndarray, b: np.ndarray) -> int:
-    n = min(len(a), len(b))
-    differ = np.flatnonzero(a[:n] != b[:n])
-    return int(differ[0]) if len(differ) else n

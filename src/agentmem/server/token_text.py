@@ -38,6 +38,21 @@ class TokenText:
         parts = [table[t] if t < known else _UNKNOWN for t in tokens.tolist()]
         return b"".join(parts), np.cumsum([len(p) for p in parts], dtype=np.int64)
 
+    def spell(self, token: int) -> list[int]:
+        """A special token's name in ordinary tokens."""
+        rest, spelled = self._table[token], []
+        while rest:
+            piece = next(rest[:n] for n in range(len(rest), 0, -1) if rest[:n] in self._ordinary)
+            spelled.append(self._ordinary[piece])
+            rest = rest[len(piece) :]
+        return spelled
+
+    @cached_property
+    def _ordinary(self) -> dict[bytes, int]:
+        """By what they stand for. Every byte has a token of its own."""
+        assert self._to_bytes is not None
+        return {self._to_bytes(name): token for token, name in self._names.items()}
+
     @cached_property
     def _table(self) -> list[bytes]:
         assert self._to_bytes is not None

@@ -45,11 +45,11 @@ class Part:
     def decode(self, data: memoryview) -> dict[str, HostTensor]:
         """Tensors as views of the part's bytes; copies where a tensor would not be aligned."""
         found, end = {}, 0
+        at = np.frombuffer(data, np.uint8).__array_interface__["data"][0] if data else 0
         for name, (dtype, shape) in self.tensors.items():
             start, end = end, end + math.prod(shape) * ITEM_BYTES[dtype]
             view = data[start:end]
-            aligned = np.frombuffer(view, np.uint8).__array_interface__["data"][0] % ITEM_BYTES[dtype] == 0
-            found[name] = HostTensor(dtype, shape, view if aligned else bytes(view))
+            found[name] = HostTensor(dtype, shape, bytes(view) if (at + start) % ITEM_BYTES[dtype] else view)
         return found
 
 
