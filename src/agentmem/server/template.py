@@ -111,7 +111,8 @@ class ChatTemplate:
 
     @cached_property
     def _takes_tools(self) -> bool:
-        return self._probe([_HELLO], tools=[_TOOL]) != self._probe([_HELLO])
+        with_tools = self._probe([_HELLO], tools=[_TOOL])
+        return with_tools is None or with_tools != self._probe([_HELLO])
 
     @cached_property
     def _ignores_late_system(self) -> bool:
@@ -124,8 +125,8 @@ class ChatTemplate:
     def _takes_calls(self) -> bool:
         result = Message("tool", "rain", _CALL.name, tool_call_id=_CALL.id)
         answers = [Message("assistant", "", tool_calls=calls) for calls in ((_CALL,), ())]
-        with_call, without = (self._probe([_HELLO, answer, result, _HELLO], tools=[_TOOL]) for answer in answers)
-        return with_call != without
+        with_call, without = (self._probe([_HELLO, answer, result], tools=[_TOOL]) for answer in answers)
+        return with_call is None or with_call != without
 
     def _probe(self, messages: Sequence[Message], **options: Any) -> str | None:
         """None: the template refuses them."""
