@@ -5,7 +5,7 @@
 Columns, summed over all requests: the prompts' tokens; ideal, those after the first place where the rendered text
 differs from every earlier request and answer of the agent, and one each; naive, those after the first token that
 differs when each prompt is tokenized as a whole; linear, the same where the last request's tokens alone are kept
-(definitions: tests/chat/ideal.py).
+(definitions: tests/chat/ideal.py); prefilled, what this server prefills (tests/chat/served.py).
 """
 
 import argparse
@@ -16,16 +16,21 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 from chat.families import FAMILIES
-from chat.ideal import Need, needs_of
-from chat.play import supported
+from chat.ideal import Need
+from chat.served import table
 
-COLUMNS = ("ideal", "naive", "linear")
+COLUMNS = ("prefilled", "ideal", "naive", "linear")
 
 
-def row(needs: Iterable[Need]) -> dict[str, float]:
-    needs = list(needs)
-    total, *sums = (sum(getattr(need, key) for need in needs) for key in ("total", "ideal", "naive", "linear"))
-    return {"requests": len(needs), "tokens": total, **dict(zip(COLUMNS, sums, strict=True))}
+def row(steps: Iterable[tuple[Need, int]]) -> dict[str, float]:
+    steps = list(steps)
+    sums = (sum(getattr(need, key) for need, _ in steps) for key in ("total", *COLUMNS[1:]))
+    total, *rest = sums
+    return {
+        "requests": len(steps),
+        "tokens": total,
+        **dict(zip(COLUMNS, (sum(n for _, n in steps), *rest), strict=True)),
+    }
 
 
 def show(name: str, figures: dict[str, float]) -> None:
@@ -40,12 +45,12 @@ def main() -> None:
     rows: dict[str, dict[str, float]] = {}
     print(f"{'':32}" + "".join(f"{key:>10}" for key in ("requests", "tokens", *COLUMNS)))
     for family in FAMILIES:
-        found = {name: needs_of(family, name) for name in supported(family)}
-        rows[family] = row(need for needs in found.values() for need in needs)
+        steps = table(family)
+        rows[family] = row((need, count) for _, _, need, count in steps)
         show(family, rows[family])
         if options.by_conversation:
-            for name, needs in found.items():
-                rows[f"{family}/{name}"] = row(needs)
+            for name in dict.fromkeys(conversation for conversation, *_ in steps):
+                rows[f"{family}/{name}"] = row((need, count) for found, _, need, count in steps if found == name)
                 show(f"  {name}", rows[f"{family}/{name}"])
     if options.json:
         options.json.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")

@@ -109,6 +109,20 @@ def test_a_model_that_refuses_caches_other_than_mlx_lms_runs_on_those(monkeypatc
     assert f"{error.__name__}: " in runner.spec.foreign.reason
 
 
+def test_what_mlx_cannot_compute_here_is_refused_at_load(monkeypatch):
+    def failing(model, tokens, cache=None):
+        raise RuntimeError("[metal_kernel] No Metal back-end")
+
+    monkeypatch.setattr(olmo3.Olmo3Model, "__call__", failing)
+    with pytest.raises(RuntimeError, match="No Metal"):
+        ModelRunner(tiny("olmo3"), block_size=BLOCK)
+
+
+@pytest.mark.parametrize("model_type", ["deepseek_v3", "gemma3n", "qwen3_next"])
+def test_a_model_is_understood_with_blocks_smaller_than_what_it_is_checked_with(model_type):
+    assert ModelRunner(tiny(model_type), block_size=8).spec.foreign is None
+
+
 @pytest.mark.parametrize("model_type", [t for t in TYPES if t not in NO_REUSE])
 def test_logits_after_a_restore_are_bit_identical(model_type):
     runner = runner_of(model_type)

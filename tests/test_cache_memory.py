@@ -5,7 +5,7 @@ import gc
 import mlx.core as mx
 import pytest
 from mlx_lm.models import llama
-from tiny import BLOCK, VOCAB, random_tokens
+from tiny import BLOCK, VOCAB, random_tokens, tiny_engine
 from zoo import tiny
 
 from agentmem.engine.model_runner import ModelRunner
@@ -43,3 +43,16 @@ def test_recurrent_state_after_a_prefill_is_no_view_of_the_prompts_activations(m
     [block] = runner.prefill(cache, random_tokens(256))
     held = sum(a.nbytes for a in cache.arrays()) + block.nbytes
     assert active_memory() - before < held + 50_000
+
+
+@pytest.mark.parametrize("cut", [9, 521])  # in the first block; in the tail
+def test_a_fork_of_a_few_tokens_keeps_nothing_else_of_what_it_was_cut_from(tmp_path, cut):
+    with tiny_engine(tmp_path, block_size=512) as engine:
+        before = engine.on_engine(active_memory)
+        engine.ask("alice", random_tokens(1000), 1)
+        engine.call(engine.engine.fork_agent("default", "alice", "bob", None))
+        engine.call(engine.engine.truncate_agent("default", "bob", cut, None))
+        engine.call(engine.engine.delete_agent("default", "alice"))
+        engine.wait_until_saved()
+        counted = engine.core.contexts.pool.nbytes
+        assert engine.on_engine(active_memory) - before < counted + 50_000

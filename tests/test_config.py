@@ -136,6 +136,15 @@ def test_the_readmes_tables_of_quality_and_capacity_are_those_of_the_committed_r
             assert f"| {names[model['model']]}, 32K | {row} |" in readme
 
 
+def test_the_readmes_sums_of_prefilled_tokens_are_those_of_the_committed_result():
+    root = Path(__file__).parent.parent
+    rows = json.loads((root / "benchmarks/results/splice.json").read_text()).values()
+    sums = {key: f"{sum(row[key] for row in rows):,}" for key in ("requests", "tokens", "prefilled", "ideal", "linear")}
+    readme = (root / "README.md").read_text()
+    assert f"{sums['prefilled']} of {sums['tokens']} tokens are prefilled; {sums['ideal']} would be" in readme
+    assert f"Over {sums['requests']} requests" in readme and f"{sums['linear']} by a server" in readme
+
+
 def _interval(row):
     low, high = row["delta_ci95_percent"]
     return f"{low:+.2f} to {high:+.2f}"

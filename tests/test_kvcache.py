@@ -1,11 +1,14 @@
 """DESIGN's invariants 1 to 3 on tiny models: what a token sees, exact restore, batchmates that do not matter."""
 
+import threading
+
 import mlx.core as mx
 import pytest
 from tiny import BLOCK, KINDS, random_tokens, run, tiny_model, tiny_runner
 
 from agentmem.engine.model_runner import ModelRunner
 from agentmem.kvcache import attention
+from agentmem.kvcache.attention import observed
 from agentmem.kvcache.block import Snapshot, Tail, from_host, to_host
 from agentmem.kvcache.quantize import decode, encode, hadamard
 from agentmem.kvcache.spec import KVCacheSpec, LayerSpec
@@ -186,6 +189,23 @@ def test_a_model_whose_attention_is_not_understood_keeps_mlx_lms_caches(monkeypa
     logits, [fresh] = runner.forward(mx.array([TOKENS]), [runner.new_cache()])
     assert fresh == []
     assert mx.array_equal(logits, runner.model(mx.array([TOKENS]), cache=make_prompt_cache(runner.model)))
+
+
+def test_a_model_that_is_traced_is_not_told_of_another_threads_attention():
+    model, seen = tiny_runner().model, []
+
+    def call() -> None:
+        mx.eval(model(mx.array([[1, 2]])))
+
+    with observed(lambda *what: seen.append(what)):
+        thread = threading.Thread(target=call)
+        thread.start()
+        thread.join()
+        assert not seen
+        call()
+        assert len(seen) == 2
+    call()
+    assert len(seen) == 2
 
 
 def test_the_seam_hands_foreign_caches_to_mlx_lm():

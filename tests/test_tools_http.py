@@ -220,6 +220,20 @@ def test_answer_begins_within_the_reasoning_where_the_template_opens_it(engine, 
     assert ask(extra_body=kwargs).choices[0].message.content == engine.text
 
 
+def test_prewarm_with_tools_fills_the_cache_for_the_request_that_follows(engine, settings, ask):
+    transport = httpx.ASGITransport(create_app(engine, settings, None))
+    body = {"messages": HELLO, "tools": [TOOL], "chat_template_kwargs": {"enable_thinking": False}}
+
+    async def prewarm():
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
+            return await client.post("/v1/agents/alice/prewarm", json=body)
+
+    assert asyncio.run(prewarm()).status_code == 200
+    ask(tools=[TOOL], extra_body={"chat_template_kwargs": {"enable_thinking": False}})
+    first, second = engine.requests
+    assert first.tokens == second.tokens and "weather" in engine.prompt()
+
+
 def test_agent_is_who_the_client_says_it_is_in_its_own_way(engine, ask):
     assert ask(user="u").agentmem["agent_id"] == "u"
     assert ask(user="u", extra_headers={"X-Session-Id": "s"}).agentmem["agent_id"] == "s"

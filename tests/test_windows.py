@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from test_budget import Sampler
 from test_engine import settle
+from test_lifecycle import drain
 from tiny import BLOCK, EngineThread, random_tokens, tiny_engine, tiny_loader
 
 from agentmem.engine.reach import missing
@@ -101,6 +102,26 @@ def test_an_ephemeral_agent_goes_on_from_its_end_and_is_prefilled_where_its_wind
         tokens = branch.tokens().tolist()
         assert engine.call(answer([*tokens, 9, 9])).cached_tokens == 607
         assert engine.call(answer([*PROMPT[:300], 9, 9])).cached_tokens == 0
+
+
+def test_a_truncated_ephemeral_agent_keeps_the_windows_of_its_new_end(tmp_path):
+    """They are in RAM alone, and between the old branch and the new one nothing else holds them."""
+    with tiny_engine(tmp_path, LOAD) as engine:
+        params = SamplingParams(max_tokens=0)
+        drain(engine, GenerateRequest("default", "eve", PROMPT[:330], params, ephemeral=True))
+        detail = engine.call(engine.engine.truncate_agent("default", "eve", 327, None))
+        _, stats = engine.ask("eve", PROMPT[:327] + random_tokens(9, seed=3), 1)
+        assert (detail.agent.tokens, stats.cache, stats.cached_tokens) == (327, "hot", 327)
+
+
+def test_a_request_that_leaves_nothing_new_leaves_no_windows_in_ram(tmp_path):
+    with tiny_engine(tmp_path, LOAD) as engine:
+        engine.ask("alice", PROMPT, 8)
+        settle(engine)
+        rested = engine.core.contexts.pool.nbytes
+        _, stats = engine.ask("alice", PROMPT[:300], 1)  # its windows are read back, and it ends where it began
+        assert stats.cached_tokens == 299
+        assert engine.on_engine(lambda: engine.core.contexts.pool.nbytes) == rested
 
 
 @pytest.mark.parametrize("sequences", [1.5, 2.5])

@@ -256,6 +256,7 @@ class Admission:
             node.last_used = time.time()
         foreign = self._core.runner.spec.foreign is not None
         if foreign or seq.discard or same is not None or cache.length == seq.cached_at_start:
+            contexts.thin(nodes)
             contexts.release(nodes)
             self._core.saver.abandon(branch)
             if same is not None:

@@ -82,10 +82,10 @@ class Cuts(Operations):
         def ready(tail: OpenBlock, data: Tail | None) -> None:
             if old.in_use or agent.branches.get(old.id) is not old:
                 raise Conflict(f"Agent {name[:200]!r} was changed by another request; try again.", param="agent_id")
-            self._contexts.hold(match.nodes)  # the branch that held them goes first, or it would displace the new one
+            self._contexts.hold_match(match)  # the branch that held it goes first, or it would displace the new one
             self._contexts.drop_branch(old)
             branch = self._enter(agent, list(match.nodes), tail, data)
-            self._contexts.release(match.nodes)
+            self._contexts.release_match(match)
             branch.displaced += [old.id, *old.displaced]
             self._save(agent, done, lambda _: self._truncated(branch, done, tries=3))
 
@@ -161,4 +161,4 @@ class Cuts(Operations):
             raise Conflict("The agent was changed by another request; try again.", param="agent_id")
         data, lineage = self._core.restorer.open_block(match)
         tokens = source.tokens()[len(match.nodes) * self._contexts.block_size : match.length]
-        ready(OpenBlock(tokens, lineage=lineage, expendable=source.agent.ephemeral), data)
+        ready(OpenBlock(tokens, lineage=lineage, expendable=source.agent.ephemeral), data and data.compact())

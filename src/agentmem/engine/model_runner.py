@@ -52,7 +52,7 @@ class ModelRunner:
 
     def _forwarder(self, plain: KVCacheSpec) -> Callable[[mx.array], mx.array]:
         cache = SequenceCache(plain, CacheSpace(plain))
-        return lambda tokens: self._pass(plain, tokens, [cache])[0]
+        return lambda tokens: self._forward(plain, tokens, [cache])[0]
 
     def _batches(self, plain: KVCacheSpec) -> bool:
         """Whether the model takes a batch of sequences of unequal length."""
@@ -61,7 +61,7 @@ class ModelRunner:
         def prefilled() -> list[SequenceCache]:
             caches = [SequenceCache(plain, space) for _ in range(2)]
             for cache, n in zip(caches, (11, 5), strict=True):
-                self._pass(plain, tokens[:, :n], [cache])
+                self._forward(plain, tokens[:, :n], [cache])
             return caches
 
         alone = [self._pass(plain, tokens[:, 11:], [cache])[0] for cache in prefilled()]

@@ -9,6 +9,7 @@ model's numbers, so that a model whose attention we do not understand is refused
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, cast
 
 import mlx.core as mx
@@ -22,7 +23,7 @@ from .spec import LayerSpec, coded_shape
 _original = base.scaled_dot_product_attention
 FEW_QUERIES = 16  # up to here attention on codes reads them in place; beyond, it dequantizes them once for all queries
 Observer = Callable[[mx.array, mx.array, Any, Any, bool], None]  # keys, values, cache, mask, whether there are sinks
-_observers: list[Observer] = []
+_observers: ContextVar[tuple[Observer, ...]] = ContextVar("observers", default=())  # of this thread
 
 
 def _dispatch(
@@ -34,7 +35,7 @@ def _dispatch(
     mask: Any,
     sinks: mx.array | None = None,
 ) -> mx.array:
-    for observer in _observers:
+    for observer in _observers.get():
         observer(keys, values, cache, mask, sinks is not None)
     if hasattr(cache, "attend"):
         return cache.attend(queries, scale, sinks)
@@ -43,12 +44,12 @@ def _dispatch(
 
 @contextmanager
 def observed(observer: Observer) -> Iterator[None]:
-    """`observer` is told of every call of the seam meanwhile."""
-    _observers.append(observer)
+    """`observer` is told of every call of the seam that this thread makes meanwhile."""
+    token = _observers.set((*_observers.get(), observer))
     try:
         yield
     finally:
-        _observers.remove(observer)
+        _observers.reset(token)
 
 
 def install_seam(model: Any) -> None:

@@ -14,7 +14,7 @@ had: `tail.prefix` holds them, and they are never quantized again.
 """
 
 from collections.abc import Container, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, cast
 
@@ -96,6 +96,11 @@ class Tail:
         full = {name: a[:, :, : num_tokens - keep] for name, a in self.full.items()}
         return Tail(num_tokens, full, prefix, keep, states_until(self.states, num_tokens))
 
+    def compact(self) -> "Tail":
+        """The same, no views of what it was cut from."""
+        prefix = SealedBlock(compact(self.prefix.arrays)) if self.prefix else None
+        return replace(self, full=compact(self.full), prefix=prefix, states=compact(self.states))
+
     def to_arrays(self) -> Arrays:
         """One flat dict, for a file; empty arrays are left out."""
         prefix = self.prefix.arrays if self.prefix else {}
@@ -132,6 +137,13 @@ class Snapshot:
 
     blocks: Sequence[SealedBlock] = field(default_factory=tuple)
     tail: Tail | None = None
+
+
+def compact(arrays: Arrays) -> Arrays:
+    """Evaluated copies of what may be views, so that a tail of a few tokens does not keep a whole buffer in RAM."""
+    copies = {name: mx.contiguous(a) for name, a in arrays.items()}
+    mx.eval(copies)
+    return copies
 
 
 def concatenate_codes(blocks: Sequence[Mapping[str, mx.array]], name: str) -> Codes:

@@ -4,7 +4,7 @@ from itertools import pairwise
 
 import mlx.core as mx
 
-from .block import TOKENS, Arrays, SealedBlock, Snapshot, Tail, concatenate_codes, state_offset
+from .block import TOKENS, Arrays, SealedBlock, Snapshot, Tail, compact, concatenate_codes, state_offset
 from .quantize import CacheSpace, Codes, LayerCodec
 from .spec import KVCacheSpec
 from .working import AttentionLayer, CodesLayer, DenseLayer, RecurrentLayer, stays_codes
@@ -138,15 +138,13 @@ class SequenceCache:
         """The idle form, with the state at its end. Its tail is a copy: the working copy may go on or be dropped."""
         n = self.length - self.num_sealed
         if n == 0:
-            states = _compact(self._state_arrays()) if self.blocks else {}
+            states = compact(self._state_arrays()) if self.blocks else {}
             return Snapshot((*self.blocks[:-1], *(block.with_arrays(states) for block in self.blocks[-1:])))
         prefix, prefix_len = self._tail_prefix
         ends = {i: work.read(self.num_sealed + prefix_len, self.length) for i, work in self._attention.items()}
         full = self._stack({i: {"k.full": k, "v.full": v} for i, (k, v) in ends.items()}, self._spec.stacks)
-        if prefix is not None:
-            prefix = SealedBlock(_compact(prefix.arrays))
-        states = _compact(self._states | self._state_arrays())
-        return Snapshot(tuple(self.blocks), Tail(n, _compact(full), prefix, prefix_len, states))
+        tail = Tail(n, full, prefix, prefix_len, self._states | self._state_arrays())
+        return Snapshot(tuple(self.blocks), tail.compact())
 
     def kept_keys(self) -> dict[int, mx.array]:
         """By attention layer the keys that its dense working copy holds, [1, H, n, Dk]."""
@@ -263,13 +261,6 @@ class SequenceCache:
 def _joined(arrays: list[mx.array]) -> mx.array:
     """Along the layers, as a copy: one that were a view would keep a whole working copy in RAM."""
     return mx.concatenate(arrays, axis=0) if len(arrays) > 1 else mx.contiguous(arrays[0])
-
-
-def _compact(arrays: Arrays) -> Arrays:
-    """Evaluated copies of what may be views, so that a tail of a few tokens does not keep a whole buffer in RAM."""
-    copies = {name: mx.contiguous(a) for name, a in arrays.items()}
-    mx.eval(copies)
-    return copies
 
 
 class ForeignCache:

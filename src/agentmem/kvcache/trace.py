@@ -21,8 +21,8 @@ from .attention import observed
 from .block import STORABLE
 from .spec import ForeignCaches, KVBits, KVCacheSpec, LayerKind, LayerSpec, default_state_interval
 
-# what a model's code may raise when its caches are not those it was written for
-MODEL_ERRORS = (AttributeError, TypeError, ValueError, LookupError, AssertionError, NameError, RuntimeError)
+# what a model's code may raise over caches that it was not written for; MLX's RuntimeErrors are of any cache
+MODEL_ERRORS = (AttributeError, TypeError, ValueError, LookupError, AssertionError, NameError, NotImplementedError)
 _LENGTHS = (1, 5, 1)  # tokens of the traced passes: the shortest start, a prompt, and a step of decoding
 
 
