@@ -18,7 +18,7 @@ from .auth import namespace_of
 from .chat import ChatRenderer
 from .events import unless_disconnected
 from .explain import add_explain_routes
-from .openai import ChatMessage, Text, Wire, chat_messages
+from .openai import ChatMessage, TemplateInput, Text, Wire, chat_messages
 
 IMPORT_PATH = "/v1/agents/import"  # its body is a file: read as it comes
 
@@ -45,7 +45,7 @@ class TTLBody(Wire):
     seconds: float | None = Field(gt=0, allow_inf_nan=False)  # after the last use; null: for good
 
 
-class PrewarmBody(Wire):
+class PrewarmBody(TemplateInput):
     messages: list[ChatMessage] = Field(min_length=1)
 
 
@@ -119,7 +119,7 @@ def _add_memory_routes(app: FastAPI, engine: EngineAPI, renderer: ChatRenderer) 
     async def prewarm_agent(agent_id: str, body: PrewarmBody, request: Request) -> dict[str, Any]:
         """Prefill these messages as a request would, and answer nothing."""
         agent_id = check_agent_id(agent_id)
-        tokens = await renderer.render(chat_messages(body.messages))
+        tokens = await renderer.render(chat_messages(body.messages), **body.given())
         generate = GenerateRequest(namespace_of(request), agent_id, tokens, SamplingParams(max_tokens=0))
         return await unless_disconnected(request, _prewarm(engine, generate))
 

@@ -23,7 +23,6 @@ from .identity import resolve_agent_id
 from .messages import ToolCall
 from .openai import AgentOptions, ChatCompletionRequest, chat_messages, error_body
 from .output_parser import Content, OutputParser, Part, Reasoning
-from .tools import function_tools
 
 FIRST_EVENT_WAIT = 2.0  # s; until then an error can still become an HTTP status
 PING_INTERVAL = 5.0  # s between comments while a stream has nothing to say
@@ -45,11 +44,11 @@ class ChatCompletions:
 
     async def create(self, body: ChatCompletionRequest, request: Request) -> Response:
         check_model(body.model, self._engine.model_name)
-        tools = function_tools(body.tools)
-        generate = await self._generate_request(body, request, tools)
+        given = body.given()
+        generate = await self._generate_request(body, request, given)
         parser = OutputParser(
             self.renderer.markup,
-            [] if body.tool_choice == "none" else tools,
+            [] if body.tool_choice == "none" else given["tools"],
             in_reasoning=await self.renderer.ends_in_reasoning(generate.tokens),
             max_calls=1 if body.parallel_tool_calls is False else 0,
         )
@@ -65,7 +64,7 @@ class ChatCompletions:
         return EventStream(_chunks(answer, events, first, include_usage), events)
 
     async def _generate_request(
-        self, body: ChatCompletionRequest, request: Request, tools: list[dict[str, Any]]
+        self, body: ChatCompletionRequest, request: Request, given: dict[str, Any]
     ) -> GenerateRequest:
         agent_id = resolve_agent_id(
             request.headers,
@@ -76,13 +75,8 @@ class ChatCompletions:
             safety_identifier=body.safety_identifier,
         )
         branches = self._engine.branch_tokens(namespace_of(request), agent_id)
-        tokens = await self.renderer.render(
-            chat_messages(body.messages),
-            branches,
-            tools=tools,
-            options=body.chat_template_kwargs,
-            days=days_of(self._engine, self._settings, namespace_of(request), agent_id),
-        )
+        days = days_of(self._engine, self._settings, namespace_of(request), agent_id)
+        tokens = await self.renderer.render(chat_messages(body.messages), branches, **given, days=days)
         limits = [limit for limit in (body.max_tokens, body.max_completion_tokens) if limit is not None]
         limits = limits or [self._settings.default_max_tokens]
         max_tokens = min(*limits, self._engine.max_context - len(tokens))

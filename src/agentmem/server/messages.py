@@ -3,7 +3,8 @@
 import json
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import takewhile
 from typing import Any, Literal, NoReturn, cast, get_args
 
 from ..errors import InvalidRequest
@@ -23,9 +24,8 @@ class ToolCall:
 
     @property
     def arguments_json(self) -> str:
-        """As OpenAI's format has it. Never with a lone surrogate, which no body could hold."""
-        text = json.dumps(self.arguments, ensure_ascii=False, allow_nan=False)
-        return text if _is_encodable(text) else json.dumps(self.arguments, allow_nan=False)
+        """As OpenAI's format has it. ValueError: it holds NaN, or an infinity."""
+        return json.dumps(self.arguments, ensure_ascii=False, allow_nan=False)
 
 
 @dataclass(frozen=True)
@@ -111,6 +111,24 @@ def without_system_between(messages: Sequence[Message]) -> list[Message]:
         else:
             result.append(Message(role, message.content, message.name))
     return result
+
+
+def one_call_each(messages: Sequence[Message]) -> list[Message]:
+    """The same with one tool call at most in a message, and its result after it: for templates that refuse several."""
+    split: list[Message] = []
+    rest = list(messages)
+    while rest:
+        message = rest.pop(0)
+        if len(message.tool_calls) < 2:
+            split.append(message)
+            continue
+        results = list(takewhile(lambda m: m.role == "tool", rest))  # ids may come again in later turns
+        del rest[: len(results)]
+        for i, call in enumerate(message.tool_calls):
+            split.append(replace(message if i == 0 else Message("assistant", ""), tool_calls=(call,)))
+            split += [result for result in results if result.tool_call_id == call.id]
+        split += [r for r in results if r.tool_call_id not in {call.id for call in message.tool_calls}]
+    return split
 
 
 def _message(raw: Mapping[str, Any], param: str, names: Mapping[str, str]) -> Message:
