@@ -3,9 +3,10 @@
 import json
 import time
 import uuid
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
+from datetime import date
 from typing import Any
 
 from fastapi import Request
@@ -16,6 +17,7 @@ from ..engine.request import EngineAPI, Finished, GenerateRequest, RequestStats,
 from ..errors import AgentMemError, NotFound
 from .auth import namespace_of
 from .chat import ChatRenderer
+from .dates import session_days
 from .events import Event, Events, EventStream, unless_disconnected
 from .identity import resolve_agent_id
 from .messages import ToolCall
@@ -73,7 +75,8 @@ class ChatCompletions:
             safety_identifier=body.safety_identifier,
         )
         branches = self._engine.branch_tokens(namespace_of(request), agent_id)
-        tokens = await self.renderer.render(chat_messages(body.messages), branches, **given)
+        days = days_of(self._engine, self._settings, namespace_of(request), agent_id)
+        tokens = await self.renderer.render(chat_messages(body.messages), branches, **given, days=days)
         limits = [limit for limit in (body.max_tokens, body.max_completion_tokens) if limit is not None]
         limits = limits or [self._settings.default_max_tokens]
         max_tokens = min(*limits, self._engine.max_context - len(tokens))
@@ -115,6 +118,13 @@ class Answer:
             "ttft_ms": round(stats.ttft_ms, 3),
             "queue_ms": round(stats.queue_ms, 3),
         }
+
+
+def days_of(engine: EngineAPI, settings: Settings, namespace: str, agent_id: str) -> Sequence[date]:
+    """Whose date the agent's prompts may bear."""
+    now = time.time()
+    created, last_used = engine.agent_times(namespace, agent_id) or (now, now)
+    return session_days(created, last_used, now, settings.date_session * 3600)
 
 
 def check_model(name: str, served: str) -> None:
