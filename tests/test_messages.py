@@ -86,6 +86,12 @@ def test_arguments_that_are_no_object_are_refused_by_name(arguments):
     assert e.value.param == "messages.1.tool_calls.1.function.arguments"
 
 
+def test_a_tools_empty_result_is_the_same_as_none():
+    said = [{"role": "assistant", "tool_calls": [call("{}")]}]
+    results = [normalise([*said, {"role": "tool", "tool_call_id": "c1", "content": c}]) for c in (None, "", [])]
+    assert results[0] == results[1] == results[2]
+
+
 def test_a_tools_result_gets_the_name_of_the_tool_that_was_called():
     messages = [
         {"role": "assistant", "tool_calls": [call("{}"), call("{}", id="c2")]},

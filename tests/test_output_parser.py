@@ -207,7 +207,9 @@ def test_gpt_oss_channels_are_reasoning_content_and_calls(text, parts):
     [
         ('{"name": "f", "parameters": {"a": 1}}', [CALLED]),
         ('<|python_tag|>{"name": "f", "parameters": {"a": 1}}', [CALLED]),
-        ('{"names": []}', [(Content, '{"names": []}')]),
+        ('{ "type": "function", "name": "f", "parameters": {"a": 1} }', [CALLED]),
+        ('{"name": "Alice", "age": 3}', [(Content, '{"name": "Alice", "age": 3}')]),
+        ("{1, 2} is a set", [(Content, "{1, 2} is a set")]),
         ('{"name": "f"', [(Content, '{"name": "f"')]),
         ('Say {"name": "f"}', [(Content, 'Say {"name": "f"}')]),
     ],

@@ -18,7 +18,6 @@ ToolParser = Callable[[str, list[dict[str, Any]]], Any]
 _UNPARSED = (ValueError, TypeError, LookupError, AttributeError, SyntaxError, ArithmeticError)
 _TOO_DEEP = (RecursionError, MemoryError)
 _STATES: Mapping[str, State] = {"header": "header", "reasoning": "reasoning", "normal": "content", "tool": "tool"}
-_LLAMA_CALL = '{"name":'
 _HARMONY_CALL = re.compile(r"([\w.-]+)[^{]*?<\|message\|>(.*)", re.DOTALL)
 
 
@@ -90,15 +89,17 @@ class Markup:
 
 
 def _llama() -> Markup:
-    """Llama 3.1 and later: an answer that is JSON with a name is a call. mlx-lm does not read it."""
-    edges: tuple[tuple[str, State], ...] = (("<|python_tag|>", "tool"), (_LLAMA_CALL, "tool"))
+    """Llama 3.1 and later: an answer that is JSON with a tool's name is a call. mlx-lm does not read it."""
+    edges: tuple[tuple[str, State], ...] = (("<|python_tag|>", "tool"), ("{", "tool"))
     return Markup({"start": edges, "content": ()}, parse=_llama_call)
 
 
 def _llama_call(text: str, tools: list[dict[str, Any]]) -> Any:
-    """`{"name": "get_weather", "parameters": {"city": "Paris"}}`, with its beginning or without."""
-    text = text.strip()
-    return json.loads(text if text.startswith("{") else _LLAMA_CALL + text)
+    """`{"name": "get_weather", "parameters": {"city": "Paris"}}`, with its first brace or without."""
+    call = json.loads(text if text.lstrip().startswith("{") else "{" + text)
+    if call["name"] not in {tool["function"]["name"] for tool in tools}:
+        raise ValueError("not every object with a name is a call")
+    return call
 
 
 def _harmony() -> Markup:

@@ -41,7 +41,7 @@ class Message:
 def normalise(messages: Iterable[Mapping[str, Any]], param: str = "messages") -> list[Message]:
     """Messages as OpenAI's chat format has them; the types of all but content and arguments have been checked.
 
-    content: a string, a list of text parts, or None where there are tool calls or it is the assistant's; arguments of
+    content: a string, a list of text parts, or None for none, of the assistant or a tool; arguments of
     tool calls: an object, or one as JSON. Claude Code's billing line is dropped. A tool's result gets the name of the
     tool from the call that it answers. InvalidRequest names the field that can't be read, such as messages.3.content.
     """
@@ -140,7 +140,7 @@ def _message(raw: Mapping[str, Any], param: str, names: Mapping[str, str]) -> Me
     if calls and role != "assistant":
         _refuse(f"{param}.tool_calls", "only the assistant calls tools")
     content, answers = raw.get("content"), raw.get("tool_call_id")
-    if content is None and role == "assistant":
+    if content is None and role in ("assistant", "tool"):
         content = ""
     if (answers is None) == (role == "tool"):
         _refuse(f"{param}.tool_call_id", "a message of role 'tool' has one, and no other message does")
