@@ -60,6 +60,9 @@ class FakeEngine:
     def metrics(self):
         return b"agentmem_running_requests 0.0\n"
 
+    def agent_times(self, namespace, agent_id):
+        return None
+
     def branch_tokens(self, namespace, agent_id):
         return []
 

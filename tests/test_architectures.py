@@ -182,5 +182,6 @@ def test_attention_on_codes_equals_attention_on_their_dequantized_copy(model_typ
     assert relative_error(pieces(runner, on_codes, rest, sizes), pieces(runner, dense, rest, sizes)) < ROUNDING
 
 
+@pytest.mark.skipif(mx.metal.is_available(), reason="some types can be built on Metal alone: the document is of a CPU")
 def test_the_document_says_what_the_models_are():
     assert Path(DOCUMENT).read_text() == document()

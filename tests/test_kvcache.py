@@ -218,7 +218,7 @@ def test_the_seam_hands_foreign_caches_to_mlx_lm():
     assert mx.array_equal(model(mx.array([TOKENS[:20]]), cache=make_prompt_cache(model)), before)
 
 
-@pytest.mark.parametrize("dim", [24, 48, 72, 80, 96, 100, 112, 120, 256])
+@pytest.mark.parametrize("dim", [24, 48, 72, 80, 96, 100, 112, 120, 192, 256, 576])
 def test_head_dims_of_any_size_are_quantized_and_attended_to_alike_from_codes(dim):
     from mlx_lm.models import llama
 

@@ -109,6 +109,21 @@ def test_many_saves_at_once_stay_under_the_quota_too(tmp_path):
         assert most <= quota + FILE
 
 
+def test_a_full_store_stays_under_the_quota_while_only_rows_change(tmp_path):
+    """Each commit makes the manifest's log longer, up to about a megabyte."""
+    root, quota, most = tmp_path / "f0", 16 * FILE, 0
+    with opened(tmp_path, limits=Limits(quota=quota)) as store:
+        for i in range(12):
+            fill(store, i, chain_of(i), time.time()).result()
+            store.delete_agent("ns", "nobody").result()  # empties the log, so that files take all the room
+        assert disk_usage(root) > quota - 2 * FILE
+        for i in range(200):
+            pin(store, "agent11", i % 2 == 0).result()
+            most = max(most, disk_usage(root))
+        assert most <= quota
+        assert store.stats()["disk_bytes"] == disk_usage(root)
+
+
 def test_a_shared_prefix_goes_last(tmp_path):
     with opened(tmp_path, limits=Limits(quota=8 * FILE + MANIFEST)) as store:
         for i in range(30):

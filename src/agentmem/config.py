@@ -105,6 +105,11 @@ class Settings(BaseSettings):
         4, ge=1, le=64, description="branches kept of one agent; the least recently used goes, the longest last"
     )
     max_context: int | None = Field(None, ge=16, description="prompt and answer, in tokens (default: the model's)")
+    date_session: float = Field(
+        24.0,
+        ge=0,
+        description="hours after an agent's last request in which its prompts keep the chat template's date; 0: none",
+    )
     default_max_tokens: int = Field(2048, ge=1, description="answer tokens where a request names no limit")
     reasoning_alias: bool = Field(
         False, description="reasoning text as `reasoning` too, not only as `reasoning_content`"

@@ -99,6 +99,10 @@ class Engine:
     def branch_tokens(self, namespace: str, agent_id: str) -> list[np.ndarray]:
         return self._core.contexts.branch_tokens(namespace, agent_id)
 
+    def agent_times(self, namespace: str, agent_id: str) -> tuple[float, float] | None:
+        agent = self._core.contexts.agents.get((namespace, agent_id))
+        return (agent.created, agent.last_used) if agent else None
+
     async def agents(self, namespace: str) -> list[AgentInfo]:
         return self._core.contexts.infos(namespace)
 

@@ -186,6 +186,10 @@ class EngineAPI(Protocol):
         """Token ids of what the agent has cached, branch by branch; while it changes, perhaps of none."""
         ...
 
+    def agent_times(self, namespace: str, agent_id: str) -> tuple[float, float] | None:
+        """When the agent was created and last used, Unix seconds; None: there is none."""
+        ...
+
     async def explain_agent(self, namespace: str, agent_id: str, tokens: list[int] | None) -> Explanation | None:
         """Of a prompt that could be sent now; `tokens` None: of the last one that was, None if there was none."""
         ...

@@ -17,9 +17,10 @@ from ..engine.request import AgentDetail, EngineAPI, Export, GenerateRequest, Sa
 from ..errors import AgentNotFound, InvalidRequest, StoreFailed
 from .auth import namespace_of
 from .chat import ChatRenderer
+from .chat_completions import days_of
 from .context import add_context_routes
 from .explain import add_explain_routes
-from .openai import ChatMessage, Text, Wire, chat_messages
+from .openai import ChatMessage, TemplateInput, Text, Wire, chat_messages
 from .prefill import answer, prefill
 from .transcripts import copy_transcript, cut_transcript
 
@@ -48,13 +49,13 @@ class TTLBody(Wire):
     seconds: float | None = Field(gt=0, allow_inf_nan=False)  # after the last use; null: for good
 
 
-class PrewarmBody(Wire):
+class PrewarmBody(TemplateInput):
     messages: list[ChatMessage] = Field(min_length=1)
     stream: bool | None = None  # how far it is, see prefill.py
 
 
 def add_agent_routes(app: FastAPI, engine: EngineAPI, renderer: ChatRenderer, settings: Settings) -> None:
-    add_context_routes(app, engine, renderer)
+    add_context_routes(app, engine, renderer, settings)
     add_explain_routes(app, engine, renderer)  # before what would take its path for an agent's id
 
     @app.get("/v1/agents")
@@ -83,7 +84,7 @@ def add_agent_routes(app: FastAPI, engine: EngineAPI, renderer: ChatRenderer, se
             raise AgentNotFound(agent_id)
         return {"agent_id": agent_id, "deleted": True}
 
-    _add_memory_routes(app, engine, renderer)
+    _add_memory_routes(app, engine, renderer, settings)
     _add_copy_routes(app, engine, renderer)
 
     @app.post("/v1/store/gc")
@@ -91,7 +92,7 @@ def add_agent_routes(app: FastAPI, engine: EngineAPI, renderer: ChatRenderer, se
         return {"freed_bytes": await engine.collect_garbage()}
 
 
-def _add_memory_routes(app: FastAPI, engine: EngineAPI, renderer: ChatRenderer) -> None:
+def _add_memory_routes(app: FastAPI, engine: EngineAPI, renderer: ChatRenderer, settings: Settings) -> None:
     """Where an agent's cache is, and for how long."""
 
     @app.post("/v1/agents/{agent_id:path}/pin")
@@ -124,7 +125,8 @@ def _add_memory_routes(app: FastAPI, engine: EngineAPI, renderer: ChatRenderer) 
     async def prewarm_agent(agent_id: str, body: PrewarmBody, request: Request) -> Response:
         """Prefill these messages as a request would, and answer nothing."""
         agent_id, namespace = check_agent_id(agent_id), namespace_of(request)
-        tokens = await renderer.render(chat_messages(body.messages), engine.branch_tokens(namespace, agent_id))
+        branches, days = engine.branch_tokens(namespace, agent_id), days_of(engine, settings, namespace, agent_id)
+        tokens = await renderer.render(chat_messages(body.messages), branches, **body.given(), days=days)
         generate = GenerateRequest(namespace, agent_id, tokens, SamplingParams(max_tokens=0))
         return await answer(request, partial(prefill, engine, generate), stream=bool(body.stream))
 

@@ -3,15 +3,17 @@
 import asyncio
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from datetime import date
 from typing import Any
 
 import numpy as np
 
 from ..errors import ContextLengthExceeded, InvalidRequest
+from .dates import is_dated, on_day
 from .markup import Markup
 from .messages import Message, Role
 from .plain_text import PlainText
-from .splice import splice
+from .splice import Spliced, splice
 from .template import ChatTemplate
 from .token_text import TokenText
 
@@ -43,6 +45,7 @@ class ChatRenderer:
         *,
         tools: Sequence[dict[str, Any]] = (),
         options: Mapping[str, Any] | None = None,
+        days: Sequence[date] = (),
         generation_prompt: bool = True,
     ) -> list[int]:
         """The prompt's token ids, up to where the assistant's answer begins, with room for at least one more.
@@ -51,10 +54,12 @@ class ChatRenderer:
 
         A last message of the assistant's is history like any other: the answer is a new message after it. `branches`:
         token ids that the agent has cached; they are kept as far as their text is the prompt's, see splice.py.
-        `options` are the template's own, such as enable_thinking.
+        `options` are the template's own, such as enable_thinking. `days`: whose date a template with a date may bear,
+        see dates.py; by default today's.
         Raises InvalidRequest (no template, or one that refuses or ignores what is given) and ContextLengthExceeded.
         """
-        loop, given = asyncio.get_running_loop(), (messages, branches, tools, options or {}, generation_prompt)
+        loop = asyncio.get_running_loop()
+        given = (messages, branches, tools, options or {}, days, generation_prompt)
         tokens = await loop.run_in_executor(self._thread, self._render, *given)
         if len(tokens) >= self._max_context:
             raise ContextLengthExceeded(len(tokens), self._max_context, self._why_max)
@@ -117,10 +122,21 @@ class ChatRenderer:
         branches: Sequence[np.ndarray],
         tools: Sequence[dict[str, Any]],
         options: Mapping[str, Any],
+        days: Sequence[date] = (),
         generation_prompt: bool = True,
     ) -> list[int]:
-        tokens = self._apply_template(messages, tools, options, generation_prompt)
-        return splice(self._token_text, tokens, branches).tokens
+        self._template.check(messages, tools, options)
+        source = self._tokenizer.chat_template
+        dated = isinstance(source, str) and is_dated(source)
+        as_of = [{"chat_template": on_day(source, day)} for day in days] if dated else []
+        best: Spliced | None = None
+        for template in as_of or [{}]:
+            tokens = self._apply_template(messages, tools, {**options, **template}, generation_prompt)
+            found = splice(self._token_text, tokens, branches)
+            if best is None or found.common_bytes > best.common_bytes:
+                best = found
+        assert best is not None
+        return best.tokens
 
     def _apply_template(
         self,
@@ -134,7 +150,6 @@ class ChatRenderer:
                 "This model has no chat template, so it can't take messages; serve its instruct or chat variant.",
                 param="messages",
             )
-        self._template.check(messages, tools, options)
         given = {**options, "tools": list(tools)} if tools else options
         tokens = self._template.render(messages, lambda dicts: self._plain.tokens(dicts, generation_prompt, **given))
         if not tokens:

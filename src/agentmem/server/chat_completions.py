@@ -3,9 +3,10 @@
 import json
 import time
 import uuid
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
+from datetime import date
 from typing import Any
 
 from fastapi import Request
@@ -17,6 +18,7 @@ from ..errors import AgentMemError, NotFound
 from .auth import namespace_of
 from .chat import ChatRenderer
 from .conversation import Conversation, begin, is_retried, resume
+from .dates import session_days
 from .events import Event, Events, EventStream, unless_disconnected
 from .identity import ANONYMOUS, resolve_agent_id
 from .messages import ToolCall
@@ -24,7 +26,6 @@ from .openai import AgentOptions, ChatCompletionRequest, error_body
 from .output_parser import Content, OutputParser, Part, Reasoning
 from .parts import message_of
 from .render import render
-from .tools import function_tools
 
 FIRST_EVENT_WAIT = 2.0  # s; until then an error can still become an HTTP status
 PING_INTERVAL = 5.0  # s between comments while a stream has nothing to say
@@ -46,13 +47,13 @@ class ChatCompletions:
 
     async def create(self, body: ChatCompletionRequest, request: Request) -> Response:
         check_model(body.model, self._engine.model_name)
-        tools = function_tools(body.tools)
+        given = body.given()
         conversation = await self._conversation(body, request)
-        conversation.tools = tools
-        generate = await self._generate_request(body, conversation)
+        conversation.tools = given["tools"]
+        generate = await self._generate_request(body, conversation, given)
         parser = OutputParser(
             self.renderer.markup,
-            [] if body.tool_choice == "none" else tools,
+            [] if body.tool_choice == "none" else given["tools"],
             in_reasoning=await self.renderer.ends_in_reasoning(generate.tokens),
             max_calls=1 if body.parallel_tool_calls is False else 0,
         )
@@ -85,12 +86,13 @@ class ChatCompletions:
         conversation.ephemeral = bool(options.ephemeral)
         return conversation
 
-    async def _generate_request(self, body: ChatCompletionRequest, conversation: Conversation) -> GenerateRequest:
+    async def _generate_request(
+        self, body: ChatCompletionRequest, conversation: Conversation, given: dict[str, Any]
+    ) -> GenerateRequest:
         namespace, agent_id = conversation.namespace, conversation.agent_id
         branches = self._engine.branch_tokens(namespace, agent_id)
-        tokens = await render(
-            self.renderer, conversation.messages, branches, tools=conversation.tools, options=body.chat_template_kwargs
-        )
+        days = days_of(self._engine, self._settings, namespace, agent_id)
+        tokens = await render(self.renderer, conversation.messages, branches, **given, days=days)
         limits = [limit for limit in (body.max_tokens, body.max_completion_tokens) if limit is not None]
         limits = limits or [self._settings.default_max_tokens]
         max_tokens = min(*limits, self._engine.max_context - len(tokens))
@@ -137,6 +139,13 @@ def agentmem(agent_id: str, stats: RequestStats, turn: str | None) -> dict[str, 
         "queue_ms": round(stats.queue_ms, 3),
         "turn": turn,
     }
+
+
+def days_of(engine: EngineAPI, settings: Settings, namespace: str, agent_id: str) -> Sequence[date]:
+    """Whose date the agent's prompts may bear."""
+    now = time.time()
+    created, last_used = engine.agent_times(namespace, agent_id) or (now, now)
+    return session_days(created, last_used, now, settings.date_session * 3600)
 
 
 def check_model(name: str, served: str) -> None:

@@ -1,17 +1,21 @@
 """/v1/agents/{id}/context and /transcript: what an agent is told without being asked, and all that was said."""
 
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 from fastapi import FastAPI, Request
 from pydantic import Field, model_validator
 from starlette.responses import Response
 
+from ..config import Settings
 from ..engine.request import EngineAPI, GenerateRequest, SamplingParams, check_agent_id
 from ..engine.turns import Messages, Turn, TurnTree, canonical, new_turn
 from ..errors import Conflict
 from .auth import namespace_of
 from .chat import ChatRenderer
+from .chat_completions import days_of
 from .conversation import TranscriptNotFound, inherited, is_retried, system
 from .openai import AgentOptions, ChatMessage, Text, Wire
 from .prefill import OnProgress, answer, prefill
@@ -41,7 +45,7 @@ class ContextBody(Wire):
         return [message.model_dump(exclude_none=True) for message in self.messages]
 
 
-def add_context_routes(app: FastAPI, engine: EngineAPI, renderer: ChatRenderer) -> None:
+def add_context_routes(app: FastAPI, engine: EngineAPI, renderer: ChatRenderer, settings: Settings) -> None:
     @app.get("/v1/agents/{agent_id:path}/transcript")
     async def show_transcript(agent_id: str, request: Request, turn: str | None = None) -> dict[str, Any]:
         """All that was said up to a turn, by default the newest."""
@@ -61,7 +65,8 @@ def add_context_routes(app: FastAPI, engine: EngineAPI, renderer: ChatRenderer) 
             tree = await engine.turns.tree(namespace, agent)
             async with tree.appending:  # what arrives in pieces is kept in their order
                 change = plan(tree, body, retried=is_retried(request))
-                return await _apply(engine, renderer, (namespace, agent), tree, change, body, on_progress)
+                to_tokens = partial(render, renderer, days=days_of(engine, settings, namespace, agent))
+                return await _apply(engine, to_tokens, (namespace, agent), tree, change, body, on_progress)
 
         return await answer(request, work, stream=bool(body.stream))
 
@@ -117,7 +122,7 @@ def _repeats(turn: Turn, body: ContextBody) -> bool:
 
 async def _apply(
     engine: EngineAPI,
-    renderer: ChatRenderer,
+    to_tokens: Callable[..., Awaitable[list[int]]],  # render.render, but for its first argument
     agent: tuple[str, str],
     tree: TurnTree,
     change: Change,
@@ -129,7 +134,7 @@ async def _apply(
     messages = [*system(instructions), *tree.messages(change.parent)]
     messages += [item for turn in change.turns for item in turn.items]
     branches = engine.branch_tokens(*agent)
-    tokens = await render(renderer, messages, branches, tools=tools or (), generation_prompt=False)
+    tokens = await to_tokens(messages, branches, tools=tools or (), generation_prompt=False)
     options = body.agentmem or AgentOptions()
     params = SamplingParams(max_tokens=0)
     generate = GenerateRequest(*agent, tokens, params, ttl=options.ttl, ephemeral=options.ephemeral)

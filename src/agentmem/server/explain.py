@@ -10,10 +10,10 @@ from ..engine.request import EngineAPI, Explanation
 from ..errors import NotFound
 from .auth import namespace_of
 from .chat import ChatRenderer
-from .openai import ChatMessage, Text, Wire, chat_messages
+from .openai import ChatMessage, TemplateInput, Text, chat_messages
 
 
-class ExplainBody(Wire):
+class ExplainBody(TemplateInput):
     """One of the two: a chat, or a text as it would be rendered."""
 
     messages: list[ChatMessage] | None = Field(default=None, min_length=1)
@@ -38,7 +38,7 @@ def add_explain_routes(app: FastAPI, engine: EngineAPI, renderer: ChatRenderer) 
     async def explain_prompt(agent_id: str, body: ExplainBody, request: Request) -> dict[str, Any]:
         branches = engine.branch_tokens(namespace_of(request), agent_id)
         if body.messages is not None:
-            tokens = await renderer.render(chat_messages(body.messages), branches)
+            tokens = await renderer.render(chat_messages(body.messages), branches, **body.given())
         else:
             tokens = await renderer.text_tokens(body.prompt or "", branches)
         found = await engine.explain_agent(namespace_of(request), agent_id, tokens)

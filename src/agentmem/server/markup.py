@@ -1,5 +1,6 @@
 """How a model marks what it says: its reasoning, its tool calls. Read off its tokenizer, as mlx-lm does."""
 
+import json
 import re
 import secrets
 import string
@@ -32,8 +33,11 @@ class Markup:
     @staticmethod
     def of(tokenizer: Any) -> "Markup":
         """`tokenizer` is an mlx_lm TokenizerWrapper."""
-        if not tokenizer.has_thinking and {"<|channel|>", "<|message|>", "<|start|>"} <= set(tokenizer.get_vocab()):
+        vocabulary = set(tokenizer.get_vocab())
+        if not tokenizer.has_thinking and {"<|channel|>", "<|message|>", "<|start|>"} <= vocabulary:
             return _harmony()
+        if not tokenizer.has_thinking and not tokenizer.has_tool_calling and "<|python_tag|>" in vocabulary:
+            return _llama()
         edges: dict[State, list[tuple[str, State]]] = {"start": [], "content": []}
         if tokenizer.has_thinking:
             edges["start"].append((tokenizer.think_start, "reasoning"))
@@ -82,6 +86,20 @@ class Markup:
         if any(text == "[TOOL_CALLS]" for text, _ in self.edges["content"]):
             return "".join(secrets.choice(string.ascii_letters + string.digits) for _ in range(9))
         return f"call_{secrets.token_hex(12)}"
+
+
+def _llama() -> Markup:
+    """Llama 3.1 and later: an answer that is JSON with a tool's name is a call. mlx-lm does not read it."""
+    edges: tuple[tuple[str, State], ...] = (("<|python_tag|>", "tool"), ("{", "tool"))
+    return Markup({"start": edges, "content": ()}, parse=_llama_call)
+
+
+def _llama_call(text: str, tools: list[dict[str, Any]]) -> Any:
+    """`{"name": "get_weather", "parameters": {"city": "Paris"}}`, with its first brace or without."""
+    call = json.loads(text if text.lstrip().startswith("{") else "{" + text)
+    if call["name"] not in {tool["function"]["name"] for tool in tools}:
+        raise ValueError("not every object with a name is a call")
+    return call
 
 
 def _harmony() -> Markup:

@@ -3,7 +3,8 @@
 import json
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import takewhile
 from typing import Any, Literal, NoReturn, cast, get_args
 
 from ..errors import InvalidRequest
@@ -23,9 +24,8 @@ class ToolCall:
 
     @property
     def arguments_json(self) -> str:
-        """As OpenAI's format has it. Never with a lone surrogate, which no body could hold."""
-        text = json.dumps(self.arguments, ensure_ascii=False, allow_nan=False)
-        return text if _is_encodable(text) else json.dumps(self.arguments, allow_nan=False)
+        """As OpenAI's format has it. ValueError: it holds NaN, or an infinity."""
+        return json.dumps(self.arguments, ensure_ascii=False, allow_nan=False)
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Message:
 def normalise(messages: Iterable[Mapping[str, Any]], param: str = "messages") -> list[Message]:
     """Messages as OpenAI's chat format has them; the types of all but content and arguments have been checked.
 
-    content: a string, a list of text parts, or None where there are tool calls or it is the assistant's; arguments of
+    content: a string, a list of text parts, or None for none, of the assistant or a tool; arguments of
     tool calls: an object, or one as JSON. Claude Code's billing line is dropped. A tool's result gets the name of the
     tool from the call that it answers. InvalidRequest names the field that can't be read, such as messages.3.content.
     """
@@ -113,6 +113,24 @@ def without_system_between(messages: Sequence[Message]) -> list[Message]:
     return result
 
 
+def one_call_each(messages: Sequence[Message]) -> list[Message]:
+    """The same with one tool call at most in a message, and its result after it: for templates that refuse several."""
+    split: list[Message] = []
+    rest = list(messages)
+    while rest:
+        message = rest.pop(0)
+        if len(message.tool_calls) < 2:
+            split.append(message)
+            continue
+        results = list(takewhile(lambda m: m.role == "tool", rest))  # ids may come again in later turns
+        del rest[: len(results)]
+        for i, call in enumerate(message.tool_calls):
+            split.append(replace(message if i == 0 else Message("assistant", ""), tool_calls=(call,)))
+            split += [result for result in results if result.tool_call_id == call.id]
+        split += [r for r in results if r.tool_call_id not in {call.id for call in message.tool_calls}]
+    return split
+
+
 def _message(raw: Mapping[str, Any], param: str, names: Mapping[str, str]) -> Message:
     """`names`: of the tools that were called so far, by the id of the call."""
     role = raw.get("role")
@@ -122,7 +140,7 @@ def _message(raw: Mapping[str, Any], param: str, names: Mapping[str, str]) -> Me
     if calls and role != "assistant":
         _refuse(f"{param}.tool_calls", "only the assistant calls tools")
     content, answers = raw.get("content"), raw.get("tool_call_id")
-    if content is None and role == "assistant":
+    if content is None and role in ("assistant", "tool"):
         content = ""
     if (answers is None) == (role == "tool"):
         _refuse(f"{param}.tool_call_id", "a message of role 'tool' has one, and no other message does")

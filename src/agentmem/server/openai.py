@@ -22,6 +22,7 @@ from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
 from .messages import Message, normalise
+from .tools import function_tools
 
 _MAX_STOPS = 16
 _ECHO = 200  # characters of the client's own text (field names) that an error repeats
@@ -135,12 +136,23 @@ class AgentOptions(Wire):
     turn: Text | None = None  # where to continue, by default the newest
 
 
+class TemplateInput(Wire):
+    """What a prompt depends on, besides its messages."""
+
+    tools: list[Any] | None = None
+    chat_template_kwargs: dict[Text, Any] | None = None
+
+    def given(self) -> dict[str, Any]:
+        """As ChatRenderer.render takes it. InvalidRequest names what can't be read."""
+        return {"tools": function_tools(self.tools), "options": self.chat_template_kwargs}
+
+
 class StreamOptions(Wire):
     include_usage: bool | None = None
     include_obfuscation: Annotated[Any, Only(False)] = None
 
 
-class ChatCompletionRequest(Wire):
+class ChatCompletionRequest(TemplateInput):
     """The body of POST /v1/chat/completions. Null means the default everywhere."""
 
     model: Text = "default"
@@ -178,12 +190,10 @@ class ChatCompletionRequest(Wire):
     prompt_cache_options: dict[str, Any] | None = None
     prompt_cache_retention: str | None = None
 
-    tools: list[Any] | None = None
     tool_choice: Annotated[
         Any, BeforeValidator(check_tool_choice), WithJsonSchema({"enum": [None, "none", "auto"]})
     ] = None
     parallel_tool_calls: bool | None = None
-    chat_template_kwargs: dict[Text, Any] | None = None
 
     # would promise something that isn't there
     n: Annotated[Any, Only(1)] = None

@@ -15,7 +15,7 @@ from ..engine.turns import Turn, TurnTree
 from ..errors import AgentMemError, ContextLengthExceeded, NotFound
 from .auth import namespace_of
 from .chat import ChatRenderer
-from .chat_completions import FIRST_EVENT_WAIT, PING, PING_INTERVAL, agentmem, check_model
+from .chat_completions import FIRST_EVENT_WAIT, PING, PING_INTERVAL, agentmem, check_model, days_of
 from .conversation import Conversation, begin, inherited, is_retried, resume
 from .events import Event, Events, EventStream, unless_disconnected
 from .identity import resolve_agent_id
@@ -98,11 +98,12 @@ class _Answer:
         self.growing = GrowingResponse(_head(body, engine.model_name, conversation))
         self.parts: list[Part] = []
 
-    async def generate_request(self, default_max_tokens: int) -> GenerateRequest:
+    async def generate_request(self, settings: Settings) -> GenerateRequest:
         said, body = self.conversation, self.body
         branches = self.engine.branch_tokens(said.namespace, said.agent_id)
-        tokens = await render(self.renderer, said.messages, branches, tools=said.tools)
-        max_tokens = min(body.max_output_tokens or default_max_tokens, self.engine.max_context - len(tokens))
+        days = days_of(self.engine, settings, said.namespace, said.agent_id)
+        tokens = await render(self.renderer, said.messages, branches, tools=said.tools, days=days)
+        max_tokens = min(body.max_output_tokens or settings.default_max_tokens, self.engine.max_context - len(tokens))
         sampling = {k: v for k in ("temperature", "top_p") if (v := getattr(body, k)) is not None}
         params = SamplingParams(max_tokens=0 if body.prewarm else max_tokens, **sampling)
         options = body.agentmem or AgentOptions()
@@ -129,7 +130,7 @@ class _Answer:
 
 async def _create(answer: _Answer, settings: Settings, request: Request) -> Response:
     try:
-        generate = await answer.generate_request(settings.default_max_tokens)
+        generate = await answer.generate_request(settings)
     except ContextLengthExceeded as e:
         if not answer.body.stream:
             raise

@@ -11,10 +11,10 @@ from transformers import PreTrainedTokenizerBase
 
 from ..errors import InvalidRequest
 from .markup import Markup
-from .messages import Message, Role, ToolCall, check_encodable, without_system_between
+from .messages import Message, Role, ToolCall, check_encodable, one_call_each, without_system_between
 
 T = TypeVar("T")
-_RESERVED = set(inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters) - {"self", "kwargs"}
+_RESERVED = {*inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters, "messages"}
 _HELLO = Message("user", "hello")
 _CALL = ToolCall("call00001", "get_weather", {"city": "Paris"})
 _TOOL = {
@@ -39,13 +39,14 @@ class ChatTemplate:
     def render(self, messages: Sequence[Message], to_tokens: Callable[[list[dict[str, Any]]], T]) -> T:
         """What `to_tokens` makes of the messages as the template takes them. InvalidRequest: it refuses them.
 
-        A template that wants one system message at most gets one, see `without_system_between`.
+        A template that wants one system message at most gets one, see `without_system_between`; one that wants one tool
+        call at most in a message gets that, see `one_call_each`.
         """
-        refused: TemplateError | TypeError | None = None
+        refused: TemplateError | TypeError | RecursionError | None = None
         for attempt in self._attempts(messages):
             try:
                 return to_tokens(self.dicts(attempt))
-            except (TemplateError, TypeError) as e:  # TypeError: it does something with a value that this kind can't do
+            except (TemplateError, TypeError, RecursionError) as e:  # it does with a value what can't be done with it
                 refused = refused or e
         why = (refused.message if isinstance(refused, TemplateError) else str(refused)) or type(refused).__name__
         raise InvalidRequest(f"The model's chat template refuses these messages: {why}", param="messages") from refused
@@ -73,9 +74,15 @@ class ChatTemplate:
         return start is not None and self._tokenizer.decode(list(tokens[-16:])).rstrip().endswith(start)
 
     def _attempts(self, messages: Sequence[Message]) -> Iterator[Sequence[Message]]:
-        yield messages
-        if (merged := without_system_between(messages)) != list(messages):
-            yield merged
+        first = without_system_between(messages) if self._loses_system(messages) else list(messages)
+        yield first
+        for change in (without_system_between, one_call_each):
+            if (changed := change(first)) != first:
+                yield changed
+
+    def _loses_system(self, messages: Sequence[Message]) -> bool:
+        """Whether there are system messages after the first that would not be in the prompt."""
+        return any(m.role in ("system", "developer") for m in messages[1:]) and self._ignores_late_system
 
     def _dict(self, message: Message) -> dict[str, Any]:
         role: Role = message.role
@@ -104,14 +111,22 @@ class ChatTemplate:
 
     @cached_property
     def _takes_tools(self) -> bool:
-        return self._probe([_HELLO], tools=[_TOOL]) != self._probe([_HELLO])
+        with_tools = self._probe([_HELLO], tools=[_TOOL])
+        return with_tools is None or with_tools != self._probe([_HELLO])
+
+    @cached_property
+    def _ignores_late_system(self) -> bool:
+        late = Message("system", "be quick")
+        first, answer = Message("system", "hello"), Message("assistant", "hello")
+        texts = [self._probe(probe) for probe in ([first, late, _HELLO], [first, _HELLO, answer, late, _HELLO])]
+        return any(text is not None and late.content not in text for text in texts)
 
     @cached_property
     def _takes_calls(self) -> bool:
         result = Message("tool", "rain", _CALL.name, tool_call_id=_CALL.id)
         answers = [Message("assistant", "", tool_calls=calls) for calls in ((_CALL,), ())]
-        with_call, without = (self._probe([_HELLO, answer, result, _HELLO], tools=[_TOOL]) for answer in answers)
-        return with_call != without
+        with_call, without = (self._probe([_HELLO, answer, result], tools=[_TOOL]) for answer in answers)
+        return with_call is None or with_call != without
 
     def _probe(self, messages: Sequence[Message], **options: Any) -> str | None:
         """None: the template refuses them."""

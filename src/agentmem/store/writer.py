@@ -182,7 +182,6 @@ class Writer:
             if jobs[0].alone:  # its promise is that the bytes are gone; a save's rows are durable already
                 jobs[0].error = jobs[0].error or e
         self._room.recount(*batch.dirs)
-        self._room.count_manifest()
         with self._changed:
             self._stats["disk_bytes"] = self._room.used
         failures += [job.error for job in jobs if isinstance(job.error, (OSError, sqlite3.Error, StoreFull))]
@@ -202,6 +201,7 @@ class Writer:
 
         Raises LeastRecentlyUsed, StoreFull: it still doesn't.
         """
+        self._count_manifest(nbytes)
         short = self._room.short_by(nbytes)
         used_at = job.last_used if isinstance(job, BranchJob) else time.time()
         while short > 0:
@@ -210,6 +210,16 @@ class Writer:
             if not gone.blocks and not gone.tails:
                 raise LeastRecentlyUsed("the store is full of newer caches") if gone.newer else self._room.full()
             short -= before - self._room.used  # less than asked for, where a file has a second name
+
+    def _count_manifest(self, nbytes: int = 0) -> None:
+        """Where `nbytes` more would not fit, empty the manifest's log, which every change of rows makes longer.
+
+        It may take a megabyte: it goes before caches do.
+        """
+        self._room.count_manifest()
+        if self._room.short_by(nbytes):
+            self._manifest.truncate_wal()
+            self._room.count_manifest()
 
     def _let_go(self, nbytes: int, jobs: list[Job], used_before: float) -> Trimmed:
         moved = [job for job in jobs if isinstance(job, BranchJob)]
@@ -221,6 +231,7 @@ class Writer:
         self._garbage |= {self._layout.block(key) for key in gone.blocks}
         self._garbage |= {self._layout.tail(id, ref.generation) for id, ref in before.items() if ref}
         self._collect_garbage(set())
+        self._room.count_manifest()
         with self._changed:
             self._stats["trimmed_bytes"] += gone.nbytes
         if gone.blocks or gone.tails:
@@ -265,6 +276,7 @@ class Writer:
         self._collect_garbage(batch.dirs)
         for path in batch.dirs if sync else ():
             segment.sync_dir(path)
+        self._count_manifest()
 
     def _collect_garbage(self, dirs: set[Path]) -> None:
         """Remove the files that no row names; `dirs` gets where."""
