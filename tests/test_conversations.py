@@ -3,6 +3,12 @@
 import json
 import os
 import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 from urllib.parse import quote
 
@@ -167,6 +173,11 @@ def test_a_prefill_that_cannot_be_is_refused_before_the_stream_begins(server):
     response = server.client.post(path("too long", "context"), json={"text": words(1100, 1), "stream": True})
     assert refused(response) == (400, "context_length_exceeded", "messages")
     assert refused(server.client.get(path("too long", "transcript")))[0] == 404
+    for content in (5, [5], [{"type": "text"}]):
+        wrong = {"messages": [{"role": "user", "content": content}], "key": "k"}
+        assert server.client.post(path("wrong", "context"), json=wrong).status_code == 400
+    nowhere = {"messages": [user(1, 1)], "agentmem": {"turn": "turn_x"}}
+    assert server.client.post("/chat/completions", json=nowhere).status_code == 400
     both = server.client.post(path("both", "context"), json={"text": "w9", "messages": [user(1, 1)]})
     assert refused(both) == (400, "invalid_value", None)
 
@@ -259,3 +270,50 @@ def test_what_was_begun_before_an_agent_was_deleted_leaves_no_turn(server):
         rest = list(lines)
     assert any('"finish_reason":"length"' in line and '"turn":null' in line for line in rest)
     assert refused(server.client.get(path("deleted", "transcript")))[0] == 404
+
+
+def test_an_agent_whose_caches_left_the_store_goes_on_from_what_was_said(model, tmp_path):
+    with ServerProcess(tmp_path, *FLAGS, model=model) as server:
+        said = [user(40, 1)]
+        said += [answered(server.chat(said, agent="text only", max_tokens=8)), user(10, 2)]
+        full = server.chat(said, agent="full", max_tokens=8)
+        assert server.stop() == 0
+    (manifest,) = tmp_path.rglob("manifest.sqlite")
+    with closing(sqlite3.connect(manifest)) as db, db:
+        for table in ("branches", "blocks"):
+            db.execute(f"DELETE FROM {table}")
+    with ServerProcess(tmp_path, *FLAGS, model=model) as server:
+        shown = {a["agent_id"]: a["tokens"] for a in server.client.get("/agents").json()["data"]}
+        assert shown == {"text only": 0, "full": 0}
+        again = go_on(server, [said[2]], "text only")
+        assert answered(again) == answered(full) and again["agentmem"]["cache"] == "cold"
+        for operation in ("evict", "pin", "unpin"):
+            assert server.client.post(path("full", operation)).status_code == 200
+        assert server.client.delete("/agents/full").status_code == 200
+        assert refused(server.client.get(path("full", "transcript")))[0] == 404
+        assert server.stop() == 0
+
+
+def test_the_command_line_shows_a_transcript(server):
+    chat = server.chat([user(5, 1)], agent="shown", max_tokens=2)
+    command = [sys.executable, "-m", "agentmem.cli", "agents", "--url", server.url, "transcript", "shown"]
+    shown = json.loads(subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout)
+    assert shown == transcript(server, "shown") and shown["messages"][1] == answered(chat)
+    older = subprocess.run([*command, "--turn", "turn_none"], capture_output=True, text=True, timeout=60)
+    assert older.returncode != 0 and "turn_none" in older.stderr
+
+
+def test_pieces_that_arrive_at_once_are_all_kept_and_a_question_waits_for_what_came_before_it(server):
+    first = context(server, "at once", text=words(5, 0))
+    with ThreadPoolExecutor(6) as threads:
+        done = list(threads.map(lambda i: context(server, "at once", text=f" {words(60, i)}"), range(1, 6)))
+    (message,) = transcript(server, "at once")["messages"]
+    pieces = [words(5, 0), *(words(60, i) for i in range(1, 6))]
+    assert sorted(message["content"].split()) == sorted(" ".join(pieces).split())
+    assert sorted(d["prompt_tokens"] for d in done) == [first["prompt_tokens"] + 60 * i for i in range(1, 6)]
+    with ThreadPoolExecutor(2) as threads:
+        told = threads.submit(context, server, "at once", messages=[user(200, 7)])
+        time.sleep(0.05)
+        asked = threads.submit(go_on, server, [user(3, 8)], "at once")
+        assert asked.result()["usage"]["prompt_tokens"] > told.result()["prompt_tokens"]
+    assert transcript(server, "at once")["messages"][:3] == [message, user(200, 7), user(3, 8)]

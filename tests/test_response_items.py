@@ -77,6 +77,7 @@ def test_reasoning_text_and_calls_are_items_whose_events_openais_sdk_puts_togeth
     response = found[-1]["response"]
     Response.model_validate(response)
     assert response["status"] == "completed"
+    assert response["usage"]["output_tokens_details"]["reasoning_tokens"] > 0
     assert [item["type"] for item in response["output"]] == ["reasoning", "message", "function_call"]
     assert [item.type for item in state._completed_response.output] == [item["type"] for item in response["output"]]
     assert response["output"][0]["content"][0]["text"] == "hm"

@@ -31,7 +31,7 @@ from .restore import Restorer
 from .save import Saver
 from .scheduler import Scheduler
 from .trace import Trace
-from .transcripts import Transcripts
+from .transcripts import MAX_DISK, Transcripts
 
 log = logging.getLogger(__name__)
 CACHE_FORMAT = "2"  # rises when the meaning of a stored code changes: rotation, centring, quantization
@@ -141,10 +141,11 @@ def _core(
         max_context=min(settings.max_context or model.max_context, model.max_context),
         active=lambda: scheduler.active,
     )
+    turns = Transcripts(store.turns, contexts.is_ephemeral, min(MAX_DISK, store.room_bytes // 4))
     vocab_size = min(runner.vocab_size, max(model.tokenizer.get_vocab().values()) + 1)
     return Core(
         *(model, runner, contexts, restorer, saver, store, scheduler, budget),
-        *(trace, Transcripts(store.turns, contexts.is_ephemeral), post, fingerprint, vocab_size),
+        *(trace, turns, post, fingerprint, vocab_size),
     )
 
 

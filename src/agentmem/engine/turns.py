@@ -38,9 +38,9 @@ class Turn:
 
     def record(self, namespace: str, agent: str) -> TurnRecord:
         said = {"items": self.items, "kind": self.kind, "key": self.key, "about": self.about, "hidden": self.hidden}
-        # escaped: what a client sent may hold lone surrogates
-        content = json.dumps({name: value for name, value in said.items() if value}, separators=(",", ":"))
-        return TurnRecord(self.id, namespace, agent, self.parent, content.encode(), self.created)
+        told = {name: value for name, value in said.items() if value}
+        content = json.dumps(told, ensure_ascii=False, separators=(",", ":")).encode(errors="surrogatepass")
+        return TurnRecord(self.id, namespace, agent, self.parent, content, self.created)
 
     @classmethod
     def of(cls, record: TurnRecord) -> "Turn":
@@ -153,10 +153,10 @@ def canonical(message: dict[str, Any]) -> str:
 
 
 def text_of(content: Any) -> str:
-    """Of a message's content: a string, parts with text, or nothing."""
+    """Of a message's content: a string, parts with text, or nothing. What is none of these is refused elsewhere."""
     if isinstance(content, list):
-        return "".join(part.get("text") or "" for part in content)
-    return content or ""
+        return "".join(str(part.get("text") or "") for part in content if isinstance(part, dict))
+    return content if isinstance(content, str) else ""
 
 
 def _call(call: dict[str, Any]) -> list[Any]:
@@ -164,9 +164,10 @@ def _call(call: dict[str, Any]) -> list[Any]:
     arguments = function.get("arguments")
     try:
         parsed = json.loads(arguments) if isinstance(arguments, str) else arguments
-    except ValueError:
-        parsed = arguments
-    return [call.get("id"), function.get("name"), json.dumps(parsed, sort_keys=True)]
+        arguments = json.dumps(parsed, sort_keys=True)
+    except (ValueError, RecursionError):
+        arguments = str(arguments)
+    return [call.get("id"), function.get("name"), arguments]
 
 
 def _size(said: list[str]) -> int:

@@ -17,7 +17,7 @@ from .auth import namespace_of
 from .chat import ChatRenderer
 from .chat_completions import days_of
 from .conversation import TranscriptNotFound, inherited, is_retried, system
-from .openai import AgentOptions, ChatMessage, Text, Wire
+from .openai import AgentLife, ChatMessage, Text, Wire
 from .prefill import OnProgress, answer, prefill
 from .render import render
 
@@ -30,7 +30,7 @@ class ContextBody(Wire):
     mode: Literal["append", "replace"] = "append"
     key: Text | None = Field(default=None, min_length=1, max_length=256)  # replaces what was appended under the same
     stream: bool | None = None
-    agentmem: AgentOptions | None = None
+    agentmem: AgentLife | None = None
 
     @model_validator(mode="after")
     def _one(self) -> "ContextBody":
@@ -135,7 +135,7 @@ async def _apply(
     messages += [item for turn in change.turns for item in turn.items]
     branches = engine.branch_tokens(*agent)
     tokens = await to_tokens(messages, branches, tools=tools or (), generation_prompt=False)
-    options = body.agentmem or AgentOptions()
+    options = body.agentmem or AgentLife()
     params = SamplingParams(max_tokens=0)
     generate = GenerateRequest(*agent, tokens, params, ttl=options.ttl, ephemeral=options.ephemeral)
     done = await prefill(engine, generate, on_progress)

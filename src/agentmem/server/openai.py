@@ -17,6 +17,7 @@ from pydantic import (
     GetCoreSchemaHandler,
     GetJsonSchemaHandler,
     WithJsonSchema,
+    model_validator,
 )
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema, PydanticCustomError, core_schema
@@ -127,13 +128,24 @@ def chat_messages(messages: Sequence[ChatMessage]) -> list[Message]:
     return normalise([message.model_dump() for message in messages])
 
 
-class AgentOptions(Wire):
-    """The field `agentmem` of a request: what it says of its agent."""
+class AgentLife(Wire):
+    """What a request says of how long its agent is kept."""
 
     ttl: float | None = Field(default=None, gt=0, allow_inf_nan=False)  # s that it is kept after its last use
     ephemeral: bool | None = None  # a new agent is never written to disk
+
+
+class AgentOptions(AgentLife):
+    """The field `agentmem` of a request: what it says of its agent."""
+
     continue_: bool | None = Field(default=None, alias="continue")  # the transcript holds what was said before
     turn: Text | None = None  # where to continue, by default the newest
+
+    @model_validator(mode="after")
+    def _where(self) -> "AgentOptions":
+        if self.turn is not None and not self.continue_:
+            raise ValueError("turn says where to continue: it needs continue, true")
+        return self
 
 
 class TemplateInput(Wire):

@@ -119,6 +119,10 @@ class _Answer:
             max_calls=1 if self.body.parallel_tool_calls is False else 0,
         )
 
+    async def reasoning_tokens(self) -> int:
+        text = message_of(self.parts).get("reasoning_content")
+        return len(await self.renderer.text_tokens(text)) if text else 0
+
     async def end(self, event: Finished) -> None:
         """Leave a turn, and say what the answer cost."""
         said, response = self.conversation, self.growing.body
@@ -183,7 +187,7 @@ async def _grow(answer: _Answer, parser: OutputParser, events: Events, event: Ev
     for part in rest:
         for line in answer.growing.add(part):
             yield line
-    for line in answer.growing.finish(cut=cut, usage=_usage(event.stats)):
+    for line in answer.growing.finish(cut=cut, usage=_usage(event.stats, await answer.reasoning_tokens())):
         yield line
     await answer.end(event)
 
@@ -228,12 +232,12 @@ def _head(body: ResponsesRequest, model: str, conversation: Conversation) -> dic
     }
 
 
-def _usage(stats: RequestStats) -> dict[str, Any]:
+def _usage(stats: RequestStats, reasoning_tokens: int) -> dict[str, Any]:
     cached = stats.cached_tokens
     return {
         "input_tokens": stats.prompt_tokens,
         "input_tokens_details": {"cached_tokens": cached, "cache_write_tokens": stats.prompt_tokens - cached},
         "output_tokens": stats.completion_tokens,
-        "output_tokens_details": {"reasoning_tokens": 0},
+        "output_tokens_details": {"reasoning_tokens": reasoning_tokens},
         "total_tokens": stats.prompt_tokens + stats.completion_tokens,
     }

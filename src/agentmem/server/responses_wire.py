@@ -65,12 +65,12 @@ class ResponsesRequest(Wire):
     parallel_tool_calls: bool | None = None
 
     # promise nothing about the output, or may be no more than wishes
-    user: str | None = None
-    metadata: dict[str, Any] | None = None
+    user: Text | None = None
+    metadata: dict[Text, Text] | None = None
     client_metadata: dict[str, Any] | None = None
     service_tier: str | None = None
-    safety_identifier: str | None = None
-    prompt_cache_key: str | None = None
+    safety_identifier: Text | None = None
+    prompt_cache_key: Text | None = None
     prompt_cache_options: CacheOptions | None = None
     prompt_cache_retention: str | None = None
     reasoning: dict[str, Any] | None = None
