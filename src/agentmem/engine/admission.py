@@ -138,8 +138,11 @@ class Admission:
         self._apply(seq, agent)
         seq.branch = saver.claim_branch(agent, match, persist=not (seq.discard or agent.ephemeral))
         saver.note(agent, seq.branch)
+        wanted = seq.request.checkpoint or seq.prompt_len - 1
         seq.cache = self._core.runner.new_cache(
-            snapshot, seq.capacity, checkpoint_at=seq.prompt_len - 1, last_state=last_snapshot(contexts.spec, seq.nodes)
+            *(snapshot, seq.capacity),
+            checkpoint_at=min(wanted, seq.prompt_len - 1),
+            last_state=last_snapshot(contexts.spec, seq.nodes),
         )
         seq.cached_at_start = match.length
         if not seq.suspended:

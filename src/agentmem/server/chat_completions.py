@@ -83,7 +83,11 @@ class ChatCompletions:
         params = sampling_params(body, max_tokens)
         agent = body.agentmem or AgentOptions()
         return GenerateRequest(
-            namespace_of(request), agent_id, tokens, params, body.priority or 0, agent.ttl, agent.ephemeral
+            *(namespace_of(request), agent_id, tokens, params),
+            priority=body.priority or 0,
+            ttl=agent.ttl,
+            ephemeral=agent.ephemeral,
+            checkpoint=await self.renderer.before_answer(tokens, body.chat_template_kwargs),
         )
 
 
