@@ -231,3 +231,28 @@ def settle_blocks(engine: EngineThread) -> None:
     while not all(node.disk_bytes for node in newest(engine).nodes):
         assert time.monotonic() < deadline, "not everything was persisted"
         time.sleep(0.02)
+
+
+def test_what_runs_counts_on_windows_that_leave_until_another_sequence_shares_them(tmp_path):
+    """While the disk is slow a long prefill lets go of old windows as it makes new ones, unless they are shared."""
+
+    def shared() -> tuple[int, int] | None:
+        core = engine.core
+        if not any(seq.cache is not None and len(seq.nodes) > 14 for seq in core.scheduler.active):
+            return None
+        match, before = core.contexts.match("default", "bob", PROMPT[: 14 * BLOCK]), core.budget.reserved_bytes
+        announced = core.budget.sharing_bytes(match)
+        core.contexts.hold(match.nodes)
+        more = core.budget.reserved_bytes - before
+        core.contexts.release(match.nodes)
+        return announced, more
+
+    with tiny_engine(tmp_path, LOAD) as engine:
+        engine.core.store.save_block = lambda *args, **options: Future()
+        task = asyncio.run_coroutine_threadsafe(engine.answer("alice", PROMPT + random_tokens(300), 1), engine.loop)
+        while (found := engine.on_engine(shared)) is None:
+            assert not task.done()
+        assert found[0] == found[1] > 2 * BLOCK * engine.core.runner.spec.stack_bytes[0]
+        task.result(60)
+        for branch in engine.core.contexts.branches():  # nothing waits for the disk
+            branch.agent.ephemeral = True
