@@ -11,9 +11,12 @@ from test_engine import settle
 from test_lifecycle import drain
 from tiny import BLOCK, EngineThread, random_tokens, tiny_engine, tiny_loader
 
+from agentmem.engine.index import forget
 from agentmem.engine.reach import missing
 from agentmem.engine.request import GenerateRequest, SamplingParams
 from agentmem.engine.thin import window_blocks
+from agentmem.errors import CorruptSegment
+from agentmem.store.trim import Trimmed
 from agentmem.store.writer import StoreWriteSkipped
 
 PROMPT = random_tokens(600, seed=1)
@@ -256,3 +259,25 @@ def test_what_runs_counts_on_windows_that_leave_until_another_sequence_shares_th
         task.result(60)
         for branch in engine.core.contexts.branches():  # nothing waits for the disk
             branch.agent.ephemeral = True
+
+
+def test_what_a_full_store_lets_go_of_while_it_is_read_is_no_damage_to_what_is_in_ram(tmp_path):
+    with tiny_engine(tmp_path, LOAD) as engine:
+        engine.ask("alice", PROMPT, 8)
+        settle(engine)
+        late: list[Future[Any]] = []
+        tokens, store = newest(engine).tokens().tolist(), engine.core.store
+        store.read_block = lambda *_: late.append(Future()) or late[-1]
+        task = asyncio.run_coroutine_threadsafe(engine.answer("bob", PROMPT[:300], 1), engine.loop)
+        while not late:
+            time.sleep(0.01)
+
+        def trimmed() -> None:
+            forget(engine.core.contexts, Trimmed([node.key for node in newest(engine).nodes]))
+            for future in late:
+                future.set_exception(CorruptSegment("it isn't in the store"))
+
+        engine.on_engine(trimmed)
+        assert task.result(60)[1].cached_tokens == 0
+        _, stats = engine.ask("alice", [*tokens, 9], 1)
+        assert (stats.cache, stats.cached_tokens) == ("hot", len(tokens))
