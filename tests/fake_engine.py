@@ -7,6 +7,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from agentmem.engine.request import AgentInfo, Finished, RequestStats, TextDelta
+from agentmem.engine.transcripts import Transcripts
 from agentmem.errors import ShuttingDown
 
 CHATML = (
@@ -33,6 +34,7 @@ class FakeEngine:
 
     def __init__(self, **options):
         self.tokenizer, self.requests, self.cancelled, self.log = tiny_tokenizer(), [], 0, []
+        self.turns = Transcripts()
         self.agent_ids = ["alice", "../x", "ü/🦊"]
         vars(self).update(options)
 

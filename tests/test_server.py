@@ -130,7 +130,9 @@ def test_sdk_reads_an_answer_with_its_usage_and_what_it_cost(engine, settings):
         "prefill_ms": 2.0,
         "ttft_ms": 3.5,
         "queue_ms": 0.1,
+        "turn": answer.agentmem["turn"],
     }
+    assert answer.agentmem["turn"].startswith("turn_")
 
 
 def test_sdk_reads_a_stream_in_openais_order(engine, settings):

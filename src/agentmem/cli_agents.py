@@ -176,6 +176,16 @@ def explain(
 
 
 @app.command()
+def transcript(
+    context: typer.Context,
+    agent_id: Id,
+    turn: Annotated[str | None, typer.Option(help="up to this turn (default: the newest)")] = None,
+) -> None:
+    """What was said to an agent, and what it answered, as JSON."""
+    _print(_client(context).call("GET", _path(agent_id, "/transcript"), params={"turn": turn} if turn else {}))
+
+
+@app.command()
 def export(
     context: typer.Context,
     agent_id: Id,

@@ -265,6 +265,11 @@ class Contexts:
         self.thin(branch.nodes)
         self.release(branch.nodes)
 
+    def is_ephemeral(self, namespace: str, name: str) -> bool:
+        """Whether there is such an agent, and it is never written to disk. From any thread."""
+        agent = self.agents.get((namespace, name))
+        return agent is not None and agent.ephemeral
+
     def drop_agent(self, agent: Agent) -> None:
         self.agents.pop((agent.namespace, agent.name), None)
         for branch in list(agent.branches.values()):

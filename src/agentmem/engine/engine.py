@@ -49,6 +49,7 @@ class Engine:
         self.max_context = self._core.budget.max_context
         self.why_max_context = self._core.budget.why_max_context
         self.tokenizer = self._core.model.tokenizer
+        self.turns = self._core.turns
 
     async def generate(self, request: GenerateRequest) -> AsyncIterator[TextDelta | Finished]:
         self._check_open()

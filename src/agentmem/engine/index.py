@@ -11,6 +11,7 @@ from ..store.trim import Trimmed
 from .agent import Agent, Branch
 from .block_pool import Node, OpenBlock
 from .contexts import ROOT, Contexts
+from .transcripts import Transcripts
 
 
 def load_index(contexts: Contexts, store: AgentStore) -> None:
@@ -68,7 +69,9 @@ def forget(contexts: Contexts, gone: Trimmed) -> None:
         contexts.drop_agent(agent)
 
 
-def delete_agent(contexts: Contexts, store: AgentStore, namespace: str, name: str, done: "Future[bool]") -> None:
+def delete_agent(
+    contexts: Contexts, store: AgentStore, turns: Transcripts, namespace: str, name: str, done: "Future[bool]"
+) -> None:
     """Forget the agent; `done` gets whether there was one, once its bytes are off the disk."""
     agent = contexts.agents.get((namespace, name))
     if agent is not None:
@@ -91,4 +94,4 @@ def delete_agent(contexts: Contexts, store: AgentStore, namespace: str, name: st
         else:
             done.set_result(stored.result() or agent is not None)
 
-    store.delete_agent(namespace, name).add_done_callback(deleted)
+    turns.forget(namespace, name, lambda: store.delete_agent(namespace, name)).add_done_callback(deleted)

@@ -142,6 +142,6 @@ class Lifecycle(Operations):
     def collect_garbage(self, done: "Future[int]") -> None:
         before = self._core.store.stats()["disk_bytes"]
         for namespace, name in self.expired():
-            delete_agent(self._contexts, self._core.store, namespace, name, Future())
+            delete_agent(self._contexts, self._core.store, self._core.turns, namespace, name, Future())
         collected = self._core.store.collect_garbage()
         self._then(collected, done, lambda _: done.set_result(before - self._core.store.stats()["disk_bytes"]))

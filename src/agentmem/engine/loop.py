@@ -112,7 +112,7 @@ class EngineLoop:
         for seq in (*self.core.scheduler.active, *self.core.scheduler.waiting):
             if (seq.request.namespace, seq.request.agent_id) == (namespace, agent_id):
                 seq.discard = True
-        delete_agent(self.core.contexts, self.core.store, namespace, agent_id, done)
+        delete_agent(self.core.contexts, self.core.store, self.core.turns, namespace, agent_id, done)
 
     def perform(self, operation: "Callable[[Future[Any]], None]", done: "Future[Any]") -> None:
         """Something that is done to an agent, rather than asked of it."""
@@ -231,6 +231,8 @@ class EngineLoop:
         self.core.scheduler.pace.saw_prefill(took_ms, step.chunk)
         self.core.trace.span("prefill", began, agent=seq.request.agent_id, tokens=step.chunk)
         self._sealed(seq, fresh)
+        if seq.request.on_progress is not None:
+            seq.request.on_progress(seq.cache.length, seq.prompt_len)
         self._admission.prefilled_maybe(seq)
 
     # -- commit

@@ -8,6 +8,7 @@ from typing import IO, Any, Literal, Protocol
 import numpy as np
 
 from ..errors import InvalidRequest
+from .transcripts import Transcripts
 
 Tier = Literal["warm", "hot"]
 CacheState = Literal["cold", "warm", "hot"]  # nothing cached; read from disk; in RAM
@@ -60,6 +61,8 @@ class GenerateRequest:
     ttl: float | None = None  # seconds that the agent is kept after its last use; None: as it is
     ephemeral: bool | None = None  # a new agent is never written to disk; None: as it is
     checkpoint: int | None = None  # tokens from which later prompts are likely to go on; None: all but the last
+    # told tokens done and in all, on the engine thread, after every prefill chunk
+    on_progress: Callable[[int, int], None] | None = None
 
 
 @dataclass(frozen=True)
@@ -157,6 +160,7 @@ class EngineAPI(Protocol):
     max_context: int  # prompt and answer, in tokens
     why_max_context: str  # what sets it, if not the model
     tokenizer: Any  # mlx_lm TokenizerWrapper
+    turns: Transcripts  # what was said
 
     def generate(self, request: GenerateRequest) -> AsyncIterator[TextDelta | Finished]:
         """Stream one answer; closing the iterator cancels it within one token.

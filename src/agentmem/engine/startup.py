@@ -31,6 +31,7 @@ from .restore import Restorer
 from .save import Saver
 from .scheduler import Scheduler
 from .trace import Trace
+from .transcripts import Transcripts
 
 log = logging.getLogger(__name__)
 CACHE_FORMAT = "2"  # rises when the meaning of a stored code changes: rotation, centring, quantization
@@ -49,6 +50,7 @@ class Core:
     scheduler: Scheduler
     budget: RamBudget
     trace: Trace
+    turns: Transcripts
     post: Callable[[Callable[[], None]], None]  # runs a function on the engine thread
     fingerprint: str  # of what gives a stored byte its meaning: weights, cache layout, calibration
     vocab_size: int  # ids that the tokenizer knows; some models' logits are padded beyond
@@ -142,7 +144,7 @@ def _core(
     vocab_size = min(runner.vocab_size, max(model.tokenizer.get_vocab().values()) + 1)
     return Core(
         *(model, runner, contexts, restorer, saver, store, scheduler, budget),
-        *(trace, post, fingerprint, vocab_size),
+        *(trace, Transcripts(store.turns, contexts.is_ephemeral), post, fingerprint, vocab_size),
     )
 
 

@@ -4,6 +4,7 @@ import asyncio
 import os
 import tempfile
 from dataclasses import asdict
+from functools import partial
 from typing import IO, Any
 
 from fastapi import FastAPI, Request
@@ -12,13 +13,16 @@ from starlette.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from ..config import Settings
-from ..engine.request import AgentDetail, EngineAPI, Export, Finished, GenerateRequest, SamplingParams, check_agent_id
+from ..engine.request import AgentDetail, EngineAPI, Export, GenerateRequest, SamplingParams, check_agent_id
 from ..errors import AgentNotFound, InvalidRequest, StoreFailed
 from .auth import namespace_of
 from .chat import ChatRenderer
-from .events import unless_disconnected
+from .chat_completions import days_of
+from .context import add_context_routes
 from .explain import add_explain_routes
 from .openai import ChatMessage, TemplateInput, Text, Wire, chat_messages
+from .prefill import answer, prefill
+from .transcripts import copy_transcript, cut_transcript
 
 IMPORT_PATH = "/v1/agents/import"  # its body is a file: read as it comes
 
@@ -47,9 +51,11 @@ class TTLBody(Wire):
 
 class PrewarmBody(TemplateInput):
     messages: list[ChatMessage] = Field(min_length=1)
+    stream: bool | None = None  # how far it is, see prefill.py
 
 
 def add_agent_routes(app: FastAPI, engine: EngineAPI, renderer: ChatRenderer, settings: Settings) -> None:
+    add_context_routes(app, engine, renderer, settings)
     add_explain_routes(app, engine, renderer)  # before what would take its path for an agent's id
 
     @app.get("/v1/agents")
@@ -78,7 +84,7 @@ def add_agent_routes(app: FastAPI, engine: EngineAPI, renderer: ChatRenderer, se
             raise AgentNotFound(agent_id)
         return {"agent_id": agent_id, "deleted": True}
 
-    _add_memory_routes(app, engine, renderer)
+    _add_memory_routes(app, engine, renderer, settings)
     _add_copy_routes(app, engine, renderer)
 
     @app.post("/v1/store/gc")
@@ -86,7 +92,7 @@ def add_agent_routes(app: FastAPI, engine: EngineAPI, renderer: ChatRenderer, se
         return {"freed_bytes": await engine.collect_garbage()}
 
 
-def _add_memory_routes(app: FastAPI, engine: EngineAPI, renderer: ChatRenderer) -> None:
+def _add_memory_routes(app: FastAPI, engine: EngineAPI, renderer: ChatRenderer, settings: Settings) -> None:
     """Where an agent's cache is, and for how long."""
 
     @app.post("/v1/agents/{agent_id:path}/pin")
@@ -115,29 +121,14 @@ def _add_memory_routes(app: FastAPI, engine: EngineAPI, renderer: ChatRenderer) 
             raise AgentNotFound(agent_id)
         return {"agent_id": agent_id, "restored_bytes": restored}
 
-    @app.post("/v1/agents/{agent_id:path}/prewarm")
-    async def prewarm_agent(agent_id: str, body: PrewarmBody, request: Request) -> dict[str, Any]:
+    @app.post("/v1/agents/{agent_id:path}/prewarm", response_model=None)
+    async def prewarm_agent(agent_id: str, body: PrewarmBody, request: Request) -> Response:
         """Prefill these messages as a request would, and answer nothing."""
-        agent_id = check_agent_id(agent_id)
-        tokens = await renderer.render(chat_messages(body.messages), **body.given())
-        generate = GenerateRequest(namespace_of(request), agent_id, tokens, SamplingParams(max_tokens=0))
-        return await unless_disconnected(request, _prewarm(engine, generate))
-
-
-async def _prewarm(engine: EngineAPI, generate: GenerateRequest) -> dict[str, Any]:
-    async for event in engine.generate(generate):
-        if isinstance(event, Finished):
-            names = (
-                "prompt_tokens",
-                "cache",
-                "cached_tokens",
-                "restored_bytes",
-                "restore_ms",
-                "prefill_ms",
-                "queue_ms",
-            )
-            return {"agent_id": generate.agent_id, **{name: getattr(event.stats, name) for name in names}}
-    raise AssertionError("a request ends with Finished")
+        agent_id, namespace = check_agent_id(agent_id), namespace_of(request)
+        branches, days = engine.branch_tokens(namespace, agent_id), days_of(engine, settings, namespace, agent_id)
+        tokens = await renderer.render(chat_messages(body.messages), branches, **body.given(), days=days)
+        generate = GenerateRequest(namespace, agent_id, tokens, SamplingParams(max_tokens=0))
+        return await answer(request, partial(prefill, engine, generate), stream=bool(body.stream))
 
 
 def _add_copy_routes(app: FastAPI, engine: EngineAPI, renderer: ChatRenderer) -> None:
@@ -146,7 +137,10 @@ def _add_copy_routes(app: FastAPI, engine: EngineAPI, renderer: ChatRenderer) ->
     @app.post("/v1/agents/{agent_id:path}/fork")
     async def fork_agent(agent_id: str, body: ForkBody, request: Request) -> dict[str, Any]:
         to = check_agent_id(body.to, "to")
-        return _shown(await engine.fork_agent(namespace_of(request), agent_id, to, body.tokens))
+        forked = await engine.fork_agent(namespace_of(request), agent_id, to, body.tokens)
+        if body.tokens is None:
+            await copy_transcript(engine, namespace_of(request), agent_id, to)
+        return _shown(forked)
 
     @app.post("/v1/agents/{agent_id:path}/truncate")
     async def truncate_agent(agent_id: str, body: TruncateBody, request: Request) -> dict[str, Any]:
@@ -155,7 +149,9 @@ def _add_copy_routes(app: FastAPI, engine: EngineAPI, renderer: ChatRenderer) ->
             assert body.messages is not None
             tokens = await engine.agent_tokens(namespace, agent_id)
             keep, held = await _messages_end(renderer, tokens, body.messages), len(tokens)
-        return _shown(await engine.truncate_agent(namespace, agent_id, keep, held))
+        cut = await engine.truncate_agent(namespace, agent_id, keep, held)
+        await cut_transcript(engine, renderer, namespace, agent_id, keep)
+        return _shown(cut)
 
     @app.post("/v1/agents/{agent_id:path}/export", response_class=Response)
     async def export_agent(agent_id: str, request: Request) -> Response:

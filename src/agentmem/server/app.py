@@ -19,6 +19,7 @@ from .auth import ApiKeyCheck, ApiKeys
 from .chat_completions import ChatCompletions, check_model
 from .middleware import BodyLimit, HostCheck, RequestId
 from .openai import ChatCompletionRequest, error_body, validation_error_body
+from .responses import add_response_routes
 
 
 def create_app(engine: EngineAPI, settings: Settings, keys: ApiKeys | None) -> FastAPI:
@@ -37,6 +38,7 @@ def create_app(engine: EngineAPI, settings: Settings, keys: ApiKeys | None) -> F
     completions = ChatCompletions(engine, settings)
     _add_chat_routes(app, engine, completions)
     _add_state_routes(app, engine)
+    add_response_routes(app, engine, completions.renderer, settings)
     add_agent_routes(app, engine, completions.renderer, settings)
     return app
 

@@ -48,8 +48,11 @@ class ChatRenderer:
         tools: Sequence[dict[str, Any]] = (),
         options: Mapping[str, Any] | None = None,
         days: Sequence[date] = (),
+        generation_prompt: bool = True,
     ) -> list[int]:
         """The prompt's token ids, up to where the assistant's answer begins, with room for at least one more.
+
+        Without a generation prompt, up to where the last message ends.
 
         A last message of the assistant's is history like any other: the answer is a new message after it. `branches`:
         token ids that the agent has cached; they are kept as far as their text is the prompt's, see splice.py.
@@ -58,7 +61,8 @@ class ChatRenderer:
         Raises InvalidRequest (no template, or one that refuses or ignores what is given) and ContextLengthExceeded.
         """
         loop = asyncio.get_running_loop()
-        tokens = await loop.run_in_executor(self._thread, self._render, messages, branches, tools, options or {}, days)
+        given = (messages, branches, tools, options or {}, days, generation_prompt)
+        tokens = await loop.run_in_executor(self._thread, self._render, *given)
         if len(tokens) >= self._max_context:
             raise ContextLengthExceeded(len(tokens), self._max_context, self._why_max)
         return tokens
@@ -141,6 +145,7 @@ class ChatRenderer:
         tools: Sequence[dict[str, Any]],
         options: Mapping[str, Any],
         days: Sequence[date] = (),
+        generation_prompt: bool = True,
     ) -> list[int]:
         self._template.check(messages, tools, options)
         source = self._tokenizer.chat_template
@@ -148,14 +153,19 @@ class ChatRenderer:
         as_of = [{"chat_template": on_day(source, day)} for day in days] if dated else []
         best: Spliced | None = None
         for template in as_of or [{}]:
-            found = splice(self._token_text, self._apply_template(messages, tools, {**options, **template}), branches)
+            tokens = self._apply_template(messages, tools, {**options, **template}, generation_prompt)
+            found = splice(self._token_text, tokens, branches)
             if best is None or found.common_bytes > best.common_bytes:
                 best = found
         assert best is not None
         return best.tokens
 
     def _apply_template(
-        self, messages: Sequence[Message], tools: Sequence[dict[str, Any]], options: Mapping[str, Any]
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[dict[str, Any]],
+        options: Mapping[str, Any],
+        generation_prompt: bool,
     ) -> list[int]:
         if not self._tokenizer.has_chat_template:
             raise InvalidRequest(
@@ -163,7 +173,7 @@ class ChatRenderer:
                 param="messages",
             )
         given = {**options, "tools": list(tools)} if tools else options
-        tokens = self._template.render(messages, lambda dicts: self._plain.tokens(dicts, **given))
+        tokens = self._template.render(messages, lambda dicts: self._plain.tokens(dicts, generation_prompt, **given))
         if not tokens:
             raise InvalidRequest("The messages render to an empty prompt.", param="messages")
         return list(tokens)

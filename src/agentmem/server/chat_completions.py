@@ -17,12 +17,15 @@ from ..engine.request import EngineAPI, Finished, GenerateRequest, RequestStats,
 from ..errors import AgentMemError, NotFound
 from .auth import namespace_of
 from .chat import ChatRenderer
+from .conversation import Conversation, begin, is_retried, resume
 from .dates import session_days
 from .events import Event, Events, EventStream, unless_disconnected
-from .identity import resolve_agent_id
+from .identity import ANONYMOUS, resolve_agent_id
 from .messages import ToolCall
-from .openai import AgentOptions, ChatCompletionRequest, chat_messages, error_body
+from .openai import AgentOptions, ChatCompletionRequest, error_body
 from .output_parser import Content, OutputParser, Part, Reasoning
+from .parts import message_of
+from .render import render
 
 FIRST_EVENT_WAIT = 2.0  # s; until then an error can still become an HTTP status
 PING_INTERVAL = 5.0  # s between comments while a stream has nothing to say
@@ -45,14 +48,16 @@ class ChatCompletions:
     async def create(self, body: ChatCompletionRequest, request: Request) -> Response:
         check_model(body.model, self._engine.model_name)
         given = body.given()
-        generate = await self._generate_request(body, request, given)
+        conversation = await self._conversation(body, request)
+        conversation.tools = given["tools"]
+        generate = await self._generate_request(body, conversation, given)
         parser = OutputParser(
             self.renderer.markup,
             [] if body.tool_choice == "none" else given["tools"],
             in_reasoning=await self.renderer.ends_in_reasoning(generate.tokens),
             max_calls=1 if body.parallel_tool_calls is False else 0,
         )
-        answer = Answer(self._engine.model_name, generate.agent_id, parser, self._settings.reasoning_alias)
+        answer = Answer(self._engine.model_name, conversation, parser, self._settings.reasoning_alias)
         events = Events(self._engine.generate(generate))
         async with AsyncExitStack() as closing:
             closing.push_async_callback(events.aclose)
@@ -63,9 +68,7 @@ class ChatCompletions:
         include_usage = bool(body.stream_options and body.stream_options.include_usage)
         return EventStream(_chunks(answer, events, first, include_usage), events)
 
-    async def _generate_request(
-        self, body: ChatCompletionRequest, request: Request, given: dict[str, Any]
-    ) -> GenerateRequest:
+    async def _conversation(self, body: ChatCompletionRequest, request: Request) -> Conversation:
         agent_id = resolve_agent_id(
             request.headers,
             agent_id=body.agent_id,
@@ -74,16 +77,29 @@ class ChatCompletions:
             user=body.user,
             safety_identifier=body.safety_identifier,
         )
-        branches = self._engine.branch_tokens(namespace_of(request), agent_id)
-        days = days_of(self._engine, self._settings, namespace_of(request), agent_id)
-        tokens = await self.renderer.render(chat_messages(body.messages), branches, **given, days=days)
+        options, said = body.agentmem or AgentOptions(), [m.model_dump(exclude_none=True) for m in body.messages]
+        whose = (self._engine.turns, namespace_of(request), agent_id)
+        if options.continue_:
+            conversation = await resume(*whose, said, options.turn, retried=is_retried(request))
+        else:
+            conversation = begin(*whose, said, keep=body.store is not False and agent_id != ANONYMOUS)
+        conversation.ephemeral = bool(options.ephemeral)
+        return conversation
+
+    async def _generate_request(
+        self, body: ChatCompletionRequest, conversation: Conversation, given: dict[str, Any]
+    ) -> GenerateRequest:
+        namespace, agent_id = conversation.namespace, conversation.agent_id
+        branches = self._engine.branch_tokens(namespace, agent_id)
+        days = days_of(self._engine, self._settings, namespace, agent_id)
+        tokens = await render(self.renderer, conversation.messages, branches, **given, days=days)
         limits = [limit for limit in (body.max_tokens, body.max_completion_tokens) if limit is not None]
         limits = limits or [self._settings.default_max_tokens]
         max_tokens = min(*limits, self._engine.max_context - len(tokens))
         params = sampling_params(body, max_tokens)
         agent = body.agentmem or AgentOptions()
         return GenerateRequest(
-            *(namespace_of(request), agent_id, tokens, params),
+            *(namespace, agent_id, tokens, params),
             priority=body.priority or 0,
             ttl=agent.ttl,
             ephemeral=agent.ephemeral,
@@ -94,7 +110,7 @@ class ChatCompletions:
 @dataclass(frozen=True)
 class Answer:
     model: str
-    agent_id: str
+    conversation: Conversation
     parser: OutputParser
     reasoning_alias: bool  # the reasoning under both names
     id: str = field(default_factory=lambda: f"chatcmpl-{uuid.uuid4().hex}")
@@ -109,19 +125,26 @@ class Answer:
     def finish_reason(self, event: Finished) -> str:
         return "tool_calls" if event.reason == "stop" and self.parser.num_calls else event.reason
 
-    def agentmem(self, stats: RequestStats) -> dict[str, Any]:
-        """What this answer cost; times in ms."""
-        return {
-            "agent_id": self.agent_id,
-            "cache": stats.cache,
-            "cached_tokens": stats.cached_tokens,
-            "cause": stats.cause,
-            "restored_bytes": stats.restored_bytes,
-            "restore_ms": round(stats.restore_ms, 3),
-            "prefill_ms": round(stats.prefill_ms, 3),
-            "ttft_ms": round(stats.ttft_ms, 3),
-            "queue_ms": round(stats.queue_ms, 3),
-        }
+    async def end(self, stats: RequestStats, parts: list[Part]) -> dict[str, Any]:
+        """Leave a turn; what this answer cost."""
+        turn = await self.conversation.finish("chat", [message_of(parts)])
+        return agentmem(self.conversation.agent_id, stats, turn)
+
+
+def agentmem(agent_id: str, stats: RequestStats, turn: str | None) -> dict[str, Any]:
+    """What an answer cost, times in ms, and the turn that it left."""
+    return {
+        "agent_id": agent_id,
+        "cache": stats.cache,
+        "cached_tokens": stats.cached_tokens,
+        "cause": stats.cause,
+        "restored_bytes": stats.restored_bytes,
+        "restore_ms": round(stats.restore_ms, 3),
+        "prefill_ms": round(stats.prefill_ms, 3),
+        "ttft_ms": round(stats.ttft_ms, 3),
+        "queue_ms": round(stats.queue_ms, 3),
+        "turn": turn,
+    }
 
 
 def days_of(engine: EngineAPI, settings: Settings, namespace: str, agent_id: str) -> Sequence[date]:
@@ -161,10 +184,6 @@ def _usage(stats: RequestStats) -> dict[str, Any]:
     }
 
 
-def _tool_call(call: ToolCall) -> dict[str, Any]:
-    return {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments_json}}
-
-
 async def _completion(answer: Answer, events: Events) -> dict[str, Any]:
     parts: list[Part] = []
     while not isinstance(event := await events.next(), Finished):
@@ -181,19 +200,14 @@ async def _completion(answer: Answer, events: Events) -> dict[str, Any]:
         **answer.head("chat.completion"),
         "choices": [choice],
         "usage": _usage(event.stats),
-        "agentmem": answer.agentmem(event.stats),
+        "agentmem": await answer.end(event.stats, parts),
     }
 
 
 def _message(answer: Answer, parts: list[Part]) -> dict[str, Any]:
-    content = "".join(part.text for part in parts if isinstance(part, Content))
-    reasoning = "".join(part.text for part in parts if isinstance(part, Reasoning))
-    calls = [_tool_call(part) for part in parts if isinstance(part, ToolCall)]
-    message: dict[str, Any] = {"role": "assistant", "content": content if content or not calls else None}
-    if reasoning:
-        message |= answer.reasoning(reasoning)
-    if calls:
-        message["tool_calls"] = calls
+    message = message_of(parts)
+    if "reasoning_content" in message:
+        message |= answer.reasoning(message["reasoning_content"])
     return message
 
 
@@ -226,7 +240,7 @@ async def _chunks(answer: Answer, events: Events, event: Event | None, include_u
     head = answer.head("chat.completion.chunk")
     usage = {"usage": None} if include_usage else {}
 
-    deltas, parser = _Deltas(answer), answer.parser
+    deltas, parser, parts = _Deltas(answer), answer.parser, list[Part]()
 
     def chunk(delta: dict[str, Any], finish_reason: str | None = None, **more: Any) -> str:
         choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish_reason}
@@ -238,14 +252,17 @@ async def _chunks(answer: Answer, events: Events, event: Event | None, include_u
             has_role = True
             yield chunk({"role": "assistant", "content": ""})
         if isinstance(event, Finished):
-            for delta in deltas.of(parser.finish(cut=event.reason == "length")):
+            parts += (rest := parser.finish(cut=event.reason == "length"))
+            for delta in deltas.of(rest):
                 yield chunk(delta)
-            yield chunk({}, answer.finish_reason(event), agentmem=answer.agentmem(event.stats))
+            cost = await answer.end(event.stats, parts)
+            yield chunk({}, answer.finish_reason(event), agentmem=cost)
             if include_usage:
                 yield _data({**head, "choices": [], "usage": _usage(event.stats)})
             yield DONE
             return
-        for delta in deltas.of(parser.feed(event.text) if event is not None else []):
+        parts += (fresh := parser.feed(event.text) if event is not None else [])
+        for delta in deltas.of(fresh):
             said = time.monotonic()
             yield chunk(delta)
         if event is None or time.monotonic() - said > PING_INTERVAL:  # a long tool call says nothing until it is whole

@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Coroutine
-from typing import Any, TypeVar, cast
+from typing import Any, Protocol, TypeVar, cast
 
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import StreamingResponse
@@ -61,12 +61,16 @@ async def _disconnected(request: Request) -> None:
         pass
 
 
+class Closable(Protocol):
+    async def aclose(self) -> None: ...
+
+
 class EventStream(StreamingResponse):
-    """Server-sent events. Whatever ends the response, the engine's iterator is closed before it returns."""
+    """Server-sent events. Whatever ends the response, what they come from is closed before it returns."""
 
     media_type = "text/event-stream"
 
-    def __init__(self, content: AsyncIterator[str], events: Events):
+    def __init__(self, content: AsyncIterator[str], events: Closable):
         super().__init__(content, headers={"cache-control": "no-cache", "x-accel-buffering": "no"})
         self._events = events
 

@@ -71,7 +71,7 @@ def _known_role(role: Any) -> Any:
     return role
 
 
-def _tool_choice(choice: Any) -> Any:
+def check_tool_choice(choice: Any) -> Any:
     if choice not in (None, "none", "auto"):
         _unsupported("this server can't make the model call a tool; leave it out, or use 'auto' or 'none'")
     return choice
@@ -132,6 +132,8 @@ class AgentOptions(Wire):
 
     ttl: float | None = Field(default=None, gt=0, allow_inf_nan=False)  # s that it is kept after its last use
     ephemeral: bool | None = None  # a new agent is never written to disk
+    continue_: bool | None = Field(default=None, alias="continue")  # the transcript holds what was said before
+    turn: Text | None = None  # where to continue, by default the newest
 
 
 class TemplateInput(Wire):
@@ -188,7 +190,9 @@ class ChatCompletionRequest(TemplateInput):
     prompt_cache_options: dict[str, Any] | None = None
     prompt_cache_retention: str | None = None
 
-    tool_choice: Annotated[Any, BeforeValidator(_tool_choice), WithJsonSchema({"enum": [None, "none", "auto"]})] = None
+    tool_choice: Annotated[
+        Any, BeforeValidator(check_tool_choice), WithJsonSchema({"enum": [None, "none", "auto"]})
+    ] = None
     parallel_tool_calls: bool | None = None
 
     # would promise something that isn't there

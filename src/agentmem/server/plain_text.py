@@ -29,13 +29,19 @@ class PlainText:
         names = {t["content"] for t in added if t["special"] or t["content"] in markers}
         self._names = sorted((name for name in names if len(name) > 1), key=len, reverse=True)
 
-    def tokens(self, messages: Sequence[dict[str, Any]], **options: Any) -> list[int]:
-        """Of the rendered chat, up to where an answer begins. jinja2.TemplateError: the template refuses it."""
+    def tokens(
+        self, messages: Sequence[dict[str, Any]], generation_prompt: bool = True, /, **options: Any
+    ) -> list[int]:
+        """Of the rendered chat, up to where an answer begins. jinja2.TemplateError: the template refuses it.
+
+        Without a generation prompt, up to where the last message ends.
+        """
         mark = _unused((*_texts(messages), *_texts(options)))
         if "tools" in options:
             options["tools"] = _map_texts(options["tools"], lambda t: self._mark(t, mark))
         marked = [m if m["role"] == "assistant" else _map_text(m, lambda t: self._mark(t, mark)) for m in messages]
-        text = self._tokenizer.apply_chat_template(marked, add_generation_prompt=True, tokenize=False, **options)
+        options |= {"add_generation_prompt": generation_prompt, "tokenize": False}
+        text = self._tokenizer.apply_chat_template(marked, **options)
         return self._encode_marked(text, mark)
 
     def encode(self, text: str) -> list[int]:

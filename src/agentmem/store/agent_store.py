@@ -43,6 +43,7 @@ from .room import Limits, Room
 from .schema import Damaged
 from .segment import Segment, make_private_dir
 from .trim import Trimmed, trim
+from .turns import TurnTable
 from .writer import Writer
 
 MAX_BACKLOG_BYTES = 256 << 20
@@ -82,7 +83,7 @@ class AgentStore:
                 vault = _unlock(layout, manifest, unlock)
                 with manifest.transaction():
                     if manifest.meta() | {_ENCRYPTION: ""} != meta | {_ENCRYPTION: ""}:
-                        manifest.forget_everything()
+                        manifest.forget_blocks()
                     manifest.set_meta(meta | _encryption(vault))
                 keys = FileKeys(vault, manifest) if vault else None
                 reconcile(layout, manifest, keys)
@@ -119,6 +120,7 @@ class AgentStore:
         self._damaged_rows = manifest.damaged_rows
         self._writer = Writer(layout, manifest, self._catalog, max_backlog, keys, room, lambda gone: self.on_trim(gone))
         self._reader = Reader(layout, self._catalog, readers)
+        self.turns = TurnTable(self._writer.submit, manifest.turn_bytes())
 
     def index(self) -> StoreIndex:
         """What the store held when it was opened."""
@@ -272,7 +274,7 @@ class AgentStore:
 def _unlock(layout: Layout, manifest: Manifest, unlock: Callable[[bool], Vault] | None) -> Vault | None:
     """Raises StoreError if what is stored can't be read that way."""
     stored = manifest.meta().get(_ENCRYPTION)
-    empty = not manifest.parents() and not manifest.tail_files()
+    empty = not manifest.parents() and not manifest.tail_files() and not manifest.turn_bytes()
     if unlock is None:
         if manifest.is_sealed() or (stored and not empty):
             raise StoreError(f"the store at {layout.root} is encrypted: start with --encrypt")

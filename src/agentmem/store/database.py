@@ -98,9 +98,11 @@ class Database:
         """Whether it holds keys of encrypted files."""
         return self.db.execute("SELECT 1 FROM block_keys LIMIT 1").fetchone() is not None
 
-    def forget_everything(self) -> None:
-        for table in ("block_keys", "branches", "agents", "blocks"):
+    def forget_blocks(self) -> None:
+        """And what is made of them. What was said stays."""
+        for table in ("block_keys", "branches", "blocks"):
             self.db.execute(f"DELETE FROM {table}")
+        self.db.execute("DELETE FROM agents WHERE id NOT IN (SELECT agent_id FROM turns)")
 
     def set_meta(self, meta: dict[str, str]) -> None:
         """What the blocks are made with."""

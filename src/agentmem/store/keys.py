@@ -77,6 +77,28 @@ class FileKeys:
         for (head,) in self._db.execute("SELECT head FROM branches WHERE agent_id = ?", (agent_id,)).fetchall():
             self.cover(to_agent_id, head, {})
 
+    def seal_turn(self, content: bytes, turn_id: str, agent_id: int) -> bytes:
+        return bytes(seal(self._data_key(agent_id), content, b"turn:" + turn_id.encode()))
+
+    def unseal_turn(self, sealed: bytes, turn_id: str, agent_id: int) -> bytes | None:
+        """None: it can't be decrypted."""
+        data_key = self._stored_data_key(agent_id)
+        try:
+            return unseal(data_key, sealed, b"turn:" + turn_id.encode()) if data_key else None
+        except CorruptSegment:
+            return None
+
+    def reseal_turns(self, agent_id: int, to_agent_id: int) -> None:
+        """Put an agent's turns under another one's key, before they move there. One that can't be read goes."""
+        rows = self._db.execute("SELECT id, content FROM turns WHERE agent_id = ?", (agent_id,)).fetchall()
+        for turn_id, sealed in rows:
+            content = self.unseal_turn(sealed, turn_id, agent_id)
+            if content is None:
+                self._db.execute("DELETE FROM turns WHERE id = ?", (turn_id,))
+            else:
+                resealed = self.seal_turn(content, turn_id, to_agent_id)
+                self._db.execute("UPDATE turns SET content = ? WHERE id = ?", (resealed, turn_id))
+
     def _covers(self, agent_id: int, block: bytes) -> bool:
         row = self._db.execute("SELECT 1 FROM block_keys WHERE block = ? AND agent_id = ?", (block, agent_id))
         return row.fetchone() is not None

@@ -95,6 +95,10 @@ class Manifest(Database):
     def heads(self) -> dict[str, bytes | None]:
         return dict(self.db.execute("SELECT id, head FROM branches"))
 
+    def turn_bytes(self) -> int:
+        (nbytes,) = self.db.execute("SELECT coalesce(sum(length(content)), 0) FROM turns").fetchone()
+        return int(nbytes)
+
     def counts(self) -> tuple[int, int]:
         """Agents, branches."""
         return self.db.execute("SELECT (SELECT count(*) FROM agents), (SELECT count(*) FROM branches)").fetchone()
@@ -138,16 +142,21 @@ class Manifest(Database):
         ).fetchone()
         return agent_id
 
+    def enter_agent(self, namespace: str, name: str, last_used: float) -> int:
+        """Add it if need be; its id."""
+        (agent_id,) = self.db.execute(
+            "INSERT INTO agents (namespace, name, created, last_used) VALUES (?, ?, ?, ?)"
+            " ON CONFLICT DO UPDATE SET last_used = max(last_used, excluded.last_used) RETURNING id",
+            (namespace, name, last_used, last_used),
+        ).fetchone()
+        return int(agent_id)
+
     def put_branch(self, branch_id: str, namespace: str, agent: str, head: bytes | None, last_used: float) -> int:
         """Add the branch (and agent) or move it to `head`; a tail that doesn't follow `head` goes.
 
         Returns the agent's id.
         """
-        (agent_id,) = self.db.execute(
-            "INSERT INTO agents (namespace, name, created, last_used) VALUES (?, ?, ?, ?)"
-            " ON CONFLICT DO UPDATE SET last_used = max(last_used, excluded.last_used) RETURNING id",
-            (namespace, agent, last_used, last_used),
-        ).fetchone()
+        agent_id = self.enter_agent(namespace, agent, last_used)
         self.db.execute(f"UPDATE branches SET {_NO_TAIL} WHERE id = ? AND head IS NOT ?", (branch_id, head))
         self.db.execute(
             "INSERT INTO branches (id, agent_id, head, last_used) VALUES (?, ?, ?, ?)"
@@ -200,7 +209,9 @@ class Manifest(Database):
         elif target_id != source_id:
             if keys:
                 keys.rewrap(source_id, target_id)
-            self.db.execute("UPDATE branches SET agent_id = ? WHERE agent_id = ?", (target_id, source_id))
+                keys.reseal_turns(source_id, target_id)
+            for table in ("branches", "turns"):
+                self.db.execute(f"UPDATE {table} SET agent_id = ? WHERE agent_id = ?", (target_id, source_id))
             self.db.execute(
                 "UPDATE agents SET last_used = max(last_used, (SELECT last_used FROM agents WHERE id = ?))"
                 " WHERE id = ?",
@@ -213,7 +224,7 @@ class Manifest(Database):
         return row and row[0]
 
     def delete_branch(self, branch_id: str) -> None:
-        """And its agent, if it was the last."""
+        """And its agent, if it was the last, and has no turns."""
         self._delete_branches("id = ?", branch_id)
 
     def delete_empty_branches(self) -> list[str]:
@@ -223,14 +234,17 @@ class Manifest(Database):
     def _delete_branches(self, where: str, *values: Any) -> list[str]:
         found = self.db.execute(f"DELETE FROM branches WHERE {where} RETURNING id, agent_id", values).fetchall()
         self.db.executemany(
-            "DELETE FROM agents WHERE id = ?1 AND NOT EXISTS (SELECT 1 FROM branches WHERE agent_id = ?1)",
+            "DELETE FROM agents WHERE id = ?1 AND NOT EXISTS (SELECT 1 FROM branches WHERE agent_id = ?1)"
+            " AND NOT EXISTS (SELECT 1 FROM turns WHERE agent_id = ?1)",
             [(agent_id,) for _, agent_id in found],
         )
         return [branch_id for branch_id, _ in found]
 
     def delete_bare_agents(self) -> None:
         """Those that hold nothing."""
-        self.db.execute("DELETE FROM agents WHERE id NOT IN (SELECT agent_id FROM branches)")
+        self.db.execute(
+            "DELETE FROM agents WHERE id NOT IN (SELECT agent_id FROM branches UNION SELECT agent_id FROM turns)"
+        )
 
     def delete_agent(self, namespace: str, agent: str) -> list[str] | None:
         """With its key. The ids of the branches that went with it; None if there is no such agent."""

@@ -1,7 +1,8 @@
 """The manifest's tables: numbered migrations, a checksum in every row, and a check of the whole at open.
 
-SQLite notices damage to its own structure (`integrity_check`) but not to a value. So each row of agents, branches and
-blocks carries `sum`, kept by triggers: XXH3 over its other columns. A row whose sum is wrong is dropped at open.
+SQLite notices damage to its own structure (`integrity_check`) but not to a value. So each row of agents, branches,
+blocks and turns carries `sum`, kept by triggers: XXH3 over its other columns. A row whose sum is wrong is dropped at
+open.
 """
 
 import sqlite3
@@ -62,6 +63,16 @@ def _v3(db: sqlite3.Connection) -> None:
         _keep_sums(db, table)
 
 
+def _v4(db: sqlite3.Connection) -> None:
+    """Turns: what was said, see turns.py."""
+    db.execute(
+        "CREATE TABLE turns (id TEXT PRIMARY KEY, agent_id INTEGER NOT NULL REFERENCES agents ON DELETE CASCADE,"
+        " parent TEXT, content BLOB NOT NULL, created REAL NOT NULL, sum BLOB)"
+    )
+    db.execute("CREATE INDEX turns_agent ON turns (agent_id)")
+    _keep_sums(db, "turns")
+
+
 def _keep_sums(db: sqlite3.Connection, table: str) -> None:
     """Over the columns that it has now, of every row there is or will be."""
     columns = ", ".join(_columns(db, table))
@@ -71,7 +82,7 @@ def _keep_sums(db: sqlite3.Connection, table: str) -> None:
     db.execute(f"UPDATE {table} SET sum = rowsum({columns})")
 
 
-MIGRATIONS = [_v1, _v2, _v3]  # to change the tables, append a function; never edit one that was released
+MIGRATIONS = [_v1, _v2, _v3, _v4]  # to change the tables, append a function; never edit one that was released
 
 
 class Damaged(Exception):
@@ -129,7 +140,7 @@ def damaged_rows(db: sqlite3.Connection) -> dict[str, list[int]]:
     """By table, the row ids of those that don't match their checksum."""
     found = {}
     db.text_factory = lambda data: data.decode(errors="surrogateescape")  # damaged text must not stop the search
-    for table in ("agents", "branches", "blocks"):
+    for table in ("agents", "branches", "blocks", "turns"):
         rows = db.execute(f"SELECT rowid, sum, {', '.join(_columns(db, table))} FROM {table}")
         found[table] = [rowid for rowid, stored, *values in rows if stored != _row_sum(*values)]
     db.text_factory = str

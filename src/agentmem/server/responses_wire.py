@@ -1,0 +1,181 @@
+"""OpenAI's Responses wire format: what a request may hold, and its input as messages of the chat format."""
+
+from typing import Annotated, Any, Literal, NoReturn
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+from ..engine.turns import Messages
+from ..errors import InvalidRequest
+from .openai import AgentOptions, Only, Text, Wire, check_tool_choice
+
+_TEXT_PARTS = ("input_text", "output_text", "text", "reasoning_text")
+_ECHO = 200  # characters of the client's own text that an error repeats
+
+
+class InputItem(BaseModel):
+    """Any item; what a client sends back of an output item besides (id, status, phase) is not looked at."""
+
+    model_config = ConfigDict(extra="ignore", strict=True)
+
+    type: str = "message"
+    role: Literal["user", "assistant", "system", "developer"] | None = None
+    content: Any = None
+    call_id: Text | None = None
+    name: Text | None = None
+    arguments: Text | None = None
+    output: Any = None
+
+
+class TextOptions(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    format: Annotated[Any, Only({"type": "text"})] = None
+    verbosity: str | None = None
+
+
+class CacheOptions(BaseModel):
+    model_config = ConfigDict(extra="ignore", strict=True)
+
+    prewarm: bool | None = None  # fill the cache, answer nothing
+
+
+class StreamOptions(Wire):
+    include_obfuscation: Annotated[Any, Only(False)] = None
+
+
+class ResponsesRequest(Wire):
+    """The body of POST /v1/responses. Null means the default everywhere."""
+
+    model: Text = "default"
+    input: Text | list[InputItem] = Field(min_length=1)
+    instructions: Text | None = None
+    previous_response_id: Text | None = None
+    agent_id: Text | None = None
+    agentmem: AgentOptions | None = None
+    store: bool | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+
+    max_output_tokens: Annotated[int, Field(ge=1)] | None = None
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    text: TextOptions | None = None
+    tools: list[Any] | None = None
+    tool_choice: Annotated[Any, BeforeValidator(check_tool_choice)] = None
+    parallel_tool_calls: bool | None = None
+
+    # promise nothing about the output, or may be no more than wishes
+    user: str | None = None
+    metadata: dict[str, Any] | None = None
+    client_metadata: dict[str, Any] | None = None
+    service_tier: str | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+    prompt_cache_options: CacheOptions | None = None
+    prompt_cache_retention: str | None = None
+    reasoning: dict[str, Any] | None = None
+    include: list[Any] | None = None
+    context_management: Any = None
+
+    # would promise something that isn't there
+    background: Annotated[Any, Only(False)] = None
+    conversation: Annotated[Any, Only()] = None
+    max_tool_calls: Annotated[Any, Only()] = None
+    moderation: Annotated[Any, Only()] = None
+    prompt: Annotated[Any, Only()] = None
+    top_logprobs: Annotated[Any, Only(0)] = None
+    truncation: Annotated[Any, Only("disabled")] = None
+
+    @property
+    def prewarm(self) -> bool:
+        return bool(self.prompt_cache_options and self.prompt_cache_options.prewarm)
+
+    @property
+    def messages(self) -> Messages:
+        return [{"role": "user", "content": self.input}] if isinstance(self.input, str) else _messages(self.input)
+
+
+def chat_tools(tools: list[Any] | None) -> list[Any]:
+    """As the chat format has them. Other types than function are left as they are: nobody reads them."""
+    return [_chat_tool(tool) for tool in tools or ()]
+
+
+def flat_tools(tools: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The reverse, of functions."""
+    return [{"type": "function", **tool["function"], "strict": False} for tool in tools]
+
+
+def _chat_tool(tool: Any) -> Any:
+    if not isinstance(tool, dict) or tool.get("type") != "function":
+        return tool
+    return {"type": "function", "function": {name: value for name, value in tool.items() if name != "type"}}
+
+
+def _messages(items: list[InputItem]) -> Messages:
+    """Reasoning, a message and calls that follow one another are one message of the assistant's."""
+    messages: Messages = []
+    whole = True  # nothing more belongs to the last message
+    for i, item in enumerate(items):
+        param = f"input.{i}"
+        if item.type == "function_call_output":
+            if item.call_id is None:
+                _refuse(f"{param}.call_id", "missing, but required", "missing_required_parameter")
+            text = _text(item.output, f"{param}.output")
+            messages.append({"role": "tool", "tool_call_id": item.call_id, "content": text})
+            whole = True
+        elif item.type == "message" and item.role != "assistant":
+            if item.role is None:
+                _refuse(f"{param}.role", "missing, but required", "missing_required_parameter")
+            messages.append({"role": item.role, "content": _text(item.content, f"{param}.content")})
+            whole = True
+        else:
+            news = _of_assistant(item, param)
+            if whole or (messages[-1]["content"] is not None and news["content"] is not None):
+                messages.append({"role": "assistant", "content": None})
+            _extend(messages[-1], news)
+            whole = False
+    return messages
+
+
+def _of_assistant(item: InputItem, param: str) -> dict[str, Any]:
+    if item.type == "message":
+        return {"content": _text(item.content, f"{param}.content")}
+    if item.type == "reasoning":
+        return {"content": None, "reasoning_content": _text(item.content or "", f"{param}.content")}
+    if item.type != "function_call":
+        kinds = "message, reasoning, function_call and function_call_output"
+        _refuse(f"{param}.type", f"{item.type[:_ECHO]!r} is not supported by this server; it reads {kinds}")
+    for name in ("call_id", "name", "arguments"):
+        if getattr(item, name) is None:
+            _refuse(f"{param}.{name}", "missing, but required", "missing_required_parameter")
+    function = {"name": item.name, "arguments": item.arguments}
+    return {"content": None, "tool_calls": [{"id": item.call_id, "type": "function", "function": function}]}
+
+
+def _extend(message: dict[str, Any], news: dict[str, Any]) -> None:
+    if news["content"] is not None:
+        message["content"] = news["content"]
+    if news.get("reasoning_content"):
+        message["reasoning_content"] = message.get("reasoning_content", "") + news["reasoning_content"]
+    if "tool_calls" in news:
+        message["tool_calls"] = [*message.get("tool_calls", ()), *news["tool_calls"]]
+
+
+def _text(content: Any, param: str) -> str:
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, list):
+        _refuse(param, "must be a string or a list of parts with text", "invalid_type")
+    texts = []
+    for i, part in enumerate(content):
+        kind = part.get("type") if isinstance(part, dict) else None
+        if kind not in _TEXT_PARTS:
+            _refuse(f"{param}.{i}", f"is of type {str(kind)[:_ECHO]!r}; this server reads only text")
+        if not isinstance(part.get("text"), str):
+            _refuse(f"{param}.{i}.text", "must be a string", "invalid_type")
+        texts.append(part["text"])
+    return "".join(texts)
+
+
+def _refuse(param: str, message: str, code: str = "unsupported_parameter") -> NoReturn:
+    raise InvalidRequest(f"{param}: {message}", param=param, code=code)

@@ -1,0 +1,261 @@
+"""What the server keeps of conversations, against real server processes on a tiny model."""
+
+import json
+import os
+import signal
+from pathlib import Path
+from urllib.parse import quote
+
+import httpx
+import pytest
+from server_process import ServerProcess
+from tiny import BLOCK, random_tokens
+from tiny_model_dir import write_tiny_model
+
+FLAGS = ("--block-size", str(BLOCK), "--prefill-chunk", "64", "--tail-delay", "0.05")
+KEYS = {"a": f"sk-a-{'0' * 16}", "b": f"sk-b-{'0' * 16}"}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    return write_tiny_model(tmp_path_factory.mktemp("model") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def server(model, tmp_path_factory):
+    with ServerProcess(tmp_path_factory.mktemp("server") / "home", *FLAGS, model=model) as server:
+        yield server
+        assert server.client.get(server.url.removesuffix("/v1") + "/health").json()["status"] == "ok"
+        assert server.stop() == 0
+
+
+def words(n: int, seed: int) -> str:
+    return " ".join(f"w{token}" for token in random_tokens(n, seed))
+
+
+def user(n: int, seed: int) -> dict[str, str]:
+    return {"role": "user", "content": words(n, seed)}
+
+
+def answered(chat: dict) -> dict[str, str]:
+    message = chat["choices"][0]["message"]
+    return {"role": message["role"], "content": message["content"]}
+
+
+def path(agent: str, operation: str) -> str:
+    return f"/agents/{quote(agent, safe='')}/{operation}"
+
+
+def transcript(server: ServerProcess, agent: str, **params: str) -> dict:
+    response = server.client.get(path(agent, "transcript"), params=params)
+    assert response.status_code == 200, response.text
+    return response.json()
+
+
+def context(server: ServerProcess, agent: str, **body) -> dict:
+    response = server.client.post(path(agent, "context"), json=body)
+    assert response.status_code == 200, response.text
+    return response.json()
+
+
+def refused(response: httpx.Response) -> tuple[int, str, str | None]:
+    error = response.json()["error"]
+    assert error.keys() == {"message", "type", "param", "code"}
+    return response.status_code, error["code"], error["param"]
+
+
+def go_on(server: ServerProcess, messages: list, agent: str, **more) -> dict:
+    return server.chat(messages, agent=agent, max_tokens=8, agentmem={"continue": True, **more})
+
+
+def test_a_request_that_continues_sends_the_new_messages_only_and_is_answered_as_if_it_had_sent_all(server):
+    said = [user(40, 1)]
+    said += [answered(server.chat(said, agent="go", max_tokens=8)), user(10, 2)]
+    short = go_on(server, [said[2]], "go")
+    full = server.chat(said, agent="all at once", max_tokens=8)
+    assert answered(short) == answered(full)
+    assert short["usage"]["prompt_tokens"] == full["usage"]["prompt_tokens"]
+    assert (
+        short["agentmem"]["cached_tokens"] >= full["usage"]["prompt_tokens"] - 10 - 7
+    )  # new words, markers, the last token
+    shown = transcript(server, "go")
+    assert shown["messages"] == [*said, answered(short)]
+    assert [turn["id"] for turn in shown["turns"]][-1] == short["agentmem"]["turn"] == shown["turn"]
+
+
+def test_an_agent_without_a_transcript_cannot_be_continued(server):
+    response = server.client.post(
+        "/chat/completions", json={"messages": [user(3, 1)], "agent_id": "nobody", "agentmem": {"continue": True}}
+    )
+    assert refused(response) == (404, "transcript_not_found", "agentmem.continue")
+    assert refused(server.client.get(path("nobody", "transcript"))) == (404, "transcript_not_found", "agent_id")
+
+
+def test_edits_retries_and_title_calls_are_branches_and_any_can_be_continued(server):
+    first = server.chat([user(20, 1)], agent="tree", max_tokens=4)
+    said = [user(20, 1), answered(first)]
+    second = server.chat([*said, user(5, 2)], agent="tree", max_tokens=4)
+    edited = server.chat([*said, user(5, 3)], agent="tree", max_tokens=4)
+    title = server.chat([user(8, 4)], agent="tree", max_tokens=4)
+
+    def shown(chat: dict) -> list:
+        return transcript(server, "tree", turn=chat["agentmem"]["turn"])["messages"]
+
+    assert shown(first) == said
+    assert shown(second) == [*said, user(5, 2), answered(second)]
+    assert shown(edited) == [*said, user(5, 3), answered(edited)]
+    assert shown(title) == transcript(server, "tree")["messages"] == [user(8, 4), answered(title)]
+    on_second = go_on(server, [user(4, 5)], "tree", turn=second["agentmem"]["turn"])
+    assert shown(on_second)[:4] == shown(second)
+    assert [t["messages"] for t in transcript(server, "tree")["turns"]] == [2, 2, 2]  # each only what it added
+
+
+def test_a_stream_leaves_the_turn_that_its_answer_would(server):
+    body = {"messages": [user(9, 1)], "agent_id": "streamed", "stream": True, "max_tokens": 6, "temperature": 0}
+    events = [e for e in server.client.post("/chat/completions", json=body).text.split("\n\n") if e]
+    chunks = [json.loads(e.removeprefix("data: ")) for e in events[:-1]]
+    text = "".join(c["choices"][0]["delta"].get("content", "") for c in chunks)
+    assert transcript(server, "streamed")["messages"] == [user(9, 1), {"role": "assistant", "content": text}]
+    assert chunks[-1]["agentmem"]["turn"] == transcript(server, "streamed")["turn"]
+
+
+def test_who_has_no_name_or_says_store_false_leaves_no_turn(server):
+    server.chat([user(9, 1)], agent="unstored", max_tokens=2, store=False)
+    assert refused(server.client.get(path("unstored", "transcript")))[0] == 404
+    chat = server.client.post("/chat/completions", json={"messages": [user(9, 1)], "max_tokens": 2}).json()
+    assert chat["agentmem"]["turn"] is None
+
+
+def test_context_that_arrives_in_pieces_is_prefilled_once_and_seen_by_the_question_after_it(server):
+    pieces = [words(50, seed) + " " for seed in range(4)]
+    done = [context(server, "rag", text=piece) for piece in pieces]
+    assert [d["cached_tokens"] for d in done[1:]] == [d["prompt_tokens"] - 1 for d in done[:-1]]
+    assert transcript(server, "rag")["messages"] == [{"role": "user", "content": "".join(pieces)}]
+    assert len(transcript(server, "rag")["turns"]) == 1
+    asked = go_on(server, [user(5, 9)], "rag")
+    assert asked["agentmem"]["cached_tokens"] >= done[-1]["prompt_tokens"] - 1
+    plain = server.chat([{"role": "user", "content": "".join(pieces)}, user(5, 9)], agent="plain rag", max_tokens=8)
+    assert answered(asked) == answered(plain)
+
+
+def test_context_under_a_key_is_replaced_where_it_stands_from_the_first_difference_on(server):
+    for key, seed in (("one", 1), ("two", 2), ("three", 3)):
+        context(server, "keyed", messages=[user(40, seed)], key=key)
+    changed = words(30, 2) + " " + words(10, 99)
+    done = context(server, "keyed", messages=[{"role": "user", "content": changed}], key="two")
+    assert [m["content"] for m in transcript(server, "keyed")["messages"]] == [words(40, 1), changed, words(40, 3)]
+    assert 40 + 30 <= done["cached_tokens"] <= 40 + 30 + 8
+    again = context(server, "keyed", messages=[{"role": "user", "content": changed}], key="two")
+    assert again["turn"] == done["turn"] and again["cached_tokens"] == again["prompt_tokens"] - 1
+    replaced = context(server, "keyed", messages=[user(40, 1), user(5, 7)], mode="replace")
+    assert transcript(server, "keyed")["messages"] == [user(40, 1), user(5, 7)]
+    assert replaced["cached_tokens"] >= 40
+
+
+@pytest.mark.parametrize("operation", ["context", "prewarm"])
+def test_a_streamed_prefill_tells_how_far_it_is_and_ends_with_what_it_cost(server, operation):
+    body = {"messages": [user(400, ord(operation[0]))], "stream": True}
+    text = server.client.post(path(f"progress {operation}", operation), json=body).text
+    events = [e.split("\n") for e in text.split("\n\n") if e and not e.startswith(":")]
+    told = [(e[0].removeprefix("event: "), json.loads(e[1].removeprefix("data: "))) for e in events]
+    progress = [data["tokens"] for name, data in told if name == "progress"]
+    assert progress == sorted(progress) and len(progress) >= 400 // 64
+    assert told[-1][0] == "done" and told[-1][1]["prompt_tokens"] == told[0][1]["total"] == progress[-1] + 1
+
+
+def test_a_prefill_that_cannot_be_is_refused_before_the_stream_begins(server):
+    response = server.client.post(path("too long", "context"), json={"text": words(1100, 1), "stream": True})
+    assert refused(response) == (400, "context_length_exceeded", "messages")
+    assert refused(server.client.get(path("too long", "transcript")))[0] == 404
+    both = server.client.post(path("both", "context"), json={"text": "w9", "messages": [user(1, 1)]})
+    assert refused(both) == (400, "invalid_value", None)
+
+
+def test_a_request_that_a_client_sends_again_adds_nothing_twice(server):
+    server.chat([user(9, 1)], agent="again", max_tokens=2)
+    body = {"messages": [user(3, 2)], "agent_id": "again", "max_tokens": 2, "agentmem": {"continue": True}}
+    for count in ("0", "1"):
+        server.client.post("/chat/completions", json=body, headers={"x-stainless-retry-count": count})
+    assert len(transcript(server, "again")["messages"]) == 4
+    for count in ("0", "1"):
+        told = {"text": "w9 w10"}
+        server.client.post(path("again", "context"), json=told, headers={"x-stainless-retry-count": count})
+    assert [m["content"] for m in transcript(server, "again")["messages"][4:]] == ["w9 w10"]
+
+
+def test_a_deleted_agent_has_no_transcript_and_its_next_one_is_new(server):
+    server.chat([user(9, 1)], agent="gone", max_tokens=2)
+    assert server.client.delete("/agents/gone").status_code == 200
+    assert refused(server.client.get(path("gone", "transcript")))[0] == 404
+    server.chat([user(9, 2)], agent="gone", max_tokens=2)
+    assert transcript(server, "gone")["messages"][0] == user(9, 2)
+    assert len(transcript(server, "gone")["turns"]) == 1
+
+
+@pytest.mark.parametrize("encrypted", [False, True])
+def test_transcripts_survive_a_kill_and_stand_on_disk_as_the_store_is_encrypted_or_not(model, tmp_path, encrypted):
+    home, secret = tmp_path / "home", "w77 w78 w79 w80 w81"
+    flags = [*FLAGS, *(["--encrypt", "--key-file", str(tmp_path / "key")] if encrypted else [])]
+    with ServerProcess(home, *flags, model=model) as server:
+        first = server.chat([{"role": "user", "content": secret}], agent="kept", max_tokens=4)
+        server.chat([{"role": "user", "content": secret}], agent="mist", max_tokens=4, agentmem={"ephemeral": True})
+        assert transcript(server, "mist")["messages"][0]["content"] == secret
+        last = go_on(server, [user(3, 2)], "kept")
+        server.client.post("/store/gc")  # what was written before it is on disk then
+        server.process.send_signal(signal.SIGKILL)
+    on_disk = b"".join(p.read_bytes() for p in (home / "store").rglob("manifest.sqlite*"))
+    assert (secret.encode() in on_disk) is not encrypted
+    with ServerProcess(home, *flags, model=model) as server:
+        assert transcript(server, "kept")["turn"] == last["agentmem"]["turn"]
+        assert transcript(server, "kept")["messages"][0]["content"] == secret
+        assert transcript(server, "kept", turn=first["agentmem"]["turn"])["messages"][1] == answered(first)
+        assert refused(server.client.get(path("mist", "transcript")))[0] == 404
+        assert len(go_on(server, [user(3, 3)], "kept")["agentmem"]["turn"]) > 5
+        server.client.delete("/agents/kept")
+        on_disk = b"".join(p.read_bytes() for p in (home / "store").rglob("manifest.sqlite*"))
+        assert secret.encode() not in on_disk
+        assert server.stop() == 0
+
+
+def test_a_namespace_sees_nothing_of_another_ones_transcripts(model, tmp_path):
+    keys = tmp_path / "keys.toml"
+    keys.write_text("".join(f'{name} = "{key}"\n' for name, key in KEYS.items()))
+    os.chmod(keys, 0o600)
+    with ServerProcess(tmp_path / "home", *FLAGS, "--api-keys", str(keys), model=model) as server:
+        a, b = ({"headers": {"authorization": f"Bearer {KEYS[name]}"}} for name in "ab")
+        body = {"messages": [user(9, 1)], "agent_id": "same", "max_tokens": 2}
+        turn = server.client.post("/chat/completions", json=body, **a).json()["agentmem"]["turn"]
+        assert server.client.get(path("same", "transcript"), **a).json()["turn"] == turn
+        assert refused(server.client.get(path("same", "transcript"), **b))[0] == 404
+        more = {**body, "agentmem": {"continue": True, "turn": turn}}
+        assert refused(server.client.post("/chat/completions", json=more, **b))[0] == 404
+        assert server.stop() == 0
+
+
+def test_a_fork_takes_the_transcript_along_and_goes_its_own_way(server):
+    server.chat([user(20, 1)], agent="source", max_tokens=4)
+    assert server.client.post(path("source", "fork"), json={"to": "copy"}).status_code == 200
+    before = transcript(server, "source")
+    assert transcript(server, "copy")["messages"] == before["messages"]
+    go_on(server, [user(4, 2)], "copy")
+    assert transcript(server, "source") == before
+
+
+def test_a_truncation_forgets_the_turns_that_it_cuts(server):
+    first = server.chat([user(20, 1)], agent="cut", max_tokens=4)
+    go_on(server, [user(4, 2)], "cut")
+    assert server.client.post(path("cut", "truncate"), json={"messages": 2}).status_code == 200
+    assert transcript(server, "cut")["turn"] == first["agentmem"]["turn"]
+    assert len(go_on(server, [user(4, 3)], "cut")["choices"]) == 1
+    assert transcript(server, "cut")["messages"][2] == user(4, 3)
+
+
+def test_what_was_begun_before_an_agent_was_deleted_leaves_no_turn(server):
+    body = {"messages": [user(9, 1)], "agent_id": "deleted", "stream": True, "max_tokens": 200, "ignore_eos": True}
+    with server.client.stream("POST", "/chat/completions", json=body) as response:
+        lines = response.iter_lines()
+        next(lines)
+        server.client.delete("/agents/deleted")
+        rest = list(lines)
+    assert any('"finish_reason":"length"' in line and '"turn":null' in line for line in rest)
+    assert refused(server.client.get(path("deleted", "transcript")))[0] == 404
