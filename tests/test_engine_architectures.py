@@ -8,6 +8,7 @@ from fake_engine import tiny_tokenizer
 from tiny import BLOCK, VOCAB, random_tokens, tiny_engine, word_ids
 from zoo import tiny
 
+from agentmem.engine.request import GenerateRequest, SamplingParams
 from agentmem.models.loading import LoadedModel
 
 PROMPT = random_tokens(150)
@@ -101,6 +102,22 @@ def test_a_prompt_or_a_rest_that_ends_with_a_block_is_kept_like_any_other(tmp_pa
             assert stats.cached_tokens == 4 * BLOCK  # shared: its state is in the block
         _, stats = engine.ask("a", PROMPT[:prompt] + word_ids(text) + random_tokens(5), 2)
         assert stats.cached_tokens == prompt + answer - 1
+
+
+@pytest.mark.parametrize("model_type", ["qwen3_next", "mamba2"])
+def test_a_state_is_kept_where_a_request_says_that_later_ones_go_on(tmp_path, model_type):
+    with tiny_engine(tmp_path, loader(model_type)) as engine:
+        request = GenerateRequest(
+            "default", "a", PROMPT, SamplingParams(max_tokens=20, ignore_eos=True), checkpoint=140
+        )
+        engine.call(drain(engine.engine.generate(request)))
+        _, stats = engine.ask("a", PROMPT[:142] + random_tokens(9, seed=3), 2)  # without the header of the answer
+        assert stats.cached_tokens == 140
+
+
+async def drain(events) -> None:
+    async for _ in events:
+        pass
 
 
 def test_many_short_turns_store_states_a_quarter_of_the_interval_apart(tmp_path):

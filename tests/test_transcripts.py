@@ -5,6 +5,7 @@ from chat.families import FAMILIES, tokenizer_of
 from chat.play import supported
 from chat.served import prefilled, steps_of, table
 
+from agentmem.server.chat import ChatRenderer
 from agentmem.server.plain_text import PlainText
 from agentmem.server.token_text import TokenText
 
@@ -26,3 +27,21 @@ def test_spliced_ids_always_decode_to_the_rendered_text(family):
             decode = tokenizer_of(family).decode
             plain = PlainText(tokenizer_of(family), TokenText(tokenizer_of(family)))
             assert decode(tokens) == decode(plain.encode(step.rendered)), (conversation, step.index)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_where_the_template_asks_for_an_answer_is_known(family):
+    renderer, tokenizer = ChatRenderer(tokenizer_of(family), 1 << 20), tokenizer_of(family)
+    hello = [{"role": "user", "content": "Hello"}]
+    with_it = tokenizer.apply_chat_template(hello, tokenize=False, add_generation_prompt=True)
+    without = tokenizer.apply_chat_template(hello, tokenize=False)
+    found = 0
+    for conversation in supported(family):
+        steps = steps_of(family, conversation)
+        for step, (tokens, _) in zip(steps, prefilled(steps), strict=True):
+            before = renderer._before_answer(tokens, step.template_kwargs)
+            if before is not None and not step.template_kwargs:
+                found += 1
+                assert tokenizer.decode(tokens[before:]) == with_it[len(without) :]
+    asks = len(with_it) > len(without)  # Mistral's template has nothing there: the answer follows [/INST]
+    assert (found > 20) == asks

@@ -11,9 +11,12 @@ from test_engine import settle
 from test_lifecycle import drain
 from tiny import BLOCK, EngineThread, random_tokens, tiny_engine, tiny_loader
 
+from agentmem.engine.index import forget
 from agentmem.engine.reach import missing
 from agentmem.engine.request import GenerateRequest, SamplingParams
 from agentmem.engine.thin import window_blocks
+from agentmem.errors import CorruptSegment
+from agentmem.store.trim import Trimmed
 from agentmem.store.writer import StoreWriteSkipped
 
 PROMPT = random_tokens(600, seed=1)
@@ -231,3 +234,50 @@ def settle_blocks(engine: EngineThread) -> None:
     while not all(node.disk_bytes for node in newest(engine).nodes):
         assert time.monotonic() < deadline, "not everything was persisted"
         time.sleep(0.02)
+
+
+def test_what_runs_counts_on_windows_that_leave_until_another_sequence_shares_them(tmp_path):
+    """While the disk is slow a long prefill lets go of old windows as it makes new ones, unless they are shared."""
+
+    def shared() -> tuple[int, int] | None:
+        core = engine.core
+        if not any(seq.cache is not None and len(seq.nodes) > 14 for seq in core.scheduler.active):
+            return None
+        match, before = core.contexts.match("default", "bob", PROMPT[: 14 * BLOCK]), core.budget.reserved_bytes
+        announced = core.budget.sharing_bytes(match)
+        core.contexts.hold(match.nodes)
+        more = core.budget.reserved_bytes - before
+        core.contexts.release(match.nodes)
+        return announced, more
+
+    with tiny_engine(tmp_path, LOAD) as engine:
+        engine.core.store.save_block = lambda *args, **options: Future()
+        task = asyncio.run_coroutine_threadsafe(engine.answer("alice", PROMPT + random_tokens(300), 1), engine.loop)
+        while (found := engine.on_engine(shared)) is None:
+            assert not task.done()
+        assert found[0] == found[1] > 2 * BLOCK * engine.core.runner.spec.stack_bytes[0]
+        task.result(60)
+        for branch in engine.core.contexts.branches():  # nothing waits for the disk
+            branch.agent.ephemeral = True
+
+
+def test_what_a_full_store_lets_go_of_while_it_is_read_is_no_damage_to_what_is_in_ram(tmp_path):
+    with tiny_engine(tmp_path, LOAD) as engine:
+        engine.ask("alice", PROMPT, 8)
+        settle(engine)
+        late: list[Future[Any]] = []
+        tokens, store = newest(engine).tokens().tolist(), engine.core.store
+        store.read_block = lambda *_: late.append(Future()) or late[-1]
+        task = asyncio.run_coroutine_threadsafe(engine.answer("bob", PROMPT[:300], 1), engine.loop)
+        while not late:
+            time.sleep(0.01)
+
+        def trimmed() -> None:
+            forget(engine.core.contexts, Trimmed([node.key for node in newest(engine).nodes]))
+            for future in late:
+                future.set_exception(CorruptSegment("it isn't in the store"))
+
+        engine.on_engine(trimmed)
+        assert task.result(60)[1].cached_tokens == 0
+        _, stats = engine.ask("alice", [*tokens, 9], 1)
+        assert (stats.cache, stats.cached_tokens) == ("hot", len(tokens))

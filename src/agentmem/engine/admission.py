@@ -85,7 +85,7 @@ class Admission:
         seq.capacity = 0
         capacity = capacity_for(len(seq.tokens))
         needed = budget.running_bytes(capacity, len(match.nodes))
-        needed += match.missing_bytes
+        needed += match.missing_bytes + budget.sharing_bytes(match)
         if not budget.make_room(needed + slack, match.entries()):
             return False
         seq.capacity = capacity
@@ -138,8 +138,11 @@ class Admission:
         self._apply(seq, agent)
         seq.branch = saver.claim_branch(agent, match, persist=not (seq.discard or agent.ephemeral))
         saver.note(agent, seq.branch)
+        wanted = seq.request.checkpoint or seq.prompt_len - 1
         seq.cache = self._core.runner.new_cache(
-            snapshot, seq.capacity, checkpoint_at=seq.prompt_len - 1, last_state=last_snapshot(contexts.spec, seq.nodes)
+            *(snapshot, seq.capacity),
+            checkpoint_at=min(wanted, seq.prompt_len - 1),
+            last_state=last_snapshot(contexts.spec, seq.nodes),
         )
         seq.cached_at_start = match.length
         if not seq.suspended:
@@ -174,6 +177,8 @@ class Admission:
             return False
         match = self._core.contexts.match(seq.request.namespace, seq.request.agent_id, seq.tokens)
         if match.length < seq.cache.length + self._core.runner.spec.block_size or match.missing:
+            return False
+        if not self._core.budget.make_room(self._core.budget.sharing_bytes(match), match.entries(), urgent=False):
             return False
         self._core.contexts.hold(match.all_nodes)
         self._core.contexts.release(seq.nodes)

@@ -7,7 +7,7 @@ room for, the blocks it will seal up to there, and the copy of its tail that it 
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from types import MappingProxyType
 
 import mlx.core as mx
@@ -21,6 +21,7 @@ from ..store.agent_store import AgentStore
 from .block_pool import Entry
 from .contexts import Contexts
 from .footprint import process_footprint
+from .match import Match
 from .restore import Restorer
 from .save import Saver
 from .sequence import Sequence
@@ -109,7 +110,15 @@ class RamBudget:
     def used_bytes(self) -> int:
         return self._contexts.pool.nbytes + self.reserved_bytes
 
-    def _running_bytes(self, seq: Sequence) -> int:
+    def sharing_bytes(self, match: Match) -> int:
+        """What running sequences can count on less once another one holds `match`: what they sealed stays for it."""
+        if not (self._spec.windowed or self._spec.recurrent):
+            return 0
+        shared = {id(node) for node in match.nodes}
+        return sum(self._running_bytes(seq, shared) - self._running_bytes(seq) for seq in self._active())
+
+    def _running_bytes(self, seq: Sequence, shared: Container[int] = ()) -> int:
+        """`shared`: ids of nodes that another sequence is about to hold."""
         if not seq.capacity:
             return 0
         match_nodes = len(seq.match.nodes) if seq.match else 0
@@ -117,7 +126,7 @@ class RamBudget:
         if not (self._spec.windowed or self._spec.recurrent):
             return self.running_bytes(seq.capacity, num_sealed)
         own = seq.nodes[seq.cached_at_start // self._spec.block_size :]
-        held = (part for n in own if n.refs == 1 and n.data is not None for part in n.data.parts)
+        held = (part for n in own if n.refs == 1 and id(n) not in shared and n.data for part in n.data.parts)
         parts = Counter(STATES if part.startswith(STATES) else part for part in held)
         return self.running_bytes(seq.capacity, num_sealed, parts)
 

@@ -108,7 +108,7 @@ class ModelRunner:
             return self._pass(spec, tokens, caches)
         parts, fresh = [], []
         while tokens.shape[1]:
-            n = spec.block_size - caches[0].length % spec.block_size
+            n = caches[0].pass_limit
             logits, [blocks] = self._pass(spec, tokens[:, :n], caches)
             parts.append(logits)
             fresh += blocks

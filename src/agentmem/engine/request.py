@@ -60,6 +60,7 @@ class GenerateRequest:
     priority: int = 0  # lower goes first
     ttl: float | None = None  # seconds that the agent is kept after its last use; None: as it is
     ephemeral: bool | None = None  # a new agent is never written to disk; None: as it is
+    checkpoint: int | None = None  # tokens from which later prompts are likely to go on; None: all but the last
     # told tokens done and in all, on the engine thread, after every prefill chunk
     on_progress: Callable[[int, int], None] | None = None
 

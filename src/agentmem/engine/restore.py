@@ -103,7 +103,7 @@ class Restorer:
     def _reads_of(self, match: Match, what: Missing) -> list[_Read]:
         """Each part is read once, however many wait for it."""
         entry, parts = what.entry, what.parts
-        on_their_way = self._reads.setdefault(id(entry), [])
+        on_their_way = self._reads.get(id(entry), [])
         if isinstance(entry, OpenBlock):
             return on_their_way or [self._read(match, entry, parts)]
         shared = [read for read in on_their_way if read.parts & parts]
@@ -112,7 +112,7 @@ class Restorer:
 
     def _read(self, match: Match, entry: Entry, parts: frozenset[str]) -> _Read:
         read = _Read(match, entry, parts, Missing(entry, parts).nbytes, [])
-        self._reads[id(entry)].append(read)
+        self._reads.setdefault(id(entry), []).append(read)
         self.incoming_bytes += read.nbytes
 
         def copied(future: "Future[Any]") -> None:
@@ -143,6 +143,8 @@ class Restorer:
         """Put what was read in its place, unless it is there, or the place is gone, by now; returns its bytes."""
         entry = read.entry
         if isinstance(result, CorruptSegment):
+            if isinstance(entry, Node) and entry.data is not None and not entry.disk_bytes:
+                return 0  # let go of meanwhile, but for what is in RAM: that is no damage
             there = read.parts <= entry.data.parts if isinstance(entry, Node) and entry.data else entry.data is not None
             if not there:
                 self._quarantine(read.match, entry)

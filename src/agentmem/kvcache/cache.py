@@ -32,8 +32,8 @@ class SequenceCache:
         """`capacity`: tokens known to come, the snapshot's included, so that prefill does not copy as it grows.
 
         `checkpoint_at`: the position, beside every `state_interval` of the spec, whose recurrent state is to be kept:
-        the end of the prompt, say. Once its block is full it stays if it is a quarter of the interval away from the one
-        before, `last_state` (0: none), so that many short turns don't store a state each.
+        where the prompt's last message ends, say. Once its block is full it stays if it is a quarter of the interval
+        away from the one before, `last_state` (0: none), so that many short turns don't store a state each.
         """
         self._spec, self.space, self._checkpoint_at, self._last_state = spec, space, checkpoint_at, last_state
         self._attention: dict[int, AttentionLayer] = {}
@@ -61,6 +61,13 @@ class SequenceCache:
     def num_sealed(self) -> int:
         """Tokens in sealed blocks."""
         return len(self.blocks) * self._spec.block_size
+
+    @property
+    def pass_limit(self) -> int:
+        """Tokens that a pass may have, where it must end at block boundaries and at a state that is to be kept."""
+        limit = self._spec.block_size - self.length % self._spec.block_size
+        ahead = (self._checkpoint_at or 0) - self.length
+        return min(limit, ahead) if self._spec.recurrent and ahead > 0 else limit
 
     def attend(
         self, layer: int, q: mx.array, k: mx.array, v: mx.array, scale: float, sinks: mx.array | None = None
@@ -270,6 +277,7 @@ class ForeignCache:
         self.caches, self.length = caches, 0
         self.blocks: list[SealedBlock] = []
         self.num_sealed = 0
+        self.pass_limit = 1 << 30
 
     def advance(self, num_tokens: int) -> list[SealedBlock]:
         self.length += num_tokens

@@ -17,6 +17,8 @@ from .splice import Spliced, splice
 from .template import ChatTemplate
 from .token_text import TokenText
 
+_LONGEST_HEADER = 64  # tokens by which a template asks for an answer
+
 
 class ChatRenderer:
     """Renders messages with the model's chat template, in one thread: HF tokenizers are not re-entrant."""
@@ -71,6 +73,26 @@ class ChatRenderer:
         return await loop.run_in_executor(
             self._thread, lambda: splice(self._token_text, self._plain.encode(text), branches).tokens
         )
+
+    async def before_answer(self, tokens: Sequence[int], options: Mapping[str, Any] | None = None) -> int | None:
+        """How many of a prompt's tokens come before the part of the template that asks for an answer.
+
+        Later prompts have the answer's header there, but perhaps not what follows it (<think>, say). None: not known.
+        """
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._thread, self._before_answer, tokens, options or {})
+
+    def _before_answer(self, tokens: Sequence[int], options: Mapping[str, Any]) -> int | None:
+        asked = self._template.asks_for_answer(options)
+        if not asked or not self._token_text.is_known:
+            return None
+        end = np.asarray(tokens[-_LONGEST_HEADER:], np.int64)
+        data, ends = self._token_text.of_tokens(end)
+        if not data.endswith(asked.encode()):
+            return None
+        before = len(data) - len(asked.encode())
+        at = int(np.searchsorted(ends, before))
+        return len(tokens) - len(end) + at + 1 if at < len(ends) and ends[at] == before else None
 
     async def ends_in_reasoning(self, tokens: Sequence[int]) -> bool:
         """Whether the answer to this prompt begins within the reasoning."""

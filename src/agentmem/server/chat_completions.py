@@ -98,7 +98,13 @@ class ChatCompletions:
         max_tokens = min(*limits, self._engine.max_context - len(tokens))
         params = sampling_params(body, max_tokens)
         agent = body.agentmem or AgentOptions()
-        return GenerateRequest(namespace, agent_id, tokens, params, body.priority or 0, agent.ttl, agent.ephemeral)
+        return GenerateRequest(
+            *(namespace, agent_id, tokens, params),
+            priority=body.priority or 0,
+            ttl=agent.ttl,
+            ephemeral=agent.ephemeral,
+            checkpoint=await self.renderer.before_answer(tokens, body.chat_template_kwargs),
+        )
 
 
 @dataclass(frozen=True)

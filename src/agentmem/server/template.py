@@ -15,6 +15,7 @@ from .messages import Message, Role, ToolCall, check_encodable, one_call_each, w
 
 T = TypeVar("T")
 _RESERVED = {*inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters, "messages"}
+_MAX_OPTIONS = 64  # sets of them that are remembered
 _HELLO = Message("user", "hello")
 _CALL = ToolCall("call00001", "get_weather", {"city": "Paris"})
 _TOOL = {
@@ -35,6 +36,7 @@ class ChatTemplate:
         template = tokenizer.chat_template
         self._source: str = "\n".join(template.values()) if isinstance(template, dict) else template or ""
         self.markup = Markup.of(tokenizer)
+        self._asked: dict[str, str] = {}  # by the template's options
 
     def render(self, messages: Sequence[Message], to_tokens: Callable[[list[dict[str, Any]]], T]) -> T:
         """What `to_tokens` makes of the messages as the template takes them. InvalidRequest: it refuses them.
@@ -67,6 +69,18 @@ class ChatTemplate:
             message = f"chat_template_kwargs must not hold {taken[0]!r}: the server sets it."
             raise InvalidRequest(message, param=f"chat_template_kwargs.{taken[0]}")
         check_encodable(dict(options), "chat_template_kwargs")
+
+    def asks_for_answer(self, options: Mapping[str, Any]) -> str:
+        """What the template puts behind the last message where an answer is to follow; "" if it can't be told."""
+        key = repr(sorted(options.items()))
+        if key not in self._asked:
+            without = self._probe([_HELLO], **options)
+            with_it = self._probe([_HELLO], add_generation_prompt=True, **options)
+            known = without is not None and with_it is not None and with_it.startswith(without)
+            if len(self._asked) >= _MAX_OPTIONS:
+                self._asked.clear()
+            self._asked[key] = with_it[len(without) :] if known and with_it and without is not None else ""
+        return self._asked[key]
 
     def ends_in_reasoning(self, tokens: Sequence[int]) -> bool:
         """Whether the prompt has opened the reasoning, so that the answer begins within it."""

@@ -227,6 +227,8 @@ class Writer:
         with self._manifest.transaction():
             gone = trim(self._manifest, nbytes, {job.branch_id for job in moved}, blocks, used_before)
         before = {branch_id: self._catalog.tail(branch_id) for branch_id in gone.tails}
+        if gone.blocks or gone.tails:  # told before a read can miss them
+            self._trimmed(gone)
         self._catalog.update(dict.fromkeys(gone.blocks), dict.fromkeys(gone.tails))
         self._garbage |= {self._layout.block(key) for key in gone.blocks}
         self._garbage |= {self._layout.tail(id, ref.generation) for id, ref in before.items() if ref}
@@ -234,8 +236,6 @@ class Writer:
         self._room.count_manifest()
         with self._changed:
             self._stats["trimmed_bytes"] += gone.nbytes
-        if gone.blocks or gone.tails:
-            self._trimmed(gone)
         return gone
 
     def _commit(self, batch: Batch, jobs: list[Job]) -> None:
