@@ -182,3 +182,17 @@ def test_items_that_are_one_answer_become_one_message():
     ]
     assert messages[1]["reasoning_content"] == "hm"
     assert [c["id"] for c in messages[1]["tool_calls"]] == ["c1", "c2"]
+
+
+def test_a_chat_that_continues_keeps_the_tools_it_began_with_unless_it_says_otherwise(call):
+    tool = {"type": "function", "function": {name: WEATHER[name] for name in ("name", "description", "parameters")}}
+    asked, more = ([{"role": "user", "content": text}] for text in ("weather?", "and now?"))
+    go_on = {"messages": more, "agent_id": "a", "agentmem": {"continue": True}}
+    engine, answers = call(
+        ("POST", "/chat/completions", {"messages": asked, "agent_id": "a", "tools": [tool]}, ["Rain."]),
+        ("POST", "/chat/completions", go_on, ["Sun."]),
+        ("POST", "/chat/completions", {**go_on, "tools": []}, ["Sun."]),
+    )
+    assert [a.status_code for a in answers] == [200] * 3
+    first, kept, dropped = (engine.tokenizer.decode(request.tokens) for request in engine.requests)
+    assert kept.startswith(first) and "get_weather" not in dropped

@@ -49,6 +49,8 @@ class ChatCompletions:
         check_model(body.model, self._engine.model_name)
         given = body.given()
         conversation = await self._conversation(body, request)
+        if conversation.resumed and body.tools is None:
+            given["tools"] = conversation.tools  # without them the prompt would be another one from its start on
         conversation.tools = given["tools"]
         generate = await self._generate_request(body, conversation, given)
         parser = OutputParser(

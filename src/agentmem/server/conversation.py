@@ -88,7 +88,8 @@ async def resume(
         raise TranscriptNotFound(f"{missing}; send all messages.", param="agentmem.continue")
     if retried and turn_id is None and _starts_with(parent.items, new):
         parent = tree.turns[parent.parent] if parent.parent else None
-    return Conversation(turns, namespace, agent_id, tree, new, parent, resumed=True)
+    tools = inherited(tree, parent, "tools") or []
+    return Conversation(turns, namespace, agent_id, tree, new, parent, resumed=True, tools=tools)
 
 
 def is_retried(request: Request) -> bool:
