@@ -103,6 +103,19 @@ def test_off_the_newest_path_the_oldest_turns_go_and_never_what_others_follow(mo
     assert list(tree.turns) == [turn.id for turn in (chain[0], *roots)]
 
 
+def test_off_the_newest_path_there_are_no_more_bytes_than_may_be_however_long_that_path_is():
+    tree, last = TurnTree(), None
+    for i in range(20):
+        last = new_turn("chat", last, chat("x" * 1000))
+        tree.add(last)
+        tree.add(new_turn("chat", None, chat(f"{i}" * 1000)))
+        tree.add(last := new_turn("chat", last, chat("y" * 1000)))
+        tree.surplus(10_000)
+    others = [turn for turn in tree.turns.values() if turn not in tree.path(last)]
+    assert len(tree.path(last)) == 40 and 1 <= len(others) <= 5
+    assert others[-1].items[0]["content"].startswith("19")
+
+
 # where they are kept
 
 

@@ -92,7 +92,7 @@ class Transcripts:
             for turn in turns:
                 tree.add(turn)
             tree.in_ram_only = tree.in_ram_only or ephemeral or self._is_ephemeral(namespace, agent)
-            gone = tree.surplus()
+            gone = tree.surplus(self._max_disk // 4)
             if self._table is not None and not tree.in_ram_only:
                 records = [turn.record(namespace, agent) for turn in turns]
                 self._table.put(records)

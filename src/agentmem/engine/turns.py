@@ -11,6 +11,7 @@ was added last.
 
 import asyncio
 import json
+import math
 import time
 import uuid
 from collections.abc import Iterable, Sequence
@@ -128,12 +129,12 @@ class TurnTree:
             open_turns += [(child, end) for child in self._children[turn_id]]
         return best
 
-    def surplus(self) -> list[str]:
+    def surplus(self, max_bytes: float = math.inf) -> list[str]:
         """Removes what is too much off the newest path, oldest leaves first; what is gone."""
         gone: list[str] = []
         on_path = {turn.id for turn in self.path(self.newest)}
-        too_many = len(self.turns) - len(on_path) - MAX_OFF_PATH
-        while len(gone) < too_many:
+        most = max_bytes + sum(_size(self._said[turn_id]) for turn_id in on_path)
+        while len(self.turns) > len(on_path) and (len(self.turns) > len(on_path) + MAX_OFF_PATH or self.nbytes > most):
             gone += self.remove(next(t for t in self.turns if t not in on_path and self.is_leaf(t)))
         return gone
 

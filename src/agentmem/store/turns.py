@@ -96,7 +96,7 @@ class FindTurn(Job):
 
 @dataclass(eq=False)
 class TrimTurns(Job):
-    """Let go of agents' turns, the least recently used agents' first, until all are `limit` bytes at most."""
+    """Let go of agents' turns, the least recently used agents' first, until all are `limit` bytes or one's are left."""
 
     limit: int
 
@@ -107,7 +107,7 @@ class TrimTurns(Job):
             " GROUP BY agents.id ORDER BY pinned, last_used"
         ).fetchall()
         left, gone = sum(nbytes for *_, nbytes in held), []
-        for agent_id, namespace, name, nbytes in held:
+        for agent_id, namespace, name, nbytes in held[:-1]:
             if left <= self.limit:
                 break
             batch.manifest.db.execute("DELETE FROM turns WHERE agent_id = ?", (agent_id,))
