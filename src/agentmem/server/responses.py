@@ -108,7 +108,10 @@ class _Answer:
         params = SamplingParams(max_tokens=0 if body.prewarm else max_tokens, **sampling)
         options = body.agentmem or AgentOptions()
         return GenerateRequest(
-            said.namespace, said.agent_id, tokens, params, ttl=options.ttl, ephemeral=options.ephemeral
+            *(said.namespace, said.agent_id, tokens, params),
+            ttl=options.ttl,
+            ephemeral=options.ephemeral,
+            checkpoint=await self.renderer.before_answer(tokens),
         )
 
     async def parser(self, tokens: list[int]) -> OutputParser:
