@@ -1,7 +1,10 @@
 """An agent's tree: what it was asked before is found again, at once, and whatever came in between."""
 
+import mlx.core as mx
 import pytest
-from tiny import BLOCK, random_tokens, tiny_engine, tiny_loader, word_ids
+from tiny import BLOCK, VOCAB, random_tokens, tiny_engine, tiny_loader, word_ids
+
+from agentmem.kvcache.block import Snapshot, Tail
 
 PROMPT = random_tokens(60)
 
@@ -67,3 +70,50 @@ def test_a_prefill_that_is_given_up_keeps_the_blocks_it_has_sealed(tmp_path):
             task.result(10)
         _, stats = engine.ask("a", long, 2)
         assert stats.cached_tokens >= 4 * BLOCK
+
+
+def greedy(runner, cache, token: int, n: int) -> list[int]:
+    out = []
+    for _ in range(n):
+        logits, fresh = runner.decode([cache], [token])
+        token = int(mx.argmax(logits[0, :VOCAB]).item())
+        runner.settle([logits], fresh)
+        out.append(token)
+    return out
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma3", "deepseek_v2"])
+@pytest.mark.parametrize("part_at", [3 * BLOCK + 11, 3 * BLOCK, 20])
+def test_what_follows_a_cut_is_what_a_naive_cache_cut_at_the_same_token_says(tmp_path, kind, part_at):
+    first, after = random_tokens(5 * BLOCK + 9, seed=1), random_tokens(45, seed=2)
+    with tiny_engine(tmp_path, tiny_loader(kind)) as engine:
+        engine.ask("a", first, 2)
+        text, stats = engine.ask("a", first[:part_at] + after, 5, temperature=0.0)  # the next but one is nearly a tie
+        assert stats.cached_tokens == part_at
+        runner = engine.core.runner
+
+        def naive() -> list[int]:
+            cache, sealed = runner.new_cache(), []
+            for token in first:
+                sealed += runner.prefill(cache, [token])
+            index, inside = divmod(part_at, BLOCK)
+            tail = Tail.of_cut_block(sealed[index], inside, runner.spec) if inside else None
+            cut = runner.new_cache(Snapshot(sealed[:index], tail))
+            for token in after[:-1]:
+                runner.prefill(cut, [token])
+            return greedy(runner, cut, after[-1], 5)
+
+        assert word_ids(text) == engine.on_engine(naive)
+
+
+def test_a_prompt_that_goes_on_says_what_a_server_without_a_cache_says_of_the_same_ids(tmp_path):
+    with tiny_engine(tmp_path / "a") as engine:
+        tokens, said = PROMPT, []
+        for turn in range(3):
+            text, stats = engine.ask("a", tokens, 10, temperature=0.0)
+            said.append((list(tokens), text))
+            assert stats.cache == ("hot" if turn else "cold")
+            tokens = tokens + word_ids(text) + random_tokens(20, seed=turn)
+    for turn, (prompt, text) in enumerate(said):
+        with tiny_engine(tmp_path / f"cold {turn}") as engine:
+            assert engine.ask("a", prompt, 10, temperature=0.0)[0] == text
