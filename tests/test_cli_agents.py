@@ -371,13 +371,17 @@ def test_where_there_is_no_store_there_is_nothing_to_say_and_nothing_is_made(cli
 def test_explain_says_where_a_prompt_parts_from_what_is_cached(cli, server, tmp_path):
     messages = [{"role": "user", "content": "w20 w21 w22"}]
     server.chat(messages, "asked", max_tokens=3)
-    assert json.loads(cli("agents", "explain", "asked").stdout)["cause"] == "first"
+    assert json.loads(cli("agents", "explain", "asked", "--json").stdout)["cause"] == "first"
     for name, content in (
         ("chat.json", json.dumps({"messages": [{"role": "user", "content": "w20 w99"}]})),
         ("text.txt", "<s> user w20 w99 </s>"),
     ):
         (tmp_path / name).write_text(content)
-        found = json.loads(cli("agents", "explain", "asked", "--prompt", tmp_path / name).stdout)
+        found = json.loads(cli("agents", "explain", "asked", "--json", "--prompt", tmp_path / name).stdout)
         assert found["cause"] == "parted"
         assert (found["cached"]["text"].split()[0], found["prompt"]["text"].split()[0]) == ("w21", "w99")
+        shown = cli("agents", "explain", "asked", "--prompt", tmp_path / name).stdout
+        assert "differs from everything that was cached" in shown
+        line = next(line for line in shown.splitlines() if "w21" in line)
+        assert line.index("w20") < line.index("w21") < line.index("w99")
     assert cli("agents", "explain", "nobody").returncode == REFUSED

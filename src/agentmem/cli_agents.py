@@ -43,11 +43,11 @@ def _options(context: typer.Context, url: Url = "http://127.0.0.1:8000", api_key
     context.obj = Client(url, api_key)
 
 
-def _client(context: typer.Context) -> Client:
+def client_of(context: typer.Context) -> Client:
     return cast(Client, context.obj)
 
 
-def _path(agent_id: str, operation: str = "") -> str:
+def path_of(agent_id: str, operation: str = "") -> str:
     # dots too: clients and proxies resolve "/../"
     return f"/v1/agents/{quote(_valid(agent_id) or '', safe='').replace('.', '%2E')}{operation}"
 
@@ -55,7 +55,7 @@ def _path(agent_id: str, operation: str = "") -> str:
 @app.command("list")
 def list_agents(context: typer.Context, as_json: Json = False) -> None:
     """All agents: their tokens, their bytes, and where these are."""
-    agents = _client(context).call("GET", "/v1/agents")["data"]
+    agents = client_of(context).call("GET", "/v1/agents")["data"]
     if as_json:
         print(json.dumps(agents, indent=2))
         return
@@ -72,19 +72,19 @@ def list_agents(context: typer.Context, as_json: Json = False) -> None:
 @app.command()
 def show(context: typer.Context, agent_id: Id) -> None:
     """All that is known of one agent, as JSON."""
-    _print(_client(context).call("GET", _path(agent_id)))
+    print_json(client_of(context).call("GET", path_of(agent_id)))
 
 
 @app.command()
 def pin(context: typer.Context, agent_id: Id) -> None:
     """Keep an agent in RAM and on disk, whoever else needs room."""
-    _print(_client(context).call("POST", _path(agent_id, "/pin")))
+    print_json(client_of(context).call("POST", path_of(agent_id, "/pin")))
 
 
 @app.command()
 def unpin(context: typer.Context, agent_id: Id) -> None:
     """Undo pin."""
-    _print(_client(context).call("POST", _path(agent_id, "/unpin")))
+    print_json(client_of(context).call("POST", path_of(agent_id, "/unpin")))
 
 
 @app.command()
@@ -96,19 +96,19 @@ def ttl(
     """Let an agent expire some time after its last use."""
     if not math.isfinite(seconds):
         raise StartupError(f"seconds must be a number, not {seconds}; 0 keeps the agent for good")
-    _print(_client(context).call("POST", _path(agent_id, "/ttl"), json={"seconds": seconds or None}))
+    print_json(client_of(context).call("POST", path_of(agent_id, "/ttl"), json={"seconds": seconds or None}))
 
 
 @app.command()
 def evict(context: typer.Context, agent_id: Id) -> None:
     """Move an agent from RAM to disk."""
-    _print(_client(context).call("POST", _path(agent_id, "/evict")))
+    print_json(client_of(context).call("POST", path_of(agent_id, "/evict")))
 
 
 @app.command()
 def prefetch(context: typer.Context, agent_id: Id) -> None:
     """Read an agent from disk into RAM, before it is asked."""
-    _print(_client(context).call("POST", _path(agent_id, "/prefetch")))
+    print_json(client_of(context).call("POST", path_of(agent_id, "/prefetch")))
 
 
 @app.command()
@@ -118,12 +118,12 @@ def prewarm(
     messages: Annotated[Path, typer.Argument(help="JSON file with a list of chat messages; - for standard input")],
 ) -> None:
     """Prefill messages into an agent's cache without an answer."""
-    text = sys.stdin.read() if str(messages) == "-" else _read(messages)
+    text = sys.stdin.read() if str(messages) == "-" else read_text(messages)
     try:
         body = {"messages": json.loads(text)}
     except ValueError as e:
         raise StartupError(f"{messages}: not JSON: {e}") from None
-    _print(_client(context).call("POST", _path(agent_id, "/prewarm"), json=body))
+    print_json(client_of(context).call("POST", path_of(agent_id, "/prewarm"), json=body))
 
 
 @app.command()
@@ -134,7 +134,7 @@ def fork(
     tokens: Annotated[int | None, typer.Option(help="fork after so many tokens (default: all)")] = None,
 ) -> None:
     """Make a second agent that goes on from where this one is. Nothing is copied."""
-    _print(_client(context).call("POST", _path(agent_id, "/fork"), json={"to": to, "tokens": tokens}))
+    print_json(client_of(context).call("POST", path_of(agent_id, "/fork"), json={"to": to, "tokens": tokens}))
 
 
 @app.command()
@@ -148,31 +148,7 @@ def truncate(
     if (tokens is None) == (messages is None):
         raise StartupError("give either --tokens or --messages")
     body = {"tokens": tokens, "messages": messages}
-    _print(_client(context).call("POST", _path(agent_id, "/truncate"), json=body))
-
-
-@app.command()
-def explain(
-    context: typer.Context,
-    agent_id: Id,
-    prompt: Annotated[
-        Path | None,
-        typer.Option(help="a chat (JSON: messages, or a request's body) or a rendered text; default: the last request"),
-    ] = None,
-) -> None:
-    """Why a prompt is cached as far as it is, and where it parts from what the agent has."""
-    path = _path(agent_id, "/explain")
-    if prompt is None:
-        _print(_client(context).call("GET", path))
-        return
-    text = _read(prompt)
-    try:
-        chat = json.loads(text)
-    except ValueError:
-        _print(_client(context).call("POST", path, json={"prompt": text}))
-        return
-    messages = chat.get("messages") if isinstance(chat, dict) else chat
-    _print(_client(context).call("POST", path, json={"messages": messages}))
+    print_json(client_of(context).call("POST", path_of(agent_id, "/truncate"), json=body))
 
 
 @app.command()
@@ -182,7 +158,7 @@ def transcript(
     turn: Annotated[str | None, typer.Option(help="up to this turn (default: the newest)")] = None,
 ) -> None:
     """What was said to an agent, and what it answered, as JSON."""
-    _print(_client(context).call("GET", _path(agent_id, "/transcript"), params={"turn": turn} if turn else {}))
+    print_json(client_of(context).call("GET", path_of(agent_id, "/transcript"), params={"turn": turn} if turn else {}))
 
 
 @app.command()
@@ -195,10 +171,10 @@ def export(
     if file.exists():
         raise StartupError(f"{file} exists already: choose another name, or delete it")
     try:
-        _export(_client(context).stream("POST", _path(agent_id, "/export")), agent_id, file)
+        _export(client_of(context).stream("POST", path_of(agent_id, "/export")), agent_id, file)
     except OSError as e:
         raise StartupError(f"{file}: {e.strerror}") from None
-    _print({"agent_id": agent_id, "file": str(file), "bytes": file.stat().st_size})
+    print_json({"agent_id": agent_id, "file": str(file), "bytes": file.stat().st_size})
 
 
 def _export(chunks: Iterator[bytes], agent_id: str, file: Path) -> None:
@@ -236,17 +212,17 @@ def import_agent(
                     progress.advance(task, len(chunk))
 
             params = {"agent_id": agent_id} if agent_id is not None else {}
-            shown = _client(context).call("POST", "/v1/agents/import", params=params, content=chunks())
+            shown = client_of(context).call("POST", "/v1/agents/import", params=params, content=chunks())
     except OSError as e:
         raise StartupError(f"{file}: {e.strerror}") from None
-    _print(shown)
+    print_json(shown)
 
 
 @app.command()
 def rm(context: typer.Context, agent_ids: Annotated[list[str], typer.Argument(help="agents' ids")]) -> None:
     """Delete agents: returns when their bytes are off the disk."""
     for agent_id in agent_ids:
-        _print(_client(context).call("DELETE", _path(agent_id)))
+        print_json(client_of(context).call("DELETE", path_of(agent_id)))
 
 
 def size(nbytes: float) -> str:
@@ -287,11 +263,11 @@ def console(*, stderr: bool = False) -> Console:
     return Console(stderr=stderr, width=None if stream.isatty() else 200)
 
 
-def _print(answer: dict[str, Any]) -> None:
+def print_json(answer: dict[str, Any]) -> None:
     print(json.dumps(answer, indent=2, ensure_ascii=False))
 
 
-def _read(path: Path) -> str:
+def read_text(path: Path) -> str:
     try:
         return path.read_text()
     except OSError as e:
