@@ -14,7 +14,7 @@ CAUSES: tuple[Cause, ...] = get_args(Cause)
 _SHOWN = 24  # tokens on each side of where two sequences part
 
 WORDS: dict[Cause, str] = {
-    "first": "The agent had nothing of its own cached, only what it has in common with others of the namespace, if any.",
+    "first": "The agent had nothing of its own cached; at most what others of the namespace have in common with it.",
     "extended": "The prompt goes on from the end of what was cached: all of it was used.",
     "repeated": "All of the prompt was cached, from an earlier request that began the same.",
     "parted": "The prompt differs from everything that was cached, from this token on.",
