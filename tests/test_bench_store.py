@@ -106,7 +106,7 @@ def test_ablation_measures_the_same_with_each_component_and_without(tmp_path, mo
     ],
 )
 def test_a_wrong_argument_is_one_line_that_says_what_is_right(tmp_path, model, arguments, message):
-    done = run_bench(*arguments, "--model", model, "--home", tmp_path)
+    done = run_bench(tmp_path, *arguments, "--model", model, "--home", tmp_path)
     assert done.returncode == FAULT
     assert message in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
