@@ -13,6 +13,7 @@ import typer
 
 from . import __version__, cli_agents, cli_bench, cli_store
 from .cli_capacity import capacity
+from .cli_chat import chat
 from .cli_explain import explain
 from .config import Settings, load_settings
 from .errors import AgentMemError, StartupError
@@ -27,6 +28,7 @@ app.add_typer(cli_store.app, name="store")
 app.add_typer(cli_bench.app, name="bench")
 cli_bench.app.command()(capacity)
 cli_agents.app.command()(explain)
+app.command()(chat)
 
 ConfigOption = Annotated[Path | None, typer.Option("--config", help="TOML file with settings, see configs/")]
 JsonOption = Annotated[bool, typer.Option("--json", help="print JSON, for programs")]
