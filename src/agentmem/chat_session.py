@@ -32,6 +32,10 @@ class Answer:
         return said | ({"reasoning_content": self.reasoning} if self.reasoning else {})
 
     @property
+    def is_begun(self) -> bool:
+        return self.first > 0
+
+    @property
     def tokens_per_second(self) -> float | None:
         """From the first token that was received to the last."""
         tokens, seconds = self.usage["completion_tokens"] - 1, self.last - self.first

@@ -115,7 +115,7 @@ class Chat:
                 if line.strip() and not self._command(line):
                     kept = self._ask(line.strip())
             except AgentMemError as e:
-                self._say(f"{e}\nNothing was said: your line is still there")
+                self._say(f"{e}\nThis is not in the conversation. Your line is kept: Enter sends it again")
                 kept = line
             except KeyboardInterrupt:
                 self._say("\nstopped")
@@ -125,9 +125,12 @@ class Chat:
         try:
             answer = self._session.ask(question, self._hear)
         except KeyboardInterrupt:
+            print()
             return self._stopped(question)
-        finally:
-            self._console.out()
+        except AgentMemError:
+            print("\n" * self._session.answer.is_begun, end="")
+            raise
+        print()
         self._count(answer)
         self._say(_cost(answer))
         return ""
@@ -189,7 +192,7 @@ class Chat:
         if stats is None:
             self._say(f"{name} holds nothing yet")
             return
-        branches = f"{stats['branches']} branch{'es' * (stats['branches'] != 1)}"
+        branches = f"{len(stats['branches'])} branch{'es' * (len(stats['branches']) != 1)}"
         where = f"{size(stats['ram_bytes'])} in RAM, {size(stats['disk_bytes'])} on disk"
         self._say(f"{name}: {stats['tier']}, {stats['tokens']:,} tokens, {branches}, {where}")
         cached = f"{self._cached_tokens:,} of {self._prompt_tokens:,} prompt tokens cached"
@@ -204,7 +207,7 @@ def _cost(answer: Answer) -> str:
         f"{cost['ttft_ms']:,.0f} ms to the first token",
         f"{usage['completion_tokens']:,} tokens" + (f" at {rate:.1f}/s" if rate else ""),
     ]
-    parts += ["cut at the longest length"] * (answer.reason == "length")
+    parts += ["ended by the limit of its length"] * (answer.reason == "length")
     parts += ["not kept"] * (cost["turn"] is None)
     return ", ".join(parts)
 

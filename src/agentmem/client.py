@@ -59,6 +59,8 @@ class Client:
                 yield from response.iter_bytes()
         except httpx.ConnectError:
             raise StartupError(f"no server answers at {self._url}: start it (agentmem serve), or give --url") from None
+        except (httpx.RemoteProtocolError, httpx.ReadError):
+            raise StartupError(f"the server at {self._url} went away before its answer was whole") from None
         except (httpx.HTTPError, httpx.InvalidURL) as e:
             raise StartupError(f"{self._url}: {type(e).__name__}: {e}") from None
 
