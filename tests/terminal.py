@@ -12,7 +12,7 @@ _IN_TERMINAL = (  # it becomes the process's own, so that Ctrl-C in it is a sign
     "import fcntl, runpy, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0);"
     "runpy.run_module('agentmem.cli', run_name='__main__')"
 )
-CTRL_C, CTRL_D, CLEAR_LINE = "\x03", "\x04", "\x15"
+CTRL_C, CTRL_D, UP = "\x03", "\x04", "\x1b[A"
 
 
 class Terminal:
@@ -52,8 +52,9 @@ class Terminal:
 
     def ends(self) -> int:
         """The exit code."""
+        deadline = time.monotonic() + 30
         while self._read():
-            pass
+            assert time.monotonic() < deadline, f"it goes on: {self.text[self._seen :]!r}"
         return self.process.wait(10)
 
     def _read(self) -> bool:

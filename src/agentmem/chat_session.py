@@ -60,7 +60,7 @@ class ChatSession:
     turn: str | None = None  # the newest that is known of; None: nothing was said yet
     pending: Messages = field(default_factory=list)  # goes before the next question
     answer: Answer = field(default_factory=Answer)  # to the last question
-    is_lost: bool = False  # nobody knows whether the server has that answer
+    is_lost: bool = False  # the server may have what this side does not know of: go on from `turn`, not from its newest
 
     def load(self) -> dict[str, Any]:
         """The transcript so far, as the server tells it; of a new agent, an empty one."""
@@ -94,7 +94,7 @@ class ChatSession:
         body |= {"stream_options": {"include_usage": True}, "agentmem": self._where()}
         try:
             self._receive(body, hear)
-        except StartupError:
+        except (StartupError, KeyboardInterrupt):
             self.is_lost = True
             raise
         except RequestFailed as e:
@@ -135,7 +135,7 @@ class ChatSession:
             return None
         self.pending += [{"role": "user", "content": question}, self.answer.message]
         done = self.client.call("POST", path_of(self.agent, "/context"), json={"messages": self.pending})
-        self.turn, self.pending = done["turn"], []
+        self.turn, self.pending, self.is_lost = done["turn"], [], False
         return done
 
     def fork(self, to: str) -> None:

@@ -46,7 +46,8 @@ def chat(
     options: dict[str, Any] = {"max_tokens": max_tokens, "temperature": temperature}
     options |= {"chat_template_kwargs": {"enable_thinking": think}} if think is not None else {}
     talk = Chat(ChatSession(Client(url, api_key), agent, options))
-    found = talk.begin(system)
+    sys.stdin.reconfigure(errors="replace")  # type: ignore[union-attr]
+    found = talk.begin(os.fsencode(system).decode(errors="replace") if system else None)
     if not sys.stdin.isatty():
         talk.answer_lines(line.rstrip("\n") for line in sys.stdin)
         return
@@ -101,51 +102,51 @@ class Chat:
 
     def run(self, editor: "_Editor") -> None:
         """Until the user leaves."""
-        kept = ""
+        unsaid = ""
         while True:
             try:
-                line = editor.read(f"{self._session.agent}> ", kept)
+                line = editor.read(f"{self._session.agent}> ")
             except (EOFError, KeyboardInterrupt):
                 print()
                 return
             if line.strip() == "/quit":
                 return
-            kept = ""
+            line, unsaid = line if line.strip() else unsaid, ""
             try:
-                if line.strip() and not self._command(line):
-                    kept = self._ask(line.strip())
+                if line and not self._command(line):
+                    self._ask(line.strip())
             except AgentMemError as e:
-                self._say(f"{e}\nThis is not in the conversation. Your line is kept: Enter sends it again")
-                kept = line
+                self._say(str(e))
+                if not line.startswith("/"):
+                    self._say("this is not in the conversation; Enter sends your line again, the up key brings it back")
+                    unsaid = line
             except KeyboardInterrupt:
                 self._say("\nstopped")
 
-    def _ask(self, question: str) -> str:
-        """What of it is to be asked again."""
+    def _ask(self, question: str) -> None:
         try:
             answer = self._session.ask(question, self._hear)
         except KeyboardInterrupt:
             print()
-            return self._stopped(question)
+            self._stopped(question)
         except AgentMemError:
             print("\n" * self._session.answer.is_begun, end="")
             raise
-        print()
-        self._count(answer)
-        self._say(_cost(answer))
-        return ""
+        else:
+            print()
+            self._count(answer)
+            self._say(_cost(answer))
 
-    def _stopped(self, question: str) -> str:
+    def _stopped(self, question: str) -> None:
         try:
             kept = self._session.keep_cut(question)
         except (AgentMemError, KeyboardInterrupt) as e:
             self._say(f"stopped; what was said so far goes to the server with the next message. {e}")
-            return ""
+            return
         if kept is None:
             self._say("stopped before the answer began: nothing was said")
-            return question
-        self._say(f"stopped: kept as far as it came, {kept['prompt_tokens']:,} tokens in all")
-        return ""
+        else:
+            self._say(f"stopped: kept as far as it came, {kept['prompt_tokens']:,} tokens in all")
 
     def _hear(self, reasoning: str, content: str) -> None:
         said = self._session.answer
@@ -228,15 +229,11 @@ class _Editor:
             history.parent.mkdir(parents=True, exist_ok=True)
             readline.read_history_file(history)
 
-    def read(self, prompt: str, text: str) -> str:
-        """A message that the user types, or changes from `text`. Raises EOFError, KeyboardInterrupt."""
-        readline.set_startup_hook(lambda: readline.insert_text(text))
-        try:
-            line = input(prompt)
-        finally:
-            readline.set_startup_hook()
+    def read(self, prompt: str) -> str:
+        """Raises EOFError, KeyboardInterrupt."""
+        line = input(prompt)
         while line.endswith("\\"):
             line = f"{line[:-1]}\n{input('... ')}"
         with suppress(OSError):
             readline.write_history_file(self._history)
-        return line.encode(errors="surrogateescape").decode(errors="replace")
+        return line
