@@ -123,7 +123,7 @@ def test_a_chat_resumes_forks_takes_instructions_and_shows_what_is_held(server, 
         terminal.line(" /help w22")
         figures(terminal)
         terminal.line("/stats")
-        terminal.until(r"two: hot, \d+ tokens, 1 branch, [\d.]+ KB in RAM, .*\nthis chat: 2 answers, \d+ of \d+ prompt")
+        terminal.until(r"two: hot, \d+ tokens, 1 branch, [\d.]+ KB in RAM, .*\nthis chat: \d+ of \d+ .* 2 answers")
         terminal.line("/help")
         terminal.until("/quit +leave[^>]*two> ")
         terminal.type(CTRL_D)

@@ -197,7 +197,7 @@ class Chat:
         where = f"{size(stats['ram_bytes'])} in RAM, {size(stats['disk_bytes'])} on disk"
         self._say(f"{name}: {stats['tier']}, {stats['tokens']:,} tokens, {branches}, {where}")
         cached = f"{self._cached_tokens:,} of {self._prompt_tokens:,} prompt tokens cached"
-        self._say(f"this chat: {self._num_answers} answers, {cached}")
+        self._say(f"this chat: {cached}, in {self._num_answers:,} answer{'s' * (self._num_answers != 1)}")
 
 
 def _cost(answer: Answer) -> str:
