@@ -12,7 +12,6 @@ from typing import Annotated, Any, get_args, get_origin
 import typer
 
 from . import __version__, cli_agents, cli_bench, cli_store
-from .cli_capacity import capacity
 from .cli_chat import chat
 from .cli_explain import explain
 from .config import Settings, load_settings
@@ -26,7 +25,6 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_
 app.add_typer(cli_agents.app, name="agents")
 app.add_typer(cli_store.app, name="store")
 app.add_typer(cli_bench.app, name="bench")
-cli_bench.app.command()(capacity)
 cli_agents.app.command()(explain)
 app.command()(chat)
 
