@@ -1,4 +1,9 @@
-"""What fewer bits cost: the production cache at each precision against 16 bits, over windows of a text."""
+"""What fewer bits cost: the production cache at each precision against 16 bits, over windows of a text.
+
+Each window starts an empty cache and is fed block by block as in serving. KL divergence is of the next token's
+distribution from that of 16 bits, a mean over all tokens scored; top-1 how often both have the same likeliest token.
+The interval of the change of perplexity is of 95 %, by Student's t over the windows. Nothing here is timed.
+"""
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace

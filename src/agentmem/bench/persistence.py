@@ -1,4 +1,9 @@
-"""What an agent has after its server was stopped, or killed: time to the first token, tokens lost, the same answer."""
+"""What an agent has after its server was stopped, or killed: time to the first token, tokens lost, the same answer.
+
+Over HTTP, streamed: a server answers a new prompt and ends, by SIGTERM, by SIGKILL some seconds after the answer, or by
+SIGKILL at once; the next one on the same store is asked the same prompt. Each ending in each pass has a store and a
+prompt of its own. Lost are the tokens that the second server prefills again, but for the last, which always is.
+"""
 
 import signal
 import time

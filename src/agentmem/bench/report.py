@@ -1,7 +1,9 @@
 """Result files to one HTML page that needs nothing else: tables, pictures, and the files themselves."""
 
 import base64
+import importlib
 import json
+import re
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,8 +18,14 @@ Plotter = Callable[[dict[str, Any], Path], None]
 
 
 @dataclass(frozen=True)
+class Column:
+    name: str
+    left: bool
+
+
+@dataclass(frozen=True)
 class HtmlTable:
-    names: list[str]
+    columns: list[Column]
     rows: list[list[str]]
 
 
@@ -25,19 +33,22 @@ class HtmlTable:
 class Section:
     name: str  # of the benchmark
     file: str
-    head: str
+    head: dict[str, str]
     warning: str | None
+    method: list[str | list[str]]
     parts: list[str | HtmlTable]
     picture: str | None  # a data URL
     json: str
 
 
 def section(file: str, result: dict[str, Any], shown: list[str | Table], plot: Plotter | None) -> Section:
+    """`shown`: what the command prints. Raises KeyError where the result is not whole."""
     return Section(
         name=result["benchmark"],
         file=file,
         head=_head(result),
         warning=_warning(result),
+        method=_method(result["benchmark"]),
         parts=[_html_table(part) if isinstance(part, Table) else part for part in shown],
         picture=_picture(plot, result) if plot else None,
         json=json.dumps(result, indent=1),
@@ -49,36 +60,52 @@ def page(sections: list[Section]) -> str:
     return template.render(sections=sections)
 
 
-def _head(result: dict[str, Any]) -> str:
-    machine = result.get("machine") or {}
-    parts = [
-        result.get("model"),
-        result.get("date") or machine.get("date"),
-        machine.get("cpu") and f"{machine['cpu']}, {machine['cores']} cores, {machine['ram_gib']} GiB",
-        machine.get("platform"),
-        machine.get("device"),
-        machine.get("mlx") and f"MLX {machine['mlx']}, mlx-lm {machine['mlx_lm']}",
-        result.get("agentmem") and f"agentmem {result['agentmem']}",
-    ]
-    told = [f"{name} = {value}" for name, value in (result.get("settings") or {}).items()]
-    return "; ".join(str(part) for part in (*parts, *told) if part)
+def _head(result: dict[str, Any]) -> dict[str, str]:
+    machine, noise = result.get("machine") or {}, result.get("noise")
+    settings = [f"{name} = {value}" for name, value in (result.get("settings") or {}).items()]
+    versions = [f"agentmem {result['agentmem']}"] if "agentmem" in result else []
+    if machine:
+        versions += [f"MLX {machine['mlx']}", f"mlx-lm {machine['mlx_lm']}", f"Python {machine['python']}"]
+    parts = {
+        "model": result.get("model"),
+        "settings": ", ".join(settings),
+        "date": result.get("date") or machine.get("date"),
+        "machine": machine and f"{machine['cpu']}, {machine['cores']} cores, {machine['ram_gib']} GiB of RAM",
+        "system": machine and f"{machine['platform']}, {machine['device']}",
+        "versions": ", ".join(versions),
+        "passes": result.get("passes"),
+        "noise": noise
+        and "a fixed computation took {probe_before_ms:.0f} ms before, {probe_after_ms:.0f} after".format(**noise),
+    }
+    return {name: str(value) for name, value in parts.items() if value}
+
+
+def _method(benchmark: str) -> list[str | list[str]]:
+    """The docstring of its module: paragraphs, and lists of lines such as "- ITEM" and "NAME   WHAT IT IS"."""
+    text = importlib.import_module(f".{benchmark}", __package__).__doc__
+    assert text
+    return [_items(part) if re.match(_ITEM, part) else " ".join(part.split()) for part in text.strip().split("\n\n")]
+
+
+_ITEM = r"- |\w+ {2,}"
+
+
+def _items(paragraph: str) -> list[str]:
+    items = re.split(rf"\n(?={_ITEM})", paragraph)
+    return [" ".join(re.sub(r"^(\w+) {2,}", r"\1: ", item.removeprefix("- ")).split()) for item in items]
 
 
 def _warning(result: dict[str, Any]) -> str | None:
     noise = result.get("noise")
     if noise is None or noise["quiet"]:
         return None
-    return (
-        f"Not a quiet run: a fixed computation took {noise['probe_before_ms']:.0f} ms before it "
-        f"and {noise['probe_after_ms']:.0f} ms after it."
-    )
+    return f"Not a quiet run: a fixed computation's time changed by {100 * noise['change']:+.0f} %. Measure again."
 
 
 def _html_table(table: Table) -> HtmlTable:
-    columns = [[str(cell) for cell in column.cells] for column in table.columns]
-    return HtmlTable(
-        [str(column.header) for column in table.columns], [list(row) for row in zip(*columns, strict=True)]
-    )
+    columns = [Column(str(column.header), column.justify == "left") for column in table.columns]
+    cells = ([str(cell) for cell in column.cells] for column in table.columns)
+    return HtmlTable(columns, [list(row) for row in zip(*cells, strict=True)])
 
 
 def _picture(plot: Plotter, result: dict[str, Any]) -> str:

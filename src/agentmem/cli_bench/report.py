@@ -13,21 +13,14 @@ from .common import Shown, check_writable
 Directory = Annotated[Path, typer.Argument(help="directory with result files (*.json)", metavar="DIR")]
 Output = Annotated[Path | None, typer.Option("--output", "-o", help="the page (default: DIR/report.html)")]
 
-# benchmark: name of its result's class in bench/, whether bench/plot.py has a picture of it
-_KNOWN = {
-    "ttft": ("TtftResult", True),
-    "persistence": ("PersistenceResult", False),
-    "restore": ("RestoreResult", False),
-    "write": ("WriteResult", True),
-    "ablation": ("AblationResult", False),
-}
-
 
 def report(directory: Directory, output: Output = None) -> None:
     """One self-contained HTML page of all result files in a directory, with pictures where matplotlib is installed."""
     from importlib.util import find_spec
 
+    from ..bench import plot as plots
     from ..bench.report import page, section
+    from ..bench.schemas import RESULTS
 
     output = output or directory / "report.html"
     check_writable(output)
@@ -36,45 +29,46 @@ def report(directory: Directory, output: Output = None) -> None:
     for file in sorted(directory.glob("*.json")):
         result = _read(file)
         if result is None:
-            print(f"{file.name}: left out: not a result of agentmem bench")
+            print(f"{file.name}: left out: not a result of agentmem bench, or of an older one")
             continue
-        plot = _plotter(result["benchmark"]) if pictures else None
+        name = result["benchmark"]
+        plot = getattr(plots, f"plot_{name}", None) if pictures else None
         sections.append(section(file.name, result, _tables(file, result), plot))
     if not sections:
         raise StartupError(f"{directory}: no results of agentmem bench there; write some with --json")
+    sections.sort(key=lambda of: [*RESULTS, *_OF_DICTS].index(of.name))
     output.write_text(page(sections), encoding="utf-8")
     print(f"{output}: {len(sections)} results" + ("" if pictures else "; pip install 'agentmem[bench]' adds pictures"))
 
 
+_OF_DICTS = ("perplexity", "capacity")  # whose files have no class
+
+
 def _read(file: Path) -> dict[str, Any] | None:
+    """None where it is something else. Raises StartupError where it can't be read."""
+    from ..bench.schemas import RESULTS
+
     try:
         result = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as e:
         raise StartupError(f"{file}: {e}") from None
-    if not isinstance(result, dict) or result.get("benchmark") not in _KNOWN | _DICTS:
-        return None
-    return result
-
-
-_DICTS = {"perplexity": True, "capacity": False}  # whose tables are made of the file as it is; whether with a picture
+    name = result.get("benchmark") if isinstance(result, dict) else None
+    return result if name in _OF_DICTS or (name in RESULTS and "agentmem" in result) else None
 
 
 def _tables(file: Path, result: dict[str, Any]) -> list[Shown]:
     from pydantic import ValidationError
 
+    from ..bench.schemas import RESULTS, result_class
+
     name = result["benchmark"]
-    command = importlib.import_module(f".{name}", __package__)
     try:
-        read = result
-        if name in _KNOWN:
-            read = getattr(importlib.import_module(f"..bench.{name}", __package__), _KNOWN[name][0])(**result)
-        shown: list[Shown] = command.tables(read)
-    except (ValidationError, KeyError, TypeError) as e:
-        raise StartupError(f"{file}: not a whole result of agentmem bench {name}: {e}") from None
+        read = result_class(name)(**result) if name in RESULTS else result
+        shown: list[Shown] = importlib.import_module(f".{name}", __package__).tables(read)
+    except ValidationError as e:
+        first = e.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise StartupError(f"{file}: not a whole result of agentmem bench {name}: {where}: {first['msg']}") from None
+    except (KeyError, TypeError, IndexError) as e:
+        raise StartupError(f"{file}: not a whole result of agentmem bench {name}: {e!r}") from None
     return shown
-
-
-def _plotter(name: str) -> Any:
-    from ..bench import plot
-
-    return getattr(plot, f"plot_{name}") if _KNOWN.get(name, ("", False))[1] or _DICTS.get(name) else None
