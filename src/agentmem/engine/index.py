@@ -1,4 +1,4 @@
-"""What the store holds, entered among the agents; and what it lost or is told to forget."""
+"""What the store holds, entered among the agents; and what it lost."""
 
 import math
 from collections.abc import Iterable
