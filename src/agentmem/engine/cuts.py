@@ -127,9 +127,7 @@ class Cuts(Operations):
         branch.nodes, branch.save_at = nodes, math.inf
         self._contexts.hold(nodes)
         self._contexts.set_tail(branch, tail, data)
-        for old in self._contexts.put_branch(branch):
-            for branch_id in (old.id, *old.displaced):
-                self._core.store.delete_branch(branch_id)
+        self._saver.enter(branch)
         return branch
 
     def _read_open_block(

@@ -70,9 +70,7 @@ class EngineLoop:
             while self._drain_deadline is None:
                 self._inbox.get()()
         finally:
-            self.core.store.close()
-            self._run_posted()  # what was still being read for someone
-            self.core.trace.close()
+            self._close()
 
     # -- commands
 
@@ -289,7 +287,10 @@ class EngineLoop:
                 log.error("not everything could be saved: %s", self.core.store.background_error or "see above")
                 break
             before = written
+        self._close()
+        mx.clear_cache()
+
+    def _close(self) -> None:
         self.core.store.close()
         self._run_posted()  # what was still being read for someone
         self.core.trace.close()
-        mx.clear_cache()

@@ -82,9 +82,13 @@ class Saver:
         branch.in_use = False
         branch.save_at = time.monotonic() + self._tail_delay
         self.next_save = min(self.next_save, branch.save_at)
+        self.enter(branch)
+        self._contexts.thin(nodes)
+
+    def enter(self, branch: Branch) -> None:
+        """Among its agent's branches; those that are too many by now go from disk, too."""
         for old in self._contexts.put_branch(branch):
             self._delete(old.id, *old.displaced)
-        self._contexts.thin(nodes)
 
     def _delete(self, *branch_ids: str) -> None:
         for branch_id in branch_ids:

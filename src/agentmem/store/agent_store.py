@@ -203,11 +203,6 @@ class AgentStore:
         return read_segment(path, ref, b"block:" + name if isinstance(name, bytes) else b"tail")
 
     @property
-    def backlog_bytes(self) -> int:
-        """Bytes of tensors that wait for the writer."""
-        return self._writer.backlog_bytes
-
-    @property
     def background_error(self) -> str | None:
         return self._writer.background_error
 

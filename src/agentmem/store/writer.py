@@ -83,11 +83,6 @@ class Writer:
             return StoreWriteSkipped(f"{self._backlog} bytes already wait for the disk, {self._max_backlog} may")
         return None
 
-    @property
-    def backlog_bytes(self) -> int:
-        with self._changed:
-            return self._backlog
-
     def stats(self) -> dict[str, int]:
         with self._changed:
             return {**self._stats, "backlog_bytes": self._backlog}
