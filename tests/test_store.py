@@ -64,6 +64,16 @@ def save_tail(store: AgentStore, branch: str, agent: str, chain: str, name: str)
     return store.save_tail(branch, "ns", agent, key(chain), tokens(name), tensors(name), {"name": name})
 
 
+def tail_name(store: AgentStore, branch: str) -> str | None:
+    """Under which `save_tail` stored it, if it can be read."""
+    try:
+        got, metadata = store.read_tail(branch).result()
+    except CorruptSegment:
+        return None
+    assert bytes(got["k"].data) == tensors(metadata["name"])["k"].data
+    return metadata["name"]
+
+
 def holds(store: AgentStore, name: str) -> bool:
     try:
         got = store.read_block(key(name)).result()
