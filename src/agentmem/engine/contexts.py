@@ -53,7 +53,7 @@ class Contexts:
         running: Callable[[], Iterable[Holder]] = tuple,
     ):
         """`running`: what the sequences of the moment hold."""
-        self._fingerprint, self.spec, self.block_size, self._running = fingerprint, spec, spec.block_size, running
+        self._fingerprint, self.spec, self._running = fingerprint, spec, running
         self._stacks = frozenset(map(str, range(len(spec.stacks))))
         self._sharing, self._max_branches = sharing, max_branches
         self.agents: dict[tuple[str, str], Agent] = {}
@@ -111,14 +111,14 @@ class Contexts:
 
     def _match_shared(self, scope: bytes, wanted: np.ndarray) -> Match:
         nodes: list[Node] = []
-        parent = ROOT
-        for start in range(0, len(wanted) - self.block_size + 1, self.block_size):
-            node = self.nodes.get(block_key(scope, parent, wanted[start : start + self.block_size], FRESH))
+        parent, size = ROOT, self.spec.block_size
+        for start in range(0, len(wanted) - size + 1, size):
+            node = self.nodes.get(block_key(scope, parent, wanted[start : start + size], FRESH))
             if node is None:
                 break
             nodes.append(node)
             parent = node.key
-        return matched(self.spec, nodes, None, len(nodes) * self.block_size, None)
+        return matched(self.spec, nodes, None, len(nodes) * size, None)
 
     def new_branch(self, agent: Agent) -> Branch:
         return Branch(uuid.uuid4().hex, agent)

@@ -158,5 +158,5 @@ class Cuts(Operations):
         if not here or len(source) < match.length:  # deleted, or found damaged, while it was read
             raise Conflict("The agent was changed by another request; try again.", param="agent_id")
         data, lineage = self._core.restorer.open_block(match)
-        tokens = source.tokens()[len(match.nodes) * self._contexts.block_size : match.length]
+        tokens = source.tokens()[len(match.nodes) * self._contexts.spec.block_size : match.length]
         ready(OpenBlock(tokens, lineage=lineage, expendable=source.agent.ephemeral), data and data.compact())

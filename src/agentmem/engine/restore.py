@@ -12,7 +12,6 @@ import numpy as np
 
 from ..errors import CorruptSegment
 from ..kvcache.block import RawArrays, SealedBlock, Snapshot, Tail, copy_host, from_raw
-from ..kvcache.spec import KVCacheSpec
 from ..store.agent_store import AgentStore
 from ..tensors import part_of
 from .block_pool import FRESH, Entry, Node, OpenBlock
@@ -63,14 +62,8 @@ def _copy(future: "Future[Any]", entry: Entry) -> tuple[RawArrays, Mapping[str, 
 class Restorer:
     """Engine thread only; the store's futures come back through `post`, which runs a function on that thread."""
 
-    def __init__(
-        self,
-        contexts: Contexts,
-        store: AgentStore,
-        spec: KVCacheSpec,
-        post: Callable[[Callable[[], None]], None],
-    ):
-        self._contexts, self._store, self._spec, self._post = contexts, store, spec, post
+    def __init__(self, contexts: Contexts, store: AgentStore, post: Callable[[Callable[[], None]], None]):
+        self._contexts, self._store, self._spec, self._post = contexts, store, contexts.spec, post
         self.restored_bytes = 0  # since the start
         self.incoming_bytes = 0  # being read
         self.reading_since = 0.0  # time.perf_counter(), while there are any
