@@ -14,7 +14,7 @@ import pytest
 import xxhash
 from test_engine import settle
 from test_engine_races import hold_back
-from test_lifecycle import MORE, PROMPT, drain, exported, imported, store_files, talk
+from test_lifecycle import MORE, PROMPT, drain, exported, imported, rested, store_files, talk
 from tiny import BLOCK, random_tokens, tiny_engine
 
 from agentmem.engine.request import GenerateRequest, SamplingParams
@@ -104,9 +104,7 @@ def read_late(engine, gate, calls=frozenset({1})) -> None:
 
 def fork_while_reading(engine) -> tuple[Future, threading.Event]:
     """A fork of alice to bob that has begun, and what lets go of the read of a block that it waits for."""
-    talk(engine, "alice")
-    settle(engine)
-    engine.call(engine.engine.evict_agent("default", "alice"))
+    rested(engine, hot=False)
     gate = threading.Event()
     read_late(engine, gate)
     fork = start(engine, engine.engine.fork_agent("default", "alice", "bob", 2 * BLOCK + 5))
