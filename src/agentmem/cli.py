@@ -13,7 +13,6 @@ import typer
 
 from . import __version__, cli_agents, cli_bench, cli_store
 from .cli_agents import Json
-from .cli_capacity import capacity
 from .cli_explain import explain
 from .cli_store import Config
 from .config import Settings, load_settings
@@ -27,7 +26,6 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_
 app.add_typer(cli_agents.app, name="agents")
 app.add_typer(cli_store.app, name="store")
 app.add_typer(cli_bench.app, name="bench")
-cli_bench.app.command()(capacity)
 cli_agents.app.command()(explain)
 
 CURL = """curl {url}/v1/chat/completions{key} -H 'Content-Type: application/json' -d '{{"agent_id": "alice",

@@ -1,0 +1,14 @@
+"""`agentmem bench`: what the cache costs and gains, measured on this machine."""
+
+import typer
+
+from .capacity import capacity
+from .perplexity import perplexity
+from .persistence import persistence
+from .restore import restore
+from .ttft import ttft
+from .write import write
+
+app = typer.Typer(no_args_is_help=True, help="Measure on this machine what the cache costs and gains.")
+for _command in (ttft, persistence, restore, write, perplexity, capacity):
+    app.command()(_command)
