@@ -15,13 +15,13 @@ from typing import Any, Literal
 
 from ..config import Settings
 from ..engine.engine import Engine
-from ..engine.request import GenerateRequest, SamplingParams
 from ..models.loading import LoadedModel
+from .in_process import NAMESPACE, ask_engine, running_engine
 from .result import Part, Result, Spread, spread
 from .session import Session
 
 Source = Literal["system's cache", "disk"]
-_NAMESPACE, _FIRST = "default", "agent-0"
+_FIRST = "agent-0"
 
 
 class RestoreRow(Part):
@@ -56,23 +56,19 @@ def measure(
     """The result's own fields. `done` is told when the agents are there, and of each pass."""
     # each with files of its own, as agents have that are not copies
     settings = settings.model_copy(update={"home": session.directory / "engine", "sharing": "agent"})
-    engine = Engine(settings, lambda: loaded)
-    engine.start()
-    try:
+    with running_engine(settings, loaded) as engine:
         return {"tokens": len(tokens)} | asyncio.run(_measure(engine, settings.store_dir, tokens, agents, passes, done))
-    finally:
-        asyncio.run(engine.stop())
 
 
 async def _measure(
     engine: Engine, store: Path, tokens: list[int], agents: int, passes: int, done: Callable[[], None]
 ) -> dict[str, Any]:
     await _build(engine, tokens, 1)
-    await engine.evict_agent(_NAMESPACE, _FIRST)
+    await engine.evict_agent(NAMESPACE, _FIRST)
     of_one = _files(store)
     await _build(engine, tokens, agents)
     for name in _names(agents):
-        await engine.evict_agent(_NAMESPACE, name)
+        await engine.evict_agent(NAMESPACE, name)
     of_all = _files(store)
     done()
     times: dict[tuple[Source, int], tuple[list[float], list[float]]] = {}
@@ -89,7 +85,7 @@ async def _measure(
                         continue
                     restore.append(await _restore_ms(engine, count))
                     for name in _names(agents):
-                        await engine.evict_agent(_NAMESPACE, name)
+                        await engine.evict_agent(NAMESPACE, name)
         took, nbytes = await _fork(engine)
         forks.append(took)
         written += [] if nbytes is None else [nbytes]
@@ -100,13 +96,12 @@ async def _measure(
 
 async def _build(engine: Engine, tokens: list[int], agents: int) -> None:
     """As many agents of the same tokens; the first is computed if need be."""
-    async for _ in engine.generate(GenerateRequest(_NAMESPACE, _FIRST, tokens, SamplingParams(max_tokens=0))):
-        pass
-    export = await engine.export_agent(_NAMESPACE, _FIRST)
+    await ask_engine(engine, _FIRST, tokens)
+    export = await engine.export_agent(NAMESPACE, _FIRST)
     archive = b"".join(export.chunks)
     await asyncio.to_thread(export.close)
     for name in _names(agents)[1:]:
-        await engine.import_agent(_NAMESPACE, name, io.BytesIO(archive))
+        await engine.import_agent(NAMESPACE, name, io.BytesIO(archive))
 
 
 def _names(agents: int) -> list[str]:
@@ -142,18 +137,18 @@ def _read_ms(files: list[Path]) -> float:
 
 
 async def _restore_ms(engine: Engine, agents: int) -> float:
-    assert not any(agent.ram_bytes for agent in await engine.agents(_NAMESPACE))
+    assert not any(agent.ram_bytes for agent in await engine.agents(NAMESPACE))
     began = time.perf_counter()
-    await asyncio.gather(*(engine.prefetch_agent(_NAMESPACE, name) for name in _names(agents)))
+    await asyncio.gather(*(engine.prefetch_agent(NAMESPACE, name) for name in _names(agents)))
     return (time.perf_counter() - began) * 1e3
 
 
 async def _fork(engine: Engine) -> tuple[float, int | None]:
     """(ms, bytes that the process gave to the disk)."""
     before, began = _process_writes(), time.perf_counter()
-    await engine.fork_agent(_NAMESPACE, _FIRST, "fork", None)
+    await engine.fork_agent(NAMESPACE, _FIRST, "fork", None)
     took, after = (time.perf_counter() - began) * 1e3, _process_writes()
-    await engine.delete_agent(_NAMESPACE, "fork")  # it would hold the blocks in RAM
+    await engine.delete_agent(NAMESPACE, "fork")  # it would hold the blocks in RAM
     return took, None if before is None or after is None else after - before
 
 

@@ -2,6 +2,7 @@
 
 import typer
 
+from .ablation import ablation
 from .capacity import capacity
 from .perplexity import perplexity
 from .persistence import persistence
@@ -10,5 +11,5 @@ from .ttft import ttft
 from .write import write
 
 app = typer.Typer(no_args_is_help=True, help="Measure on this machine what the cache costs and gains.")
-for _command in (ttft, persistence, restore, write, perplexity, capacity):
+for _command in (ttft, persistence, restore, write, ablation, perplexity, capacity):
     app.command()(_command)
