@@ -18,24 +18,17 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from chat_http import FLAGS, text, user, words
 from server_process import ServerProcess
-from tiny import BLOCK, random_tokens
-from tiny_model_dir import write_tiny_model
 
 from agentmem.store.agent_store import AgentStore
 from agentmem.store.layout import Layout
 from agentmem.store.lock import acquire, release
 from agentmem.store.maintenance import holder
 
-FLAGS = ("--block-size", str(BLOCK), "--prefill-chunk", "64", "--tail-delay", "0.05")
 KEY = f"sk-{'0' * 16}"
 COMMAND = (sys.executable, "-m", "agentmem.cli")
 REFUSED, FAULT = 1, 2  # exit codes: by the server; of the user, or no server
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory) -> Path:
-    return write_tiny_model(tmp_path_factory.mktemp("model") / "tiny")
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +40,6 @@ def server(model, tmp_path_factory):
     keys.chmod(0o600)
     with ServerProcess(directory / "home", *FLAGS, "--api-keys", str(keys), model=model) as server:
         server.client.headers["x-api-key"] = KEY
-        server.home = directory / "home"
         yield server
         assert server.stop() == 0
 
@@ -87,16 +79,8 @@ def failed(done: subprocess.CompletedProcess, code: int) -> str:
     return done.stderr
 
 
-def words(n: int, seed: int) -> str:
-    return " ".join(f"w{token}" for token in random_tokens(n, seed))
-
-
 def chat(server: ServerProcess, agent: str, seed: int, **options) -> dict:
-    return server.chat([{"role": "user", "content": words(100, seed)}], agent=agent, max_tokens=4, **options)
-
-
-def text(answer: dict) -> str:
-    return answer["choices"][0]["message"]["content"]
+    return server.chat([user(100, seed)], agent=agent, max_tokens=4, **options)
 
 
 # -- agents
@@ -118,7 +102,7 @@ def test_an_agent_is_pinned_given_a_ttl_evicted_prefetched_and_deleted(server, a
 
 
 def test_prewarm_fork_and_truncate_say_what_the_agent_holds(agents, tmp_path):
-    messages = [{"role": "system", "content": words(30, 2)}, {"role": "user", "content": words(20, 3)}]
+    messages = [{"role": "system", "content": words(30, 2)}, user(20, 3)]
     warmed = agents("prewarm", "young", "-", input=json.dumps(messages))
     assert (warmed["cache"], warmed["cached_tokens"]) == ("cold", 0)
     file = tmp_path / "messages.json"

@@ -1,33 +1,17 @@
 """POST /v1/responses, as the openai SDK and Codex use it, against real server processes on a tiny model."""
 
 import json
-import os
 import signal
-from pathlib import Path
 
 import httpx
 import openai
 import pytest
+from chat_http import FLAGS, KEYS, transcript, user, words, write_keys
 from openai.types.responses import Response, ResponseStreamEvent
 from pydantic import TypeAdapter
 from server_process import ServerProcess
-from test_conversations import FLAGS, KEYS, transcript, user, words
-from tiny_model_dir import write_tiny_model
 
 EVENT = TypeAdapter(ResponseStreamEvent)
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory) -> Path:
-    return write_tiny_model(tmp_path_factory.mktemp("model") / "tiny")
-
-
-@pytest.fixture(scope="module")
-def server(model, tmp_path_factory):
-    with ServerProcess(tmp_path_factory.mktemp("server") / "home", *FLAGS, model=model) as server:
-        yield server
-        assert server.client.get(server.url.removesuffix("/v1") + "/health").json()["status"] == "ok"
-        assert server.stop() == 0
 
 
 def sdk(server: ServerProcess, key: str = "none") -> openai.OpenAI:
@@ -239,9 +223,7 @@ def test_chains_survive_a_kill_of_the_server(model, tmp_path):
 
 
 def test_a_namespace_knows_nothing_of_another_ones_responses(model, tmp_path):
-    keys = tmp_path / "keys.toml"
-    keys.write_text("".join(f'{name} = "{key}"\n' for name, key in KEYS.items()))
-    os.chmod(keys, 0o600)
+    keys = write_keys(tmp_path / "keys.toml")
     with ServerProcess(tmp_path / "home", *FLAGS, "--api-keys", str(keys), model=model) as server:
         with sdk(server, KEYS["a"]) as a, sdk(server, KEYS["b"]) as b:
             made = a.responses.create(model="default", input="w9 w10", max_output_tokens=2)

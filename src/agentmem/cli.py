@@ -12,8 +12,10 @@ from typing import Annotated, Any, get_args, get_origin
 import typer
 
 from . import __version__, cli_agents, cli_bench, cli_store
+from .cli_agents import Json
 from .cli_chat import chat
 from .cli_explain import explain
+from .cli_store import Config
 from .config import Settings, load_settings
 from .errors import AgentMemError, StartupError
 from .models.prepare import prepare_mlx
@@ -27,9 +29,6 @@ app.add_typer(cli_store.app, name="store")
 app.add_typer(cli_bench.app, name="bench")
 cli_agents.app.command()(explain)
 app.command()(chat)
-
-ConfigOption = Annotated[Path | None, typer.Option("--config", help="TOML file with settings, see configs/")]
-JsonOption = Annotated[bool, typer.Option("--json", help="print JSON, for programs")]
 
 CURL = """curl {url}/v1/chat/completions{key} -H 'Content-Type: application/json' -d '{{"agent_id": "alice",
   "temperature": 0, "messages": [{{"role": "user", "content": "What is the capital of France?"}}]}}'"""
@@ -91,7 +90,7 @@ _METAVARS: dict[Any, str] = {int: "N", float: "SECONDS", Path: "DIR", Path | Non
 
 @app.command()
 @with_settings()
-def serve(flags: dict[str, Any], config: ConfigOption = None) -> None:
+def serve(flags: dict[str, Any], config: Config = None) -> None:
     """Serve a model over the OpenAI API, with a persistent KV cache for each agent."""
     settings = load_settings(flags, config)
     _logging(settings)
@@ -126,7 +125,7 @@ def pull(flags: dict[str, Any], model: Annotated[str, typer.Argument(help="demo,
 
 @app.command()
 @with_settings("model", "home")
-def doctor(flags: dict[str, Any], config: ConfigOption = None, as_json: JsonOption = False) -> None:
+def doctor(flags: dict[str, Any], config: Config = None, as_json: Json = False) -> None:
     """Show device, BLAS, compiler, model and store, with what to do where something is wrong."""
     settings = load_settings(flags, config)
     blas = prepare_mlx(settings.home_dir, warn=False)

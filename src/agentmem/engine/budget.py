@@ -14,7 +14,6 @@ import mlx.core as mx
 
 from ..errors import StartupError
 from ..kvcache.quantize import sealed_bytes
-from ..kvcache.spec import KVCacheSpec
 from ..kvcache.working import STEP, working_bytes
 from ..models.allocator import release_freed_memory
 from ..store.agent_store import AgentStore
@@ -54,7 +53,6 @@ class RamBudget:
         restorer: Restorer,
         saver: Saver,
         store: AgentStore,
-        spec: KVCacheSpec,
         *,
         on_codes: bool,
         max_context: int,
@@ -63,11 +61,12 @@ class RamBudget:
         """`active`: the sequences that hold RAM or are about to. Raises StartupError: too small for any sequence."""
         self.limit, self._memory_limit = limit, memory_limit
         self._contexts, self._restorer, self._saver, self._store = contexts, restorer, saver, store
-        self._spec, self._on_codes, self._active = spec, on_codes, active
+        self._spec, self._on_codes, self._active = contexts.spec, on_codes, active
         self.short_since: float | None = None  # time.monotonic(): a request waits for RAM, and nothing runs
         self.under_pressure = False  # the process is near its memory limit
         self._saves_asked = 0.0
         # the most that a tail takes: all of it dense, the block that it was cut from, and the states at two positions
+        spec = contexts.spec
         self._tail_bytes = spec.block_size * spec.dense_bytes + sealed_bytes(spec, spec.block_size)
         self._tail_bytes += 2 * spec.state_bytes
         self.max_context = self._largest(max_context)

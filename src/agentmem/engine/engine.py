@@ -107,10 +107,10 @@ class Engine:
         return self._core.contexts.infos(namespace)
 
     async def delete_agent(self, namespace: str, agent_id: str) -> bool:
-        return await self._perform(partial(self._core_loop.delete_agent, namespace, agent_id))
+        return await self._perform(partial(self._lifecycle.delete, namespace, agent_id))
 
     async def prefetch_agent(self, namespace: str, agent_id: str) -> int | None:
-        return await self._perform(partial(self._core_loop.prefetch_agent, namespace, agent_id))
+        return await self._perform(partial(self._lifecycle.prefetch, namespace, agent_id))
 
     async def agent(self, namespace: str, agent_id: str) -> AgentDetail:
         return await self._perform(partial(self._lifecycle.show, namespace, agent_id))

@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 from enum import Enum, auto
 
 from ..errors import AgentMemError
-from ..kvcache.cache import ForeignCache, SequenceCache
+from ..kvcache.cache import SequenceCache
+from ..kvcache.foreign import ForeignCache
 from .agent import Branch
 from .block_pool import Entry, Node
 from .match import Match

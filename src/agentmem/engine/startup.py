@@ -119,7 +119,7 @@ def _core(
         max_branches=settings.max_branches,
         running=scheduler.holders,
     )
-    restorer = Restorer(contexts, store, runner.spec, post)
+    restorer = Restorer(contexts, store, post)
     saver = Saver(
         contexts,
         store,
@@ -136,7 +136,6 @@ def _core(
         restorer,
         saver,
         store,
-        runner.spec,
         on_codes=runner.on_codes,
         max_context=min(settings.max_context or model.max_context, model.max_context),
         active=lambda: scheduler.active,

@@ -20,7 +20,7 @@ from .chat import ChatRenderer
 from .conversation import Conversation, begin, is_retried, resume
 from .dates import session_days
 from .events import Event, Events, EventStream, unless_disconnected
-from .identity import ANONYMOUS, resolve_agent_id
+from .identity import ANONYMOUS, agent_id_of
 from .messages import ToolCall
 from .openai import AgentOptions, ChatCompletionRequest, error_body
 from .output_parser import Content, OutputParser, Part, Reasoning
@@ -71,14 +71,7 @@ class ChatCompletions:
         return EventStream(_chunks(answer, events, first, include_usage), events)
 
     async def _conversation(self, body: ChatCompletionRequest, request: Request) -> Conversation:
-        agent_id = resolve_agent_id(
-            request.headers,
-            agent_id=body.agent_id,
-            prompt_cache_key=body.prompt_cache_key,
-            metadata=body.metadata,
-            user=body.user,
-            safety_identifier=body.safety_identifier,
-        )
+        agent_id = agent_id_of(request, body)
         options, said = body.agentmem or AgentOptions(), [m.model_dump(exclude_none=True) for m in body.messages]
         whose = (self._engine.turns, namespace_of(request), agent_id)
         if options.continue_:

@@ -18,7 +18,7 @@ from .chat import ChatRenderer
 from .chat_completions import FIRST_EVENT_WAIT, PING, PING_INTERVAL, agentmem, check_model, days_of
 from .conversation import Conversation, begin, inherited, is_retried, resume
 from .events import Event, Events, EventStream, unless_disconnected
-from .identity import resolve_agent_id
+from .identity import agent_id_of
 from .openai import AgentOptions
 from .output_parser import OutputParser, Part
 from .parts import message_of
@@ -71,14 +71,7 @@ async def _conversation(engine: EngineAPI, body: ResponsesRequest, request: Requ
         agent_id, tree, turn = found
         conversation = Conversation(engine.turns, namespace, agent_id, tree, body.messages, turn, resumed=True)
     else:
-        agent_id = resolve_agent_id(
-            request.headers,
-            agent_id=body.agent_id,
-            prompt_cache_key=body.prompt_cache_key,
-            metadata=body.metadata,
-            user=body.user,
-            safety_identifier=body.safety_identifier,
-        )
+        agent_id = agent_id_of(request, body)
         whose = (engine.turns, namespace, agent_id, body.messages)
         if options.continue_:
             conversation = await resume(*whose, options.turn, retried=is_retried(request))
