@@ -53,8 +53,10 @@ def call(tmp_path):
             async with httpx.AsyncClient(transport=transport, base_url="http://localhost:8000/v1") as client:
                 for method, path, body, words in requests:
                     engine.words = words
-                    body = body(answers) if callable(body) else body
-                    answers.append(await client.request(method, path, json=body))
+                    path, body = (value(answers) if callable(value) else value for value in (path, body))
+                    content = json.dumps(body) if body else None  # with NaN and lone surrogates, if so wanted
+                    headers = {"content-type": "application/json"}
+                    answers.append(await client.request(method, path, content=content, headers=headers))
             return answers
 
         return engine, asyncio.run(all_of_them())
@@ -196,3 +198,56 @@ def test_a_chat_that_continues_keeps_the_tools_it_began_with_unless_it_says_othe
     assert [a.status_code for a in answers] == [200] * 3
     first, kept, dropped = (engine.tokenizer.decode(request.tokens) for request in engine.requests)
     assert kept.startswith(first) and "get_weather" not in dropped
+
+
+TEXT = "input.0.content.0.text"
+CALLED = {"type": "function_call", "call_id": "c1", "name": "get_weather", "arguments": "{}"}
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ({"input": [{"role": "user", "content": "\ud800"}]}, "input.0.content"),
+        ({"input": [{"role": "user", "content": [{"type": "input_text", "text": "\ud800"}]}]}, TEXT),
+        ({"input": [{"type": "reasoning", "content": [{"type": "reasoning_text", "text": "\ud800"}]}]}, TEXT),
+        ({"input": [{**CALLED, "name": ""}]}, "input.0.name"),
+        ({"input": [{**CALLED, "arguments": "{"}]}, "input.0.arguments"),
+        ({"input": [{**CALLED, "arguments": '{"city": NaN}'}]}, "input.0.arguments"),
+        ({"input": "weather? " * 5000}, "input"),
+        ({"tools": [{**WEATHER, "name": ""}]}, "tools.0.name"),
+        ({"tools": [{**WEATHER, "parameters": {"maximum": float("nan")}}]}, "tools"),
+    ],
+)
+def test_what_cannot_be_read_is_refused_by_the_name_that_it_has_in_this_format(call, body, param):
+    _, (answer,) = call(("POST", "/responses", {"input": "hi", **body}, []))
+    assert answer.status_code == 400, answer.text
+    assert answer.json()["error"]["param"] == param
+
+
+def test_zero_turns_off_what_is_a_number_and_false_what_is_a_switch(call):
+    _, answers = call(
+        ("POST", "/responses", {"input": "hi", "top_logprobs": 0, "background": False}, ["Hi"]),
+        ("POST", "/chat/completions", {"messages": [{"role": "user", "content": "hi"}], "top_logprobs": 0}, ["Hi"]),
+        ("POST", "/responses", {"input": "hi", "top_logprobs": False}, []),
+    )
+    assert [a.status_code for a in answers] == [200, 200, 400]
+
+
+def test_what_was_taken_can_be_shown_however_deep_it_is(call):
+    deep = json.loads('{"a": ' * 400 + "1" + "}" * 400)
+    said = {"id": "c1", "type": "function", "function": {"name": "get_weather", "arguments": deep}}
+    messages = [
+        {"role": "user", "content": "weather?"},
+        {"role": "assistant", "tool_calls": [said]},
+        {"role": "tool", "tool_call_id": "c1", "content": "rain"},
+    ]
+    responses = {"input": "hi", "tools": [{**WEATHER, "parameters": deep}], "agent_id": "b"}
+    _, answers = call(
+        ("POST", "/chat/completions", {"messages": messages, "agent_id": "a"}, ["Rain."]),
+        ("GET", "/agents/a/transcript", None, []),
+        ("POST", "/responses", responses, ["Hi"]),
+        ("GET", lambda answers: f"/responses/{answers[-1].json()['id']}", None, []),
+    )
+    assert [a.status_code for a in answers] == [200] * 4
+    assert answers[1].json()["messages"][1]["tool_calls"] == [said]
+    assert answers[3].json() == answers[2].json()

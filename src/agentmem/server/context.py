@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from fastapi import FastAPI, Request
 from pydantic import Field, model_validator
-from starlette.responses import Response
+from starlette.responses import JSONResponse, Response
 
 from ..config import Settings
 from ..engine.request import EngineAPI, GenerateRequest, SamplingParams, check_agent_id
@@ -46,15 +46,15 @@ class ContextBody(Wire):
 
 
 def add_context_routes(app: FastAPI, engine: EngineAPI, renderer: ChatRenderer, settings: Settings) -> None:
-    @app.get("/v1/agents/{agent_id:path}/transcript")
-    async def show_transcript(agent_id: str, request: Request, turn: str | None = None) -> dict[str, Any]:
+    @app.get("/v1/agents/{agent_id:path}/transcript", response_model=None)
+    async def show_transcript(agent_id: str, request: Request, turn: str | None = None) -> Response:
         """All that was said up to a turn, by default the newest."""
         tree = await engine.turns.tree(namespace_of(request), agent_id)
         last = tree.newest if turn is None else tree.turns.get(turn)
         if last is None or last.hidden:
             what = "no transcript" if turn is None else f"no turn {turn[:200]!r}"
             raise TranscriptNotFound(f"Agent {agent_id[:200]!r} has {what}.", param="turn" if turn else "agent_id")
-        return _transcript(agent_id, tree, last)
+        return JSONResponse(_transcript(agent_id, tree, last))  # as it is, however deep
 
     @app.post("/v1/agents/{agent_id:path}/context", response_model=None)
     async def add_context(agent_id: str, body: ContextBody, request: Request) -> Response:
