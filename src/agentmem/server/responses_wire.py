@@ -102,7 +102,10 @@ def flat_tools(tools: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _messages(items: list[InputItem]) -> Messages:
-    """Reasoning, a message and calls that follow one another are one message of the assistant's."""
+    """Reasoning, a message and calls that follow one another are one message of the assistant's.
+
+    So is text that follows calls: they wait for their results, so that no other answer can have begun.
+    """
     messages: Messages = []
     whole = True  # nothing more belongs to the last message
     for i, item in enumerate(items):
@@ -120,7 +123,11 @@ def _messages(items: list[InputItem]) -> Messages:
             whole = True
         else:
             news = _of_assistant(item, param)
-            if whole or (messages[-1]["content"] is not None and news["content"] is not None):
+            if whole or (
+                messages[-1]["content"] is not None
+                and news["content"] is not None
+                and not messages[-1].get("tool_calls")
+            ):
                 messages.append({"role": "assistant", "content": None})
             _extend(messages[-1], news)
             whole = False
@@ -145,7 +152,7 @@ def _of_assistant(item: InputItem, param: str) -> dict[str, Any]:
 
 def _extend(message: dict[str, Any], news: dict[str, Any]) -> None:
     if news["content"] is not None:
-        message["content"] = news["content"]
+        message["content"] = (message["content"] or "") + news["content"]
     if news.get("reasoning_content"):
         message["reasoning_content"] = message.get("reasoning_content", "") + news["reasoning_content"]
     if "tool_calls" in news:
