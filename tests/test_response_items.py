@@ -252,3 +252,18 @@ def test_what_was_taken_can_be_shown_however_deep_it_is(call):
     assert [a.status_code for a in answers] == [200] * 4
     assert answers[1].json()["messages"][1]["tool_calls"] == [said]
     assert answers[3].json() == answers[2].json()
+
+
+def test_a_response_is_shown_under_its_own_id_alone_also_after_what_was_said_before_it_was_replaced(call):
+    _, answers = call(
+        ("POST", "/agents/a/context", {"text": "Rain.", "key": "report"}, []),
+        ("POST", "/responses", {"input": "weather?", "agent_id": "a", "agentmem": {"continue": True}}, ["Rain."]),
+        ("POST", "/agents/a/context", {"text": "Sun.", "key": "report"}, []),
+        ("GET", "/agents/a/transcript", None, []),
+        ("GET", lambda answers: f"/responses/{answers[1].json()['id']}", None, []),
+        ("GET", lambda answers: f"/responses/{answers[3].json()['turn']}", None, []),
+    )
+    shown = answers[3].json()
+    assert [message["content"] for message in shown["messages"]] == ["Sun.", "weather?", "Rain."]
+    assert answers[4].json() == answers[1].json()
+    assert answers[5].status_code == 404

@@ -11,7 +11,7 @@ from starlette.responses import JSONResponse, Response
 
 from ..config import Settings
 from ..engine.request import EngineAPI, GenerateRequest, SamplingParams, check_agent_id
-from ..engine.turns import Messages, Turn, TurnTree, canonical, new_turn
+from ..engine.turns import Messages, Turn, TurnTree, canonical, copy_of, new_turn
 from ..errors import Conflict
 from .auth import namespace_of
 from .chat import ChatRenderer
@@ -109,7 +109,7 @@ def _replace(tree: TurnTree, path: list[Turn], at: int, items: Messages) -> Chan
         return Change(path[-1], [], [])
     turns = [new_turn("context", parent, items, key=old.key)]
     for turn in path[at + 1 :]:
-        turns.append(new_turn(turn.kind, turns[-1], turn.items, key=turn.key, about=turn.about))
+        turns.append(copy_of(turn, turns[-1]))
     only_contexts = all(turn.kind == "context" for turn in path[at:])
     return Change(parent, turns, path[at:] if only_contexts else [])
 
