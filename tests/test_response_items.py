@@ -215,6 +215,7 @@ CALLED = {"type": "function_call", "call_id": "c1", "name": "get_weather", "argu
         ({"input": [{**CALLED, "arguments": "{"}]}, "input.0.arguments"),
         ({"input": [{**CALLED, "arguments": '{"city": NaN}'}]}, "input.0.arguments"),
         ({"input": "weather? " * 5000}, "input"),
+        ({"include": ["reasoning.encrypted_content", "message.output_text.logprobs"]}, "include.1"),
         ({"tools": [{**WEATHER, "name": ""}]}, "tools.0.name"),
         ({"tools": [{**WEATHER, "parameters": {"maximum": float("nan")}}]}, "tools"),
     ],
@@ -262,8 +263,10 @@ def test_a_response_is_shown_under_its_own_id_alone_also_after_what_was_said_bef
         ("GET", "/agents/a/transcript", None, []),
         ("GET", lambda answers: f"/responses/{answers[1].json()['id']}", None, []),
         ("GET", lambda answers: f"/responses/{answers[3].json()['turn']}", None, []),
+        ("GET", lambda answers: f"/responses/{answers[1].json()['id']}?stream=true", None, []),
     )
     shown = answers[3].json()
     assert [message["content"] for message in shown["messages"]] == ["Sun.", "weather?", "Rain."]
     assert answers[4].json() == answers[1].json()
     assert answers[5].status_code == 404
+    assert answers[6].json()["error"]["param"] == "stream"

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, Literal, NoReturn
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 from ..engine.turns import Messages
 from ..errors import InvalidRequest
@@ -44,6 +44,12 @@ class StreamOptions(Wire):
     include_obfuscation: Annotated[Any, Only(False)] = None
 
 
+def _no_logprobs(wanted: str) -> str:
+    if wanted.endswith(".logprobs"):
+        raise ValueError("this server gives no log probabilities; leave it out")
+    return wanted
+
+
 class ResponsesRequest(Wire):
     """The body of POST /v1/responses. Null means the default everywhere."""
 
@@ -75,7 +81,7 @@ class ResponsesRequest(Wire):
     prompt_cache_options: CacheOptions | None = None
     prompt_cache_retention: str | None = None
     reasoning: dict[str, Any] | None = None
-    include: list[Any] | None = None
+    include: list[Annotated[str, AfterValidator(_no_logprobs)]] | None = None
     context_management: Any = None
 
     # would promise something that isn't there
