@@ -41,9 +41,8 @@ def add_response_routes(app: FastAPI, engine: EngineAPI, renderer: ChatRenderer,
 
     @app.get("/v1/responses/{response_id}", response_model=None)
     async def show_response(response_id: str, request: Request) -> Response:
-        if (
-            request.query_params.get("stream", "false").lower() == "true"
-        ):  # the SDK would read no event, and say nothing
+        # the SDK would find no event, and say nothing
+        if request.query_params.get("stream", "false").lower() == "true":
             raise InvalidRequest("stream: a response that is there comes as a whole; leave it out", param="stream")
         _, tree, turn = await _find(engine, namespace_of(request), response_id)
         tools, instructions = (inherited(tree, turn, name) for name in ("tools", "instructions"))
