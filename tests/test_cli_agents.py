@@ -21,6 +21,7 @@ import pytest
 from chat_http import FLAGS, text, user, words
 from server_process import ServerProcess
 
+from agentmem.cli_explain import _body
 from agentmem.store.agent_store import AgentStore
 from agentmem.store.layout import Layout
 from agentmem.store.lock import acquire, release
@@ -369,3 +370,16 @@ def test_explain_says_where_a_prompt_parts_from_what_is_cached(cli, server, tmp_
         line = next(line for line in shown.splitlines() if "w21" in line)
         assert line.index("w20") < line.index("w21") < line.index("w99")
     assert cli("agents", "explain", "nobody").returncode == REFUSED
+
+
+@pytest.mark.parametrize(
+    ("text", "body"),
+    [
+        ('{"messages": [], "tools": [7], "stream": true}', {"messages": [], "tools": [7]}),
+        ('{"messages": [], "chat_template_kwargs": {}}', {"messages": [], "chat_template_kwargs": {}}),
+        ('[{"role": "user"}]', {"messages": [{"role": "user"}]}),
+        *((text, {"prompt": text}) for text in ("<s> w9", "7", '"w9"', '{"city": "Paris"}')),
+    ],
+)
+def test_what_is_explained_of_a_file_is_a_request_a_chat_or_a_rendered_text(text, body):
+    assert _body(text) == body

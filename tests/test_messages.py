@@ -78,7 +78,7 @@ def test_arguments_that_are_missing_are_none():
         assert message.tool_calls[0].arguments == {}
 
 
-@pytest.mark.parametrize("arguments", ["{", "[]", "null", "7", [], 7, "[" * 100_000, '{"a": "\\ud800"}'])
+@pytest.mark.parametrize("arguments", ["{", "[]", "null", "7", [], 7, "[" * 100_000, '{"a": "\\ud800"}', '{"a": NaN}'])
 def test_arguments_that_are_no_object_are_refused_by_name(arguments):
     messages = [{"role": "user", "content": ""}, {"role": "assistant", "tool_calls": [call("{}"), call(arguments)]}]
     with pytest.raises(InvalidRequest) as e:
@@ -225,6 +225,7 @@ def test_special_tokens_in_tools_and_results_are_plain_text(where):
         ([{"type": "function", "function": {"name": "f", "description": 7}}], "tools.0.function.description"),
         ([{"type": "function", "function": {"name": "f", "parameters": []}}], "tools.0.function.parameters"),
         ([{"type": "function", "function": {"name": "f", "description": "\ud800"}}], "tools"),
+        ([{"type": "function", "function": {"name": "f", "parameters": {"maximum": float("inf")}}}], "tools"),
     ],
 )
 def test_tools_that_cannot_be_read_are_refused_by_name(tools, param):

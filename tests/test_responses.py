@@ -214,11 +214,15 @@ def test_chains_survive_a_kill_of_the_server(model, tmp_path):
         server.process.send_signal(signal.SIGKILL)
     with ServerProcess(home, *FLAGS, model=model) as server:
         assert server.client.get(f"/responses/{second['id']}").json() == second
-        third = create(server, input=words(5, 3), previous_response_id=second["id"])
+        asked = {"model": "default", "input": words(5, 3), "max_output_tokens": 6, "temperature": 0}
+        with sdk(server) as client:
+            with client.responses.stream(**asked, previous_response_id=second["id"]) as stream:
+                said = "".join(e.delta for e in stream if e.type == "response.output_text.delta")
+            again = client.responses.retrieve(second["id"])
+            assert again.output_text == text(second) and again.previous_response_id == first["id"]
         assert transcript(server, "kept")["messages"][:4] == named["messages"]
-        said = [*named["messages"], user(5, 3)]
-        plain = server.chat(said, agent="plain", max_tokens=6)
-        assert text(third) == plain["choices"][0]["message"]["content"]
+        plain = server.chat([*named["messages"], user(5, 3)], agent="plain", max_tokens=6)
+        assert said == plain["choices"][0]["message"]["content"]
         assert server.stop() == 0
 
 

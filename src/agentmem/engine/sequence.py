@@ -113,7 +113,8 @@ class Sequence:
 
     def finish(self, reason: FinishReason) -> None:
         self.status = Status.FINISHED
-        self.emit(Finished(reason, self.stats()))
+        at_stop_string = self.output is not None and self.output.at_stop_string
+        self.emit(Finished(reason, self.stats(), at_stop_string))
 
     def fail(self, error: AgentMemError) -> None:
         self.status = Status.FINISHED

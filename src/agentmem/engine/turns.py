@@ -54,6 +54,12 @@ def new_turn(kind: Kind, parent: Turn | None, items: Messages, turn_id: str | No
     return Turn(turn_id, parent.id if parent else None, items, kind, time.time(), **more)
 
 
+def copy_of(turn: Turn, parent: Turn | None) -> Turn:
+    """The same said after another turn. No client knows its id: of a response, the text is left."""
+    about = {name: value for name, value in turn.about.items() if name != "response"}
+    return new_turn("chat" if turn.kind == "response" else turn.kind, parent, turn.items, key=turn.key, about=about)
+
+
 class TurnTree:
     """One agent's. On the event loop; `deleted` changes under the lock of Turns."""
 

@@ -56,7 +56,7 @@ class PrewarmBody(TemplateInput):
 
 def add_agent_routes(app: FastAPI, engine: EngineAPI, renderer: ChatRenderer, settings: Settings) -> None:
     add_context_routes(app, engine, renderer, settings)
-    add_explain_routes(app, engine, renderer)  # before what would take its path for an agent's id
+    add_explain_routes(app, engine, renderer, settings)  # before what would take its path for an agent's id
 
     @app.get("/v1/agents")
     async def list_agents(request: Request) -> dict[str, Any]:

@@ -184,7 +184,7 @@ async def _completion(answer: Answer, events: Events) -> dict[str, Any]:
     while not isinstance(event := await events.next(), Finished):
         assert event is not None
         parts += answer.parser.feed(event.text)
-    parts += answer.parser.finish(cut=event.reason == "length")
+    parts += answer.parser.finish(cut=event.cut)
     choice = {
         "index": 0,
         "message": _message(answer, parts),
@@ -247,7 +247,7 @@ async def _chunks(answer: Answer, events: Events, event: Event | None, include_u
             has_role = True
             yield chunk({"role": "assistant", "content": ""})
         if isinstance(event, Finished):
-            parts += (rest := parser.finish(cut=event.reason == "length"))
+            parts += (rest := parser.finish(cut=event.cut))
             for delta in deltas.of(rest):
                 yield chunk(delta)
             cost = await answer.end(event.stats, parts)

@@ -7,11 +7,11 @@ from typing import Any, Literal
 
 from fastapi import FastAPI, Request
 from pydantic import Field, model_validator
-from starlette.responses import Response
+from starlette.responses import JSONResponse, Response
 
 from ..config import Settings
 from ..engine.request import EngineAPI, GenerateRequest, SamplingParams, check_agent_id
-from ..engine.turns import Messages, Turn, TurnTree, canonical, new_turn
+from ..engine.turns import Messages, Turn, TurnTree, canonical, copy_of, new_turn
 from ..errors import Conflict
 from .auth import namespace_of
 from .chat import ChatRenderer
@@ -46,15 +46,15 @@ class ContextBody(Wire):
 
 
 def add_context_routes(app: FastAPI, engine: EngineAPI, renderer: ChatRenderer, settings: Settings) -> None:
-    @app.get("/v1/agents/{agent_id:path}/transcript")
-    async def show_transcript(agent_id: str, request: Request, turn: str | None = None) -> dict[str, Any]:
+    @app.get("/v1/agents/{agent_id:path}/transcript", response_model=None)
+    async def show_transcript(agent_id: str, request: Request, turn: str | None = None) -> Response:
         """All that was said up to a turn, by default the newest."""
         tree = await engine.turns.tree(namespace_of(request), agent_id)
         last = tree.newest if turn is None else tree.turns.get(turn)
         if last is None or last.hidden:
             what = "no transcript" if turn is None else f"no turn {turn[:200]!r}"
             raise TranscriptNotFound(f"Agent {agent_id[:200]!r} has {what}.", param="turn" if turn else "agent_id")
-        return _transcript(agent_id, tree, last)
+        return JSONResponse(_transcript(agent_id, tree, last))  # as it is, however deep
 
     @app.post("/v1/agents/{agent_id:path}/context", response_model=None)
     async def add_context(agent_id: str, body: ContextBody, request: Request) -> Response:
@@ -109,7 +109,7 @@ def _replace(tree: TurnTree, path: list[Turn], at: int, items: Messages) -> Chan
         return Change(path[-1], [], [])
     turns = [new_turn("context", parent, items, key=old.key)]
     for turn in path[at + 1 :]:
-        turns.append(new_turn(turn.kind, turns[-1], turn.items, key=turn.key, about=turn.about))
+        turns.append(copy_of(turn, turns[-1]))
     only_contexts = all(turn.kind == "context" for turn in path[at:])
     return Change(parent, turns, path[at:] if only_contexts else [])
 

@@ -84,11 +84,13 @@ def arguments_of(arguments: Any, param: str) -> dict[str, Any]:
 
 
 def check_encodable(value: Any, param: str) -> None:
-    """InvalidRequest where a JSON value holds what no prompt can: a lone surrogate, or depth without end."""
+    """InvalidRequest where a value holds what no prompt can: a lone surrogate, NaN, an infinity, depth without end."""
     try:
-        encodable = _is_encodable(json.dumps(value, ensure_ascii=False))
+        encodable = _is_encodable(json.dumps(value, ensure_ascii=False, allow_nan=False))
     except RecursionError:
         _refuse(param, "nested too deep")
+    except ValueError:
+        _refuse(param, "not valid JSON: it holds NaN or an infinity")
     if not encodable:
         _refuse(param, "not valid Unicode: it holds a lone surrogate")
 

@@ -33,7 +33,7 @@ def _unsupported(what: str) -> NoReturn:
     raise PydanticCustomError("unsupported_parameter", "{what}", {"what": what})
 
 
-@dataclass(frozen=True, init=False)
+@dataclass(frozen=True, init=False, eq=False)  # else typing takes Only(0) and Only(False) for one
 class Only:
     """Annotates a field whose feature isn't there: null and `allowed` pass, anything else is refused."""
 
@@ -78,6 +78,12 @@ def check_tool_choice(choice: Any) -> Any:
     return choice
 
 
+def _arguments(arguments: Any) -> Any:
+    if not isinstance(arguments, str | dict):
+        raise ValueError("must be a JSON object, as such or in a string")
+    return arguments
+
+
 def _stop_list(stop: Any) -> Any:
     return [stop] if isinstance(stop, str) else stop
 
@@ -95,7 +101,7 @@ class Wire(BaseModel):
 
 class FunctionCall(Wire):
     name: Annotated[Text, Field(min_length=1)]
-    arguments: Annotated[Any, WithJsonSchema({"type": ["string", "object"]})]
+    arguments: Annotated[Any, BeforeValidator(_arguments), WithJsonSchema({"type": ["string", "object"]})]
 
 
 class ToolCallBody(Wire):

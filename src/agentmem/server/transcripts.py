@@ -1,7 +1,7 @@
 """What becomes of an agent's transcript when its caches are forked or cut."""
 
 from ..engine.request import EngineAPI
-from ..engine.turns import Turn, TurnTree, new_turn
+from ..engine.turns import Turn, TurnTree, copy_of
 from ..errors import InvalidRequest
 from .chat import ChatRenderer
 from .conversation import inherited, system
@@ -13,9 +13,7 @@ async def copy_transcript(engine: EngineAPI, namespace: str, agent_id: str, to: 
     tree = await engine.turns.tree(namespace, agent_id)
     copies: list[Turn] = []
     for turn in tree.path(tree.newest):
-        about = {name: value for name, value in turn.about.items() if name != "response"}
-        kind = "chat" if turn.kind == "response" else turn.kind
-        copies.append(new_turn(kind, copies[-1] if copies else None, turn.items, key=turn.key, about=about))
+        copies.append(copy_of(turn, copies[-1] if copies else None))
     if copies:
         target = await engine.turns.tree(namespace, to)
         engine.turns.add(namespace, to, target, copies, ephemeral=tree.in_ram_only)
