@@ -317,3 +317,18 @@ def test_pieces_that_arrive_at_once_are_all_kept_and_a_question_waits_for_what_c
         asked = threads.submit(go_on, server, [user(3, 8)], "at once")
         assert asked.result()["usage"]["prompt_tokens"] > told.result()["prompt_tokens"]
     assert transcript(server, "at once")["messages"][:3] == [message, user(200, 7), user(3, 8)]
+
+
+@pytest.mark.parametrize("operation", ["continue", "context", "prewarm"])
+def test_an_error_names_the_field_of_the_messages_that_were_sent(server, operation):
+    server.chat([user(9, 1)], agent="named", max_tokens=2)
+    call = {"id": "c1", "function": {"name": "f", "arguments": None}}
+    for wrong, param in (
+        ({"role": "user", "content": 5}, "messages.1.content"),
+        ({"role": "assistant", "tool_calls": [call]}, "messages.1.tool_calls.0.function.arguments"),
+    ):
+        url, body = path("named", operation), {"messages": [user(1, 1), wrong]}
+        if operation == "continue":
+            url, body = "/chat/completions", {**body, "agent_id": "named", "agentmem": {"continue": True}}
+        response = server.client.post(url, json=body)
+        assert response.status_code == 400 and response.json()["error"]["param"] == param

@@ -131,10 +131,10 @@ async def _apply(
 ) -> dict[str, Any]:
     # as the next request is likely to have it
     instructions, tools = (inherited(tree, tree.newest, name) for name in ("instructions", "tools"))
-    messages = [*system(instructions), *tree.messages(change.parent)]
-    messages += [item for turn in change.turns for item in turn.items]
+    before = [*system(instructions), *tree.messages(change.parent)]
+    messages = before + [item for turn in change.turns for item in turn.items]
     branches = engine.branch_tokens(*agent)
-    tokens = await to_tokens(messages, branches, tools=tools or (), generation_prompt=False)
+    tokens = await to_tokens(messages, branches, known=len(before), tools=tools or (), generation_prompt=False)
     options = body.agentmem or AgentLife()
     params = SamplingParams(max_tokens=0)
     generate = GenerateRequest(*agent, tokens, params, ttl=options.ttl, ephemeral=options.ephemeral)
