@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 from functools import cached_property
 from typing import Any
 
+from ..errors import InvalidRequest
 from .token_text import TokenText
 
 _MARKS = range(0xE000, 0xF8FF)  # for private use
@@ -108,5 +109,8 @@ def _map_texts(value: Any, change: Any) -> Any:
 
 
 def _unused(texts: Iterable[str]) -> str:
-    used = {c for text in texts for c in text if ord(c) in _MARKS}
-    return next(chr(c) for c in _MARKS if chr(c) not in used)
+    used = set().union(*texts)
+    mark = next((chr(c) for c in _MARKS if chr(c) not in used), None)
+    if mark is None:
+        raise InvalidRequest("messages: they hold every character for private use; leave one out.", param="messages")
+    return mark
