@@ -261,6 +261,24 @@ def test_a_truncation_forgets_the_turns_that_it_cuts(server):
     assert transcript(server, "cut")["messages"][2] == user(4, 3)
 
 
+def test_a_truncation_leaves_other_paths_alone_and_the_conversation_goes_on_where_it_was_cut(server):
+    first = server.chat([user(20, 1)], agent="tree cut", max_tokens=4)
+    said = [user(20, 1), answered(first)]
+    title = server.chat([user(8, 4)], agent="tree cut", max_tokens=4)
+    edits = [server.chat([*said, user(30, seed)], agent="tree cut", max_tokens=4) for seed in (2, 3)]
+    assert server.client.post(path("tree cut", "truncate"), json={"messages": 2}).status_code == 200
+    assert transcript(server, "tree cut")["messages"] == said
+    for other, messages in (
+        (title, [user(8, 4), answered(title)]),
+        (edits[0], [*said, user(30, 2), answered(edits[0])]),
+    ):
+        assert transcript(server, "tree cut", turn=other["agentmem"]["turn"])["messages"] == messages
+    gone = server.client.get(path("tree cut", "transcript"), params={"turn": edits[1]["agentmem"]["turn"]})
+    assert refused(gone)[0] == 404
+    short = go_on(server, [user(5, 5)], "tree cut")
+    assert transcript(server, "tree cut")["messages"] == [*said, user(5, 5), answered(short)]
+
+
 def test_what_was_begun_before_an_agent_was_deleted_leaves_no_turn(server):
     body = {"messages": [user(9, 1)], "agent_id": "deleted", "stream": True, "max_tokens": 200, "ignore_eos": True}
     with server.client.stream("POST", "/chat/completions", json=body) as response:

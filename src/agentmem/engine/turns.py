@@ -23,7 +23,7 @@ from ..store.turns import TurnRecord
 
 MAX_OFF_PATH = 1000  # turns of one agent that are not on its newest path; the oldest go
 Messages = list[dict[str, Any]]
-Kind = Literal["chat", "response", "context"]
+Kind = Literal["chat", "response", "context", "cut"]  # a cut says nothing: what follows it goes on from its parent
 
 
 @dataclass(frozen=True)

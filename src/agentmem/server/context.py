@@ -144,7 +144,7 @@ async def _apply(
             raise Conflict(f"Agent {agent[1][:200]!r} was deleted meanwhile.", param="agent_id")
         for turn in reversed(change.replaced):
             if turn.id in tree.turns and tree.is_leaf(turn.id):
-                engine.turns.drop(*agent, tree, turn)
+                engine.turns.drop(*agent, tree, [turn])
     last = change.turns[-1] if change.turns else change.parent
     assert last is not None
     return {**done, "turn": last.id}

@@ -48,7 +48,7 @@ class TokenText:
 
     @cached_property
     def _ordinary(self) -> dict[bytes, int]:
-        """By what they stand for. Every byte has a token of its own; where it has two, the one for any byte counts less."""
+        """By what they stand for. Every byte has a token of its own; where it has two, the one that is no mere byte."""
         assert self._to_bytes is not None
         names = sorted(self._names.items(), key=lambda item: (_BYTE.fullmatch(item[1]) is None, item[0]))
         return {self._to_bytes(name): token for token, name in names}
