@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from ..engine.request import EngineAPI
-from ..engine.turns import Turn, TurnTree, new_turn
+from ..engine.turns import Turn, TurnTree, copies
 from ..errors import InvalidRequest
 from .chat import ChatRenderer
 from .conversation import inherited, system
@@ -16,14 +16,10 @@ from .render import render
 async def copy_transcript(engine: EngineAPI, namespace: str, agent_id: str, to: str) -> None:
     """The newest path becomes the transcript of agent `to`, whose turns have ids of their own."""
     tree = await engine.turns.tree(namespace, agent_id)
-    copies: list[Turn] = []
-    for turn in tree.path(tree.newest):
-        about = {name: value for name, value in turn.about.items() if name != "response"}
-        kind = "chat" if turn.kind == "response" else turn.kind
-        copies.append(new_turn(kind, copies[-1] if copies else None, turn.items, key=turn.key, about=about))
-    if copies:
+    path = copies(tree.path(tree.newest), None)
+    if path:
         target = await engine.turns.tree(namespace, to)
-        engine.turns.add(namespace, to, target, copies, ephemeral=tree.in_ram_only)
+        engine.turns.add(namespace, to, target, path, ephemeral=tree.in_ram_only)
 
 
 async def cut_transcript(
