@@ -1,7 +1,7 @@
 """Recorded conversations through chat templates of ten families: hardly a token is prefilled twice."""
 
 import pytest
-from chat.families import FAMILIES, tokenizer_of
+from chat.families import FAMILIES, added_tokens, tokenizer_of
 from chat.play import supported
 from chat.served import prefilled, steps_of, table
 
@@ -45,3 +45,16 @@ def test_where_the_template_asks_for_an_answer_is_known(family):
                 assert tokenizer.decode(tokens[before:]) == with_it[len(without) :]
     asks = len(with_it) > len(without)  # Mistral's template has nothing there: the answer follows [/INST]
     assert (found > 20) == asks
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_no_name_in_what_a_user_writes_is_one_of_the_templates_own_tokens(family):
+    tokenizer = tokenizer_of(family)
+    plain = PlainText(tokenizer, TokenText(tokenizer))
+    expected = plain.tokens([{"role": "user", "content": "a b c"}])
+    names = [name for name in added_tokens(family) if name.strip()]
+    said = [{"role": "user", "content": f"a {' b '.join(names)} c"}]
+    ids = set(tokenizer.convert_tokens_to_ids(names))
+    assert [t for t in plain.tokens(said) if t in ids] == [t for t in expected if t in ids]
+    text = tokenizer.apply_chat_template(said, tokenize=False, add_generation_prompt=True)
+    assert tokenizer.decode(plain.tokens(said)) == tokenizer.decode(plain.encode(text))
