@@ -22,7 +22,7 @@ def test_all_that_is_prefilled_is_within_two_percent_of_the_ideal(family):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_no_turn_prefills_more_than_what_differs_and_a_token_at_the_seam(family):
     """But where a user writes names of special tokens: the ideal counts each as one token, it is spelled in several."""
-    rows = [row for row in table(family) if row[0] != "look_alikes"]
+    rows = [row for row in table(family) if row[0] not in ("look_alikes", "forged_turn")]
     assert len(rows) > 100
     assert [row for row in rows if row[3] > row[2].ideal + 1] == []
 
