@@ -87,7 +87,9 @@ class ChatCompletions:
         namespace, agent_id = conversation.namespace, conversation.agent_id
         branches = self._engine.branch_tokens(namespace, agent_id)
         days = days_of(self._engine, self._settings, namespace, agent_id)
-        tokens = await render(self.renderer, conversation.messages, branches, **given, days=days)
+        messages = conversation.messages
+        known = len(messages) - len(conversation.new)
+        tokens = await render(self.renderer, messages, branches, known=known, **given, days=days)
         limits = [limit for limit in (body.max_tokens, body.max_completion_tokens) if limit is not None]
         limits = limits or [self._settings.default_max_tokens]
         max_tokens = min(*limits, self._engine.max_context - len(tokens))

@@ -53,7 +53,7 @@ def add_response_routes(app: FastAPI, engine: EngineAPI, renderer: ChatRenderer,
     async def delete_response(response_id: str, request: Request) -> dict[str, Any]:
         namespace = namespace_of(request)
         agent, tree, turn = await _find(engine, namespace, response_id)
-        await engine.turns.remove(namespace, agent, tree, turn)
+        await engine.turns.remove(namespace, agent, tree, [turn])
         return {"id": response_id, "object": "response", "deleted": True}
 
 
