@@ -17,7 +17,7 @@ from .auth import namespace_of
 from .chat import ChatRenderer
 from .chat_completions import days_of
 from .conversation import TranscriptNotFound, inherited, is_retried, system
-from .openai import AgentLife, ChatMessage, Text, Wire
+from .openai import MAX_MESSAGES, AgentLife, ChatMessage, Text, Wire
 from .prefill import OnProgress, answer, prefill
 from .render import render
 
@@ -25,7 +25,7 @@ from .render import render
 class ContextBody(Wire):
     """One of the two: messages, or text, which the user says; texts without a key that follow one another are one."""
 
-    messages: list[ChatMessage] | None = Field(default=None, min_length=1)
+    messages: list[ChatMessage] | None = Field(default=None, min_length=1, max_length=MAX_MESSAGES)
     text: Text | None = Field(default=None, min_length=1)
     mode: Literal["append", "replace"] = "append"
     key: Text | None = Field(default=None, min_length=1, max_length=256)  # replaces what was appended under the same

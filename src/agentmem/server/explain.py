@@ -12,13 +12,13 @@ from ..errors import NotFound
 from .auth import namespace_of
 from .chat import ChatRenderer
 from .chat_completions import days_of
-from .openai import ChatMessage, TemplateInput, Text, chat_messages
+from .openai import MAX_MESSAGES, ChatMessage, TemplateInput, Text, chat_messages
 
 
 class ExplainBody(TemplateInput):
     """One of the two: a chat, or a text as it would be rendered."""
 
-    messages: list[ChatMessage] | None = Field(default=None, min_length=1)
+    messages: list[ChatMessage] | None = Field(default=None, min_length=1, max_length=MAX_MESSAGES)
     prompt: Text | None = Field(default=None, min_length=1)
 
     @model_validator(mode="after")

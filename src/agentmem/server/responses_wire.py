@@ -7,7 +7,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from ..engine.turns import Messages
 from ..errors import InvalidRequest
 from .messages import arguments_of, check_encodable
-from .openai import AgentOptions, Only, Text, Wire, check_tool_choice
+from .openai import MAX_MESSAGES, AgentOptions, Only, Text, Wire, check_tool_choice
 
 _TEXT_PARTS = ("input_text", "output_text", "text", "reasoning_text")
 _ECHO = 200  # characters of the client's own text that an error repeats
@@ -54,7 +54,7 @@ class ResponsesRequest(Wire):
     """The body of POST /v1/responses. Null means the default everywhere."""
 
     model: Text = "default"
-    input: Text | list[InputItem] = Field(min_length=1)
+    input: Text | Annotated[list[InputItem], Field(max_length=MAX_MESSAGES)] = Field(min_length=1)
     instructions: Text | None = None
     previous_response_id: Text | None = None
     agent_id: Text | None = None
