@@ -9,6 +9,7 @@ import httpx
 from .errors import AgentMemError, StartupError
 
 _TIMEOUT = httpx.Timeout(10.0, read=None)  # s; an answer may wait for a long prefill
+_HEALTH_SECONDS = 10.0
 
 
 class RequestFailed(AgentMemError):
@@ -32,6 +33,21 @@ class Client:
             raise RequestFailed(f"{self._url}{path} answered with no JSON object: is this an agentmem server?")
         return found
 
+    def health(self) -> dict[str, Any]:
+        """What /health says, of a server that isn't healthy too. Errors as those of `call`; it waits 10 s at most."""
+        try:
+            response = httpx.get(f"{self._url}/health", headers=self._headers, timeout=_HEALTH_SECONDS)
+            found = response.json() if response.status_code in (200, 503) else None
+        except httpx.ConnectError:
+            raise _nobody_at(self._url) from None
+        except (httpx.HTTPError, httpx.InvalidURL) as e:
+            raise StartupError(f"{self._url}: {type(e).__name__}: {e}") from None
+        except ValueError:
+            found = None
+        if not isinstance(found, dict) or "status" not in found:
+            raise RequestFailed(f"{self._url}/health answered {response.status_code}: is this an agentmem server?")
+        return found
+
     def stream(self, method: str, path: str, **request: Any) -> Iterator[bytes]:
         """The answer's body, as it comes."""
         try:
@@ -44,9 +60,13 @@ class Client:
                     raise RequestFailed(_message(response))
                 yield from response.iter_bytes()
         except httpx.ConnectError:
-            raise StartupError(f"no server answers at {self._url}: start it (agentmem serve), or give --url") from None
+            raise _nobody_at(self._url) from None
         except (httpx.HTTPError, httpx.InvalidURL) as e:
             raise StartupError(f"{self._url}: {type(e).__name__}: {e}") from None
+
+
+def _nobody_at(url: str) -> StartupError:
+    return StartupError(f"no server answers at {url}: start it (agentmem serve), or give --url")
 
 
 def _message(response: httpx.Response) -> str:
