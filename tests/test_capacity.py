@@ -25,7 +25,7 @@ from agentmem.bench.capacity import (
 )
 from agentmem.bench.paper import CONTEXTS, PAPER_TABLE, compare
 from agentmem.bench.spec_of_config import BUILT_IN, built_in_names, read_config, spec_of_config
-from agentmem.cli_capacity import capacity
+from agentmem.cli_bench.capacity import capacity
 from agentmem.engine.model_runner import ModelRunner
 from agentmem.errors import ModelError, StartupError
 from agentmem.kvcache.block import SealedBlock, Snapshot, from_host, to_host

@@ -12,7 +12,6 @@ from typing import Annotated, Any, get_args, get_origin
 import typer
 
 from . import __version__, cli_agents, cli_bench, cli_service, cli_store
-from .cli_capacity import capacity
 from .cli_explain import explain
 from .cli_status import status
 from .config import Settings, load_settings
@@ -28,7 +27,6 @@ app.add_typer(cli_store.app, name="store")
 app.add_typer(cli_bench.app, name="bench")
 app.add_typer(cli_service.app, name="service")
 app.command()(status)
-cli_bench.app.command()(capacity)
 cli_agents.app.command()(explain)
 
 ConfigOption = Annotated[Path | None, typer.Option("--config", help="TOML file with settings, see configs/")]

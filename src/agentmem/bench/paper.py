@@ -50,3 +50,33 @@ def compare(row: PaperRow, spec: KVCacheSpec) -> list[PaperCell]:
         rule = agents(row.budget, sizes.fp16_all_layers), agents(row.budget, sizes.paper_q4)
         cells.append(PaperCell(tokens, (fp16, q4), rule, agents(row.budget, sizes.agentmem)))
     return cells
+
+
+# ms to the first token on an M4 Pro with 24 GB, batch 1, streaming; 1K to 32K tokens
+_TTFT: dict[str, dict[str, tuple[int, ...]]] = {
+    "gemma-3-12b": {
+        "cold": (3964, 7119, 15736, 35009, 74219, 172096),
+        "warm": (475, 495, 577, 626, 795, 1819),
+        "hot": (683, 709, 719, 807, 934, 1264),
+    },
+    "deepseek-coder-v2-lite": {
+        "cold": (1043, 1737, 3970, 8296, 19396, 47315),
+        "warm": (234, 246, 271, 338, 434, 633),
+        "hot": (345, 368, 366, 386, 490, 624),
+    },
+    "llama-3.1-8b": {
+        "cold": (2500, 4530, 10235, 21536, 47629),
+        "warm": (260, 274, 290, 331, 431),
+        "hot": (412, 420, 429, 458, 526),
+    },
+}
+
+
+def ttft_of(model: str) -> dict[int, dict[str, int]] | None:
+    """The paper's times by context and state, where `model` names one of its three."""
+    name = model.lower().replace("meta-llama-3", "llama-3")
+    for known, states in _TTFT.items():
+        if known in name:
+            lengths = [1024 << i for i in range(len(states["cold"]))]
+            return {n: {state: ms[i] for state, ms in states.items()} for i, n in enumerate(lengths)}
+    return None

@@ -38,6 +38,31 @@ def plot_perplexity(result: dict[str, Any], path: Path) -> None:
     figure.suptitle(
         f"{result['model']}, {result['corpus']}: {result['tokens']:,} tokens, windows of {result['window']:,}"
     )
+    _write(figure, path)
+
+
+def plot_ttft(result: dict[str, Any], path: Path) -> None:
+    """Time to first token over context, a line for each state with its range, both axes logarithmic."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
+    contexts = [row["context"] for row in result["rows"]]
+    for state in ("cold", "warm", "hot"):
+        cells = [row[state] for row in result["rows"]]
+        axes.plot(contexts, [cell["ttft_ms"] for cell in cells], "o-", label=state)
+        axes.fill_between(contexts, [c["min_ms"] for c in cells], [c["max_ms"] for c in cells], alpha=0.2)
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    axes.set_xticks(contexts, [f"{n:,}" for n in contexts])
+    axes.set_xlabel("prompt tokens")
+    axes.set_ylabel("ms to the first token, over HTTP")
+    axes.legend()
+    figure.suptitle(f"{result['model']}: time to first token, medians of {result['passes']} passes, and their range")
+    _write(figure, path)
+
+
+def _write(figure: Any, path: Path) -> None:
     try:
         figure.savefig(path, dpi=150)
     except (OSError, ValueError) as e:

@@ -1,36 +1,26 @@
-"""`agentmem bench`: what the cache costs and gains, measured on this machine."""
+"""`agentmem bench perplexity`: what fewer bits cost in quality."""
 
 import json
-import os
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .cli_agents import console, progress_bar, table
-from .config import Settings, load_settings
-from .errors import ModelError, StartupError
-from .models.prepare import prepare_mlx
+from ..cli_agents import console, progress_bar, table
+from ..config import Settings, load_settings
+from ..errors import ModelError, StartupError
+from ..models.prepare import prepare_mlx
+from .common import Config, Corpus, Home, JsonFile, Model, Plot, check_writable
 
 if TYPE_CHECKING:
-    from .bench.perplexity import PresetResult
-    from .bench.windows import Protocol
-    from .models.loading import LoadedModel
+    from ..bench.perplexity import PresetResult
+    from ..bench.windows import Protocol
+    from ..models.loading import LoadedModel
 
-app = typer.Typer(no_args_is_help=True, help="Measure on this machine what the cache costs and gains.")
-
-Model = Annotated[str | None, typer.Option(help="'demo', a directory with an MLX model, or a hub name (default: demo)")]
-Home = Annotated[Path | None, typer.Option(help="directory that holds models and stores (default: ~/.agentmem)")]
-Config = Annotated[Path | None, typer.Option("--config", help="TOML file with settings, see configs/")]
-Corpus = Annotated[Path | None, typer.Option(help="text file in UTF-8 (default: the text of pydoc_data.topics)")]
 Presets = Annotated[
     str, typer.Option(help="rows besides 16, comma-separated: 8, k5v4, k5v3, 4, or plain4, 4 bits as in mlx-lm")
 ]
-JsonFile = Annotated[Path | None, typer.Option("--json", help="write the result there", metavar="FILE")]
-Plot = Annotated[Path | None, typer.Option(help="draw it there, as PNG, SVG or PDF", metavar="FILE")]
 
 
-@app.command()
 def perplexity(
     model: Model = None,
     corpus: Corpus = None,
@@ -56,9 +46,9 @@ def perplexity(
     for file in filter(None, (json_file, plot)):
         check_writable(file)
     prepare_mlx(settings.home_dir)
-    from .bench import perplexity as bench
-    from .bench.plot import check_matplotlib, plot_perplexity
-    from .bench.windows import Protocol, cut_windows, read_corpus
+    from ..bench import perplexity as bench
+    from ..bench.plot import check_matplotlib, plot_perplexity
+    from ..bench.windows import Protocol, cut_windows, read_corpus
 
     presets = _presets(kv_bits, bench.PRESETS)
     protocol = Protocol(window, window if stride is None else stride, tokens)
@@ -88,16 +78,8 @@ def _presets(text: str, known: tuple[str, ...]) -> list[str]:
     return [name for name in known if name in asked or name == "16"]
 
 
-def check_writable(file: Path) -> None:
-    """Before minutes of work, not after."""
-    if not file.parent.is_dir():
-        raise StartupError(f"{file}: can't be written: {file.parent} is no directory")
-    if file.is_dir() or not os.access(file if file.exists() else file.parent, os.W_OK):
-        raise StartupError(f"{file}: can't be written: {'it is a directory' if file.is_dir() else 'no permission'}")
-
-
 def _load(settings: Settings, protocol: "Protocol") -> "LoadedModel":
-    from .models.loading import find_local, load_model
+    from ..models.loading import find_local, load_model
 
     if find_local(settings.model, settings.home_dir) is None:
         raise ModelError(f"model {settings.model!r} is not on this machine: agentmem pull {settings.model}")
@@ -124,7 +106,7 @@ def _bos(loaded: "LoadedModel") -> list[int]:
 
 
 def _result(rows: list["PresetResult"], model: str, corpus: str, protocol: "Protocol") -> dict[str, Any]:
-    from .bench.machine import describe_machine
+    from ..bench.machine import describe_machine
 
     machine = describe_machine()
     return {

@@ -6,13 +6,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .cli_agents import console, size, table
-from .cli_bench import Config, Home, JsonFile, check_writable
-from .config import Settings, load_settings, parse_bytes, parse_share, resolve
-from .errors import StartupError
+from ..cli_agents import console, size, table
+from ..config import Settings, load_settings, parse_bytes, parse_share, resolve
+from ..errors import StartupError
+from .common import Config, Home, JsonFile, check_writable
 
 if TYPE_CHECKING:
-    from .bench.capacity import Capacity, KindRow
+    from ..bench.capacity import Capacity, KindRow
 
 Models = Annotated[
     list[str] | None,
@@ -59,7 +59,7 @@ def capacity(
     if json_file:
         check_writable(json_file)
     nbytes = _budget(budget)
-    from .bench.paper import PAPER_TABLE
+    from ..bench.paper import PAPER_TABLE
 
     rows = [_measure(name, lengths, settings) for name in models or [row.model for row in PAPER_TABLE]]
     comparison = _paper_rows(settings) if paper or not models else []
@@ -89,7 +89,7 @@ def _contexts(text: str) -> list[int]:
 
 
 def _budget(text: str) -> int:
-    from .engine.footprint import physical_memory
+    from ..engine.footprint import physical_memory
 
     try:
         nbytes = resolve(parse_share(text), physical_memory())
@@ -101,8 +101,8 @@ def _budget(text: str) -> int:
 
 
 def _measure(name: str, lengths: list[int], settings: Settings) -> "Capacity":
-    from .bench.capacity import Capacity, footprint
-    from .bench.spec_of_config import find, read_config, spec_of_config
+    from ..bench.capacity import Capacity, footprint
+    from ..bench.spec_of_config import find, read_config, spec_of_config
 
     found = read_config(find(name, settings.home_dir))
     spec = spec_of_config(
@@ -112,7 +112,7 @@ def _measure(name: str, lengths: list[int], settings: Settings) -> "Capacity":
 
 
 def _paper_rows(settings: Settings) -> list[dict[str, Any]]:
-    from .bench.paper import PAPER_TABLE, compare
+    from ..bench.paper import PAPER_TABLE, compare
 
     rows = []
     for row in PAPER_TABLE:
@@ -122,7 +122,7 @@ def _paper_rows(settings: Settings) -> list[dict[str, Any]]:
 
 
 def _print_model(row: "Capacity", budget: int) -> None:
-    from .bench.capacity import COLUMNS, agents, kinds, open_block_bytes
+    from ..bench.capacity import COLUMNS, agents, kinds, open_block_bytes
 
     spec = row.spec
     print(f"{row.model} ({row.model_type}): agents at rest in {size(budget)} ({budget / 2**30:.4g} GiB)")

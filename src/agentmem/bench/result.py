@@ -1,0 +1,67 @@
+"""What a benchmark writes: the same head for all, then rows of its own. benchmarks/schemas/ has the JSON schemas."""
+
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+from .. import __version__
+
+
+class Part(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class Spread(Part):
+    """Of several measurements."""
+
+    median: float
+    min: float
+    max: float
+    values: list[float]
+
+
+def spread(values: Sequence[float], digits: int = 2) -> Spread:
+    rounded = [round(v, digits) for v in values]
+    return Spread(median=round(statistics.median(values), digits), min=min(rounded), max=max(rounded), values=rounded)
+
+
+class Ttft(Part):
+    """Time to first token in ms: the median, and what it is the median of."""
+
+    ttft_ms: float
+    min_ms: float
+    max_ms: float
+    values_ms: list[float]
+
+
+def ttft(values: Sequence[float]) -> Ttft:
+    of = spread(values)
+    return Ttft(ttft_ms=of.median, min_ms=of.min, max_ms=of.max, values_ms=of.values)
+
+
+class Noise(Part):
+    """A fixed computation's time before and after the run; quiet: within 10 %."""
+
+    probe_before_ms: float
+    probe_after_ms: float
+    change: float
+    quiet: bool
+
+
+class Result(Part):
+    """The head. Each benchmark adds `rows`."""
+
+    benchmark: str
+    agentmem: str = __version__
+    date: str
+    machine: dict[str, Any]
+    model: str
+    settings: dict[str, Any]  # those not at their default
+    passes: int
+    noise: Noise
+
+    def write(self, path: Path) -> None:
+        path.write_text(self.model_dump_json(indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,136 @@
+"""One benchmark run: alone on the machine, on a store of its own, and nothing left behind however it ends."""
+
+import fcntl
+import os
+import platform
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+import mlx.core as mx
+
+from ..errors import StartupError
+
+NOISE = 0.10  # change of the probe's time above which a run counts as disturbed
+_COOL_DOWN = 60.0  # s at most, on a Mac, between passes
+
+
+class Interrupted(KeyboardInterrupt):
+    """SIGTERM or SIGHUP, as Ctrl-C."""
+
+
+class Session:
+    """What a benchmark may use: a directory, processes that don't outlive it, and a measure of the machine's calm."""
+
+    def __init__(self, directory: Path, guard: IO[str], say: Callable[[str], None]):
+        self.directory, self.say = directory, say
+        self._guard = guard
+        self._probes = [probe_ms()]
+
+    def start(self, command: Sequence[str], log: Path, **options: Any) -> "subprocess.Popen[str]":
+        """A process in a group of its own, killed with the session. Its output goes to `log`, unless `options` say."""
+        with log.open("a") as file:
+            options = {"stdout": file} | options
+            process = subprocess.Popen(command, stderr=file, text=True, start_new_session=True, **options)
+        self._tell("+", process.pid)
+        return process
+
+    def ended(self, process: "subprocess.Popen[str]") -> None:
+        self._tell("-", process.pid)
+
+    def _tell(self, sign: str, pid: int) -> None:
+        self._guard.write(f"{sign}{pid}\n")
+        self._guard.flush()
+
+    def cool_down(self) -> None:
+        """On a Mac, which slows down as it heats up: wait until a fixed computation takes what it took at first."""
+        until = time.monotonic() + _COOL_DOWN
+        while platform.system() == "Darwin" and time.monotonic() < until:
+            if probe_ms() <= self._probes[0] * (1 + NOISE / 2):
+                return
+            time.sleep(5.0)
+
+    def noise(self) -> dict[str, Any]:
+        """A fixed computation's time before and now; `quiet` is false where it moved by more than 10 %."""
+        self._probes.append(probe_ms())
+        before, after = self._probes[0], self._probes[-1]
+        change = after / before - 1
+        if abs(change) > NOISE:
+            self.say(
+                f"warning: a fixed computation took {before:.0f} ms before and {after:.0f} ms after: not a quiet run"
+            )
+        return {"probe_before_ms": before, "probe_after_ms": after, "change": change, "quiet": abs(change) <= NOISE}
+
+
+def probe_ms() -> float:
+    """Median time of the same eight products of 1,024 x 1,024 matrices."""
+    a = mx.full((1024, 1024), 1e-3)
+    times = []
+    for _ in range(9):
+        began, b = time.perf_counter(), a
+        for _ in range(8):
+            b = a @ b
+        mx.eval(b)
+        times.append((time.perf_counter() - began) * 1e3)
+    return statistics.median(times)
+
+
+def lock_file() -> Path:
+    return Path(tempfile.gettempdir()) / f"agentmem-bench-{os.getuid()}.lock"
+
+
+@contextmanager
+def bench_session(say: Callable[[str], None]) -> Iterator[Session]:
+    """Raises StartupError where another benchmark of this user runs. Ctrl-C, SIGTERM and SIGHUP end it cleanly.
+
+    `say` shows a line of text to the user.
+    """
+    lock = os.open(lock_file(), os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise StartupError("another benchmark is running on this machine: two would disturb each other") from None
+        with _interruptible(), _guarded(lock) as (directory, guard):
+            yield Session(directory, guard, say)
+    finally:
+        os.close(lock)
+
+
+@contextmanager
+def _guarded(lock: int) -> Iterator[tuple[Path, IO[str]]]:
+    """A private directory, and the input of a guard that removes it."""
+    directory = Path(tempfile.mkdtemp(prefix="agentmem-bench-"))
+    guard = subprocess.Popen(
+        [sys.executable, "-m", "agentmem.bench.guard", str(directory)],
+        stdin=subprocess.PIPE,
+        text=True,
+        pass_fds=(lock,),
+        start_new_session=True,
+    )
+    assert guard.stdin is not None
+    try:
+        yield directory, guard.stdin
+    finally:
+        guard.stdin.close()
+        guard.wait()
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    def interrupt(number: int, frame: object) -> None:
+        raise Interrupted
+
+    before = {number: signal.signal(number, interrupt) for number in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,178 @@
+"""Time to first token of one prompt in the paper's three states: cold, warm (on disk) and hot (in RAM).
+
+Over HTTP, streamed: per pass a server prefills every length (cold) and stops; another one on the same store is asked
+the same prompts (warm), and again at once (hot); then each is evicted to disk, and again warm and hot. In process: the
+same states of an engine, beside `model(chunk, cache)` over mlx-lm's own cache with nothing around it (bare).
+"""
+
+import asyncio
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import mlx.core as mx
+from mlx_lm.models.cache import make_prompt_cache
+
+from ..config import Settings
+from ..engine.engine import Engine
+from ..engine.request import Finished, GenerateRequest, RequestStats, SamplingParams
+from ..models.loading import LoadedModel
+from .prompts import Prompts
+from .result import Part, Result, Ttft, ttft
+from .server import Answer, BenchError, Server
+from .session import Session
+
+STATES = ("cold", "warm", "hot")
+_WARM_UP = 64  # tokens
+_REPEATS = 2  # times warm and hot, a pass
+_MAX_TOKENS = 2
+
+
+class InProcess(Part):
+    bare: Ttft
+    cold: Ttft
+    warm: Ttft
+    hot: Ttft
+    cold_over_bare: float
+
+
+class TtftRow(Part):
+    context: int  # tokens asked for
+    prompt_tokens: int  # of the rendered prompt over HTTP, at most `context`
+    cold: Ttft
+    warm: Ttft
+    hot: Ttft
+    cold_over_warm: float
+    cold_over_hot: float
+    in_process: InProcess | None
+    paper: dict[str, int] | None  # ms on the paper's machine, where the model is one of its three
+
+
+class TtftResult(Result):
+    benchmark: Literal["ttft"] = "ttft"
+    rows: list[TtftRow]
+
+
+@dataclass
+class Samples:
+    """ms, by state, of one length."""
+
+    http: dict[str, list[float]] = field(default_factory=lambda: {state: [] for state in STATES})
+    engine: dict[str, list[float]] = field(default_factory=lambda: {state: [] for state in ("bare", *STATES)})
+    prompt_tokens: int = 0
+
+
+def measure_http(
+    session: Session,
+    settings: Settings,
+    model: Path,
+    prompts: Prompts,
+    samples: dict[int, Samples],
+    done: Callable[[int], None],
+    number: int,
+) -> None:
+    """One pass over all lengths. `done` is told of prefilled tokens."""
+    asked = {n: prompts.messages(n) for n in samples}
+    home = session.directory / f"pass-{number}"
+    with Server(session, settings, model, home) as server:
+        _warm_up(server, prompts)
+        for n, messages in asked.items():
+            answer = server.ask(f"agent-{n}", messages, _MAX_TOKENS)
+            prompts.check(messages, answer.prompt_tokens)
+            samples[n].prompt_tokens = answer.prompt_tokens
+            _note(samples[n].http, "cold", answer)
+            done(n)
+    with Server(session, settings, model, home) as server:
+        _warm_up(server, prompts)
+        for repeat in range(_REPEATS):
+            for n, messages in asked.items():
+                if repeat:
+                    server.post(f"/agents/agent-{n}/evict")
+                _note(samples[n].http, "warm", server.ask(f"agent-{n}", messages, _MAX_TOKENS))
+                _note(samples[n].http, "hot", server.ask(f"agent-{n}", messages, _MAX_TOKENS))
+
+
+def _warm_up(server: Server, prompts: Prompts) -> None:
+    """Both ways once, by another agent."""
+    messages = prompts.messages(_WARM_UP)
+    server.ask("warm-up", messages, _MAX_TOKENS)
+    server.post("/agents/warm-up/evict")
+    server.ask("warm-up", messages, _MAX_TOKENS)
+
+
+def _note(times: dict[str, list[float]], state: str, answer: Answer) -> None:
+    cached = 0 if state == "cold" else answer.prompt_tokens - 1
+    if answer.details["cache"] != state or answer.cached_tokens != cached:
+        raise BenchError(
+            f"{answer.details['cache']} with {answer.cached_tokens} tokens cached, not {state} with {cached}"
+        )
+    times[state].append(answer.ttft_ms)
+
+
+def measure_engine(
+    session: Session,
+    settings: Settings,
+    loaded: LoadedModel,
+    prompts: Prompts,
+    samples: dict[int, Samples],
+    done: Callable[[int], None],
+) -> None:
+    """One pass over all lengths. The model stays in memory; loading it is in no figure."""
+    settings = settings.model_copy(update={"home": session.directory / "engine"})
+    for n in samples:
+        ids, times = prompts.ids(n), samples[n].engine
+        times["bare"].append(bare_ms(loaded.model, ids, settings.prefill_chunk))
+        for states in (("cold",), ("warm", "hot")):
+            engine = Engine(settings, lambda: loaded)
+            engine.start()
+            try:
+                for state in states:
+                    stats = asyncio.run(_ask_engine(engine, f"agent-{id(ids)}", ids))
+                    assert stats.cache == state, f"{stats.cache}, not {state}"
+                    times[state].append(stats.ttft_ms)
+            finally:
+                asyncio.run(engine.stop())
+        done(2 * n)
+
+
+def bare_ms(model: Any, prompt: Sequence[int], chunk: int) -> float:
+    """A prompt's forward passes and the first token, over mlx-lm's own cache."""
+    began = time.perf_counter()
+    cache = make_prompt_cache(model)
+    for start in range(0, len(prompt) - 1, chunk):
+        model(mx.array([prompt[start : min(start + chunk, len(prompt) - 1)]]), cache=cache)
+        mx.eval([c.state for c in cache])
+    mx.eval(model(mx.array([prompt[-1:]]), cache=cache)[:, -1].argmax(-1))
+    return (time.perf_counter() - began) * 1e3
+
+
+async def _ask_engine(engine: Engine, agent: str, prompt: list[int]) -> RequestStats:
+    request = GenerateRequest("default", agent, prompt, SamplingParams(max_tokens=1, temperature=0.0))
+    async for event in engine.generate(request):
+        if isinstance(event, Finished):
+            return event.stats
+    raise AssertionError("the stream ended without Finished")
+
+
+def rows(samples: dict[int, Samples], paper: dict[int, dict[str, int]] | None) -> list[TtftRow]:
+    made = []
+    for n, of in samples.items():
+        http = {state: ttft(of.http[state]) for state in STATES}
+        engine = None
+        if of.engine["bare"]:
+            inside = {state: ttft(values) for state, values in of.engine.items()}
+            over = inside["cold"].ttft_ms / inside["bare"].ttft_ms
+            engine = InProcess(**inside, cold_over_bare=round(over, 3))
+        row = TtftRow(
+            context=n,
+            prompt_tokens=of.prompt_tokens,
+            **http,
+            cold_over_warm=round(http["cold"].ttft_ms / http["warm"].ttft_ms, 1),
+            cold_over_hot=round(http["cold"].ttft_ms / http["hot"].ttft_ms, 1),
+            in_process=engine,
+            paper=paper.get(n) if paper else None,
+        )
+        made.append(row)
+    return made

@@ -1,0 +1,116 @@
+"""Options that benchmarks share, and what each does before and after it measures."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ..cli_agents import console, progress_bar
+from ..config import Settings, load_settings
+from ..errors import ModelError, StartupError
+from ..models.prepare import prepare_mlx
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
+    from ..bench.prompts import Prompts
+    from ..bench.result import Result
+    from ..bench.session import Session
+    from ..models.loading import LoadedModel
+
+Model = Annotated[str | None, typer.Option(help="'demo', a directory with an MLX model, or a hub name (default: demo)")]
+Home = Annotated[Path | None, typer.Option(help="directory that holds models (default: ~/.agentmem)")]
+Config = Annotated[Path | None, typer.Option("--config", help="TOML file with settings, see configs/")]
+Corpus = Annotated[Path | None, typer.Option(help="text file in UTF-8 (default: the text of pydoc_data.topics)")]
+JsonFile = Annotated[Path | None, typer.Option("--json", help="write the result there", metavar="FILE")]
+Plot = Annotated[Path | None, typer.Option(help="draw it there, as PNG, SVG or PDF", metavar="FILE")]
+Passes = Annotated[int, typer.Option(min=1, help="passes over all rows; a figure is their median")]
+
+
+@dataclass(frozen=True)
+class Run:
+    """A benchmark while it runs."""
+
+    session: "Session"
+    settings: Settings
+    model: Path  # its directory
+    progress: "Progress"
+
+    def prompts(self, corpus: Path | None = None) -> "Prompts":
+        """Over the model's tokenizer, without the model."""
+        from mlx_lm.utils import load_tokenizer
+
+        from ..bench.prompts import Prompts
+
+        return Prompts(load_tokenizer(self.model), corpus)
+
+    def load(self) -> "LoadedModel":
+        from ..models.loading import load_model
+
+        return load_model(str(self.model), self.settings.home_dir, self.session.say)
+
+    def head(self, passes: int) -> dict[str, Any]:
+        """What a Result begins with. To be called when all is measured: it looks at the noise."""
+        from ..bench.machine import describe_machine
+
+        machine = describe_machine()
+        skip = {"home", "config", "model"}
+        told = {name: str(getattr(self.settings, name)) for name in self.settings.model_fields_set - skip}
+        head = {"model": self.settings.model, "settings": told, "machine": machine, "date": machine.pop("date")}
+        return head | {"passes": passes, "noise": self.session.noise()}
+
+
+@contextmanager
+def benchmark(
+    flags: dict[str, Any], config: Path | None, json_file: Path | None = None, plot: Path | None = None
+) -> Iterator[Run]:
+    """Settings, files that can be written, a model that is here, an empty directory, and nobody else measuring."""
+    settings = load_settings(flags, config)
+    for file in filter(None, (json_file, plot)):
+        check_writable(file)
+    prepare_mlx(settings.home_dir)
+    from ..bench.plot import check_matplotlib
+    from ..bench.session import bench_session
+    from ..models.loading import find_local
+
+    if plot:
+        check_matplotlib()
+    model = find_local(settings.model, settings.home_dir)
+    if model is None:
+        raise ModelError(f"model {settings.model!r} is not on this machine: agentmem pull {settings.model}")
+    with progress_bar() as progress, bench_session(lambda text: progress.console.print(text, markup=False)) as session:
+        yield Run(session, settings, model.resolve(), progress)
+
+
+def save(result: "Result", json_file: Path | None) -> None:
+    if json_file:
+        result.write(json_file)
+
+
+def show(*lines: Any) -> None:
+    """Tables and text, on stdout."""
+    for line in lines:
+        console().print(line, markup=False, highlight=False) if isinstance(line, str) else console().print(line)
+
+
+def numbers(text: str, option: str) -> list[int]:
+    """ "256,1k" to [256, 1024], in rising order. StartupError names `option`."""
+    try:
+        found = {int(float(part[:-1]) * 1024) if part[-1:] in "kK" else int(part) for part in text.split(",")}
+    except ValueError:
+        raise StartupError(f"{option} {text}: write whole numbers, comma-separated, such as 256,1k,2048") from None
+    if not found or min(found) < 1:
+        raise StartupError(f"{option} {text}: each must be at least 1")
+    return sorted(found)
+
+
+def check_writable(file: Path) -> None:
+    """Before minutes of work, not after."""
+    if not file.parent.is_dir():
+        raise StartupError(f"{file}: can't be written: {file.parent} is no directory")
+    if file.is_dir() or not os.access(file if file.exists() else file.parent, os.W_OK):
+        raise StartupError(f"{file}: can't be written: {'it is a directory' if file.is_dir() else 'no permission'}")

@@ -1,0 +1,83 @@
+"""`agentmem bench ttft`: time to first token, cold, warm and hot."""
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from ..cli_agents import table
+from ..errors import StartupError
+from .common import Config, Corpus, Home, JsonFile, Model, Passes, Plot, benchmark, numbers, save, show
+
+if TYPE_CHECKING:
+    from ..bench.ttft import TtftResult
+
+Contexts = Annotated[str, typer.Option(help="prompt lengths in tokens, comma-separated")]
+InProcess = Annotated[bool, typer.Option(help="also without HTTP, beside a bare mlx-lm loop (loads the model here)")]
+
+
+def ttft(
+    contexts: Contexts = "256,512,1k,2k",
+    passes: Passes = 3,
+    in_process: InProcess = True,
+    model: Model = None,
+    corpus: Corpus = None,
+    json_file: JsonFile = None,
+    plot: Plot = None,
+    home: Home = None,
+    config: Config = None,
+) -> None:
+    """Time to first token of the same prompt: cold (nothing cached), warm (on disk) and hot (in RAM).
+
+    Streamed over HTTP from a server of its own, which is restarted between cold and warm; then in process. Every pass
+    has new prompts. For a model of the paper its figures are shown beside.
+
+    JSON: {"rows": [{"context": 1024, "cold": {"ttft_ms": ..}, "warm": {..}, "hot": {..}}, ...]}; the whole is in
+    benchmarks/schemas/ttft.json.
+    """
+    lengths = numbers(contexts, "--contexts")
+    with benchmark({"model": model, "home": home}, config, json_file, plot) as run:
+        from ..bench import ttft as bench
+        from ..bench.paper import ttft_of
+        from ..models.model_dir import read_model_dir
+
+        limit = read_model_dir(run.model).max_context
+        if lengths[-1] + 8 > limit:
+            raise StartupError(f"--contexts {lengths[-1]} is more than the model's context of {limit} tokens holds")
+        samples = {n: bench.Samples() for n in lengths}
+        prompts = run.prompts(corpus)
+        task = run.progress.add_task("prefilling", total=passes * sum(lengths) * (3 if in_process else 1))
+        done = lambda n: run.progress.advance(task, n)  # noqa: E731
+        for number in range(passes):
+            bench.measure_http(run.session, run.settings, run.model, prompts, samples, done, number)
+            run.session.cool_down()
+        if in_process:
+            loaded = run.load()
+            bench.bare_ms(loaded.model, prompts.ids(256), run.settings.prefill_chunk)  # warm-up
+            for _ in range(passes):
+                bench.measure_engine(run.session, run.settings, loaded, prompts, samples, done)
+                run.session.cool_down()
+        result = bench.TtftResult(rows=bench.rows(samples, ttft_of(run.settings.model)), **run.head(passes))
+    save(result, json_file)
+    show_ttft(result)
+    if plot:
+        from ..bench.plot import plot_ttft
+
+        plot_ttft(result.model_dump(), plot)
+
+
+def show_ttft(result: "TtftResult") -> None:
+    lines = table("tokens", "cold ms", "warm ms", "hot ms", "cold/warm", "cold/hot", "bare ms", "in process cold/bare")
+    for row in result.rows:
+        inside = (
+            (f"{row.in_process.bare.ttft_ms:,.0f}", f"{row.in_process.cold_over_bare:.2f}x") if row.in_process else "--"
+        )
+        times = [f"{of.ttft_ms:,.0f}" for of in (row.cold, row.warm, row.hot)]
+        lines.add_row(f"{row.context:,}", *times, f"{row.cold_over_warm:.0f}x", f"{row.cold_over_hot:.0f}x", *inside)
+    show(f"Time to first token over HTTP, {result.model}, medians of {result.passes} passes", lines)
+    papers = [row for row in result.rows if row.paper]
+    if papers:
+        paper = table("tokens", "cold ms", "warm ms", "hot ms")
+        for row in papers:
+            assert row.paper
+            paper.add_row(f"{row.context:,}", *(f"{row.paper[state]:,}" for state in ("cold", "warm", "hot")))
+        show("The paper's, on an M4 Pro with 24 GB", paper)
