@@ -84,8 +84,8 @@ def status(as_json: Json = False) -> None:
 def _running(found: Any) -> str:
     parts = [found.phase if found.url is None else f"{found.phase} at {found.url}"]
     if found.pid and found.since:
-        parts.append(f"pid {found.pid}, since {time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(found.since))}")
-        parts.append(f"started {ago(found.since)}")
+        moment = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(found.since))
+        parts.append(f"pid {found.pid}, since {moment} ({ago(found.since)})")
     parts.append(f"{found.restarts} restarts" + (f", the last time {found.ended}" if found.ended else ""))
     if found.phase == "orphaned":
         parts.append("its supervisor is gone, and start replaces it")

@@ -9,7 +9,7 @@ from pathlib import Path
 from .files import ServiceError
 from .kinds import COMMAND, Description, tool, write_private
 
-LABEL = "io.github.agentmem.server"
+LABEL = "local.agentmem.server"
 
 _COMMENTS = {
     "Label": "Written by `agentmem service install`, taken away by `agentmem service uninstall`.",
