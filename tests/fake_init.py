@@ -29,6 +29,8 @@ def run(command: list[str], environment: dict[str, str]) -> None:
             time.sleep(0.01)
         return
     os.setsid()
+    for fd in range(3):  # who called waits for their end
+        os.dup2(os.open(os.devnull, os.O_RDWR), fd)
     bare = {"HOME": os.environ["HOME"], "PATH": "/usr/bin:/bin"} | environment
     while loaded():
         job = subprocess.Popen(command, env=bare, stdin=-3, stdout=-3, stderr=-3, cwd="/")

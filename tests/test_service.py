@@ -121,6 +121,13 @@ def ask(url: str) -> dict:
     return response.json()
 
 
+def answers(url: str) -> dict | None:
+    try:
+        return httpx.get(f"{url}/health").json()
+    except httpx.TransportError:
+        return None
+
+
 # -- its life
 
 
@@ -139,17 +146,19 @@ def test_a_killed_server_is_back_with_its_agents_warm_and_uninstall_leaves_no_fi
     assert user.service("start").startswith("Ready: ") and user.status()["pid"] == first["pid"]
     answer = ask(first["url"])
     assert answer["agentmem"]["cache"] == "cold"
+    until(lambda: answers(first["url"])["store"]["blocks"] == 3, 10)
 
     killed = time.time()
     os.kill(first["pid"], signal.SIGKILL)
-    until(lambda: user.status()["pid"] not in (None, first["pid"]) and user.status()["healthy"], max(10, 2 * took))
+    until(lambda: not answers(first["url"]), 5)
+    until(lambda: answers(first["url"]), max(10, 2 * took))  # a busy machine is slow at both
     second = user.status()
     assert second["since"] - killed < 3
     assert (second["supervisor_pid"], second["url"]) == (first["supervisor_pid"], first["url"])
     assert (second["restarts"], second["ended"]) == (1, "killed by SIGKILL")
     again = ask(second["url"])
     assert again["agentmem"]["cache"] == "warm"
-    assert again["agentmem"]["cached_tokens"] == answer["usage"]["prompt_tokens"] - 1
+    assert again["agentmem"]["cached_tokens"] >= 3 * BLOCK
     assert again["choices"] == answer["choices"]
 
     assert "--force" in user.service("install", "--model", model, code=FAULT)
@@ -172,7 +181,7 @@ def test_a_killed_supervisor_leaves_a_server_that_the_next_one_replaces(user, mo
         assert (orphan["phase"], orphan["pid"], orphan["healthy"]) == ("orphaned", first["pid"], True)
         assert "start" in user.service("status")
         user.service("start")
-    until(lambda: user.status()["healthy"] and user.status()["phase"] == "ready", 60)
+    until(lambda: (s := user.status())["healthy"] and s["phase"] == "ready" and s["pid"] != first["pid"], 60)
     second = user.status()
     assert second["url"] == first["url"] and second["pid"] != first["pid"] and not alive(first["pid"])
     if user.kind == "process":  # one that stays alone is stopped all the same
