@@ -52,9 +52,11 @@ class User:
         self.home, self.root = home, home / ".agentmem" / "service"
         home.mkdir()
         bin.mkdir()
-        if tool:
-            script = bin / tool
-            script.write_text(f'#!/bin/sh\nexec "{sys.executable}" "{FAKE}" {tool} "$@"\n')
+        for name in filter(None, TOOLS.values()):  # none of the machine's own
+            script = bin / name
+            script.write_text(
+                f'#!/bin/sh\nexec "{sys.executable}" "{FAKE}" {name} "$@"\n' if name == tool else "#!/bin/sh\nexit 1\n"
+            )
             script.chmod(0o755)
         plain = {k: v for k, v in os.environ.items() if not k.startswith("AGENTMEM_")}
         self.environment = plain | {"HOME": str(home), "PATH": f"{bin}:/usr/bin:/bin"}
@@ -260,6 +262,9 @@ def test_pid_files_of_processes_long_gone_do_no_harm(user, model):
 def test_what_can_not_run_is_refused_before_anything_is_written(user, flags, said):
     assert said in user.service("install", *flags, code=FAULT, AGENTMEM_MASTER_KEY="0" * 64)
     assert user.files() == []
+
+
+def test_without_an_install_there_is_nothing_to_start_and_nothing_is_made(user):
     assert "not installed" in user.service("start", code=FAULT)
     assert "not installed" in user.service("restart", code=FAULT)
     assert user.service("uninstall") == "There was no service installed.\n"

@@ -29,10 +29,11 @@ def server(tmp_path_factory):
         assert server.stop() == 0
 
 
-def status(url: str, *arguments: str) -> subprocess.CompletedProcess:
+def status(url: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess:
     plain = {k: v for k, v in os.environ.items() if not k.startswith("AGENTMEM_")}
     command = [sys.executable, "-m", "agentmem.cli", "status", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60, env=plain | {"AGENTMEM_URL": url})
+    environment = plain | environment | {"AGENTMEM_URL": url}
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, env=environment)
 
 
 def test_status_shows_model_agents_and_budgets(server):
@@ -58,6 +59,10 @@ def test_without_a_key_the_agents_are_not_told(server):
     done = status(server.url)
     assert done.returncode == 0 and "API key" in done.stdout and "hot" not in done.stdout
     assert json.loads(status(server.url, "--json").stdout)["agents"] is None
+
+
+def test_no_proxy_is_asked_for_a_server_on_this_machine(server):
+    assert status(server.url, "--api-key", KEY, HTTP_PROXY="http://127.0.0.1:9").returncode == 0
 
 
 def test_where_nobody_answers_it_says_so():

@@ -1,6 +1,7 @@
 """Talks to a running server, for the command line."""
 
 import json
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -20,6 +21,8 @@ class Client:
     def __init__(self, url: str, api_key: str | None = None):
         """`url` with or without /v1."""
         self._url = url.rstrip("/").removesuffix("/v1")
+        # a proxy of the environment's is for other machines
+        self._proxies = re.match(r"https?://(localhost|127\.[\d.]+|\[::1\])(:|/|$)", self._url) is None
         self._headers = {"authorization": f"Bearer {api_key}"} if api_key else {}
 
     def call(self, method: str, path: str, **request: Any) -> dict[str, Any]:
@@ -36,7 +39,9 @@ class Client:
     def health(self) -> dict[str, Any]:
         """What /health says, of a server that isn't healthy too. Errors as those of `call`; it waits 10 s at most."""
         try:
-            response = httpx.get(f"{self._url}/health", headers=self._headers, timeout=_HEALTH_SECONDS)
+            response = httpx.get(
+                f"{self._url}/health", headers=self._headers, timeout=_HEALTH_SECONDS, trust_env=self._proxies
+            )
             found = response.json() if response.status_code in (200, 503) else None
         except httpx.ConnectError:
             raise _nobody_at(self._url) from None
@@ -52,7 +57,9 @@ class Client:
         """The answer's body, as it comes."""
         try:
             with (
-                httpx.Client(base_url=self._url, headers=self._headers, timeout=_TIMEOUT) as client,
+                httpx.Client(
+                    base_url=self._url, headers=self._headers, timeout=_TIMEOUT, trust_env=self._proxies
+                ) as client,
                 client.stream(method, path, **request) as response,
             ):
                 if response.status_code >= 400:

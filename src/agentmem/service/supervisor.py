@@ -78,7 +78,10 @@ class _Supervisor:
         self._ready_at = None
         self._note(phase="starting", since=time.time(), url=None)
         self._log.info(STARTED)
-        process = await self._spawn()
+        try:
+            process = await self._spawn()
+        except OSError as e:  # no memory for another process, say
+            return self._note_end(str(e))
         stopping = asyncio.create_task(self._terminate_when_told(process))
         assert process.stdout is not None
         async for line in _lines(process.stdout):
@@ -89,8 +92,7 @@ class _Supervisor:
         code = await process.wait()
         stopping.cancel()
         if not self._stop.is_set():
-            ended = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
-            self._note(phase="waiting", url=None, ended=ended, restarts=self._state.restarts + 1)
+            self._note_end(f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}")
 
     async def _spawn(self) -> asyncio.subprocess.Process:
         lock = acquire(self._files.server)
@@ -115,9 +117,13 @@ class _Supervisor:
         with contextlib.suppress(ProcessLookupError):
             process.terminate()
 
+    def _note_end(self, ended: str) -> None:
+        self._note(phase="waiting", url=None, ended=ended, restarts=self._state.restarts + 1)
+
     def _note(self, **changes: object) -> None:
         self._state = replace(self._state, **changes)  # type: ignore[arg-type]
-        self._state.write(self._files.state)
+        with contextlib.suppress(OSError):  # on a full disk the server goes on, and so it is supervised
+            self._state.write(self._files.state)
 
     def _say(self, text: str) -> None:
         self._log.info(f"agentmem service: {time.strftime('%Y-%m-%d %H:%M:%S')} {text}")

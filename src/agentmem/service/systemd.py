@@ -26,6 +26,7 @@ RestartSec=2
 KillMode=mixed
 TimeoutStopSec={stop_seconds}
 UMask=0077
+WorkingDirectory=/
 StandardOutput=append:{log}
 {environment}
 [Install]
