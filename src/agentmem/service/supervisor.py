@@ -92,7 +92,7 @@ class _Supervisor:
         code = await process.wait()
         stopping.cancel()
         if not self._stop.is_set():
-            self._note_end(f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}")
+            self._note_end(f"killed by signal {-code}" if code < 0 else f"exit code {code}")
 
     async def _spawn(self) -> asyncio.subprocess.Process:
         lock = acquire(self._files.server)
