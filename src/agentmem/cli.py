@@ -12,6 +12,7 @@ from typing import Annotated, Any, get_args, get_origin
 import typer
 
 from . import __version__, cli_agents, cli_bench, cli_service, cli_store
+from .cli_chat import chat
 from .cli_explain import explain
 from .cli_status import status
 from .config import Settings, load_settings
@@ -28,6 +29,7 @@ app.add_typer(cli_bench.app, name="bench")
 app.add_typer(cli_service.app, name="service")
 app.command()(status)
 cli_agents.app.command()(explain)
+app.command()(chat)
 
 ConfigOption = Annotated[Path | None, typer.Option("--config", help="TOML file with settings, see configs/")]
 JsonOption = Annotated[bool, typer.Option("--json", help="print JSON, for programs")]
