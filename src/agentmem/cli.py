@@ -1,4 +1,4 @@
-"""The command line. Options of serve are the settings of config.py; agents, store and bench have files of their own."""
+"""The command line. Options of serve are the settings of config.py; most groups of commands have files of their own."""
 
 import asyncio
 import inspect
@@ -11,10 +11,11 @@ from typing import Annotated, Any, get_args, get_origin
 
 import typer
 
-from . import __version__, cli_agents, cli_bench, cli_store
+from . import __version__, cli_agents, cli_bench, cli_service, cli_store
 from .cli_agents import Json
 from .cli_chat import chat
 from .cli_explain import explain
+from .cli_status import status
 from .cli_store import Config
 from .config import Settings, load_settings
 from .errors import AgentMemError, StartupError
@@ -27,6 +28,8 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_
 app.add_typer(cli_agents.app, name="agents")
 app.add_typer(cli_store.app, name="store")
 app.add_typer(cli_bench.app, name="bench")
+app.add_typer(cli_service.app, name="service")
+app.command()(status)
 cli_agents.app.command()(explain)
 app.command()(chat)
 
@@ -86,6 +89,9 @@ def _option(name: str) -> inspect.Parameter:
 
 
 _METAVARS: dict[Any, str] = {int: "N", float: "SECONDS", Path: "DIR", Path | None: "FILE"}
+
+
+cli_service.app.command()(with_settings()(cli_service.install))
 
 
 @app.command()

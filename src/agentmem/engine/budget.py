@@ -59,7 +59,7 @@ class RamBudget:
         active: Callable[[], Iterable[Sequence]],
     ):
         """`active`: the sequences that hold RAM or are about to. Raises StartupError: too small for any sequence."""
-        self.limit, self._memory_limit = limit, memory_limit
+        self.limit, self.memory_limit = limit, memory_limit
         self._contexts, self._restorer, self._saver, self._store = contexts, restorer, saver, store
         self._spec, self._on_codes, self._active = contexts.spec, on_codes, active
         self.short_since: float | None = None  # time.monotonic(): a request waits for RAM, and nothing runs
@@ -161,17 +161,17 @@ class RamBudget:
 
     def relieve_process(self) -> str | None:
         """Keep the process below `memory_limit` by evicting. Returns what to tell new requests if that won't do."""
-        footprint = _footprint_above(_EVICT_FROM * self._memory_limit)
+        footprint = _footprint_above(_EVICT_FROM * self.memory_limit)
         self.under_pressure = footprint is not None
         if footprint is None:
             return None
-        too_many = footprint - int(_EVICT_TO * self._memory_limit)
+        too_many = footprint - int(_EVICT_TO * self.memory_limit)
         self.evict_idle(too_many)
         self._save_soon(too_many)
-        footprint = _footprint_above(self._memory_limit)
+        footprint = _footprint_above(self.memory_limit)
         if footprint is None:
             return None
-        return f"the process takes {footprint:,} bytes, more than memory_limit ({self._memory_limit:,})"
+        return f"the process takes {footprint:,} bytes, more than memory_limit ({self.memory_limit:,})"
 
     def _may_lose(self) -> bool:
         """Whether to give up caches that are not on disk: a store that can't write must not stop the serving."""
