@@ -152,3 +152,8 @@ def _interval(row):
 
 def _size(nbytes):
     return f"{nbytes / 1e9:.1f} GB" if nbytes >= 999.5e6 else f"{nbytes / 1e6:.0f} MB"
+
+
+@pytest.mark.parametrize("given", ["a.local, b.local", ["a.local,b.local"], ["a.local", "b.local"]])
+def test_hosts_are_split_at_commas_wherever_they_come_from(given):
+    assert load_settings({"allowed_hosts": given}).allowed_hosts == ["a.local", "b.local"]

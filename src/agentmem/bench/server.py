@@ -41,7 +41,7 @@ class Server:
                 break
         else:
             raise BenchError(f"the server ended with {self.process.wait()}: {last_line(self.log)}")
-        self.client = httpx.Client(base_url=self.url, timeout=httpx.Timeout(10.0, read=None))
+        self.client = httpx.Client(base_url=self.url, timeout=httpx.Timeout(10.0, read=None), trust_env=False)
 
     def post(self, path: str, **body: Any) -> dict[str, Any]:
         """`path` after /v1."""
