@@ -22,6 +22,7 @@ from typing import Any
 from ..config import Settings
 from ..errors import StartupError
 from .prompts import Prompts
+from .scenario_checks import Said
 from .scenario_file import Mode, Phase, Scenario, Turn
 from .scenario_result import Times, TurnRow
 from .server import Answer, BenchError, Messages, Server, ask
@@ -102,26 +103,28 @@ class Play:
                 server.warm_up(self._prompts.messages(_WARM_UP))
                 for phase in act:
                     began = time.perf_counter()
-                    for turn in phase.turns:
-                        self._turn(server, phase, turn)
+                    for number, turn in enumerate(phase.turns, start=1):
+                        self._turn(server, phase, turn, number)
                         done()
                     ended = time.perf_counter()
                     times.add(times.wall, self._mode, phase.name, ended - began)
 
-    def _turn(self, server: Server, phase: Phase, turn: Turn) -> None:
-        number, back = len(self.rows), any(row.agent == turn.agent for row in self.rows)
+    def _turn(self, server: Server, phase: Phase, turn: Turn, number: int) -> None:
+        """`number`: of the turn in its phase."""
+        place, back = len(self.rows), any(row.agent == turn.agent for row in self.rows)
         messages = self._stage.prompt(phase, turn)
-        agent = f"{turn.agent}-{number}" if self._mode == "cold" else turn.agent
+        agent = f"{turn.agent}-{place}" if self._mode == "cold" else turn.agent
         options: dict[str, Any] = {"agent_id": agent, "agentmem": {"ephemeral": self._mode != "persistent"}}
         answer = ask(server.client, messages, turn.max_tokens, may_be_empty=True, **options)
         if not back:  # later, the tokens of an answer need not be those that its text has
             self._prompts.check(messages, answer.prompt_tokens)
         if self._records:
             self._script.append(answer.text)
-        row = _row(answer, self._run, self._mode, phase, turn, answer.text == self._script[number])
+        said = Said(run=self._run, mode=self._mode, phase=phase.name, turn=number, agent=turn.agent, answer=answer.text)
+        row = _row(said, answer, answer.text == self._script[place])
         _check_cache(row, back)
         self.rows.append(row)
-        self._stage.answered(phase, turn, self._script[number])
+        self._stage.answered(phase, turn, self._script[place])
 
 
 def _check_cache(row: TurnRow, back: bool) -> None:
@@ -138,14 +141,9 @@ def _acts(phases: Sequence[Phase]) -> Iterator[list[Phase]]:
         yield list(phases[start:end])
 
 
-def _row(answer: Answer, run: int, mode: str, phase: Phase, turn: Turn, same: bool) -> TurnRow:
+def _row(said: Said, answer: Answer, same: bool) -> TurnRow:
     return TurnRow(
-        run=run,
-        mode=mode,
-        phase=phase.name,
-        turn=phase.turns.index(turn) + 1,
-        agent=turn.agent,
-        answer=answer.text,
+        **said.model_dump(),
         cache=answer.details["cache"],
         prompt_tokens=answer.prompt_tokens,
         cached_tokens=answer.cached_tokens,
