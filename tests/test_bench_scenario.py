@@ -1,12 +1,9 @@
 """`agentmem bench scenario`, as a process on a tiny model; its file format, and what answers are judged by."""
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from bench_process import FAULT, result_of, run_bench
 from tiny import BLOCK, random_tokens
 from tiny_model_dir import write_tiny_model
 
@@ -14,8 +11,6 @@ from agentmem.bench.scenario_checks import Said, distinct_ngrams, judge, own_wor
 from agentmem.bench.scenario_file import Scenario, built_in, parse, read_scenario
 from agentmem.errors import StartupError
 
-COMMAND = (sys.executable, "-m", "agentmem.cli", "bench", "scenario")
-FAULT = 2  # exit code
 MODES = ["persistent", "restart", "cold"]
 
 
@@ -47,35 +42,24 @@ checks:
 """
 
 
-def bench(home: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("AGENTMEM_")}
-    environment["TMPDIR"] = str(home)  # its lock too: a benchmark elsewhere on this machine is no matter
-    command = [str(part) for part in (*COMMAND, *arguments, "--home", home)]
-    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
-
-
 @pytest.fixture(scope="module")
 def files(tmp_path_factory) -> Path:
-    """A directory with a model, a corpus, a scenario, and its document beside it."""
+    """A directory with a model, a scenario, and its document beside it."""
     directory = tmp_path_factory.mktemp("files")
     write_tiny_model(directory / "tiny")
-    (directory / "words.txt").write_text(words(3000, 8))
     (directory / "case.txt").write_text(words(70, 9))
     (directory / "two.yaml").write_text(SCENARIO)
     (directory / "small.toml").write_text(f"block_size = {BLOCK}\n")
     return directory
 
 
-def options(files: Path) -> list[object]:
-    return ["--model", files / "tiny", "--corpus", files / "words.txt", "--config", files / "small.toml"]
+def play(directory: Path, files: Path, name: object, *arguments: object) -> dict:
+    return result_of(directory, "scenario", files / "tiny", name, "--config", files / "small.toml", *arguments)
 
 
 @pytest.fixture(scope="module")
 def result(files, tmp_path_factory) -> dict:
-    home = tmp_path_factory.mktemp("run")
-    done = bench(home, files / "two.yaml", *options(files), "--json", home / "result.json")
-    assert done.returncode == 0, done.stderr
-    return json.loads((home / "result.json").read_text()) | {"printed": done.stdout}
+    return play(tmp_path_factory.mktemp("run"), files, files / "two.yaml")
 
 
 def turns(result: dict, mode: str, run: int = 0) -> list[dict]:
@@ -103,7 +87,7 @@ def test_each_pass_plays_all_turns_in_all_modes_with_the_same_text(result):
 
 def test_greedy_answers_are_the_same_whatever_is_cached(result):
     assert result["answers_equal"] and all(turn["same_answer"] for turn in result["turns"])
-    assert "All modes gave the same answers." in result["printed"]
+    assert "All modes gave the same answers." in result["shown"]
 
 
 def test_persistent_returns_from_disk_and_prefills_only_what_is_new(result):
@@ -170,12 +154,10 @@ def test_answers_are_judged_in_every_mode_and_what_fails_is_named(result):
 
 
 def test_experts_are_primed_cold_asked_from_disk_and_asked_again_from_ram(files, tmp_path):
-    done = bench(tmp_path, "routing", *options(files), "--tokens", 200, "--json", tmp_path / "result.json")
-    assert done.returncode == 0, done.stderr
-    result = json.loads((tmp_path / "result.json").read_text())
+    result = play(tmp_path, files, "routing", "--tokens", 200)
     assert [row["cache"] for row in result["rows"]] == [{"cold": 10}, {"warm": 10}, {"hot": 10}]
     assert min(turn["prompt_tokens"] for turn in result["turns"]) > 200
-    assert "query, persistent: " in done.stdout
+    assert "query, persistent: " in result["shown"]
 
 
 def test_the_papers_scenarios_have_its_numbers():
@@ -226,7 +208,7 @@ def test_a_check_of_documents_needs_documents():
     ],
 )
 def test_a_wrong_argument_is_one_line(arguments, message, files, tmp_path):
-    done = bench(tmp_path, *arguments, *options(files))
+    done = run_bench(tmp_path, "scenario", *arguments, "--model", files / "tiny")
     assert done.returncode == FAULT and done.stdout == ""
     assert message in done.stderr and len(done.stderr.splitlines()) == 1
 

@@ -48,10 +48,13 @@ class _Sequence(Protocol):
     def __call__(self, tokens: list[int]) -> mx.array: ...
 
 
+Begin = Callable[[int], _Sequence]  # with an empty cache that has room for so many tokens
+
+
 @dataclass(frozen=True)
 class _Preset:
     kv_bits: str
-    begin: Callable[[int], _Sequence]  # with an empty cache that has room for so many tokens
+    begin: Begin
     sizes: tuple[float, float]  # bytes a token, ratio to FP16
 
 
@@ -68,9 +71,8 @@ def measure(
     All presets go through a window together, a block at a time, so that of logits one block's are in memory.
     """
     ready, missing = _prepare(loaded, [p for p in PRESETS if p in presets or p == REFERENCE], block_size)
-    by_window = [_score_window(ready, window, block_size, progress) for window in windows]
-    scores = {preset.kv_bits: [scored[i] for scored in by_window] for i, preset in enumerate(ready)}
-    rows = [_result(preset, scores[REFERENCE], scores[preset.kv_bits]) for preset in ready]
+    scores = score_windows([preset.begin for preset in ready], windows, block_size, progress)
+    rows = [_result(preset, scores[0], of) for preset, of in zip(ready, scores, strict=True)]
     return rows + missing
 
 
@@ -85,7 +87,7 @@ def _prepare(loaded: LoadedModel, names: list[str], block_size: int) -> tuple[li
         centres = quantized[0].calibrate(tokens)
         for runner in quantized:
             runner.use_centres(centres)
-    ready = [_Preset(name, _production(runner), _sizes(runner.spec)) for name, runner in runners.items()]
+    ready = [_Preset(name, production(runner), _sizes(runner.spec)) for name, runner in runners.items()]
     if PLAIN not in names:
         return ready, []
     try:
@@ -96,7 +98,7 @@ def _prepare(loaded: LoadedModel, names: list[str], block_size: int) -> tuple[li
     return [*ready, _Preset(PLAIN, lambda capacity: _plain(loaded.model), sizes)], []
 
 
-def _production(runner: ModelRunner) -> Callable[[int], _Sequence]:
+def production(runner: ModelRunner) -> Begin:
     def begin(capacity: int) -> _Sequence:
         cache = runner.new_cache(capacity=capacity)
 
@@ -121,12 +123,22 @@ def _sizes(spec: KVCacheSpec) -> tuple[float, float]:
     return sealed, sealed / fp16 if fp16 else 1.0  # a recurrent model keeps nothing of a single token
 
 
+def score_windows(
+    begin: Sequence[Begin],
+    windows: Iterable[Window],
+    block_size: int,
+    progress: Callable[[int], object] = lambda tokens: None,
+) -> list[list[Score]]:
+    """For each way to begin a sequence its score in every window; the first is the reference of all."""
+    by_window = [_score_window(begin, window, block_size, progress) for window in windows]
+    return [list(scores) for scores in zip(*by_window, strict=True)]
+
+
 def _score_window(
-    presets: list[_Preset], window: Window, block_size: int, progress: Callable[[int], object]
+    begin: Sequence[Begin], window: Window, block_size: int, progress: Callable[[int], object]
 ) -> list[Score]:
-    """One score for each preset; the first of them is the reference of all."""
-    feeds = [preset.begin(len(window.inputs)) for preset in presets]
-    scores = [Score() for _ in presets]
+    feeds = [with_room(len(window.inputs)) for with_room in begin]
+    scores = [Score() for _ in begin]
     for start in range(0, len(window.inputs), block_size):
         tokens = window.inputs[start : start + block_size]
         first = max(0, window.first_scored - start)

@@ -95,3 +95,22 @@ def _write(figure: Any, path: Path) -> None:
         figure.savefig(path, dpi=150)
     except (OSError, ValueError) as e:
         raise StartupError(f"--plot {path}: {e}") from None
+
+
+def plot_write(result: dict[str, Any], path: Path) -> None:
+    """Bytes written so far over tokens so far, beside the line of what is kept in the end."""
+    from itertools import accumulate
+
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
+    tokens = list(accumulate(row["tokens"] for row in result["rows"]))
+    written = [nbytes / 1e6 for nbytes in accumulate(row["bytes"] for row in result["rows"])]
+    axes.step(tokens, written, where="post", label="written by then")
+    axes.plot([0, tokens[-1]], [0, result["kept_bytes"] / 1e6], "--", color="grey", label="kept in the end")
+    axes.set_xlabel("tokens of the conversation")
+    axes.set_ylabel("MB of block and tail files")
+    axes.legend()
+    figure.suptitle(f"{result['model']}: {result['amplification']:.2f} bytes written for each that is kept")
+    _write(figure, path)

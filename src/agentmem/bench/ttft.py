@@ -16,9 +16,8 @@ import mlx.core as mx
 from mlx_lm.models.cache import make_prompt_cache
 
 from ..config import Settings
-from ..engine.engine import Engine
-from ..engine.request import Finished, GenerateRequest, RequestStats, SamplingParams
 from ..models.loading import LoadedModel
+from .in_process import ask_engine, running_engine
 from .prompts import Prompts
 from .result import Part, Result, Ttft, ttft
 from .server import Answer, BenchError, Server
@@ -117,15 +116,11 @@ def measure_engine(
         ids, times = prompts.ids(n), samples[n].engine
         times["bare"].append(bare_ms(loaded.model, ids, settings.prefill_chunk))
         for states in (("cold",), ("warm", "hot")):
-            engine = Engine(settings, lambda: loaded)
-            engine.start()
-            try:
+            with running_engine(settings, loaded) as engine:
                 for state in states:
-                    stats = asyncio.run(_ask_engine(engine, f"agent-{id(ids)}", ids))
+                    stats = asyncio.run(ask_engine(engine, f"agent-{id(ids)}", ids)).stats
                     assert stats.cache == state, f"{stats.cache}, not {state}"
                     times[state].append(stats.ttft_ms)
-            finally:
-                asyncio.run(engine.stop())
         done(2 * n)
 
 
@@ -138,14 +133,6 @@ def bare_ms(model: Any, prompt: Sequence[int], chunk: int) -> float:
         mx.eval([c.state for c in cache])
     mx.eval(model(mx.array([prompt[-1:]]), cache=cache)[:, -1].argmax(-1))
     return (time.perf_counter() - began) * 1e3
-
-
-async def _ask_engine(engine: Engine, agent: str, prompt: list[int]) -> RequestStats:
-    request = GenerateRequest("default", agent, prompt, SamplingParams(max_tokens=1, temperature=0.0))
-    async for event in engine.generate(request):
-        if isinstance(event, Finished):
-            return event.stats
-    raise AssertionError("the stream ended without Finished")
 
 
 def rows(samples: dict[int, Samples], paper: dict[int, dict[str, int]] | None) -> list[TtftRow]:

@@ -76,8 +76,8 @@ class ModelRunner:
         plain = self.plain_spec
         return key_centres(plain, lambda t, cache: self._forward(plain, t, [cache]), tokens)
 
-    def use_centres(self, centres: list[mx.array]) -> None:
-        self._space = CacheSpace(self.spec, centres)
+    def use_centres(self, centres: list[mx.array], space: type[CacheSpace] = CacheSpace) -> None:
+        self._space = space(self.spec, centres)
 
     def new_cache(
         self,

@@ -1,0 +1,46 @@
+"""An engine in the benchmark's own process: no HTTP, no second copy of the model."""
+
+import asyncio
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from ..config import Settings
+from ..engine.engine import Engine
+from ..engine.request import Finished, GenerateRequest, RequestStats, SamplingParams
+from ..models.loading import LoadedModel
+
+NAMESPACE = "default"
+
+
+@contextmanager
+def running_engine(settings: Settings, loaded: LoadedModel) -> Iterator[Engine]:
+    engine = Engine(settings, lambda: loaded)
+    engine.start()
+    try:
+        yield engine
+    finally:
+        asyncio.run(engine.stop())
+
+
+@dataclass(frozen=True)
+class Reply:
+    text: str
+    stats: RequestStats
+    times: list[float]  # of perf_counter(), at each piece of text
+
+
+async def ask_engine(engine: Engine, agent: str, prompt: list[int], max_tokens: int = 1, **params: Any) -> Reply:
+    """Greedy, unless `params` (of SamplingParams) say otherwise; exactly `max_tokens`."""
+    params = {"temperature": 0.0, "ignore_eos": True} | params
+    request = GenerateRequest(NAMESPACE, agent, prompt, SamplingParams(max_tokens, **params))
+    text = ""
+    times: list[float] = []
+    async for event in engine.generate(request):
+        if isinstance(event, Finished):
+            return Reply(text, event.stats, times)
+        text += event.text
+        times.append(time.perf_counter())
+    raise AssertionError("the stream ended without Finished")

@@ -1,0 +1,49 @@
+"""`agentmem bench ablation`: each component off in turn."""
+
+from typing import Annotated
+
+import typer
+
+from ..cli_agents import table
+from ..errors import StartupError
+from .common import Config, Corpus, Home, JsonFile, Model, Passes, benchmark, save, show
+
+_NAMES = "persistence,quantization,rotation,batching,splice,overlap"
+
+
+def ablation(
+    components: Annotated[str, typer.Option(help="comma-separated")] = _NAMES,
+    context: Annotated[int, typer.Option(min=128, help="prompt tokens")] = 1000,
+    passes: Passes = 3,
+    model: Model = None,
+    corpus: Corpus = None,
+    json_file: JsonFile = None,
+    home: Home = None,
+    config: Config = None,
+) -> None:
+    """What each component is good for: the same work with it and without it, in turns, in process.
+
+    Without persistence the store is empty after a restart; without quantization blocks are in the model's own dtype;
+    without rotation codes are made of keys and values as they are; without batching answers come one after the other;
+    without splice each prompt is tokenized anew; without overlap decode waits for every read.
+
+    JSON: {"rows": [{"component", "measure", "unit", "better", "on": {"median", "min", "max"}, "off", "off_over_on"}]}.
+    """
+    names = [name.strip() for name in components.split(",") if name.strip()]
+    if unknown := [name for name in names if name not in _NAMES.split(",")] or not names:
+        raise StartupError(f"--components {unknown if names else components!r}: choose from {_NAMES}")
+    with benchmark({"model": model, "home": home}, config, json_file) as run:
+        from ..bench import ablation as bench
+
+        work = bench.Bench(run.session, run.settings, run.load(), run.prompts(corpus), context)
+        task = run.progress.add_task("with and without", total=len(names) * passes * 2)
+        done = lambda: run.progress.advance(task)  # noqa: E731
+        rows = list(bench.measure(work, names, passes, done))
+        result = bench.AblationResult(context=context, rows=rows, **run.head(passes))
+    save(result, json_file)
+    lines = table("component", "measure", "with", "without", "without/with", "unit", "better", left=2)
+    for row in rows:
+        ratio = "-" if row.off_over_on is None else f"{row.off_over_on:.2f}x"
+        values = (f"{v.median:,.5f}" if row.unit == "nats" else f"{v.median:,.1f}" for v in (row.on, row.off))
+        lines.add_row(row.component, row.measure, *values, ratio, row.unit, row.better)
+    show(f"{result.model}, {context:,} tokens, medians of {passes} passes", lines)

@@ -1,0 +1,38 @@
+"""`agentmem bench persistence`: what is left after a restart and after a kill."""
+
+from typing import Annotated
+
+import typer
+
+from ..cli_agents import table
+from .common import Config, Corpus, Home, JsonFile, Model, Passes, benchmark, save, show
+
+
+def persistence(
+    context: Annotated[int, typer.Option(min=64, help="prompt tokens")] = 2000,
+    passes: Passes = 3,
+    model: Model = None,
+    corpus: Corpus = None,
+    json_file: JsonFile = None,
+    home: Home = None,
+    config: Config = None,
+) -> None:
+    """What an agent still has after its server was stopped, killed at rest, or killed right after an answer.
+
+    JSON: {"rows": [{"ending", "cold": {"ttft_ms"}, "restarted": {"ttft_ms"}, "lost_tokens", "same_answers", ...}]}.
+    """
+    with benchmark({"model": model, "home": home}, config, json_file) as run:
+        from ..bench import persistence as bench
+
+        task = run.progress.add_task("stopping and killing", total=passes * len(bench.ENDINGS))
+        done = lambda: run.progress.advance(task)  # noqa: E731
+        rows = bench.measure(run.session, run.settings, run.model, run.prompts(corpus), context, passes, done)
+        result = bench.PersistenceResult(rows=rows, **run.head(passes))
+    save(result, json_file)
+    lines = table("ending", "cold ms", "restarted ms", "cold/restarted", "lost tokens", "same answers", "ready s")
+    for row in rows:
+        speedup = row.cold.ttft_ms / row.restarted.ttft_ms
+        times = f"{row.cold.ttft_ms:,.0f}", f"{row.restarted.ttft_ms:,.0f}", f"{speedup:.1f}x"
+        lost = f"{row.lost_tokens.median:,.0f}"
+        lines.add_row(row.ending, *times, lost, "yes" if row.same_answers else "no", f"{row.ready_s.median:.1f}")
+    show(f"An agent of {rows[0].prompt_tokens:,} tokens, {result.model}, medians of {passes} passes", lines)

@@ -1,0 +1,46 @@
+"""`agentmem bench write`: what a conversation writes to disk."""
+
+from typing import Annotated
+
+import typer
+
+from ..cli_agents import size
+from .common import Config, Corpus, Home, JsonFile, Model, Plot, benchmark, save, show
+
+
+def write(
+    turns: Annotated[int, typer.Option(min=2, help="turns of the conversation")] = 40,
+    tokens: Annotated[int, typer.Option(min=64, help="about, at the end")] = 4000,
+    model: Model = None,
+    corpus: Corpus = None,
+    json_file: JsonFile = None,
+    plot: Plot = None,
+    home: Home = None,
+    config: Config = None,
+) -> None:
+    """Write amplification: bytes that a conversation writes over the bytes that it keeps.
+
+    JSON: {"rows": [{"turn", "tokens", "bytes"}], "written_bytes", "kept_bytes", "amplification", ...}.
+    """
+    with benchmark({"model": model, "home": home}, config, json_file, plot) as run:
+        from ..bench import write as bench
+
+        task = run.progress.add_task("conversing", total=turns)
+        done = lambda: run.progress.advance(task)  # noqa: E731
+        found = bench.measure(run.session, run.settings, run.model, run.prompts(corpus), turns, tokens, done)
+        result = bench.WriteResult(**found, **run.head(1))
+    save(result, json_file)
+    first, second = result.bytes_per_token_halves
+    show(
+        f"{turns} turns, {result.tokens:,} tokens, {result.model}: {size(result.written_bytes)} written, "
+        f"{size(result.kept_bytes)} kept: {result.amplification:.2f} bytes for each",
+        f"a token wrote {first:,.0f} bytes in the first half of the turns, {second:,.0f} in the second",
+    )
+    if result.process_bytes is not None:
+        show(
+            f"the server's process gave the disk {size(result.process_bytes)} before it stopped, its database included"
+        )
+    if plot:
+        from ..bench.plot import plot_write
+
+        plot_write(result.model_dump(), plot)
