@@ -125,19 +125,7 @@ def test_rows_add_up_to_the_turns(result):
 
 
 def test_a_second_pass_says_and_hears_the_same_on_an_empty_store(files, tmp_path):
-    done = bench(
-        tmp_path,
-        files / "two.yaml",
-        *options(files),
-        "--compare",
-        "persistent",
-        "--passes",
-        2,
-        "--json",
-        tmp_path / "r",
-    )
-    assert done.returncode == 0, done.stderr
-    result = json.loads((tmp_path / "r").read_text())
+    result = play(tmp_path, files, files / "two.yaml", "--compare", "persistent", "--passes", 2)
     first, second = (turns(result, "persistent", run) for run in (0, 1))
     for key in ("answer", "cache", "prompt_tokens", "cached_tokens"):
         assert [t[key] for t in first] == [t[key] for t in second]
