@@ -156,6 +156,12 @@ def test_the_papers_scenarios_have_its_numbers():
     assert all(sorted(t.agent for t in p.turns) == sorted(a.name for a in routing.agents) for p in routing.phases)
 
 
+def test_the_readmes_example_is_a_scenario():
+    readme = (Path(__file__).parent.parent / "benchmarks" / "scenarios" / "README.md").read_text()
+    scenario = parse(readme.partition("```yaml\n")[2].partition("```")[0], "README.md")
+    assert scenario.num_turns == 3 and scenario.phases[1].faster_than == "reading"
+
+
 @pytest.mark.parametrize(
     "was, becomes, line, message",
     [
