@@ -63,7 +63,7 @@ def plot_ttft(result: dict[str, Any], path: Path) -> None:
 
 
 def plot_scenario(result: dict[str, Any], path: Path) -> None:
-    """Time to first token turn by turn, a line for each mode; and wall time by phase. Of the first pass."""
+    """Time to first token turn by turn of the first pass, a line for each mode; and wall time by phase."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(12, 4.5), layout="constrained")

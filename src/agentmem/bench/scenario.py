@@ -99,7 +99,7 @@ class Play:
         for act in _acts(self._cast.scenario.phases):
             with Server(session, settings, model, session.directory / f"{self._mode}-{self._run}") as server:
                 if ended is not None:
-                    times.add(times.restart, self._mode, act[0].name, time.perf_counter() - ended)
+                    times.restart[self._mode, act[0].name].append(time.perf_counter() - ended)
                 server.warm_up(self._prompts.messages(_WARM_UP))
                 for phase in act:
                     began = time.perf_counter()
@@ -107,7 +107,7 @@ class Play:
                         self._turn(server, phase, turn, number)
                         done()
                     ended = time.perf_counter()
-                    times.add(times.wall, self._mode, phase.name, ended - began)
+                    times.wall[self._mode, phase.name].append(ended - began)
 
     def _turn(self, server: Server, phase: Phase, turn: Turn, number: int) -> None:
         """`number`: of the turn in its phase."""

@@ -1,7 +1,7 @@
 """Figures of a scenario: turn by turn, phase by phase, and in all."""
 
 import statistics
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -73,12 +73,8 @@ class ScenarioResult(Result):
 class Times:
     """s, by (mode, phase), of each pass."""
 
-    wall: dict[tuple[str, str], list[float]] = field(default_factory=dict)
-    restart: dict[tuple[str, str], list[float]] = field(default_factory=dict)
-
-    @staticmethod
-    def add(to: dict[tuple[str, str], list[float]], mode: str, phase: str, seconds: float) -> None:
-        to.setdefault((mode, phase), []).append(seconds)
+    wall: dict[tuple[str, str], list[float]] = field(default_factory=lambda: defaultdict(list))
+    restart: dict[tuple[str, str], list[float]] = field(default_factory=lambda: defaultdict(list))
 
 
 def phase_rows(scenario: Scenario, modes: Sequence[str], turns: Sequence[TurnRow], times: Times) -> list[PhaseRow]:
