@@ -167,13 +167,14 @@ def test_the_readmes_example_is_a_scenario():
     [
         ("agent: b", "agent: c", 11, "phases[0].turns[1].agent: 'c' is none of the agents"),
         ("hear: [a]", "hear: [a, x]", 11, "phases[0].turns[1].hear: 'x' is none of the agents"),
-        ("name: b", "name: a", 6, "agents[1].name: 'a' is taken"),
+        ("name: b", "name: a", 6, "agents[1]: 'a' is there twice"),
         ("max_tokens: 6", "max_tokens: many", 10, "phases[0].turns[0].max_tokens: Input should be a valid integer"),
         ("max_tokens: 6", "max_token: 6", 10, "phases[0].turns[0].max_token: Extra inputs are not permitted"),
         ("restart: true", "restart: perhaps", 14, "phases[1].restart: Input should be a valid boolean"),
         ("faster_than: first", "faster_than: second", 15, "phases[1].faster_than: 'second' is no earlier phase"),
         ("corpus: 100", "corpus: 100, document: w9", 5, "agents[0]: give one of document, corpus and file"),
         ("compare: [persistent", "compare: [lasting", 3, "compare[0]: Input should be 'persistent', 'restart' or"),
+        ("restart, cold]", "cold, cold]", 3, "compare[2]: 'cold' is there twice"),
         ("phases: [first]", "phases: [third]", 21, "checks[1].phases: 'third' is none of the phases"),
         ("min_chars: 1}", "mentions: 5}", 20, "checks[0].mentions"),
         ("name: second", "name: [", 15, "not YAML"),
@@ -198,6 +199,7 @@ def test_a_check_of_documents_needs_documents():
         (("nowhere.yaml",), "nowhere.yaml: No such file or directory; there are prisoner, routing"),
         (("prisoner", "--compare", "persistent,lost"), "choose from persistent, restart, cold"),
         (("prisoner", "--compare", "cold,cold"), "each once"),
+        (("prisoner", "--tokens", "100"), "no agent of prisoner has a document from the corpus"),
         (("prisoner", "--json", "/nowhere/x.json"), "/nowhere/x.json: can't be written"),
     ],
 )

@@ -137,10 +137,10 @@ def _faults(scenario: Scenario) -> Iterator[tuple[Place, str]]:
     """Names that stand for nothing, or for two things."""
     agents = [agent.name for agent in scenario.agents]
     phases = [phase.name for phase in scenario.phases]
-    for kind, names in (("agents", agents), ("phases", phases)):
+    for kind, names in (("agents", agents), ("phases", phases), ("compare", scenario.compare)):
         for i in range(len(names)):
             if names[i] in names[:i]:
-                yield (kind, i, "name"), f"{names[i]!r} is taken"
+                yield (kind, i), f"{names[i]!r} is there twice"
     for i, agent in enumerate(scenario.agents):
         if sum(one is not None for one in (agent.document, agent.corpus, agent.file)) > 1:
             yield ("agents", i), "give one of document, corpus and file"

@@ -47,6 +47,8 @@ def scenario(
 
     script, directory = read_scenario(name)
     modes = _modes(compare) if compare else script.compare
+    if tokens and not any(agent.corpus for agent in script.agents):
+        raise StartupError(f"--tokens {tokens}: no agent of {name} has a document from the corpus")
     with benchmark({"model": model, "home": home}, config, json_file, plot) as run:
         from ..bench import scenario as bench
         from ..bench.scenario_checks import judge
