@@ -70,7 +70,7 @@ def test_the_result_has_a_row_for_each_preset_and_says_what_was_measured(result,
     printed = result.pop("printed")
     assert [row["kv_bits"] for row in result["presets"]] == ROWS
     assert all(set(row) == set(FIELDS) for row in result["presets"])
-    assert set(result) == {"presets", "machine", "model", "corpus", "window", "stride", "tokens", "date"}
+    assert set(result) == {"benchmark", "presets", "machine", "model", "corpus", "window", "stride", "tokens", "date"}
     assert (result["model"], result["corpus"]) == (str(model), corpus.name)
     assert (result["window"], result["stride"], result["tokens"]) == (WINDOW, STRIDE, 128 + 2 * 64)
     assert [line.split()[0] for line in printed.splitlines()[2:]] == ROWS

@@ -87,7 +87,7 @@ def test_each_pass_plays_all_turns_in_all_modes_with_the_same_text(result):
 
 def test_greedy_answers_are_the_same_whatever_is_cached(result):
     assert result["answers_equal"] and all(turn["same_answer"] for turn in result["turns"])
-    assert "All modes gave the same answers." in result["shown"]
+    assert "All answers equal." in result["shown"]
 
 
 def test_persistent_returns_from_disk_and_prefills_only_what_is_new(result):

@@ -12,6 +12,7 @@ from typing import Annotated, Any, get_args, get_origin
 import typer
 
 from . import __version__, cli_agents, cli_bench, cli_store
+from .cli_chat import chat
 from .cli_explain import explain
 from .config import Settings, load_settings
 from .errors import AgentMemError, StartupError
@@ -25,6 +26,7 @@ app.add_typer(cli_agents.app, name="agents")
 app.add_typer(cli_store.app, name="store")
 app.add_typer(cli_bench.app, name="bench")
 cli_agents.app.command()(explain)
+app.command()(chat)
 
 ConfigOption = Annotated[Path | None, typer.Option("--config", help="TOML file with settings, see configs/")]
 JsonOption = Annotated[bool, typer.Option("--json", help="print JSON, for programs")]

@@ -1,7 +1,8 @@
 """Talks to a running server, for the command line."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Generator
+from contextlib import closing
 from typing import Any
 
 import httpx
@@ -32,7 +33,20 @@ class Client:
             raise RequestFailed(f"{self._url}{path} answered with no JSON object: is this an agentmem server?")
         return found
 
-    def stream(self, method: str, path: str, **request: Any) -> Iterator[bytes]:
+    def events(self, method: str, path: str, **request: Any) -> Generator[dict[str, Any], None, None]:
+        """The JSON of a stream of server-sent events, as it comes. RequestFailed: also an error among them."""
+        rest = b""
+        with closing(self.stream(method, path, **request)) as chunks:
+            for chunk in chunks:
+                *lines, rest = (rest + chunk).split(b"\n")
+                for line in lines:
+                    if line.startswith(b"data: {"):
+                        event = json.loads(line.removeprefix(b"data: "))
+                        if "error" in event:
+                            raise RequestFailed(event["error"]["message"], code=event["error"]["code"])
+                        yield event
+
+    def stream(self, method: str, path: str, **request: Any) -> Generator[bytes, None, None]:
         """The answer's body, as it comes."""
         try:
             with (
@@ -41,16 +55,20 @@ class Client:
             ):
                 if response.status_code >= 400:
                     response.read()
-                    raise RequestFailed(_message(response))
+                    raise _failed(response)
                 yield from response.iter_bytes()
         except httpx.ConnectError:
             raise StartupError(f"no server answers at {self._url}: start it (agentmem serve), or give --url") from None
+        except (httpx.RemoteProtocolError, httpx.ReadError):
+            raise StartupError(f"the server at {self._url} went away before its answer was whole") from None
         except (httpx.HTTPError, httpx.InvalidURL) as e:
             raise StartupError(f"{self._url}: {type(e).__name__}: {e}") from None
 
 
-def _message(response: httpx.Response) -> str:
+def _failed(response: httpx.Response) -> RequestFailed:
     try:
-        return response.json()["error"]["message"]
-    except (ValueError, KeyError, TypeError):
-        return f"{response.request.url} answered {response.status_code}: is this an agentmem server?"
+        error = response.json()["error"]
+        return RequestFailed(error["message"], code=error.get("code"))
+    except (ValueError, KeyError, TypeError, AttributeError):
+        where = f"{response.request.url} answered {response.status_code}"
+        return RequestFailed(f"{where}: is this an agentmem server?")

@@ -22,9 +22,9 @@ from typing import Any
 from ..config import Settings
 from ..errors import StartupError
 from .prompts import Prompts
-from .scenario_checks import Said
+from .scenario_checks import Said, judge
 from .scenario_file import Mode, Phase, Scenario, Turn
-from .scenario_result import Times, TurnRow
+from .scenario_result import ScenarioResult, Times, TurnRow, phase_rows, totals
 from .server import Answer, BenchError, Messages, Server, ask
 from .session import Session
 
@@ -152,4 +152,21 @@ def _row(said: Said, answer: Answer, same: bool) -> TurnRow:
         ttft_ms=round(answer.ttft_ms, 2),
         wall_ms=round(answer.total_ms, 2),
         same_answer=same,
+    )
+
+
+def result_of(
+    name: str, cast: Cast, modes: Sequence[Mode], turns: Sequence[TurnRow], times: Times, head: dict[str, Any]
+) -> ScenarioResult:
+    """`head`: of the run."""
+    return ScenarioResult(
+        scenario=name,
+        description=cast.scenario.description,
+        modes=list(modes),
+        rows=phase_rows(cast.scenario, modes, turns, times),
+        totals=totals(modes, turns, times),
+        answers_equal=all(turn.same_answer for turn in turns),
+        checks=judge(cast.scenario, cast.documents, turns),
+        turns=list(turns),
+        **head,
     )

@@ -1,12 +1,15 @@
 """`agentmem bench ablation`: each component off in turn."""
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ..cli_agents import table
 from ..errors import StartupError
-from .common import Config, Corpus, Home, JsonFile, Model, Passes, benchmark, save, show
+from .common import Config, Corpus, Home, JsonFile, Model, Passes, Shown, benchmark, save, show
+
+if TYPE_CHECKING:
+    from ..bench.ablation import AblationResult
 
 _NAMES = "persistence,quantization,rotation,batching,splice,overlap"
 
@@ -41,9 +44,13 @@ def ablation(
         rows = list(bench.measure(work, names, passes, done))
         result = bench.AblationResult(context=context, rows=rows, **run.head(passes))
     save(result, json_file)
+    show(*tables(result))
+
+
+def tables(result: "AblationResult") -> list[Shown]:
     lines = table("component", "measure", "with", "without", "without/with", "unit", "better", left=2)
-    for row in rows:
+    for row in result.rows:
         ratio = "-" if row.off_over_on is None else f"{row.off_over_on:.2f}x"
         values = (f"{v.median:,.5f}" if row.unit == "nats" else f"{v.median:,.1f}" for v in (row.on, row.off))
         lines.add_row(row.component, row.measure, *values, ratio, row.unit, row.better)
-    show(f"{result.model}, {context:,} tokens, medians of {passes} passes", lines)
+    return [f"{result.model}, {result.context:,} tokens, medians of {result.passes} passes", lines]

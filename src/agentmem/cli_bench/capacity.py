@@ -9,7 +9,7 @@ import typer
 from ..cli_agents import console, size, table
 from ..config import Settings, load_settings, parse_bytes, parse_share, resolve
 from ..errors import StartupError
-from .common import Config, Home, JsonFile, check_writable
+from .common import Config, Home, JsonFile, Shown, check_writable
 
 if TYPE_CHECKING:
     from ..bench.capacity import Capacity, KindRow
@@ -28,6 +28,7 @@ KVBits = Annotated[str | None, typer.Option(help="4, k5v4, 8 or 16, of agentmem'
 BlockSize = Annotated[int | None, typer.Option(help="tokens a block (default: 256)")]
 Paper = Annotated[bool, typer.Option("--paper", help="the paper's table beside ours; without a model always")]
 _MAX_CONTEXT = 1 << 30
+_COLUMN_NAMES = ("FP16, all layers", "FP16, windows", "paper's Q4", "agentmem")
 
 
 def capacity(
@@ -69,12 +70,27 @@ def capacity(
         _print_paper(comparison)
     if json_file:
         result: dict[str, Any] = {
+            "benchmark": "capacity",
             "budget_bytes": nbytes,
             "kv_bits": settings.kv_bits,
             "block_size": settings.block_size,
         }
         result |= {"models": [row.to_json(nbytes) for row in rows], "paper": comparison}
         json_file.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+
+
+def tables(result: dict[str, Any]) -> list[Shown]:
+    """Of a result file; the command itself shows more."""
+    from ..bench.capacity import COLUMNS
+
+    shown: list[Shown] = [f"agents at rest in {size(result['budget_bytes'])}: bytes of one, and how many fit"]
+    for model in result["models"]:
+        lines = table("tokens", *_COLUMN_NAMES)
+        for cell in model["contexts"]:
+            parts = (cell[column] for column in COLUMNS)
+            lines.add_row(f"{cell['tokens']:,}", *(f"{size(p['bytes'])}: {p['agents']:,}" if p else "-" for p in parts))
+        shown += [model["model"], lines]
+    return shown
 
 
 def _contexts(text: str) -> list[int]:
@@ -133,8 +149,7 @@ def _print_model(row: "Capacity", budget: int) -> None:
         print(f"each with up to {size(open_block_bytes(spec))} for the unfinished block, in full precision")
         if spec.unquantized_reason:
             print(f"not quantized: {spec.unquantized_reason}")
-    names = ("FP16, all layers", "FP16, windows", "paper's Q4", "agentmem")
-    lines = table("tokens", *(part for name in names for part in (name, "agents")), "at worst", "on disk")
+    lines = table("tokens", *(part for name in _COLUMN_NAMES for part in (name, "agents")), "at worst", "on disk")
     for cell in row.footprints:
         parts = []
         for column in COLUMNS:

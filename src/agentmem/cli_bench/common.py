@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.table import Table
 
 from ..cli_agents import console, progress_bar
 from ..config import Settings, load_settings
@@ -91,8 +92,11 @@ def save(result: "Result", json_file: Path | None) -> None:
         result.write(json_file)
 
 
-def show(*lines: Any) -> None:
-    """Tables and text, on stdout."""
+Shown = str | Table
+
+
+def show(*lines: Shown) -> None:
+    """On stdout."""
     for line in lines:
         console().print(line, markup=False, highlight=False) if isinstance(line, str) else console().print(line)
 

@@ -5,11 +5,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..cli_agents import console, progress_bar, table
-from ..config import Settings, load_settings
-from ..errors import ModelError, StartupError
-from ..models.prepare import prepare_mlx
-from .common import Config, Corpus, Home, JsonFile, Model, Plot, check_writable
+from ..cli_agents import table
+from ..errors import StartupError
+from .common import Config, Corpus, Home, JsonFile, Model, Plot, Shown, benchmark, show
 
 if TYPE_CHECKING:
     from ..bench.perplexity import PresetResult
@@ -42,31 +40,28 @@ def perplexity(
     The cache is the server's own, fed block by block as in serving. The interval of dPPL is of 95 %, by Student's t
     over the windows. The paper's protocol: --window 512 --stride 256 --tokens 7935.
     """
-    settings = load_settings({"model": model, "home": home, "block_size": block_size}, config)
-    for file in filter(None, (json_file, plot)):
-        check_writable(file)
-    prepare_mlx(settings.home_dir)
-    from ..bench import perplexity as bench
-    from ..bench.plot import check_matplotlib, plot_perplexity
-    from ..bench.windows import Protocol, cut_windows, read_corpus
+    flags = {"model": model, "home": home, "block_size": block_size}
+    with benchmark(flags, config, json_file, plot) as run:
+        from ..bench import perplexity as bench
+        from ..bench.windows import Protocol, cut_windows, read_corpus
 
-    presets = _presets(kv_bits, bench.PRESETS)
-    protocol = Protocol(window, window if stride is None else stride, tokens)
-    if plot:
-        check_matplotlib()
-    name, text = read_corpus(corpus)
-    loaded = _load(settings, protocol)
-    windows = list(cut_windows(_encode(loaded, text, protocol), protocol, _bos(loaded)))
-    with progress_bar() as progress:
-        task = progress.add_task("scoring", total=len(windows) * window * len(presets))
-        rows = bench.measure(
-            loaded, windows, presets, block_size=settings.block_size, progress=lambda n: progress.advance(task, n)
-        )
-    result = _result(rows, loaded.name, name, protocol)
-    _print_table(rows, f"{loaded.name}, {name}, {protocol.num_scored:,} tokens in {protocol.num_windows} windows")
+        presets = _presets(kv_bits, bench.PRESETS)
+        protocol = Protocol(window, window if stride is None else stride, tokens)
+        name, text = read_corpus(corpus)
+        loaded = run.load()
+        if protocol.window > loaded.max_context:
+            raise StartupError(f"--window {window} is more than the model's context of {loaded.max_context} tokens")
+        windows = list(cut_windows(_encode(loaded, text, protocol), protocol, _bos(loaded)))
+        task = run.progress.add_task("scoring", total=len(windows) * window * len(presets))
+        done = lambda n: run.progress.advance(task, n)  # noqa: E731
+        rows = bench.measure(loaded, windows, presets, block_size=run.settings.block_size, progress=done)
+        result = {"benchmark": "perplexity"} | _result(rows, run.settings.model, name, protocol)
+    show(*tables(result))
     if json_file:
         json_file.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     if plot:
+        from ..bench.plot import plot_perplexity
+
         plot_perplexity(result, plot)
 
 
@@ -76,19 +71,6 @@ def _presets(text: str, known: tuple[str, ...]) -> list[str]:
     if unknown := [name for name in asked if name not in known]:
         raise StartupError(f"--kv-bits {', '.join(unknown)}: not known; choose from {','.join(known)}")
     return [name for name in known if name in asked or name == "16"]
-
-
-def _load(settings: Settings, protocol: "Protocol") -> "LoadedModel":
-    from ..models.loading import find_local, load_model
-
-    if find_local(settings.model, settings.home_dir) is None:
-        raise ModelError(f"model {settings.model!r} is not on this machine: agentmem pull {settings.model}")
-    loaded = load_model(settings.model, settings.home_dir, lambda text: None)
-    if protocol.window > loaded.max_context:
-        raise StartupError(
-            f"--window {protocol.window} is more than the model's context of {loaded.max_context} tokens"
-        )
-    return loaded
 
 
 def _encode(loaded: "LoadedModel", text: str, protocol: "Protocol") -> list[int]:
@@ -121,7 +103,12 @@ def _result(rows: list["PresetResult"], model: str, corpus: str, protocol: "Prot
     }
 
 
-def _print_table(rows: list["PresetResult"], title: str) -> None:
+def tables(result: dict[str, Any]) -> list[Shown]:
+    from ..bench.perplexity import PresetResult
+
+    rows = [PresetResult(**row) for row in result["presets"]]
+    windows = 1 + (result["tokens"] - result["window"]) // result["stride"]
+    title = f"{result['model']}, {result['corpus']}, {result['tokens']:,} tokens in {windows} windows"
     lines = table("kv bits", "ppl", "dPPL", "95 % interval", "KL", "top-1", "bytes/token", "of FP16")
     for row in rows:
         if row.unavailable:
@@ -131,8 +118,5 @@ def _print_table(rows: list["PresetResult"], title: str) -> None:
         interval = f"{ci[0]:+.2f} ... {ci[1]:+.2f} %" if ci else "-"
         quality = f"{row.ppl:.3f}", f"{row.delta_percent:+.2f} %", interval, f"{row.kl:.5f}", f"{row.top1:.2%}"
         lines.add_row(row.kv_bits, *quality, f"{row.bytes_per_token:,.0f}", f"{row.ratio_to_fp16:.3f}")
-    print(title)
-    console().print(lines)
-    for row in rows:
-        if row.unavailable:
-            print(f"{row.kv_bits}: not available: {row.unavailable}")
+    missing = [f"{row.kv_bits}: not available: {row.unavailable}" for row in rows if row.unavailable]
+    return [title, lines, *missing]

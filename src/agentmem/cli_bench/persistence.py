@@ -1,11 +1,14 @@
 """`agentmem bench persistence`: what is left after a restart and after a kill."""
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ..cli_agents import table
-from .common import Config, Corpus, Home, JsonFile, Model, Passes, benchmark, save, show
+from .common import Config, Corpus, Home, JsonFile, Model, Passes, Shown, benchmark, save, show
+
+if TYPE_CHECKING:
+    from ..bench.persistence import PersistenceResult
 
 
 def persistence(
@@ -29,10 +32,15 @@ def persistence(
         rows = bench.measure(run.session, run.settings, run.model, run.prompts(corpus), context, passes, done)
         result = bench.PersistenceResult(rows=rows, **run.head(passes))
     save(result, json_file)
+    show(*tables(result))
+
+
+def tables(result: "PersistenceResult") -> list[Shown]:
     lines = table("ending", "cold ms", "restarted ms", "cold/restarted", "lost tokens", "same answers", "ready s")
-    for row in rows:
+    for row in result.rows:
         speedup = row.cold.ttft_ms / row.restarted.ttft_ms
         times = f"{row.cold.ttft_ms:,.0f}", f"{row.restarted.ttft_ms:,.0f}", f"{speedup:.1f}x"
         lost = f"{row.lost_tokens.median:,.0f}"
         lines.add_row(row.ending, *times, lost, "yes" if row.same_answers else "no", f"{row.ready_s.median:.1f}")
-    show(f"An agent of {rows[0].prompt_tokens:,} tokens, {result.model}, medians of {passes} passes", lines)
+    tokens = result.rows[0].prompt_tokens
+    return [f"An agent of {tokens:,} tokens, {result.model}, medians of {result.passes} passes", lines]

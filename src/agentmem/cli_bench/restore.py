@@ -1,11 +1,14 @@
 """`agentmem bench restore`: how fast agents come back from disk."""
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ..cli_agents import size, table
-from .common import Config, Corpus, Home, JsonFile, Model, Passes, benchmark, save, show
+from .common import Config, Corpus, Home, JsonFile, Model, Passes, Shown, benchmark, save, show
+
+if TYPE_CHECKING:
+    from ..bench.restore import RestoreResult
 
 
 def restore(
@@ -32,11 +35,15 @@ def restore(
         found = bench.measure(run.session, run.settings, loaded, ids, agents, passes, done)
         result = bench.RestoreResult(**found, **run.head(passes))
     save(result, json_file)
+    show(*tables(result))
+
+
+def tables(result: "RestoreResult") -> list[Shown]:
     lines = table("from", "agents", "bytes", "files", "read ms", "restore ms", "read /s", "restore /s", "restore/read")
     for row in result.rows:
         times = f"{row.raw_ms.median:,.1f}", f"{row.restore_ms.median:,.1f}"
         speeds = size(row.raw_bytes_per_s), size(row.restore_bytes_per_s), f"{row.restore_over_raw:.1f}x"
         lines.add_row(row.source, str(row.agents), size(row.bytes), str(row.files), *times, *speeds)
-    show(f"Agents of {tokens:,} tokens, {result.model}, medians of {passes} passes", lines)
     written = f", {size(result.fork_written_bytes.median)} written" if result.fork_written_bytes else ""
-    show(f"A fork: {result.fork_ms.median:.1f} ms{written}")
+    title = f"Agents of {result.tokens:,} tokens, {result.model}, medians of {result.passes} passes"
+    return [title, lines, f"A fork: {result.fork_ms.median:.1f} ms{written}"]

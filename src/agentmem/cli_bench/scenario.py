@@ -6,7 +6,7 @@ import typer
 
 from ..cli_agents import table
 from ..errors import StartupError
-from .common import Config, Corpus, Home, JsonFile, Model, Passes, Plot, benchmark, save, show
+from .common import Config, Corpus, Home, JsonFile, Model, Passes, Plot, Shown, benchmark, save, show
 
 if TYPE_CHECKING:
     from ..bench.scenario_file import Mode
@@ -51,8 +51,7 @@ def scenario(
         raise StartupError(f"--tokens {tokens}: no agent of {name} has a document from the corpus")
     with benchmark({"model": model, "home": home}, config, json_file, plot) as run:
         from ..bench import scenario as bench
-        from ..bench.scenario_checks import judge
-        from ..bench.scenario_result import ScenarioResult, Times, TurnRow, phase_rows, totals
+        from ..bench.scenario_result import Times, TurnRow
 
         prompts = run.prompts(corpus)
         cast = bench.cast_of(script, directory, prompts, tokens)
@@ -66,19 +65,9 @@ def scenario(
                 play.perform(run.session, run.settings, run.model, times, lambda: run.progress.advance(task))
                 turns += play.rows
                 run.session.cool_down()
-        result = ScenarioResult(
-            scenario=name,
-            description=script.description,
-            modes=modes,
-            rows=phase_rows(script, modes, turns, times),
-            totals=totals(modes, turns, times),
-            answers_equal=all(turn.same_answer for turn in turns),
-            checks=judge(script, cast.documents, turns),
-            turns=turns,
-            **run.head(passes),
-        )
+        result = bench.result_of(name, cast, modes, turns, times, run.head(passes))
     save(result, json_file)
-    show_scenario(result)
+    show(*tables(result))
     if plot:
         from ..bench.plot import plot_scenario
 
@@ -94,8 +83,7 @@ def _modes(text: str) -> "list[Mode]":
     return modes
 
 
-def show_scenario(result: "ScenarioResult") -> None:
-    show(f"{result.scenario}, {result.model}, passes: {result.passes}. {result.description}")
+def tables(result: "ScenarioResult") -> list[Shown]:
     lines = table(
         "phase",
         "mode",
@@ -110,21 +98,33 @@ def show_scenario(result: "ScenarioResult") -> None:
     )
     for row in result.rows:
         lines.add_row(row.phase if row.mode == result.modes[0] else "", *_cells(row))
-    show(lines)
-    for row in result.rows:
-        for other, factor in row.faster_than.items():
-            show(f"{row.phase}, {row.mode}: {factor.median:.1f}x faster to the first token than {other} (medians)")
+    shown: list[Shown] = [
+        f"{result.scenario}, {result.model}, passes: {result.passes}. {result.description}",
+        lines,
+        *(
+            f"{row.phase}, {row.mode}: {factor.median:.1f}x faster to the first token than {other} (medians)"
+            for row in result.rows
+            for other, factor in row.faster_than.items()
+        ),
+    ]
     lines = table("in all", "prompt", "prefilled", "wall s", "restarts s", "persistent saves")
     for total in result.totals:
         saves = "--" if total.persistent_saves is None else f"{total.persistent_saves:.0%}"
         times = (f"{total.wall_s.median:,.1f}", f"{total.restart_s.median:,.1f}")
         lines.add_row(total.mode, f"{total.prompt_tokens:,}", f"{total.prefilled_tokens:,}", *times, saves)
-    show(lines)
+    return [*shown, lines, *_said(result)]
+
+
+def _said(result: "ScenarioResult") -> list[Shown]:
+    """About the answers."""
     others = sum(not turn.same_answer for turn in result.turns)
-    show("All modes gave the same answers." if result.answers_equal else f"{others} answers differ between modes.")
+    shown: list[Shown] = [
+        "All answers equal." if result.answers_equal else f"{others} answers differ from the first's."
+    ]
     for check in result.checks:
         failed = f"; not {', '.join(check.failed[:4])}" + (" ..." if len(check.failed) > 4 else "")
-        show(f"{check.passed} of {check.of} {check.mode}: {check.check}{failed if check.failed else ''}")
+        shown.append(f"{check.passed} of {check.of} {check.mode}: {check.check}{failed if check.failed else ''}")
+    return shown
 
 
 def _cells(row: "PhaseRow") -> list[str]:

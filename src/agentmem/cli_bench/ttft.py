@@ -6,7 +6,7 @@ import typer
 
 from ..cli_agents import table
 from ..errors import StartupError
-from .common import Config, Corpus, Home, JsonFile, Model, Passes, Plot, benchmark, numbers, save, show
+from .common import Config, Corpus, Home, JsonFile, Model, Passes, Plot, Shown, benchmark, numbers, save, show
 
 if TYPE_CHECKING:
     from ..bench.ttft import TtftResult
@@ -58,14 +58,14 @@ def ttft(
                 run.session.cool_down()
         result = bench.TtftResult(rows=bench.rows(samples, ttft_of(run.settings.model)), **run.head(passes))
     save(result, json_file)
-    show_ttft(result)
+    show(*tables(result))
     if plot:
         from ..bench.plot import plot_ttft
 
         plot_ttft(result.model_dump(), plot)
 
 
-def show_ttft(result: "TtftResult") -> None:
+def tables(result: "TtftResult") -> list[Shown]:
     lines = table("tokens", "cold ms", "warm ms", "hot ms", "cold/warm", "cold/hot", "bare ms", "in process cold/bare")
     for row in result.rows:
         inside = (
@@ -73,11 +73,12 @@ def show_ttft(result: "TtftResult") -> None:
         )
         times = [f"{of.ttft_ms:,.0f}" for of in (row.cold, row.warm, row.hot)]
         lines.add_row(f"{row.context:,}", *times, f"{row.cold_over_warm:.0f}x", f"{row.cold_over_hot:.0f}x", *inside)
-    show(f"Time to first token over HTTP, {result.model}, medians of {result.passes} passes", lines)
+    shown: list[Shown] = [f"Time to first token over HTTP, {result.model}, medians of {result.passes} passes", lines]
     papers = [row for row in result.rows if row.paper]
     if papers:
         paper = table("tokens", "cold ms", "warm ms", "hot ms")
         for row in papers:
             assert row.paper
             paper.add_row(f"{row.context:,}", *(f"{row.paper[state]:,}" for state in ("cold", "warm", "hot")))
-        show("The paper's, on an M4 Pro with 24 GB", paper)
+        shown += ["The paper's, on an M4 Pro with 24 GB", paper]
+    return shown

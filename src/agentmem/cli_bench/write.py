@@ -1,11 +1,14 @@
 """`agentmem bench write`: what a conversation writes to disk."""
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ..cli_agents import size
-from .common import Config, Corpus, Home, JsonFile, Model, Plot, benchmark, save, show
+from .common import Config, Corpus, Home, JsonFile, Model, Plot, Shown, benchmark, save, show
+
+if TYPE_CHECKING:
+    from ..bench.write import WriteResult
 
 
 def write(
@@ -30,17 +33,20 @@ def write(
         found = bench.measure(run.session, run.settings, run.model, run.prompts(corpus), turns, tokens, done)
         result = bench.WriteResult(**found, **run.head(1))
     save(result, json_file)
-    first, second = result.bytes_per_token_halves
-    show(
-        f"{turns} turns, {result.tokens:,} tokens, {result.model}: {size(result.written_bytes)} written, "
-        f"{size(result.kept_bytes)} kept: {result.amplification:.2f} bytes for each",
-        f"a token wrote {first:,.0f} bytes in the first half of the turns, {second:,.0f} in the second",
-    )
-    if result.process_bytes is not None:
-        show(
-            f"the server's process gave the disk {size(result.process_bytes)} before it stopped, its database included"
-        )
+    show(*tables(result))
     if plot:
         from ..bench.plot import plot_write
 
         plot_write(result.model_dump(), plot)
+
+
+def tables(result: "WriteResult") -> list[Shown]:
+    first, second = result.bytes_per_token_halves
+    shown: list[Shown] = [
+        f"{len(result.rows)} turns, {result.tokens:,} tokens, {result.model}: {size(result.written_bytes)} written, "
+        f"{size(result.kept_bytes)} kept: {result.amplification:.2f} bytes for each",
+        f"a token wrote {first:,.0f} bytes in the first half of the turns, {second:,.0f} in the second",
+    ]
+    if result.process_bytes is not None:
+        shown.append(f"the server gave the disk {size(result.process_bytes)} before it stopped, its database included")
+    return shown
