@@ -62,6 +62,34 @@ def plot_ttft(result: dict[str, Any], path: Path) -> None:
     _write(figure, path)
 
 
+def plot_scenario(result: dict[str, Any], path: Path) -> None:
+    """Time to first token turn by turn of the first pass, a line for each mode; and wall time by phase."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12, 4.5), layout="constrained")
+    by_turn, by_phase = figure.subplots(1, 2, width_ratios=[2, 1])
+    phases = list(dict.fromkeys(row["phase"] for row in result["rows"]))
+    width = 0.8 / len(result["modes"])
+    for i, mode in enumerate(result["modes"]):
+        turns = [turn for turn in result["turns"] if turn["mode"] == mode and turn["run"] == 0]
+        by_turn.plot(range(1, len(turns) + 1), [turn["ttft_ms"] for turn in turns], "o-", label=mode)
+        walls = [row["wall_s"]["median"] for row in result["rows"] if row["mode"] == mode]
+        by_phase.bar([x + i * width for x in range(len(phases))], walls, width, label=mode)
+    at = 0.5
+    for row in (row for row in result["rows"] if row["mode"] == result["modes"][0]):
+        by_turn.axvline(at, color="grey", linewidth=0.8)
+        by_turn.text(at, 1.01, f" {row['phase']}", transform=by_turn.get_xaxis_transform(), fontsize="small")
+        at += row["turns"]
+    by_turn.set_yscale("log")
+    by_turn.set_xlabel("turn")
+    by_turn.set_ylabel("ms to the first token, over HTTP")
+    by_turn.legend()
+    by_phase.set_xticks([x + 0.4 - width / 2 for x in range(len(phases))], phases, rotation=30, ha="right")
+    by_phase.set_ylabel("wall time, s")
+    figure.suptitle(f"{result['scenario']}, {result['model']}")
+    _write(figure, path)
+
+
 def _write(figure: Any, path: Path) -> None:
     try:
         figure.savefig(path, dpi=150)

@@ -55,6 +55,12 @@ class Server:
         """Greedy, of exactly `max_tokens`."""
         return ask(self.client, messages, max_tokens, agent_id=agent, ignore_eos=True, **body)
 
+    def warm_up(self, messages: Messages, max_tokens: int = 2) -> None:
+        """A cold prefill and a restore from disk, by an agent of its own."""
+        self.ask("warm-up", messages, max_tokens)
+        self.post("/agents/warm-up/evict")
+        self.ask("warm-up", messages, max_tokens)
+
     def stop(self, signal_number: int = signal.SIGTERM) -> None:
         """As an administrator would; `signal.SIGKILL`: as a crash."""
         self.client.close()
@@ -92,7 +98,9 @@ class Answer:
         return int((self.usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0)
 
 
-def ask(client: httpx.Client, messages: Messages, max_tokens: int, **body: Any) -> Answer:
+def ask(
+    client: httpx.Client, messages: Messages, max_tokens: int, *, may_be_empty: bool = False, **body: Any
+) -> Answer:
     """Stream a greedy answer of any OpenAI-compatible server. Raises BenchError, httpx.HTTPError."""
     body = {"messages": messages, "max_tokens": max_tokens, "temperature": 0, "stream": True} | body
     body |= {"stream_options": {"include_usage": True}}
@@ -104,9 +112,9 @@ def ask(client: httpx.Client, messages: Messages, max_tokens: int, **body: Any) 
             if line.startswith("data: {"):
                 _take(answer, json.loads(line[6:]), time.perf_counter() - began)
     answer.total_ms = (time.perf_counter() - began) * 1e3
-    if not answer.times or not answer.usage:
+    if not answer.usage or not (answer.times or may_be_empty):
         raise BenchError(f"{client.base_url} sent no text or no usage; a benchmark needs both")
-    answer.ttft_ms = answer.times[0] * 1e3
+    answer.ttft_ms = answer.times[0] * 1e3 if answer.times else answer.total_ms
     return answer
 
 

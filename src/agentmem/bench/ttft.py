@@ -76,7 +76,7 @@ def measure_http(
     asked = {n: prompts.messages(n) for n in samples}
     home = session.directory / f"pass-{number}"
     with Server(session, settings, model, home) as server:
-        _warm_up(server, prompts)
+        server.warm_up(prompts.messages(_WARM_UP), _MAX_TOKENS)
         for n, messages in asked.items():
             answer = server.ask(f"agent-{n}", messages, _MAX_TOKENS)
             prompts.check(messages, answer.prompt_tokens)
@@ -84,21 +84,13 @@ def measure_http(
             _note(samples[n].http, "cold", answer)
             done(n)
     with Server(session, settings, model, home) as server:
-        _warm_up(server, prompts)
+        server.warm_up(prompts.messages(_WARM_UP), _MAX_TOKENS)
         for repeat in range(_REPEATS):
             for n, messages in asked.items():
                 if repeat:
                     server.post(f"/agents/agent-{n}/evict")
                 _note(samples[n].http, "warm", server.ask(f"agent-{n}", messages, _MAX_TOKENS))
                 _note(samples[n].http, "hot", server.ask(f"agent-{n}", messages, _MAX_TOKENS))
-
-
-def _warm_up(server: Server, prompts: Prompts) -> None:
-    """Both ways once, by another agent."""
-    messages = prompts.messages(_WARM_UP)
-    server.ask("warm-up", messages, _MAX_TOKENS)
-    server.post("/agents/warm-up/evict")
-    server.ask("warm-up", messages, _MAX_TOKENS)
 
 
 def _note(times: dict[str, list[float]], state: str, answer: Answer) -> None:
