@@ -7,7 +7,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 from tiny import random_tokens
+
+from agentmem.bench.schemas import RESULTS, schema
 
 BENCH = (sys.executable, "-m", "agentmem.cli", "bench")
 FAULT = 2  # exit code
@@ -36,5 +39,7 @@ def result_of(directory: Path, name: str, model: Path, *arguments: object) -> di
     assert done.returncode == 0, done.stderr
     result: dict[str, Any] = json.loads(file.read_text())
     assert result["benchmark"] == name
+    if name in RESULTS:
+        jsonschema.validate(result, schema(name))
     assert result["noise"]["probe_before_ms"] > 0
     return result | {"shown": done.stdout}

@@ -114,11 +114,12 @@ def measure_engine(
     settings = settings.model_copy(update={"home": session.directory / "engine"})
     for n in samples:
         ids, times = prompts.ids(n), samples[n].engine
+        agent = f"agent-{n}-{len(times['cold'])}"
         times["bare"].append(bare_ms(loaded.model, ids, settings.prefill_chunk))
         for states in (("cold",), ("warm", "hot")):
             with running_engine(settings, loaded) as engine:
                 for state in states:
-                    stats = asyncio.run(ask_engine(engine, f"agent-{id(ids)}", ids)).stats
+                    stats = asyncio.run(ask_engine(engine, agent, ids)).stats
                     assert stats.cache == state, f"{stats.cache}, not {state}"
                     times[state].append(stats.ttft_ms)
         done(2 * n)

@@ -1,0 +1,40 @@
+"""JSON schemas of the results: `python -m agentmem.bench.schemas DIR` writes one a benchmark."""
+
+import importlib
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from .result import Result
+
+# benchmark: its result's class, from this package
+RESULTS = {
+    "ttft": "ttft.TtftResult",
+    "persistence": "persistence.PersistenceResult",
+    "restore": "restore.RestoreResult",
+    "write": "write.WriteResult",
+    "ablation": "ablation.AblationResult",
+}
+
+
+def result_class(benchmark: str) -> type[Result]:
+    module, _, name = RESULTS[benchmark].partition(".")
+    found: type[Result] = getattr(importlib.import_module(f".{module}", __package__), name)
+    return found
+
+
+def schema(benchmark: str) -> dict[str, Any]:
+    """Of what is written: keys with a default are required too."""
+    of_class = result_class(benchmark).model_json_schema(mode="serialization")
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema"} | of_class
+
+
+def write_schemas(directory: Path) -> None:
+    for benchmark in RESULTS:
+        path = directory / f"{benchmark}.json"
+        path.write_text(json.dumps(schema(benchmark), indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    write_schemas(Path(sys.argv[1]))
