@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import StartupError
-from .server import BenchError, Messages
+from .server import BenchError, Messages, Server
 from .windows import read_corpus
 
 
@@ -54,3 +54,11 @@ class Prompts:
     def _encode(self, text: str) -> list[int]:
         ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False)
         return ids
+
+
+def warm_up(server: Server, prompts: Prompts) -> None:
+    """A first request, cold and warm, so that what is measured later is none."""
+    messages = prompts.messages(64)
+    server.ask("warm-up", messages, 2)
+    server.post("/agents/warm-up/evict")
+    server.ask("warm-up", messages, 2)
