@@ -15,7 +15,7 @@ AGENTS, PASSES = [1, 3], 2
 @pytest.fixture(scope="module")
 def result(tmp_path_factory) -> dict:
     directory = tmp_path_factory.mktemp("run")
-    model = write_tiny_model(directory / "tiny")
+    model = write_tiny_model(directory / "tiny", max_context=4096)
     sizes = ["--batches", "1,3", "--context", 100, "--answer-tokens", 24, "--passes", PASSES]
     return result_of(directory, "throughput", model, *sizes)
 
@@ -43,7 +43,7 @@ def test_as_many_run_at_once_as_were_asked_for(result):
 
 def test_decode_in_process_has_the_cases_that_the_context_holds_and_counts_bytes(result):
     rows = {row["case"]: row for row in result["in_process"]}
-    assert set(rows) == {"1 x 500", "8 x 500"}
+    assert set(rows) == {"1 x 500", "8 x 500", "4 x 1024"}  # not 4,096 tokens and an answer
     for name in ("agentmem", "batch_generator"):
         assert len(rows["1 x 500"][name]["step_ms"]["values"]) == 10 * PASSES
         assert rows["8 x 500"][name]["cache_bytes"] == 8 * rows["1 x 500"][name]["cache_bytes"]

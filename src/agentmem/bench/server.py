@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -128,7 +128,7 @@ def ask(client: httpx.Client, messages: Messages, max_tokens: int, **body: Any) 
     return answer
 
 
-def stream(client: httpx.Client, messages: Messages, max_tokens: int, **body: Any) -> Iterator[Answer]:
+def stream(client: httpx.Client, messages: Messages, max_tokens: int, **body: Any) -> Generator[Answer, None, None]:
     """The same, as it grows; who stops reading hangs up."""
     body = {"messages": messages, "max_tokens": max_tokens, "temperature": 0, "stream": True} | body
     body |= {"stream_options": {"include_usage": True}}

@@ -8,10 +8,11 @@ from .perplexity import perplexity
 from .persistence import persistence
 from .report import report
 from .restore import restore
+from .staggered import staggered
 from .throughput import throughput
 from .ttft import ttft
 from .write import write
 
 app = typer.Typer(no_args_is_help=True, help="Measure on this machine what the cache costs and gains.")
-for _command in (ttft, throughput, persistence, restore, write, ablation, perplexity, capacity, report):
+for _command in (ttft, throughput, staggered, persistence, restore, write, ablation, perplexity, capacity, report):
     app.command()(_command)
