@@ -1,13 +1,19 @@
 """`agentmem bench throughput`, as a process on a tiny model, and its arithmetic."""
 
+import tempfile
+import time
+
+import httpx
 import pytest
 from bench_process import result_of
 from pytest import approx
 from tiny_model_dir import write_tiny_model
 
 from agentmem.bench.paper import batch_2_of
-from agentmem.bench.server import Answer
+from agentmem.bench.server import Answer, Server
+from agentmem.bench.session import bench_session
 from agentmem.bench.throughput import STATES, end_to_end_tokens_per_s, tokens_per_s
+from agentmem.config import Settings
 
 AGENTS, PASSES = [1, 3], 2
 
@@ -56,6 +62,18 @@ def test_decode_in_process_has_the_cases_that_the_context_holds_and_counts_bytes
 def test_the_table_has_a_line_for_each_batch_and_state(result):
     lines = [line.split()[:2] for line in result["shown"].splitlines()]
     assert all([str(n), state] in lines for n in AGENTS for state in STATES)
+
+
+def test_where_one_of_several_requests_fails_nobody_waits_for_the_others(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    model, said = write_tiny_model(tmp_path / "tiny", max_context=65536), [{"role": "user", "content": "w10 w11"}]
+    with bench_session(print) as session, Server(session, Settings(), model, session.directory / "s") as server:
+        with pytest.raises(ZeroDivisionError), server.threads() as pool:
+            asked = pool.submit(server.ask, "agent", said, 60_000)
+            time.sleep(0.5)
+            pool.submit(lambda: 1 / 0).result()
+        assert isinstance(asked.exception(timeout=0), httpx.HTTPError)
+        assert server.process.poll() is not None
 
 
 def answer(began: float, times: list[float], tokens: int) -> Answer:
