@@ -7,13 +7,16 @@ import httpx
 import pytest
 from bench_process import result_of
 from pytest import approx
+from tiny import BLOCK, KINDS, random_tokens, tiny_runner
 from tiny_model_dir import write_tiny_model
 
+from agentmem.bench.decode import random_snapshot
 from agentmem.bench.paper import batch_2_of
 from agentmem.bench.server import Answer, Server
 from agentmem.bench.session import bench_session
 from agentmem.bench.throughput import STATES, end_to_end_tokens_per_s, tokens_per_s
 from agentmem.config import Settings
+from agentmem.kvcache.block import Snapshot
 
 AGENTS, PASSES = [1, 3], 2
 
@@ -74,6 +77,20 @@ def test_where_one_of_several_requests_fails_nobody_waits_for_the_others(tmp_pat
             pool.submit(lambda: 1 / 0).result()
         assert isinstance(asked.exception(timeout=0), httpx.HTTPError)
         assert server.process.poll() is not None
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kv_bits", ["4", "16"])
+def test_a_made_up_cache_has_the_shapes_of_a_prefilled_one(kind, kv_bits):
+    runner = tiny_runner(kind, kv_bits)
+    cache, length = runner.new_cache(), 3 * BLOCK + 5
+    runner.prefill(cache, random_tokens(length))
+
+    def shapes(snapshot: Snapshot) -> list[dict]:
+        arrays = [*(block.arrays for block in snapshot.blocks), snapshot.tail.full]
+        return [{n: (a.shape, a.dtype) for n, a in of.items() if not n.endswith("sinks")} for of in arrays]
+
+    assert shapes(random_snapshot(runner, length)) == shapes(cache.snapshot())
 
 
 def answer(began: float, times: list[float], tokens: int) -> Answer:
