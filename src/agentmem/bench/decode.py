@@ -17,6 +17,7 @@ from ..config import Settings
 from ..engine.model_runner import ModelRunner
 from ..engine.startup import faster_attention
 from ..kvcache.block import SealedBlock, Snapshot, Tail
+from ..kvcache.cache import SequenceCache
 from ..kvcache.quantize import encode
 from ..models.loading import LoadedModel
 from .result import Part, Spread, spread
@@ -131,7 +132,8 @@ def _ours(runner: ModelRunner, lengths: list[int]) -> tuple[list[float], int]:
         runner.settle([sampled], fresh)
         tokens = cast(list[int], sampled.tolist())
         times.append((time.perf_counter() - began) * 1e3)
-    nbytes = sum(a.nbytes for c in caches for a in c.arrays()) + sum(b.nbytes for c in caches for b in c.blocks)
+    nbytes = sum(a.nbytes for c in caches for a in c.arrays())
+    nbytes += sum(b.nbytes for c in caches if isinstance(c, SequenceCache) for b in c.blocks)
     return times[_FIRST_STEPS:], nbytes
 
 
