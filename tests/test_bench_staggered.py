@@ -8,7 +8,7 @@ from tiny_model_dir import write_tiny_model
 from agentmem.bench.server import Answer
 from agentmem.bench.staggered import gaps_ms
 
-CONTEXT, PASSES = 900, 1
+CONTEXT, PASSES = 3000, 1  # long enough for some B to come meanwhile on a tiny model
 
 
 @pytest.fixture(scope="module")

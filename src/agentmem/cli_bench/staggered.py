@@ -6,7 +6,7 @@ import typer
 
 from ..cli_agents import table
 from ..errors import StartupError
-from .common import Config, Corpus, Home, JsonFile, Model, Passes, Plot, benchmark, save, show
+from .common import Config, Corpus, Home, JsonFile, Model, Passes, Plot, Shown, benchmark, save, show
 
 if TYPE_CHECKING:
     from ..bench.staggered import StaggeredResult
@@ -52,14 +52,14 @@ def staggered(
             **run.head(passes),
         )
     save(result, json_file)
-    show_staggered(result)
+    show(*tables(result))
     if plot:
         from ..bench.plot import plot_staggered
 
         plot_staggered(result.model_dump(), plot)
 
 
-def show_staggered(result: "StaggeredResult") -> None:
+def tables(result: "StaggeredResult") -> list[Shown]:
     of, pair = result.meanwhile, result.pair
     a, b, c = f"A prefills {result.context:,} tokens", f"B, warm, {result.b_context:,} tokens", "C answers"
     lines = table("ms, medians", "together", "alone", "")
@@ -69,11 +69,11 @@ def show_staggered(result: "StaggeredResult") -> None:
     for name in ("median", "p99", "max"):
         gaps = [f"{getattr(gap, name):,.0f}" for gap in (of.c_gap_ms, of.c_gap_alone_ms)]
         lines.add_row(f"{c}: between two tokens, {name}", *gaps, "")
-    show(f"{result.model}, over HTTP, {result.passes} passes", lines)
+    shown: list[Shown] = [f"{result.model}, over HTTP, {result.passes} passes", lines]
     lines = table("two cold agents, ms", "2 s apart", "one after the other", "")
     lines.add_row(
         "wall time", f"{pair.wall_ms.median:,.0f}", f"{pair.sequential_wall_ms.median:,.0f}", f"{pair.wall_ratio:.2f}x"
     )
     ratio = f"{pair.second_over_sequential:.2f}x"
     lines.add_row("first token of the second", f"{pair.second.ttft_ms:,.0f}", f"{pair.sequential.ttft_ms:,.0f}", ratio)
-    show(lines, "The paper's pair: 4K tokens each on an M4 Pro, wall time 1x, first token of the second 2x")
+    return [*shown, lines, "The paper's pair: 4K tokens each on an M4 Pro, wall time 1x, first token of the second 2x"]

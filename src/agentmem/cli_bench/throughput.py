@@ -6,7 +6,7 @@ import typer
 
 from ..cli_agents import table
 from ..errors import StartupError
-from .common import Config, Corpus, Home, JsonFile, Model, Passes, Plot, Run, benchmark, numbers, save, show
+from .common import Config, Corpus, Home, JsonFile, Model, Passes, Plot, Run, Shown, benchmark, numbers, save, show
 
 if TYPE_CHECKING:
     from ..bench.decode import DecodeRow
@@ -63,7 +63,7 @@ def throughput(
             **run.head(passes),
         )
     save(result, json_file)
-    show_throughput(result)
+    show(*tables(result))
     if plot:
         from ..bench.plot import plot_throughput
 
@@ -83,7 +83,7 @@ def _in_process(run: Run, passes: int, limit: int) -> "list[DecodeRow] | None":
     return bench.measure_decode(runner, chosen, passes, lambda: run.progress.advance(task))
 
 
-def show_throughput(result: "ThroughputResult") -> None:
+def tables(result: "ThroughputResult") -> list[Shown]:
     lines = table(
         "agents", "", "tokens/s", "of one", "end to end tokens/s", "first token ms", "of the last one", left=2
     )
@@ -96,13 +96,15 @@ def show_throughput(result: "ThroughputResult") -> None:
                 rates = f"{of.tokens_per_s.median:,.1f}", f"{over:.2f}x" if result.rows[0].agents == 1 else "-"
             times = [f"{of.ttft[i].ttft_ms:,.0f}" for i in (0, -1)]
             lines.add_row(str(row.agents), state, *rates, f"{of.end_to_end_tokens_per_s.median:,.1f}", *times)
-    show(f"{result.model}, {result.context:,} tokens each, over HTTP, medians of {result.passes} passes", lines)
+    title = f"{result.model}, {result.context:,} tokens each, over HTTP, medians of {result.passes} passes"
+    shown: list[Shown] = [title, lines]
     if result.paper:
         figures = ", ".join(f"{rate} at {n:,} tokens" for n, rate in result.paper.items())
-        show(f"The paper's two warm agents, on an M4 Pro with 24 GB, tokens/s: {figures}")
+        shown.append(f"The paper's two warm agents, on an M4 Pro with 24 GB, tokens/s: {figures}")
     if result.in_process:
         inside = table("in process", "tokens/s", "BatchGenerator", "speed-up", "cache bytes")
         for case in result.in_process:
             rates = f"{case.agentmem.tokens_per_s:,.1f}", f"{case.batch_generator.tokens_per_s:,.1f}"
             inside.add_row(case.case, *rates, f"{case.speedup:.2f}x", f"{case.bytes_ratio:.2f}x")
-        show(inside)
+        shown.append(inside)
+    return shown
