@@ -90,6 +90,47 @@ def plot_scenario(result: dict[str, Any], path: Path) -> None:
     _write(figure, path)
 
 
+def plot_throughput(result: dict[str, Any], path: Path) -> None:
+    """Tokens/s over agents at once, by state: while all stream, and end to end."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    panels = figure.subplots(1, 2, sharey=True)
+    titles = {"tokens_per_s": "while all of them stream", "end_to_end_tokens_per_s": "prefill and restore included"}
+    for axes, (name, title) in zip(panels, titles.items(), strict=True):
+        for state in ("cold", "warm", "hot"):
+            cells = [(row["agents"], row[state][name]) for row in result["rows"] if row[state][name]]
+            agents = [n for n, _ in cells]
+            axes.plot(agents, [of["median"] for _, of in cells], "o-", label=state)
+            axes.fill_between(agents, [of["min"] for _, of in cells], [of["max"] for _, of in cells], alpha=0.2)
+        axes.set_xticks([row["agents"] for row in result["rows"]])
+        axes.set_xlabel("agents at once")
+        axes.set_title(title)
+    panels[0].set_ylabel("tokens/s over all agents, over HTTP")
+    panels[0].set_ylim(bottom=0)
+    panels[0].legend()
+    figure.suptitle(f"{result['model']}: {result['context']:,} tokens each, medians of {result['passes']} passes")
+    _write(figure, path)
+
+
+def plot_staggered(result: dict[str, Any], path: Path) -> None:
+    """When each agent asked, and when its tokens came, in the last pass."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 0.5 * len(result["timeline"]) + 1.5), layout="constrained")
+    axes = figure.subplots()
+    for i, line in enumerate(result["timeline"]):
+        first, last = line["tokens_s"][0], line["tokens_s"][-1]
+        axes.plot([line["asked_s"], first], [i, i], color="lightgrey", linewidth=6, solid_capstyle="butt")
+        axes.plot([first, last], [i, i], color="C0", linewidth=1)
+        axes.plot(line["tokens_s"], [i] * len(line["tokens_s"]), "|", color="C0", markersize=12)
+    axes.set_yticks(range(len(result["timeline"])), [line["agent"] for line in result["timeline"]])
+    axes.invert_yaxis()
+    axes.set_xlabel("s; grey: waits for its first token; strokes: tokens")
+    figure.suptitle(f"{result['model']}: A prefills {result['context']:,} tokens while C answers and others come back")
+    _write(figure, path)
+
+
 def _write(figure: Any, path: Path) -> None:
     try:
         figure.savefig(path, dpi=150)

@@ -25,10 +25,8 @@ from .prompts import Prompts
 from .scenario_checks import Said, judge
 from .scenario_file import Mode, Phase, Scenario, Turn
 from .scenario_result import ScenarioResult, Times, TurnRow, phase_rows, totals
-from .server import Answer, BenchError, Messages, Server, ask
+from .server import WARM_UP, Answer, BenchError, Messages, Server, ask
 from .session import Session
-
-_WARM_UP = 64  # tokens
 
 
 @dataclass(frozen=True)
@@ -100,7 +98,7 @@ class Play:
             with Server(session, settings, model, session.directory / f"{self._mode}-{self._run}") as server:
                 if ended is not None:
                     times.restart[self._mode, act[0].name].append(time.perf_counter() - ended)
-                server.warm_up(self._prompts.messages(_WARM_UP))
+                server.warm_up(self._prompts.messages(WARM_UP))
                 for phase in act:
                     began = time.perf_counter()
                     for number, turn in enumerate(phase.turns, start=1):

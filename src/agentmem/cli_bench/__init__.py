@@ -9,9 +9,15 @@ from .persistence import persistence
 from .report import report
 from .restore import restore
 from .scenario import scenario
+from .staggered import staggered
+from .throughput import throughput
 from .ttft import ttft
 from .write import write
 
 app = typer.Typer(no_args_is_help=True, help="Measure on this machine what the cache costs and gains.")
-for _command in (ttft, persistence, restore, write, ablation, perplexity, capacity, scenario, report):
+_COMMANDS = (
+    *(ttft, throughput, staggered, persistence, restore, write, ablation, perplexity, capacity, scenario),
+    report,
+)
+for _command in _COMMANDS:
     app.command()(_command)

@@ -16,6 +16,8 @@ Output = Annotated[Path | None, typer.Option("--output", "-o", help="the page (d
 # benchmark: name of its result's class in bench/, whether bench/plot.py has a picture of it
 _KNOWN = {
     "ttft": ("TtftResult", True),
+    "throughput": ("ThroughputResult", True),
+    "staggered": ("StaggeredResult", True),
     "persistence": ("PersistenceResult", False),
     "restore": ("RestoreResult", False),
     "write": ("WriteResult", True),

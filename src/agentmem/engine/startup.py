@@ -170,7 +170,7 @@ def _calibrate(settings: Settings, model: LoadedModel, runner: ModelRunner, dire
         tokens = calibrate.calibration_tokens(lambda text: model.tokenizer.encode(text, add_special_tokens=False))
         centres = runner.calibrate(tokens)
         runner.use_centres(centres)
-        attention = _faster_attention(runner)
+        attention = faster_attention(runner)
         found = centres, attention
         _write_calibration(path, centres, attention)
     centres, attention = found
@@ -179,7 +179,7 @@ def _calibrate(settings: Settings, model: LoadedModel, runner: ModelRunner, dire
     return _checksum(centres)
 
 
-def _faster_attention(runner: ModelRunner) -> str:
+def faster_attention(runner: ModelRunner) -> str:
     """On a CPU the dequantized copy, by far (docs/architecture.md has the figures); elsewhere measured here."""
     if mx.default_device() == mx.Device(mx.cpu):
         return "dequantized"
