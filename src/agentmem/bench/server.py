@@ -76,6 +76,7 @@ class Server:
 class Answer:
     """A streamed answer, timed by the client."""
 
+    began: float = field(default_factory=time.perf_counter)
     ttft_ms: float = 0.0  # from before the request to the first text
     total_ms: float = 0.0
     times: list[float] = field(default_factory=list)  # s after the request, of each chunk with text
@@ -96,14 +97,14 @@ def ask(client: httpx.Client, messages: Messages, max_tokens: int, **body: Any) 
     """Stream a greedy answer of any OpenAI-compatible server. Raises BenchError, httpx.HTTPError."""
     body = {"messages": messages, "max_tokens": max_tokens, "temperature": 0, "stream": True} | body
     body |= {"stream_options": {"include_usage": True}}
-    answer, began = Answer(), time.perf_counter()
+    answer = Answer()
     with client.stream("POST", "/chat/completions", json=body) as response:
         if response.status_code != 200:
             raise BenchError(f"{response.url}: {response.status_code} {response.read().decode()[:300]}")
         for line in response.iter_lines():
             if line.startswith("data: {"):
-                _take(answer, json.loads(line[6:]), time.perf_counter() - began)
-    answer.total_ms = (time.perf_counter() - began) * 1e3
+                _take(answer, json.loads(line[6:]), time.perf_counter() - answer.began)
+    answer.total_ms = (time.perf_counter() - answer.began) * 1e3
     if not answer.times or not answer.usage:
         raise BenchError(f"{client.base_url} sent no text or no usage; a benchmark needs both")
     answer.ttft_ms = answer.times[0] * 1e3

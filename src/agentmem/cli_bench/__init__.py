@@ -4,6 +4,7 @@ import typer
 
 from .ablation import ablation
 from .capacity import capacity
+from .compare import compare
 from .perplexity import perplexity
 from .persistence import persistence
 from .report import report
@@ -12,5 +13,5 @@ from .ttft import ttft
 from .write import write
 
 app = typer.Typer(no_args_is_help=True, help="Measure on this machine what the cache costs and gains.")
-for _command in (ttft, persistence, restore, write, ablation, perplexity, capacity, report):
+for _command in (ttft, persistence, restore, write, ablation, compare, perplexity, capacity, report):
     app.command()(_command)
