@@ -2,11 +2,10 @@
 
 from pathlib import Path
 
-import mlx.core as mx
-
 from ..errors import ModelError
 from .compare import STATES, CacheRow, CompareRow, DecodeRow, Samples
 from .contenders import AGENTMEM, MLX_LM, Contender
+from .float32 import on_cpu
 from .result import spread, ttft
 from .server import Server
 from .spec_of_config import read_config, spec_of_config
@@ -65,9 +64,8 @@ def cache_row(contender: Contender, context: int, agent: str, model: Path, block
         whole, sealed = _agentmem_bytes(contender.running, agent, block_size)
         source = "/v1/agents: ram_bytes over tokens"
     elif contender.name == MLX_LM and fp16:
-        on_cpu = mx.default_device().type == mx.DeviceType.cpu
-        whole = float(fp16 * (2 if on_cpu else 1))
-        source = f"computed: keys and values of all layers in {'float32' if on_cpu else '16 bits'}"
+        whole = float(fp16 * (2 if on_cpu() else 1))
+        source = f"computed: keys and values of all layers in {'float32' if on_cpu() else '16 bits'}"
     per_token = sealed or whole
     return CacheRow(
         server=contender.name,

@@ -10,12 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import mlx.core as mx
 from mlx_lm.utils import load_config
 
 from ..config import Settings
 from ..errors import StartupError
-from .float32 import write_float32
+from .float32 import on_cpu, write_float32
 from .process import Process, connect
 from .result import Part
 from .server import Answer, BenchError, Messages, Server, ask
@@ -87,11 +86,10 @@ class Place:
     agents: int  # most that are held at once
 
     def contenders(self, names: list[str]) -> list[Contender]:
-        """Of command line arguments; `started` by `restart`. Raises StartupError for a name that says nothing."""
+        """Of command line arguments that passed `check_names`; `restart` starts them. Raises StartupError."""
         makers = {AGENTMEM: self._agentmem, MLX_LM: self._mlx_lm, LLAMA_CPP: self._llama_cpp}
-        on_cpu = mx.default_device().type == mx.DeviceType.cpu
         model, weights = self.model, "as in the model directory"
-        if on_cpu and {AGENTMEM, MLX_LM} & set(names):
+        if on_cpu() and {AGENTMEM, MLX_LM} & set(names):
             model = write_float32(self.model, self.settings.home_dir, self.session.directory / "float32" / "model")
             weights = "dequantized to float32, one copy for agentmem and mlx-lm (the only dtype that is fast on a CPU)"
         return [
@@ -118,7 +116,7 @@ class Place:
 
     def _mlx_lm(self, model: Path, weights: str, body: dict[str, Any]) -> Contender:
         options = ["--model", str(model), "--prompt-cache-size", "64", "--log-level", "WARNING"]
-        if mx.default_device().type == mx.DeviceType.cpu:
+        if on_cpu():
             # 1,000 tokens took 10 % more time in its default, one step of 2,048
             options += ["--prefill-step-size", str(self.settings.prefill_chunk)]
             home = str(self.session.directory / "blas")

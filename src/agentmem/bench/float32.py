@@ -12,6 +12,11 @@ from ..models.loading import load_model
 _REPLACED = ("*.safetensors", "*.safetensors.index.json", "config.json")
 
 
+def on_cpu() -> bool:
+    """Where float32 alone is fast, and load_model dequantizes."""
+    return bool(mx.default_device().type == mx.DeviceType.cpu)
+
+
 def write_float32(model: Path, home: Path, to: Path) -> Path:
     """Dequantized, in float32, with the tokenizer's files as they are. Raises ModelError."""
     shutil.copytree(model, to, ignore=shutil.ignore_patterns(*_REPLACED))
