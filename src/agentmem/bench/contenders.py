@@ -163,7 +163,7 @@ def check_names(names: list[str], gguf: Path | None) -> None:
 def _connected(argument: str, body: dict[str, Any]) -> Contender:
     """One that runs already. The model it is asked for is the one it lists; of several, its default."""
     name, _, url = argument.partition("=")
-    client = connect(url)
+    client = connect(url, proxies=True)
     try:
         models = client.get("/models").json()["data"]
     except (httpx.HTTPError, ValueError, KeyError) as e:

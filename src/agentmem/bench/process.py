@@ -26,7 +26,7 @@ class Process:
 
     def _is_healthy(self) -> bool:
         try:
-            return httpx.get(str(self.client.base_url).replace("/v1/", "/health")).status_code == 200
+            return self.client.get(self.client.base_url.join("/health")).status_code == 200
         except httpx.TransportError:
             return False
 
@@ -37,8 +37,8 @@ class Process:
         self._session.ended(self.process)
 
 
-def connect(url: str) -> httpx.Client:
-    return httpx.Client(base_url=url, timeout=httpx.Timeout(10.0, read=None))
+def connect(url: str, *, proxies: bool = False) -> httpx.Client:
+    return httpx.Client(base_url=url, timeout=httpx.Timeout(10.0, read=None), trust_env=proxies)
 
 
 def free_port() -> int:

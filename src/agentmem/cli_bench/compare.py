@@ -9,7 +9,7 @@ import typer
 
 from ..cli_agents import table
 from ..errors import StartupError
-from .common import Config, Corpus, Home, JsonFile, Model, Passes, Plot, Run, benchmark, numbers, save, show
+from .common import Config, Corpus, Home, JsonFile, Model, Passes, Plot, Run, Shown, benchmark, numbers, save, show
 
 if TYPE_CHECKING:
     from ..bench.compare import CompareResult, Workload
@@ -66,7 +66,7 @@ def compare(
         place = Place(run.session, run.settings, run.model, gguf, work.most_tokens, sizes[-1] + 1)
         result = _measure(run, place, names, work, run.prompts(corpus))
     save(result, json_file)
-    show_compare(result)
+    show(*tables(result))
     if plot:
         from ..bench.plot import plot_compare
 
@@ -102,17 +102,18 @@ def _measure(run: Run, place: "Place", names: list[str], work: "Workload", promp
     )
 
 
-def show_compare(result: "CompareResult") -> None:
+def tables(result: "CompareResult") -> list[Shown]:
     names = [about.name for about in result.servers]
     others = [name for name in names if name != "agentmem"] if "agentmem" in names else []
     lines = table("", *names, *(f"agentmem/{name}" for name in others))
     for label, cells in _lines(result):
         ratios = [_ratio(cells.get("agentmem"), cells.get(name)) for name in others]
         lines.add_row(label, *(_number(cells.get(name)) for name in names), *ratios)
-    show(f"{result.model}, medians of {result.passes} passes", lines)
+    shown: list[Shown] = [f"{result.model}, medians of {result.passes} passes", lines]
     for about in result.servers:
         notes = (about.what, about.version, f"weights {about.weights}", about.preparation)
-        show(f"{about.name}: {'; '.join(note for note in notes if note)}")
+        shown.append(f"{about.name}: {'; '.join(note for note in notes if note)}")
+    return shown
 
 
 def _lines(result: "CompareResult") -> Iterator[tuple[str, dict[str, float | None]]]:

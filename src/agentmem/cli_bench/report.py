@@ -20,6 +20,7 @@ _KNOWN = {
     "restore": ("RestoreResult", False),
     "write": ("WriteResult", True),
     "ablation": ("AblationResult", False),
+    "compare": ("CompareResult", True),
 }
 
 
