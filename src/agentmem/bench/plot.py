@@ -155,3 +155,39 @@ def plot_write(result: dict[str, Any], path: Path) -> None:
     axes.legend()
     figure.suptitle(f"{result['model']}: {result['amplification']:.2f} bytes written for each that is kept")
     _write(figure, path)
+
+
+def plot_compare(result: dict[str, Any], path: Path) -> None:
+    """Bars by server: time to first token in each state, on a logarithmic axis, and tokens/s; whiskers are ranges."""
+    from matplotlib.figure import Figure
+
+    names, contexts = [about["name"] for about in result["servers"]], sorted({r["context"] for r in result["rows"]})
+    figure = Figure(figsize=(4.5 * (len(contexts) + 1), 4.5), layout="constrained")
+    *times, speed = figure.subplots(1, len(contexts) + 1)
+    states = ("cold", "second_turn", "after_restart", "resumed")
+    for axes, context in zip(times, contexts, strict=True):
+        rows = {row["server"]: row for row in result["rows"] if row["context"] == context}
+        for i, name in enumerate(names):
+            cells = [(x, rows[name][state]) for x, state in enumerate(states) if rows[name][state]]
+            bars = [(x, cell["ttft_ms"], cell["min_ms"], cell["max_ms"]) for x, cell in cells]
+            _bars(axes, bars, name, i, len(names))
+        axes.set_yscale("log")
+        axes.set_xticks(range(len(states)), [state.replace("_", "\n") for state in states])
+        axes.set_title(f"{context:,} tokens: ms to the first one")
+    batches = sorted({row["batch"] for row in result["decode"]})
+    for i, name in enumerate(names):
+        found = [(batches.index(r["batch"]), r["tokens_per_s"]) for r in result["decode"] if r["server"] == name]
+        _bars(speed, [(x, s["median"], s["min"], s["max"]) for x, s in found], name, i, len(names))
+    speed.set_xticks(range(len(batches)), [f"{batch} at once" for batch in batches])
+    speed.set_title("decoded tokens/s")
+    speed.legend()
+    figure.suptitle(f"{result['model']}, medians of {result['passes']} passes, and their range")
+    _write(figure, path)
+
+
+def _bars(axes: Any, bars: list[tuple[int, float, float, float]], name: str, i: int, of: int) -> None:
+    """(place, median, min, max) of the `i`th of several that stand beside each other."""
+    width = 0.8 / of
+    errors = [[median - low for _, median, low, _ in bars], [high - median for _, median, _, high in bars]]
+    at = [x + (i - (of - 1) / 2) * width for x, *_ in bars]
+    axes.bar(at, [median for _, median, *_ in bars], width, yerr=errors, capsize=3, label=name)

@@ -109,7 +109,7 @@ class Server:
 class Answer:
     """A streamed answer, timed by the client."""
 
-    began: float = 0.0  # time.perf_counter() before the request
+    began: float = field(default_factory=time.perf_counter)
     ttft_ms: float = 0.0  # from before the request to the first text
     total_ms: float = 0.0
     times: list[float] = field(default_factory=list)  # s after the request, of each chunk with text
@@ -142,7 +142,7 @@ def stream(client: httpx.Client, messages: Messages, max_tokens: int, **body: An
     """The same, as it grows; who stops reading hangs up."""
     body = {"messages": messages, "max_tokens": max_tokens, "temperature": 0, "stream": True} | body
     body |= {"stream_options": {"include_usage": True}}
-    answer = Answer(began=time.perf_counter())
+    answer = Answer()
     with client.stream("POST", "/chat/completions", json=body) as response:
         if response.status_code != 200:
             raise BenchError(f"{response.url}: {response.status_code} {response.read().decode()[:300]}")

@@ -4,6 +4,7 @@ import typer
 
 from .ablation import ablation
 from .capacity import capacity
+from .compare import compare
 from .perplexity import perplexity
 from .persistence import persistence
 from .report import report
@@ -16,8 +17,8 @@ from .write import write
 
 app = typer.Typer(no_args_is_help=True, help="Measure on this machine what the cache costs and gains.")
 _COMMANDS = (
-    *(ttft, throughput, staggered, persistence, restore, write, ablation, perplexity, capacity, scenario),
-    report,
+    *(ttft, throughput, staggered, persistence, restore, write, ablation),
+    *(compare, scenario, perplexity, capacity, report),
 )
 for _command in _COMMANDS:
     app.command()(_command)

@@ -23,6 +23,7 @@ _KNOWN = {
     "write": ("WriteResult", True),
     "ablation": ("AblationResult", False),
     "scenario": ("ScenarioResult", True),
+    "compare": ("CompareResult", True),
 }
 
 
