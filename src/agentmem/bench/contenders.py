@@ -70,7 +70,7 @@ class Contender:
     def ask(self, agent: str, messages: Messages, max_tokens: int) -> Answer:
         """Greedy. The end of an answer is made unlikely where a server knows `logit_bias` or `ignore_eos`."""
         assert self.client
-        of_agent = {"agent_id": agent} if self.name == AGENTMEM else {}
+        of_agent: dict[str, Any] = {"agent_id": agent} if self.name == AGENTMEM else {}
         return ask(self.client, messages, max_tokens, **self.body, **of_agent)
 
 
