@@ -3,12 +3,13 @@
 from pathlib import Path
 
 from ..errors import ModelError
+from ..models.spec_of_config import spec_of_config
 from .compare import STATES, CacheRow, CompareRow, DecodeRow, Samples
 from .contenders import AGENTMEM, MLX_LM, Contender
+from .find_config import read_config
 from .float32 import on_cpu
 from .result import spread, ttft
 from .server import Server
-from .spec_of_config import read_config, spec_of_config
 
 
 def rows(samples: dict[int, dict[str, Samples]]) -> list[CompareRow]:
