@@ -29,8 +29,8 @@ load_fast_blas(HOME)
 
 import mlx.core as mx  # noqa: E402  (after the BLAS)
 from machine import describe_machine, write_result  # noqa: E402
-from throughput import snapshot  # noqa: E402
 
+from agentmem.bench.decode import random_snapshot  # noqa: E402
 from agentmem.engine.model_runner import ModelRunner  # noqa: E402
 from agentmem.kvcache.cache import SequenceCache  # noqa: E402
 from agentmem.kvcache.quantize import CacheSpace  # noqa: E402
@@ -173,7 +173,7 @@ def cases(batches: list[int]) -> list[tuple[str, list[int]]]:
 
 def measure(runner: ModelRunner, lengths: list[int], steps: int) -> dict[str, dict[str, float]]:
     """Each way's step_ms, join_ms, bytes and logits_differ_by."""
-    snapshots = {n: snapshot(runner, n) for n in set(lengths)}
+    snapshots = {n: random_snapshot(runner, n) for n in set(lengths)}
     caches = [runner.new_cache(snapshots[n], n + steps + 1) for n in lengths]
     mx.eval([cache.arrays() for cache in caches])
     ways: dict[str, PerSequenceBatch | GroupedBatch] = {"per sequence": PerSequenceBatch(runner, caches)}

@@ -70,38 +70,44 @@ def minmax(x: mx.array, bits: int) -> mx.array:
 
 def mse(x: mx.array, bits: int) -> mx.array:
     """The range of each group shrunk by the factor that leaves the least squared error."""
-    groups = x.reshape(*x.shape[:-1], -1, GROUP)
-    low, high = groups.min(axis=-1, keepdims=True), groups.max(axis=-1, keepdims=True)
-    best, least = groups, mx.full(low.shape, mx.inf)
-    for factor in FACTORS:
-        middle, reach = (low + high) / 2, (high - low) / 2 * factor
-        value = _affine(groups, 2 * reach / (2**bits - 1), middle - reach, bits)
-        best, least = _better(groups, value, best, least)
-    return best.reshape(x.shape)
+    return _best(x, bits, lambda groups, scale, bias: _affine(groups, scale, bias, bits))
 
 
 def refit(x: mx.array, bits: int) -> mx.array:
     """Codes as by `mse`'s shrinking, then scale and bias by least squares on the codes, then codes again."""
-    groups = x.reshape(*x.shape[:-1], -1, GROUP)
-    low, high = groups.min(axis=-1, keepdims=True), groups.max(axis=-1, keepdims=True)
-    best, least = groups, mx.full(low.shape, mx.inf)
-    for factor in FACTORS:
-        middle, reach = (low + high) / 2, (high - low) / 2 * factor
-        scale, bias = 2 * reach / (2**bits - 1), middle - reach
+
+    def value(groups: mx.array, scale: mx.array, bias: mx.array) -> mx.array:
         for _ in range(2):
             scale, bias = _least_squares(groups, _codes(groups, scale, bias, bits))
-        best, least = _better(groups, _affine(groups, scale, bias, bits), best, least)
-    return best.reshape(x.shape)
+        return _affine(groups, scale, bias, bits)
+
+    return _best(x, bits, value)
 
 
 def fit(x: mx.array, bits: int) -> mx.array:
     """The cheap form of `refit`: the range shrunk by one factor, then scale and bias by least squares on the codes."""
     groups = x.reshape(*x.shape[:-1], -1, GROUP)
-    low, high = groups.min(axis=-1, keepdims=True), groups.max(axis=-1, keepdims=True)
-    middle, reach = (low + high) / 2, (high - low) / 2 * FIT_FACTOR[bits]
-    codes = _codes(groups, 2 * reach / (2**bits - 1), middle - reach, bits)
+    codes = _codes(groups, *_shrunk(groups, FIT_FACTOR[bits], bits), bits)
     scale, bias = (a.astype(mx.float16).astype(x.dtype) for a in _least_squares(groups, codes))
     return (codes * scale + bias).reshape(x.shape)
+
+
+def _best(x: mx.array, bits: int, value: Callable[[mx.array, mx.array, mx.array], mx.array]) -> mx.array:
+    """Of what `value` makes of the groups of `x`, their scale and bias for each factor, what is nearest, by group."""
+    groups = x.reshape(*x.shape[:-1], -1, GROUP)
+    best, least = groups, mx.full((*groups.shape[:-1], 1), mx.inf)
+    for factor in FACTORS:
+        tried = value(groups, *_shrunk(groups, factor, bits))
+        error = ((tried - groups) ** 2).sum(axis=-1, keepdims=True)
+        best, least = mx.where(error < least, tried, best), mx.minimum(error, least)
+    return best.reshape(x.shape)
+
+
+def _shrunk(groups: mx.array, factor: float, bits: int) -> tuple[mx.array, mx.array]:
+    """Scale and bias of each group's range, shrunk by `factor` about its middle."""
+    low, high = groups.min(axis=-1, keepdims=True), groups.max(axis=-1, keepdims=True)
+    middle, reach = (low + high) / 2, (high - low) / 2 * factor
+    return 2 * reach / (2**bits - 1), middle - reach
 
 
 def _codes(groups: mx.array, scale: mx.array, bias: mx.array, bits: int) -> mx.array:
@@ -119,11 +125,6 @@ def _least_squares(groups: mx.array, codes: mx.array) -> tuple[mx.array, mx.arra
 def _affine(groups: mx.array, scale: mx.array, bias: mx.array, bits: int) -> mx.array:
     scale, bias = (a.astype(mx.float16).astype(groups.dtype) for a in (mx.maximum(scale, 1e-4), bias))
     return _codes(groups, scale, bias, bits) * scale + bias
-
-
-def _better(x: mx.array, value: mx.array, best: mx.array, least: mx.array) -> tuple[mx.array, mx.array]:
-    error = ((value - x) ** 2).sum(axis=-1, keepdims=True)
-    return mx.where(error < least, value, best), mx.minimum(error, least)
 
 
 @dataclass(frozen=True)

@@ -37,14 +37,17 @@ from typing import Any
 
 import httpx
 import mlx.core as mx
+from mlx_lm.utils import load_tokenizer
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
-from http_throughput import DEMO, prompts
 from machine import describe_machine
 from sealing import read_trace
 from server_process import ServerProcess
 from streams import StreamError, read_metrics, report
 
+from agentmem.bench.prompts import Prompts
+
+DEMO = Path("~/.agentmem/models/demo").expanduser()
 AGAIN = 2  # tokens of an agent's that a return may compute again
 RSS_GROWTH = 1.02
 OVERLAP = 0.8
@@ -88,8 +91,9 @@ class Conversation:
 
 
 def conversations(model: Path, agents: int, tokens: int) -> list[Conversation]:
-    """Of about `tokens` each: 50 less of text leave room for the chat template and the turns."""
-    return [Conversation(f"agent-{i}", chat) for i, chat in enumerate(prompts(model, agents, tokens - 50))]
+    """Of about `tokens` each: 20 less leave room for the turns."""
+    prompts = Prompts(load_tokenizer(model))
+    return [Conversation(f"agent-{i}", prompts.messages(tokens - 20)) for i in range(agents)]
 
 
 @dataclass(frozen=True)

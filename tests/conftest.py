@@ -18,3 +18,23 @@ def demo_model_dir() -> Path:
     from agentmem.models.pull import pull_demo
 
     return pull_demo(HOME)
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory) -> Path:
+    """The directory of a tiny model."""
+    from tiny_model_dir import write_tiny_model
+
+    return write_tiny_model(tmp_path_factory.mktemp("model") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def server(model, tmp_path_factory):
+    """A real server on the tiny model, which is well in the end."""
+    from chat_http import FLAGS
+    from server_process import ServerProcess
+
+    with ServerProcess(tmp_path_factory.mktemp("server") / "home", *FLAGS, model=model) as server:
+        yield server
+        assert server.client.get(server.url.removesuffix("/v1") + "/health").json()["status"] == "ok"
+        assert server.stop() == 0

@@ -19,6 +19,7 @@ class ServerProcess:
         command = [*command, "--home", str(home), "--port", "0", *flags]
         command += ["--model", str(model)] if model else []
         home.mkdir(parents=True, exist_ok=True)
+        self.home = home
         self._log = (home / "server.log").open("a")
         self.process = subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=self._log, text=True, env=os.environ | {"PYTHONUNBUFFERED": "1"}

@@ -8,81 +8,37 @@ import struct
 import tarfile
 import time
 from pathlib import Path
-from urllib.parse import quote, urlsplit
+from urllib.parse import urlsplit
 
 import httpx
 import pytest
 import xxhash
+from chat_http import FLAGS, KEYS, answered, path, refused, text, user, words, write_keys
 from fake_engine import FakeEngine
 from server_process import ServerProcess
 from tiny import BLOCK, random_tokens
-from tiny_model_dir import write_tiny_model
 
 from agentmem.config import Settings
 from agentmem.server.app import create_app
 
-FLAGS = ("--block-size", str(BLOCK), "--prefill-chunk", "64", "--tail-delay", "0.05")
-KEYS = {"a": f"sk-a-{'0' * 16}", "b": f"sk-b-{'0' * 16}"}
 
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory) -> Path:
-    return write_tiny_model(tmp_path_factory.mktemp("model") / "tiny")
-
-
-@pytest.fixture(scope="module")
-def home(tmp_path_factory) -> Path:
-    return tmp_path_factory.mktemp("server") / "home"
-
-
-@pytest.fixture(scope="module")
-def server(model, home):
-    with ServerProcess(home, *FLAGS, model=model) as server:
-        yield server
-        assert server.client.get(server.url.removesuffix("/v1") + "/health").json()["status"] == "ok"
-        assert server.stop() == 0
-
-
-def words(n: int, seed: int) -> str:
-    return " ".join(f"w{token}" for token in random_tokens(n, seed))
-
-
-def user(n: int, seed: int) -> dict[str, str]:
-    return {"role": "user", "content": words(n, seed)}
-
-
-def answered(chat: dict) -> dict[str, str]:
-    return chat["choices"][0]["message"]
-
-
-def text(chat: dict) -> str:
-    return answered(chat)["content"]
+@pytest.fixture
+def home(server) -> Path:
+    return server.home
 
 
 def cached(chat: dict) -> tuple[str, int]:
     return chat["agentmem"]["cache"], chat["agentmem"]["cached_tokens"]
 
 
-def path(agent: str, operation: str = "") -> str:
-    return f"/agents/{quote(agent, safe='').replace('.', '%2E')}{operation}"
-
-
 def post(server: ServerProcess, agent: str, operation: str, **request) -> dict:
-    response = server.client.post(path(agent, f"/{operation}"), **request)
+    response = server.client.post(path(agent, operation), **request)
     assert response.status_code == 200, response.text
     return response.json()
 
 
 def names(server: ServerProcess) -> set[str]:
     return {agent["agent_id"] for agent in server.client.get("/agents").json()["data"]}
-
-
-def refused(response: httpx.Response) -> tuple[int, str, str | None, str]:
-    """Status, code and param of an error in OpenAI's shape; its message is one line."""
-    error = response.json()["error"]
-    assert error.keys() == {"message", "type", "param", "code"}
-    assert error["message"] and "\n" not in error["message"]
-    return response.status_code, error["code"], error["param"], error["message"]
 
 
 def held_of(server: ServerProcess, agent: str) -> dict:
@@ -110,7 +66,7 @@ def test_an_agent_can_be_listed_shown_pinned_given_a_ttl_evicted_and_prefetched(
 
     assert post(server, "life", "pin") == {"agent_id": "life", "pinned": True}
     assert server.client.get(path("life")).json()["pinned"] is True
-    pinned = refused(server.client.post(path("life", "/evict")))
+    pinned = refused(server.client.post(path("life", "evict")))
     assert pinned[:3] == (409, "conflict", "agent_id") and "unpin" in pinned[3]
     assert post(server, "life", "unpin") == {"agent_id": "life", "pinned": False}
     assert post(server, "life", "ttl", json={"seconds": 3600}) == {"agent_id": "life", "ttl": 3600}
@@ -165,12 +121,12 @@ def test_messages_are_counted_as_the_template_renders_them_and_their_ends_found(
         history.append(user(20 + turn, 9 + turn))
         chat = server.chat(history, agent="turns")
         history.append(answered(chat))
-    too_many = refused(server.client.post(path("turns", "/truncate"), json={"messages": 8}))
+    too_many = refused(server.client.post(path("turns", "truncate"), json={"messages": 8}))
     assert too_many[:3] == (400, "invalid_value", "messages") and "1 to 7" in too_many[3]
     for keep in (6, 4, 3, 2, 1):  # each time fewer of the same conversation
         kept = post(server, "turns", "truncate", json={"messages": keep})["tokens"]
         assert kept == sum(2 + len(m["content"].split()) for m in history[:keep]) + keep - 1
-        ended = refused(server.client.post(path("turns", "/truncate"), json={"messages": keep + 1}))
+        ended = refused(server.client.post(path("turns", "truncate"), json={"messages": keep + 1}))
         assert f"1 to {keep}:" in ended[3]
     post(server, "turns", "prewarm", json={"messages": history[:6]})
     kept = post(server, "turns", "truncate", json={"messages": 4})["tokens"]
@@ -196,7 +152,7 @@ BODIES = {"ttl": {"seconds": 1}, "fork": {"to": "x"}, "truncate": {"messages": 1
 
 @pytest.mark.parametrize("agent", ["nobody", "no/body", "%2F", "a pin/pin"])
 def test_every_route_says_that_there_is_no_such_agent(server, agent):
-    answers = [server.client.post(path(agent, f"/{op}"), json=BODIES.get(op)) for op in OPERATIONS]
+    answers = [server.client.post(path(agent, op), json=BODIES.get(op)) for op in OPERATIONS]
     answers += [server.client.get(path(agent)), server.client.delete(path(agent))]
     for answer in answers:
         assert refused(answer) == (404, "agent_not_found", "agent_id", f"There is no agent {agent!r}.")
@@ -239,7 +195,7 @@ def test_a_wrong_body_is_refused_with_the_field_and_what_would_be_right(server, 
     if "refuses" not in names(server):
         server.chat([user(40, 21)], agent="refuses")
     before = held_of(server, "refuses")
-    status, *error, message = refused(server.client.post(path("refuses", f"/{operation}"), json=body))
+    status, *error, message = refused(server.client.post(path("refuses", operation), json=body))
     assert (status, *error) == (400, code, param) and says in message
     assert held_of(server, "refuses") == before
     assert "x" not in names(server)
@@ -247,7 +203,7 @@ def test_a_wrong_body_is_refused_with_the_field_and_what_would_be_right(server, 
 
 @pytest.mark.parametrize("body", [b"", b"{", b'{"seconds": 1', b"seconds=1", b'{"seconds": NaN}'])
 def test_a_body_that_is_no_json_is_refused(server, body):
-    response = server.client.post(path("any", "/ttl"), content=body, headers={"content-type": "application/json"})
+    response = server.client.post(path("any", "ttl"), content=body, headers={"content-type": "application/json"})
     assert refused(response)[0] == 400
 
 
@@ -255,9 +211,9 @@ def test_a_name_that_is_taken_is_refused_and_nothing_changes(server):
     for agent in ("taken", "taker"):
         server.chat([user(40, 22)], agent=agent)
     before = held_of(server, "taken")
-    response = server.client.post(path("taker", "/fork"), json={"to": "taken"})
+    response = server.client.post(path("taker", "fork"), json={"to": "taken"})
     assert refused(response)[:3] == (409, "agent_exists", "to")
-    archive = server.client.post(path("taker", "/export")).content
+    archive = server.client.post(path("taker", "export")).content
     assert refused(server.client.post("/agents/import", content=archive))[:3] == (409, "agent_exists", "agent_id")
     assert held_of(server, "taken") == before
 
@@ -265,7 +221,7 @@ def test_a_name_that_is_taken_is_refused_and_nothing_changes(server):
 @pytest.mark.parametrize("method", ["PUT", "PATCH"])
 def test_what_no_route_does_is_refused(server, method):
     assert refused(server.client.request(method, path("x")))[:2] == (405, "method_not_allowed")
-    assert refused(server.client.post(path("x", "/explode")))[:2] == (405, "method_not_allowed")
+    assert refused(server.client.post(path("x", "explode")))[:2] == (405, "method_not_allowed")
 
 
 # -- ids
@@ -281,7 +237,7 @@ def test_an_id_in_a_path_is_whatever_it_is_in_a_body(server, agent):
     assert post(server, agent, "pin")["agent_id"] == agent
     assert post(server, agent, "unpin")["agent_id"] == agent
     fork = post(server, agent, "fork", json={"to": agent + "~"})
-    archive = server.client.post(path(fork["agent_id"], "/export")).content
+    archive = server.client.post(path(fork["agent_id"], "export")).content
     assert server.client.delete(path(agent)).json() == {"agent_id": agent, "deleted": True}
     imported = server.client.post("/agents/import", params={"agent_id": agent}, content=archive).json()
     assert imported["agent_id"] == agent
@@ -301,7 +257,7 @@ def test_a_request_can_make_its_agent_ephemeral_and_give_it_a_ttl(server, home):
     time.sleep(0.2)
     assert not any(token_run(24) in p.read_bytes() for p in store_files(home))
     for operation in ("evict", "export"):
-        answer = refused(server.client.post(path("eve", f"/{operation}")))
+        answer = refused(server.client.post(path("eve", operation)))
         assert answer[:3] == (409, "conflict", "agent_id") and "ephemeral" in answer[3]
     deadline = time.monotonic() + 10
     while "eve" in names(server):
@@ -364,9 +320,8 @@ def test_of_a_deleted_agent_no_file_holds_tokens_or_blocks(server, home):
 @pytest.fixture(scope="module")
 def other(model, tmp_path_factory):
     """A second server, of the same model, with a store of its own."""
-    home = tmp_path_factory.mktemp("other") / "home"
-    with ServerProcess(home, *FLAGS, "--store-quota", "2M", "--store-min-free", "0", model=model) as server:
-        server.home = home
+    flags = (*FLAGS, "--store-quota", "2M", "--store-min-free", "0")
+    with ServerProcess(tmp_path_factory.mktemp("other") / "home", *flags, model=model) as server:
         yield server
         assert server.stop() == 0
 
@@ -375,7 +330,7 @@ def other(model, tmp_path_factory):
 def archive(server) -> bytes:
     chat = server.chat([user(3 * BLOCK, 30)], agent="traveller")
     server.history = [user(3 * BLOCK, 30), answered(chat), user(10, 31)]
-    return server.client.post(path("traveller", "/export")).content
+    return server.client.post(path("traveller", "export")).content
 
 
 def test_an_imported_agent_is_warm_and_answers_like_the_exported_one(server, other, archive):
@@ -386,7 +341,7 @@ def test_an_imported_agent_is_warm_and_answers_like_the_exported_one(server, oth
     there = other.chat(server.history, agent="traveller")
     assert text(there) == text(here)
     assert cached(there) == ("warm", imported["tokens"])
-    response = server.client.post(path("traveller", "/export"))
+    response = server.client.post(path("traveller", "export"))
     assert response.headers["content-type"] == "application/x-tar"
     assert "attachment" in response.headers["content-disposition"]
     assert not list((other.home / "store").rglob("exports/*"))
@@ -502,7 +457,7 @@ def test_an_export_that_the_client_does_not_read_leaves_nothing_in_exports(serve
     while list((home / "store").rglob("exports/*")):
         assert time.monotonic() < deadline
         time.sleep(0.05)
-    assert server.client.post(path("large", "/export")).status_code == 200
+    assert server.client.post(path("large", "export")).status_code == 200
     assert server.client.delete(path("large")).json()["deleted"]
 
 
@@ -515,20 +470,18 @@ def test_an_export_of_a_damaged_agent_ends_without_its_end(server, home):
     content[-1] ^= 1
     newest.write_bytes(content)
     with pytest.raises(httpx.RemoteProtocolError):
-        server.client.post(path("damaged", "/export"))
+        server.client.post(path("damaged", "export"))
     assert not list((home / "store").rglob("exports/*"))
     chat = server.chat([user(3 * BLOCK, 33)], agent="damaged")
     assert text(chat) == text(server.chat([user(3 * BLOCK, 33)], agent="damaged, never"))
-    assert server.client.post(path("damaged", "/export")).status_code == 200
+    assert server.client.post(path("damaged", "export")).status_code == 200
 
 
 # -- namespaces
 
 
 def test_namespaces_can_do_nothing_to_each_others_agents(model, tmp_path):
-    keys = tmp_path / "keys.toml"
-    keys.write_text("".join(f'{name} = "{key}"\n' for name, key in KEYS.items()))
-    keys.chmod(0o600)
+    keys = write_keys(tmp_path / "keys.toml")
     with ServerProcess(tmp_path / "home", *FLAGS, "--api-keys", str(keys), model=model) as server:
         a, b = (httpx.Client(base_url=server.url, headers={"x-api-key": key}, timeout=60) for key in KEYS.values())
         with a, b:
@@ -536,14 +489,14 @@ def test_namespaces_can_do_nothing_to_each_others_agents(model, tmp_path):
             first = a.post("/chat/completions", json=body).json()
             shown = a.get(path("mine")).json()
             assert b.get("/agents").json()["data"] == []
-            answers = [b.post(path("mine", f"/{op}"), json=BODIES.get(op)) for op in OPERATIONS]
+            answers = [b.post(path("mine", op), json=BODIES.get(op)) for op in OPERATIONS]
             answers += [b.get(path("mine")), b.delete(path("mine"))]
             assert {refused(answer)[:3] for answer in answers} == {(404, "agent_not_found", "agent_id")}
             assert a.get(path("mine")).json()["last_used"] == shown["last_used"]
             # the same name is another agent, and the same prompt is cold
             second = b.post("/chat/completions", json=body).json()
             assert (text(second), cached(second)) == (text(first), ("cold", 0))
-            archive = a.post(path("mine", "/export")).content
+            archive = a.post(path("mine", "export")).content
             assert b.post("/agents/import", params={"agent_id": "theirs"}, content=archive).status_code == 200
             assert len(a.get("/agents").json()["data"]) == 1
             assert b.delete(path("mine")).json()["deleted"]
@@ -554,23 +507,23 @@ def test_namespaces_can_do_nothing_to_each_others_agents(model, tmp_path):
 def test_a_miss_is_explained_with_the_first_text_that_differs(server):
     first = [user(40, 700), {"role": "assistant", "content": "w9"}, user(20, 701)]
     server.chat(first, "why", max_tokens=4)
-    explained = server.client.get(path("why", "/explain")).json()
+    explained = server.client.get(path("why", "explain")).json()
     assert (explained["cause"], explained["branch_tokens"]) == ("first", 0)
 
     edited = [user(40, 700), {"role": "assistant", "content": "w10"}, user(20, 701)]
-    would = server.client.post(path("why", "/explain"), json={"messages": edited}).json()
+    would = server.client.post(path("why", "explain"), json={"messages": edited}).json()
     assert would["cause"] == "parted"
     assert (would["cached"]["text"].split()[0], would["prompt"]["text"].split()[0]) == ("w9", "w10")
     assert would["before"]["text"].split()[-1] == "assistant"
 
     chat = server.chat(edited, "why", max_tokens=4)
     assert (chat["agentmem"]["cause"], chat["agentmem"]["cached_tokens"]) == ("parted", would["cached_tokens"])
-    last = server.client.get(path("why", "/explain")).json()
+    last = server.client.get(path("why", "explain")).json()
     assert last == would
     assert server.chat(edited, "why", max_tokens=4)["agentmem"]["cause"] == "repeated"
     assert (
         'agentmem_prefix_total{cause="parted"}' in server.client.get(server.url.removesuffix("/v1") + "/metrics").text
     )
-    assert server.client.get(path("nobody", "/explain")).status_code == 404
+    assert server.client.get(path("nobody", "explain")).status_code == 404
     for body in ({}, {"messages": edited, "prompt": "w1"}):
-        assert server.client.post(path("why", "/explain"), json=body).status_code == 400
+        assert server.client.post(path("why", "explain"), json=body).status_code == 400

@@ -23,8 +23,8 @@ from agentmem.bench.capacity import (
     rest_bytes,
     worst_rest_bytes,
 )
+from agentmem.bench.find_config import BUILT_IN, built_in_names, read_config
 from agentmem.bench.paper import CONTEXTS, PAPER_TABLE, compare
-from agentmem.bench.spec_of_config import BUILT_IN, built_in_names, read_config, spec_of_config
 from agentmem.cli_bench.capacity import capacity
 from agentmem.engine.model_runner import ModelRunner
 from agentmem.errors import ModelError, StartupError
@@ -32,6 +32,7 @@ from agentmem.kvcache.block import SealedBlock, Snapshot, from_host, to_host
 from agentmem.kvcache.cache import SequenceCache
 from agentmem.kvcache.quantize import CacheSpace
 from agentmem.kvcache.spec import KVCacheSpec
+from agentmem.models.spec_of_config import spec_of_config
 from agentmem.store import segment
 from agentmem.store.segment_file import read_file
 

@@ -18,24 +18,18 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from chat_http import FLAGS, text, user, words
 from server_process import ServerProcess
-from tiny import BLOCK, random_tokens
-from tiny_model_dir import write_tiny_model
 
+from agentmem.cli_explain import _body
 from agentmem.store.agent_store import AgentStore
 from agentmem.store.layout import Layout
 from agentmem.store.lock import acquire, release
 from agentmem.store.maintenance import holder
 
-FLAGS = ("--block-size", str(BLOCK), "--prefill-chunk", "64", "--tail-delay", "0.05")
 KEY = f"sk-{'0' * 16}"
 COMMAND = (sys.executable, "-m", "agentmem.cli")
 REFUSED, FAULT = 1, 2  # exit codes: by the server; of the user, or no server
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory) -> Path:
-    return write_tiny_model(tmp_path_factory.mktemp("model") / "tiny")
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +41,6 @@ def server(model, tmp_path_factory):
     keys.chmod(0o600)
     with ServerProcess(directory / "home", *FLAGS, "--api-keys", str(keys), model=model) as server:
         server.client.headers["x-api-key"] = KEY
-        server.home = directory / "home"
         yield server
         assert server.stop() == 0
 
@@ -87,16 +80,8 @@ def failed(done: subprocess.CompletedProcess, code: int) -> str:
     return done.stderr
 
 
-def words(n: int, seed: int) -> str:
-    return " ".join(f"w{token}" for token in random_tokens(n, seed))
-
-
 def chat(server: ServerProcess, agent: str, seed: int, **options) -> dict:
-    return server.chat([{"role": "user", "content": words(100, seed)}], agent=agent, max_tokens=4, **options)
-
-
-def text(answer: dict) -> str:
-    return answer["choices"][0]["message"]["content"]
+    return server.chat([user(100, seed)], agent=agent, max_tokens=4, **options)
 
 
 # -- agents
@@ -118,7 +103,7 @@ def test_an_agent_is_pinned_given_a_ttl_evicted_prefetched_and_deleted(server, a
 
 
 def test_prewarm_fork_and_truncate_say_what_the_agent_holds(agents, tmp_path):
-    messages = [{"role": "system", "content": words(30, 2)}, {"role": "user", "content": words(20, 3)}]
+    messages = [{"role": "system", "content": words(30, 2)}, user(20, 3)]
     warmed = agents("prewarm", "young", "-", input=json.dumps(messages))
     assert (warmed["cache"], warmed["cached_tokens"]) == ("cold", 0)
     file = tmp_path / "messages.json"
@@ -385,3 +370,16 @@ def test_explain_says_where_a_prompt_parts_from_what_is_cached(cli, server, tmp_
         line = next(line for line in shown.splitlines() if "w21" in line)
         assert line.index("w20") < line.index("w21") < line.index("w99")
     assert cli("agents", "explain", "nobody").returncode == REFUSED
+
+
+@pytest.mark.parametrize(
+    ("text", "body"),
+    [
+        ('{"messages": [], "tools": [7], "stream": true}', {"messages": [], "tools": [7]}),
+        ('{"messages": [], "chat_template_kwargs": {}}', {"messages": [], "chat_template_kwargs": {}}),
+        ('[{"role": "user"}]', {"messages": [{"role": "user"}]}),
+        *((text, {"prompt": text}) for text in ("<s> w9", "7", '"w9"', '{"city": "Paris"}')),
+    ],
+)
+def test_what_is_explained_of_a_file_is_a_request_a_chat_or_a_rendered_text(text, body):
+    assert _body(text) == body

@@ -89,3 +89,8 @@ def test_doctor_prints_json_for_programs(tmp_path):
     report = json.loads(result.stdout)
     assert {c["name"] for c in report["checks"]} >= {"mlx", "blas", "compiler", "model", "store", "modes"}
     assert result.returncode == (0 if report["ok"] else 1)
+
+
+@pytest.mark.parametrize("given", ["a.local, b.local", ["a.local,b.local"], ["a.local", "b.local"]])
+def test_hosts_are_split_at_commas_wherever_they_come_from(given):
+    assert load_settings({"allowed_hosts": given}).allowed_hosts == ["a.local", "b.local"]

@@ -1,7 +1,6 @@
 """What the server keeps of conversations, against real server processes on a tiny model."""
 
 import json
-import os
 import signal
 import sqlite3
 import subprocess
@@ -9,65 +8,16 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from pathlib import Path
-from urllib.parse import quote
 
-import httpx
 import pytest
+from chat_http import FLAGS, KEYS, answered, path, refused, transcript, user, words, write_keys
 from server_process import ServerProcess
-from tiny import BLOCK, random_tokens
-from tiny_model_dir import write_tiny_model
-
-FLAGS = ("--block-size", str(BLOCK), "--prefill-chunk", "64", "--tail-delay", "0.05")
-KEYS = {"a": f"sk-a-{'0' * 16}", "b": f"sk-b-{'0' * 16}"}
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory) -> Path:
-    return write_tiny_model(tmp_path_factory.mktemp("model") / "tiny")
-
-
-@pytest.fixture(scope="module")
-def server(model, tmp_path_factory):
-    with ServerProcess(tmp_path_factory.mktemp("server") / "home", *FLAGS, model=model) as server:
-        yield server
-        assert server.client.get(server.url.removesuffix("/v1") + "/health").json()["status"] == "ok"
-        assert server.stop() == 0
-
-
-def words(n: int, seed: int) -> str:
-    return " ".join(f"w{token}" for token in random_tokens(n, seed))
-
-
-def user(n: int, seed: int) -> dict[str, str]:
-    return {"role": "user", "content": words(n, seed)}
-
-
-def answered(chat: dict) -> dict[str, str]:
-    message = chat["choices"][0]["message"]
-    return {"role": message["role"], "content": message["content"]}
-
-
-def path(agent: str, operation: str) -> str:
-    return f"/agents/{quote(agent, safe='')}/{operation}"
-
-
-def transcript(server: ServerProcess, agent: str, **params: str) -> dict:
-    response = server.client.get(path(agent, "transcript"), params=params)
-    assert response.status_code == 200, response.text
-    return response.json()
 
 
 def context(server: ServerProcess, agent: str, **body) -> dict:
     response = server.client.post(path(agent, "context"), json=body)
     assert response.status_code == 200, response.text
     return response.json()
-
-
-def refused(response: httpx.Response) -> tuple[int, str, str | None]:
-    error = response.json()["error"]
-    assert error.keys() == {"message", "type", "param", "code"}
-    return response.status_code, error["code"], error["param"]
 
 
 def go_on(server: ServerProcess, messages: list, agent: str, **more) -> dict:
@@ -93,8 +43,8 @@ def test_an_agent_without_a_transcript_cannot_be_continued(server):
     response = server.client.post(
         "/chat/completions", json={"messages": [user(3, 1)], "agent_id": "nobody", "agentmem": {"continue": True}}
     )
-    assert refused(response) == (404, "transcript_not_found", "agentmem.continue")
-    assert refused(server.client.get(path("nobody", "transcript"))) == (404, "transcript_not_found", "agent_id")
+    assert refused(response)[:3] == (404, "transcript_not_found", "agentmem.continue")
+    assert refused(server.client.get(path("nobody", "transcript")))[:3] == (404, "transcript_not_found", "agent_id")
 
 
 def test_edits_retries_and_title_calls_are_branches_and_any_can_be_continued(server):
@@ -171,7 +121,7 @@ def test_a_streamed_prefill_tells_how_far_it_is_and_ends_with_what_it_cost(serve
 
 def test_a_prefill_that_cannot_be_is_refused_before_the_stream_begins(server):
     response = server.client.post(path("too long", "context"), json={"text": words(1100, 1), "stream": True})
-    assert refused(response) == (400, "context_length_exceeded", "messages")
+    assert refused(response)[:3] == (400, "context_length_exceeded", "messages")
     assert refused(server.client.get(path("too long", "transcript")))[0] == 404
     for content in (5, [5], [{"type": "text"}]):
         wrong = {"messages": [{"role": "user", "content": content}], "key": "k"}
@@ -179,7 +129,7 @@ def test_a_prefill_that_cannot_be_is_refused_before_the_stream_begins(server):
     nowhere = {"messages": [user(1, 1)], "agentmem": {"turn": "turn_x"}}
     assert server.client.post("/chat/completions", json=nowhere).status_code == 400
     both = server.client.post(path("both", "context"), json={"text": "w9", "messages": [user(1, 1)]})
-    assert refused(both) == (400, "invalid_value", None)
+    assert refused(both)[:3] == (400, "invalid_value", None)
 
 
 def test_a_request_that_a_client_sends_again_adds_nothing_twice(server):
@@ -229,9 +179,7 @@ def test_transcripts_survive_a_kill_and_stand_on_disk_as_the_store_is_encrypted_
 
 
 def test_a_namespace_sees_nothing_of_another_ones_transcripts(model, tmp_path):
-    keys = tmp_path / "keys.toml"
-    keys.write_text("".join(f'{name} = "{key}"\n' for name, key in KEYS.items()))
-    os.chmod(keys, 0o600)
+    keys = write_keys(tmp_path / "keys.toml")
     with ServerProcess(tmp_path / "home", *FLAGS, "--api-keys", str(keys), model=model) as server:
         a, b = ({"headers": {"authorization": f"Bearer {KEYS[name]}"}} for name in "ab")
         body = {"messages": [user(9, 1)], "agent_id": "same", "max_tokens": 2}
@@ -259,6 +207,24 @@ def test_a_truncation_forgets_the_turns_that_it_cuts(server):
     assert transcript(server, "cut")["turn"] == first["agentmem"]["turn"]
     assert len(go_on(server, [user(4, 3)], "cut")["choices"]) == 1
     assert transcript(server, "cut")["messages"][2] == user(4, 3)
+
+
+def test_a_truncation_leaves_other_paths_alone_and_the_conversation_goes_on_where_it_was_cut(server):
+    first = server.chat([user(20, 1)], agent="tree cut", max_tokens=4)
+    said = [user(20, 1), answered(first)]
+    title = server.chat([user(8, 4)], agent="tree cut", max_tokens=4)
+    edits = [server.chat([*said, user(30, seed)], agent="tree cut", max_tokens=4) for seed in (2, 3)]
+    assert server.client.post(path("tree cut", "truncate"), json={"messages": 2}).status_code == 200
+    assert transcript(server, "tree cut")["messages"] == said
+    for other, messages in (
+        (title, [user(8, 4), answered(title)]),
+        (edits[0], [*said, user(30, 2), answered(edits[0])]),
+    ):
+        assert transcript(server, "tree cut", turn=other["agentmem"]["turn"])["messages"] == messages
+    gone = server.client.get(path("tree cut", "transcript"), params={"turn": edits[1]["agentmem"]["turn"]})
+    assert refused(gone)[0] == 404
+    short = go_on(server, [user(5, 5)], "tree cut")
+    assert transcript(server, "tree cut")["messages"] == [*said, user(5, 5), answered(short)]
 
 
 def test_what_was_begun_before_an_agent_was_deleted_leaves_no_turn(server):
@@ -317,3 +283,93 @@ def test_pieces_that_arrive_at_once_are_all_kept_and_a_question_waits_for_what_c
         asked = threads.submit(go_on, server, [user(3, 8)], "at once")
         assert asked.result()["usage"]["prompt_tokens"] > told.result()["prompt_tokens"]
     assert transcript(server, "at once")["messages"][:3] == [message, user(200, 7), user(3, 8)]
+
+
+@pytest.mark.parametrize("operation", ["continue", "context", "prewarm"])
+def test_an_error_names_the_field_of_the_messages_that_were_sent(server, operation):
+    server.chat([user(9, 1)], agent="named", max_tokens=2)
+    call = {"id": "c1", "function": {"name": "f", "arguments": None}}
+    for wrong, param in (
+        ({"role": "user", "content": 5}, "messages.1.content"),
+        ({"role": "assistant", "tool_calls": [call]}, "messages.1.tool_calls.0.function.arguments"),
+    ):
+        url, body = path("named", operation), {"messages": [user(1, 1), wrong]}
+        if operation == "continue":
+            url, body = "/chat/completions", {**body, "agent_id": "named", "agentmem": {"continue": True}}
+        response = server.client.post(url, json=body)
+        assert response.status_code == 400 and response.json()["error"]["param"] == param
+
+
+def beside_an_answer(server: ServerProcess, agent: str, tell) -> str:
+    """Calls `tell` while the agent answers user(4, 5), which goes on from its newest turn; the turn of the answer."""
+    body = {"messages": [user(4, 5)], "agent_id": agent, "max_tokens": 300, "ignore_eos": True, "stream": True}
+    with server.client.stream("POST", "/chat/completions", json={**body, "agentmem": {"continue": True}}) as response:
+        lines = response.iter_lines()
+        next(lines)
+        tell()
+        chunks = [json.loads(line.removeprefix("data: ")) for line in lines if line.startswith("data: {")]
+    return chunks[-1]["agentmem"]["turn"]
+
+
+@pytest.mark.parametrize("told", [{"text": "w100 w101"}, {"messages": [user(4, 6)]}, {"text": "w100", "key": "new"}])
+def test_what_an_agent_is_told_while_it_answers_comes_after_the_answer(server, told):
+    agent = f"told {told}"
+    context(server, agent, text="w99 ")
+    turn = beside_an_answer(server, agent, lambda: context(server, agent, **told))
+    answer = transcript(server, agent, turn=turn)["messages"]
+    assert answer[:2] == [{"role": "user", "content": "w99 "}, user(4, 5)] and answer[2]["role"] == "assistant"
+    said = told.get("messages") or [{"role": "user", "content": told["text"]}]
+    assert transcript(server, agent)["messages"] == [*answer, *said]
+    assert len(transcript(server, agent)["turns"]) == 3
+
+
+def test_an_answer_to_context_that_is_replaced_meanwhile_is_kept(server):
+    context(server, "replaced", messages=[user(9, 1)], key="k")
+    told = {"messages": [user(9, 2)], "key": "k"}
+    turn = beside_an_answer(server, "replaced", lambda: context(server, "replaced", **told))
+    assert transcript(server, "replaced", turn=turn)["messages"][:2] == [user(9, 1), user(4, 5)]
+
+
+def test_an_answer_that_ends_while_context_is_prefilled_stays_before_it(server):
+    server.chat([user(9, 1)], agent="overtaken", max_tokens=2)
+    body = {"messages": [user(800, 2)], "stream": True}
+    with ThreadPoolExecutor(1) as threads:
+        told = threads.submit(server.client.post, path("overtaken", "context"), json=body)
+        said = transcript(server, "overtaken")["messages"]
+        answer = server.chat([*said, user(3, 8)], agent="overtaken", max_tokens=2)
+        assert "event: done" in told.result().text
+    assert transcript(server, "overtaken")["messages"] == [*said, user(3, 8), answered(answer), user(800, 2)]
+
+
+def test_what_waits_for_an_agent_that_is_deleted_is_not_told_to_its_next_one(server):
+    body = {"messages": [user(480, 1)], "stream": True}
+    with (
+        ThreadPoolExecutor(1) as threads,
+        server.client.stream("POST", path("waits", "context"), json=body) as response,
+    ):
+        lines = response.iter_lines()
+        next(lines)
+        second = threads.submit(server.client.post, path("waits", "context"), json={"messages": [user(480, 2)]})
+        time.sleep(0.03)
+        server.client.delete("/agents/waits")
+        list(lines)
+        assert refused(second.result())[0] == 409
+    assert server.client.get("/agents/waits").status_code == 404
+
+
+def test_a_retry_is_an_answers_and_not_that_of_a_context_with_the_same_words(server):
+    context(server, "same words", messages=[user(3, 2)])
+    body = {"messages": [user(3, 2)], "agent_id": "same words", "max_tokens": 2, "agentmem": {"continue": True}}
+    server.client.post("/chat/completions", json=body, headers={"x-stainless-retry-count": "1"})
+    assert [m["role"] for m in transcript(server, "same words")["messages"]] == ["user", "user", "assistant"]
+
+
+def test_a_response_that_context_before_it_was_changed_for_is_told_under_its_own_id_alone(server):
+    context(server, "rebased", messages=[user(9, 2)], key="k")
+    body = {"input": "w9", "agent_id": "rebased", "max_output_tokens": 4, "agentmem": {"continue": True}}
+    response = server.client.post("/responses", json=body).json()
+    context(server, "rebased", messages=[user(9, 3)], key="k")
+    shown = transcript(server, "rebased")
+    assert shown["messages"][0] == user(9, 3) and shown["messages"][1]["content"] == "w9"
+    assert server.client.get(f"/responses/{response['id']}").json()["id"] == response["id"]
+    assert server.client.get(f"/responses/{shown['turn']}").status_code == 404

@@ -1,11 +1,18 @@
 """A date in a chat template costs a prefill only where the agent's session is over."""
 
+import asyncio
+import time
 from datetime import date, datetime, timedelta
 
+import httpx
 import numpy as np
 import pytest
-from chat.families import tokenizer_of
+from chat.families import load, tokenizer_of
+from fake_engine import FakeEngine
 
+from agentmem.config import Settings
+from agentmem.engine.request import Explanation
+from agentmem.server.app import create_app
 from agentmem.server.chat import ChatRenderer
 from agentmem.server.dates import MOST, session_days
 from agentmem.server.messages import Message
@@ -45,3 +52,32 @@ def test_days_are_those_of_the_agents_life_while_its_session_lasts():
     assert session_days(NOW - 9 * DAY, NOW - 25 * HOUR, NOW, 24 * HOUR) == [TODAY]
     assert session_days(NOW - 9 * DAY, NOW - HOUR, NOW, 0) == [TODAY]
     assert len(session_days(NOW - 99 * DAY, NOW - HOUR, NOW, 24 * HOUR)) == MOST + 1
+
+
+def test_the_prompt_that_is_explained_is_the_one_that_a_request_would_have(tmp_path):
+    engine, explained = FakeEngine(max_context=4096, tokenizer=load("llama3")), []
+    now = time.time()
+    yesterday = date.fromtimestamp(now) - timedelta(days=1)
+    engine.agent_times = lambda *agent: (now - DAY, now)
+    engine.branch_tokens = lambda *agent: [np.array(rendered("llama3", CHAT, days=[yesterday]))]
+
+    async def explain(namespace, agent_id, tokens):
+        explained.append(tokens)
+        return Explanation("parted", len(tokens), 0, 0, 0, [], [], [])
+
+    engine.explain_agent = explain
+    body = {
+        "messages": [{"role": m.role, "content": m.content} for m in CHAT],
+        "tools": [{"type": "function", "function": {"name": "get_weather"}}],
+    }
+
+    async def both():
+        transport = httpx.ASGITransport(create_app(engine, Settings(home=tmp_path), None))
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost/v1") as client:
+            for request in (body, {"messages": body["messages"]}):
+                assert (await client.post("/agents/a/explain", json=request)).status_code == 200
+                assert (await client.post("/chat/completions", json={**request, "agent_id": "a"})).status_code == 200
+
+    asyncio.run(both())
+    assert explained == [request.tokens for request in engine.requests]
+    assert yesterday.strftime("%d %b %Y") in engine.tokenizer.decode(explained[1])

@@ -186,6 +186,21 @@ def test_stop_strings_and_stop_tokens_end_the_answer_before_them(tmp_path):
         assert stats.completion_tokens == cut + 1
 
 
+@pytest.mark.parametrize("how", ["stop", "stop_token_ids", "max_tokens"])
+def test_an_answer_is_cut_where_the_model_did_not_end_it(tmp_path, how):
+    with tiny_engine(tmp_path) as engine:
+        word = engine.ask("a", PROMPT, 8)[0].split()[4]
+        ends = {"stop": (word,), "stop_token_ids": tuple(word_ids(word)), "max_tokens": 3}
+        params = SamplingParams(**{"max_tokens": 8, "seed": 7, "ignore_eos": True, how: ends[how]})
+
+        async def finished():
+            async for event in engine.engine.generate(GenerateRequest("default", "b", PROMPT, params)):
+                last = event
+            return last
+
+        assert engine.call(finished()).cut == (how != "stop_token_ids")
+
+
 def test_a_cancelled_stream_leaves_nothing_running_and_keeps_its_prefill(tmp_path):
     with tiny_engine(tmp_path) as engine:
 

@@ -31,6 +31,7 @@ NOT_MEASURED = [
     "prefill waits up to 100 ms for them",
     "From 95 % of `--memory-limit`",
     "with its 95 % interval",
+    "one 2 seconds after the other",
 ]
 
 

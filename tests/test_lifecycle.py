@@ -30,6 +30,15 @@ def talk(engine, agent: str, turns: int = 1) -> list[int]:
     return tokens
 
 
+def rested(engine, *, hot: bool) -> list[int]:
+    """Tokens of alice, who was asked once and is on disk; and in RAM, if `hot`."""
+    tokens = talk(engine, "alice")
+    settle(engine)
+    if not hot:
+        engine.call(engine.engine.evict_agent("default", "alice"))
+    return tokens
+
+
 def reference(tmp_path, tokens: list[int]) -> str:
     with tiny_engine(tmp_path / "reference") as engine:
         talk(engine, "r")
@@ -40,20 +49,13 @@ def store_files(home) -> list:
     return [path for path in (home / "store").rglob("*") if path.is_file()]
 
 
-def restart(home, **settings):
-    return tiny_engine(home, **settings)
-
-
 # -- fork
 
 
 @pytest.mark.parametrize("hot", [True, False])
 def test_a_fork_goes_on_like_its_source_which_does_not_notice(tmp_path, hot):
     with tiny_engine(tmp_path / "a") as engine:
-        tokens = talk(engine, "alice")
-        settle(engine)
-        if not hot:
-            engine.call(engine.engine.evict_agent("default", "alice"))
+        tokens = rested(engine, hot=hot)
         written = engine.core.store.stats()["bytes_written"]
         detail = engine.call(engine.engine.fork_agent("default", "alice", "bob", None))
         assert detail.agent.tokens == len(tokens) - 1  # the last of an answer is never in a cache
@@ -82,10 +84,7 @@ def test_a_fork_survives_a_restart_and_the_deletion_of_its_source(tmp_path):
 @pytest.mark.parametrize("hot", [True, False])
 def test_a_fork_at_a_token_continues_like_a_truncated_copy(tmp_path, cut, hot):
     with tiny_engine(tmp_path / "a") as engine:
-        talk(engine, "alice")
-        settle(engine)
-        if not hot:
-            engine.call(engine.engine.evict_agent("default", "alice"))
+        rested(engine, hot=hot)
         engine.call(engine.engine.fork_agent("default", "alice", "bob", cut))
         bob, stats = engine.ask("bob", PROMPT[:cut] + MORE)
         assert stats.cached_tokens == cut
@@ -116,10 +115,7 @@ def test_a_fork_needs_a_source_and_a_new_name(tmp_path):
 @pytest.mark.parametrize("hot", [True, False])
 def test_a_truncated_agent_has_forgotten_the_rest_also_on_disk(tmp_path, cut, hot):
     with tiny_engine(tmp_path / "a") as engine:
-        talk(engine, "alice")
-        settle(engine)
-        if not hot:
-            engine.call(engine.engine.evict_agent("default", "alice"))
+        rested(engine, hot=hot)
         blocks = engine.core.store.stats()["blocks"]
         detail = engine.call(engine.engine.truncate_agent("default", "alice", cut, None))
         assert (detail.agent.tokens, len(detail.branches), detail.branches[0].unsaved_tokens) == (cut, 1, 0)

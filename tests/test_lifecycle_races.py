@@ -14,7 +14,7 @@ import pytest
 import xxhash
 from test_engine import settle
 from test_engine_races import hold_back
-from test_lifecycle import MORE, PROMPT, drain, exported, imported, store_files, talk
+from test_lifecycle import MORE, PROMPT, drain, exported, imported, rested, store_files, talk
 from tiny import BLOCK, random_tokens, tiny_engine
 
 from agentmem.engine.request import GenerateRequest, SamplingParams
@@ -102,16 +102,20 @@ def read_late(engine, gate, calls=frozenset({1})) -> None:
     hold_back(engine, "read_block", set(calls), gate)
 
 
+def fork_while_reading(engine) -> tuple[Future, threading.Event]:
+    """A fork of alice to bob that has begun, and what lets go of the read of a block that it waits for."""
+    rested(engine, hot=False)
+    gate = threading.Event()
+    read_late(engine, gate)
+    fork = start(engine, engine.engine.fork_agent("default", "alice", "bob", 2 * BLOCK + 5))
+    meanwhile(engine)
+    return fork, gate
+
+
 @pytest.mark.parametrize("change", ["quarantine", "delete"])
 def test_a_fork_whose_source_changes_while_it_is_read_is_refused(tmp_path, change):
     with tiny_engine(tmp_path) as engine:
-        talk(engine, "alice")
-        settle(engine)
-        engine.call(engine.engine.evict_agent("default", "alice"))
-        gate = threading.Event()
-        read_late(engine, gate)
-        fork = start(engine, engine.engine.fork_agent("default", "alice", "bob", 2 * BLOCK + 5))
-        meanwhile(engine)
+        fork, gate = fork_while_reading(engine)
         contexts = engine.core.contexts
         if change == "quarantine":
             node = contexts.agents["default", "alice"].newest.nodes[1]
@@ -128,13 +132,7 @@ def test_a_fork_whose_source_changes_while_it_is_read_is_refused(tmp_path, chang
 
 def test_a_fork_does_not_take_the_name_of_an_agent_that_came_meanwhile(tmp_path):
     with tiny_engine(tmp_path) as engine:
-        talk(engine, "alice")
-        settle(engine)
-        engine.call(engine.engine.evict_agent("default", "alice"))
-        gate = threading.Event()
-        read_late(engine, gate)
-        fork = start(engine, engine.engine.fork_agent("default", "alice", "bob", 2 * BLOCK + 5))
-        meanwhile(engine)
+        fork, gate = fork_while_reading(engine)
         engine.ask("bob", random_tokens(40, seed=9))
         gate.set()
         with pytest.raises(Conflict, match="already"):

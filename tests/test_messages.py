@@ -4,10 +4,13 @@ import asyncio
 
 import pytest
 from chat_tokenizers import CHATML, GEMMA3, HARMONY, LLAMA3, QWEN3, QWEN3_THINKING, chat_tokenizer
+from pydantic import ValidationError
 
 from agentmem.errors import InvalidRequest
 from agentmem.server.chat import ChatRenderer
 from agentmem.server.messages import normalise
+from agentmem.server.openai import MAX_MESSAGES, ChatCompletionRequest
+from agentmem.server.responses_wire import ResponsesRequest
 from agentmem.server.tools import function_tools
 
 BILLING = "x-anthropic-billing-header: cc_version=2.1.0; cch=%s;"
@@ -78,7 +81,7 @@ def test_arguments_that_are_missing_are_none():
         assert message.tool_calls[0].arguments == {}
 
 
-@pytest.mark.parametrize("arguments", ["{", "[]", "null", "7", [], 7, "[" * 100_000, '{"a": "\\ud800"}'])
+@pytest.mark.parametrize("arguments", ["{", "[]", "null", "7", [], 7, "[" * 100_000, '{"a": "\\ud800"}', '{"a": NaN}'])
 def test_arguments_that_are_no_object_are_refused_by_name(arguments):
     messages = [{"role": "user", "content": ""}, {"role": "assistant", "tool_calls": [call("{}"), call(arguments)]}]
     with pytest.raises(InvalidRequest) as e:
@@ -225,6 +228,7 @@ def test_special_tokens_in_tools_and_results_are_plain_text(where):
         ([{"type": "function", "function": {"name": "f", "description": 7}}], "tools.0.function.description"),
         ([{"type": "function", "function": {"name": "f", "parameters": []}}], "tools.0.function.parameters"),
         ([{"type": "function", "function": {"name": "f", "description": "\ud800"}}], "tools"),
+        ([{"type": "function", "function": {"name": "f", "parameters": {"maximum": float("inf")}}}], "tools"),
     ],
 )
 def test_tools_that_cannot_be_read_are_refused_by_name(tools, param):
@@ -250,3 +254,17 @@ def test_template_options_reach_the_template_but_not_those_that_the_server_sets(
         with pytest.raises(InvalidRequest) as e:
             asyncio.run(renderer.render(normalise(messages), options={name: "x"}))
         assert e.value.param == f"chat_template_kwargs.{name}"
+
+
+@pytest.mark.parametrize(
+    ("request_type", "field", "body"),
+    [
+        (ChatCompletionRequest, "messages", {"messages": [{"role": "user", "content": "x"}] * (MAX_MESSAGES + 1)}),
+        (ResponsesRequest, "input", {"input": [{"role": "user", "content": "x"}] * (MAX_MESSAGES + 1)}),
+        (ChatCompletionRequest, "chat_template_kwargs", {"chat_template_kwargs": dict.fromkeys(map(str, range(1001)))}),
+    ],
+)
+def test_what_would_hold_up_the_event_loop_is_refused_by_its_number(request_type, field, body):
+    with pytest.raises(ValidationError) as refused:
+        request_type.model_validate({"messages": [{"role": "user", "content": "x"}]} | body)
+    assert [error["loc"][0] for error in refused.value.errors() if error["type"] == "too_long"] == [field]

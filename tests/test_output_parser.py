@@ -2,6 +2,7 @@
 
 import importlib
 import pkgutil
+import time
 
 import mlx_lm.tool_parsers
 import pytest
@@ -122,6 +123,15 @@ def test_answer_that_was_cut_within_a_tool_call_gives_its_text():
     text = "<tool_call>f<arg_key>a</arg_key><arg_value>1</arg_value><arg_key>b"
     assert every_way(text, glm, cut=True) == [(Content, text)]
     assert every_way(text, glm) == [("f", {"a": 1})]
+
+
+def test_an_answer_full_of_what_is_no_call_is_read_in_no_time_and_calls_before_it_are_calls():
+    start = "<tool_call>"
+    text = F + start * 30_000
+    for cut in (False, True):
+        began = time.monotonic()
+        assert parse(text, size=len(text), cut=cut) == [CALLED, (Content, start * 30_000)]
+        assert time.monotonic() - began < 2  # read again from each of them, it takes 8
 
 
 _CALLED = {

@@ -53,8 +53,10 @@ def call(tmp_path):
             async with httpx.AsyncClient(transport=transport, base_url="http://localhost:8000/v1") as client:
                 for method, path, body, words in requests:
                     engine.words = words
-                    body = body(answers) if callable(body) else body
-                    answers.append(await client.request(method, path, json=body))
+                    path, body = (value(answers) if callable(value) else value for value in (path, body))
+                    content = json.dumps(body) if body else None  # with NaN and lone surrogates, if so wanted
+                    headers = {"content-type": "application/json"}
+                    answers.append(await client.request(method, path, content=content, headers=headers))
             return answers
 
         return engine, asyncio.run(all_of_them())
@@ -93,12 +95,13 @@ def test_reasoning_text_and_calls_are_items_whose_events_openais_sdk_puts_togeth
     ]
 
 
-def test_a_chain_through_a_tool_call_renders_as_the_same_conversation_sent_whole(call):
+@pytest.mark.parametrize("words", [[THOUGHT, "So. ", CALL], ["So. ", CALL, "\nAnd ", CALL, " there."]])
+def test_a_chain_through_tool_calls_renders_as_the_same_conversation_sent_whole(call, words):
     first = {"input": "weather?", "tools": [WEATHER], "agent_id": "a"}
 
     def result(answers):
-        call_id = answers[0].json()["output"][-1]["call_id"]
-        return [{"type": "function_call_output", "call_id": call_id, "output": "rain"}]
+        ids = [item["call_id"] for item in answers[0].json()["output"] if item["type"] == "function_call"]
+        return [{"type": "function_call_output", "call_id": call_id, "output": "rain"} for call_id in ids]
 
     def chained(answers):
         return {"input": result(answers), "tools": [WEATHER], "previous_response_id": answers[0].json()["id"]}
@@ -108,7 +111,7 @@ def test_a_chain_through_a_tool_call_renders_as_the_same_conversation_sent_whole
         return {"input": said, "tools": [WEATHER], "store": False}
 
     engine, answers = call(
-        ("POST", "/responses", first, [THOUGHT, "So. ", CALL]),
+        ("POST", "/responses", first, words),
         ("POST", "/responses", chained, ["Rain."]),
         ("POST", "/responses", whole, ["Rain."]),
         ("GET", "/agents/a/transcript", None, []),
@@ -116,8 +119,8 @@ def test_a_chain_through_a_tool_call_renders_as_the_same_conversation_sent_whole
     assert [a.status_code for a in answers] == [200] * 4, [a.text for a in answers]
     assert engine.requests[1].tokens == engine.requests[2].tokens
     roles = [m["role"] for m in answers[3].json()["messages"]]
-    assert roles == ["user", "assistant", "tool", "assistant"]
-    assert answers[3].json()["messages"][1]["reasoning_content"] == "hm"
+    assert roles == ["user", "assistant", *["tool"] * words.count(CALL), "assistant"]
+    assert answers[3].json()["messages"][1].get("reasoning_content") == ("hm" if THOUGHT in words else None)
 
 
 def test_a_chat_client_that_drops_the_reasoning_still_goes_on_from_its_last_turn(call):
@@ -196,3 +199,74 @@ def test_a_chat_that_continues_keeps_the_tools_it_began_with_unless_it_says_othe
     assert [a.status_code for a in answers] == [200] * 3
     first, kept, dropped = (engine.tokenizer.decode(request.tokens) for request in engine.requests)
     assert kept.startswith(first) and "get_weather" not in dropped
+
+
+TEXT = "input.0.content.0.text"
+CALLED = {"type": "function_call", "call_id": "c1", "name": "get_weather", "arguments": "{}"}
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ({"input": [{"role": "user", "content": "\ud800"}]}, "input.0.content"),
+        ({"input": [{"role": "user", "content": [{"type": "input_text", "text": "\ud800"}]}]}, TEXT),
+        ({"input": [{"type": "reasoning", "content": [{"type": "reasoning_text", "text": "\ud800"}]}]}, TEXT),
+        ({"input": [{**CALLED, "name": ""}]}, "input.0.name"),
+        ({"input": [{**CALLED, "arguments": "{"}]}, "input.0.arguments"),
+        ({"input": [{**CALLED, "arguments": '{"city": NaN}'}]}, "input.0.arguments"),
+        ({"input": "weather? " * 5000}, "input"),
+        ({"include": ["reasoning.encrypted_content", "message.output_text.logprobs"]}, "include.1"),
+        ({"tools": [{**WEATHER, "name": ""}]}, "tools.0.name"),
+        ({"tools": [{**WEATHER, "parameters": {"maximum": float("nan")}}]}, "tools"),
+    ],
+)
+def test_what_cannot_be_read_is_refused_by_the_name_that_it_has_in_this_format(call, body, param):
+    _, (answer,) = call(("POST", "/responses", {"input": "hi", **body}, []))
+    assert answer.status_code == 400, answer.text
+    assert answer.json()["error"]["param"] == param
+
+
+def test_zero_turns_off_what_is_a_number_and_false_what_is_a_switch(call):
+    _, answers = call(
+        ("POST", "/responses", {"input": "hi", "top_logprobs": 0, "background": False}, ["Hi"]),
+        ("POST", "/chat/completions", {"messages": [{"role": "user", "content": "hi"}], "top_logprobs": 0}, ["Hi"]),
+        ("POST", "/responses", {"input": "hi", "top_logprobs": False}, []),
+    )
+    assert [a.status_code for a in answers] == [200, 200, 400]
+
+
+def test_what_was_taken_can_be_shown_however_deep_it_is(call):
+    deep = json.loads('{"a": ' * 400 + "1" + "}" * 400)
+    said = {"id": "c1", "type": "function", "function": {"name": "get_weather", "arguments": deep}}
+    messages = [
+        {"role": "user", "content": "weather?"},
+        {"role": "assistant", "tool_calls": [said]},
+        {"role": "tool", "tool_call_id": "c1", "content": "rain"},
+    ]
+    responses = {"input": "hi", "tools": [{**WEATHER, "parameters": deep}], "agent_id": "b"}
+    _, answers = call(
+        ("POST", "/chat/completions", {"messages": messages, "agent_id": "a"}, ["Rain."]),
+        ("GET", "/agents/a/transcript", None, []),
+        ("POST", "/responses", responses, ["Hi"]),
+        ("GET", lambda answers: f"/responses/{answers[-1].json()['id']}", None, []),
+    )
+    assert [a.status_code for a in answers] == [200] * 4
+    assert answers[1].json()["messages"][1]["tool_calls"] == [said]
+    assert answers[3].json() == answers[2].json()
+
+
+def test_a_response_is_shown_under_its_own_id_alone_also_after_what_was_said_before_it_was_replaced(call):
+    _, answers = call(
+        ("POST", "/agents/a/context", {"text": "Rain.", "key": "report"}, []),
+        ("POST", "/responses", {"input": "weather?", "agent_id": "a", "agentmem": {"continue": True}}, ["Rain."]),
+        ("POST", "/agents/a/context", {"text": "Sun.", "key": "report"}, []),
+        ("GET", "/agents/a/transcript", None, []),
+        ("GET", lambda answers: f"/responses/{answers[1].json()['id']}", None, []),
+        ("GET", lambda answers: f"/responses/{answers[3].json()['turn']}", None, []),
+        ("GET", lambda answers: f"/responses/{answers[1].json()['id']}?stream=true", None, []),
+    )
+    shown = answers[3].json()
+    assert [message["content"] for message in shown["messages"]] == ["Sun.", "weather?", "Rain."]
+    assert answers[4].json() == answers[1].json()
+    assert answers[5].status_code == 404
+    assert answers[6].json()["error"]["param"] == "stream"

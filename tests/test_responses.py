@@ -1,33 +1,17 @@
 """POST /v1/responses, as the openai SDK and Codex use it, against real server processes on a tiny model."""
 
 import json
-import os
 import signal
-from pathlib import Path
 
 import httpx
 import openai
 import pytest
+from chat_http import FLAGS, KEYS, transcript, user, words, write_keys
 from openai.types.responses import Response, ResponseStreamEvent
 from pydantic import TypeAdapter
 from server_process import ServerProcess
-from test_conversations import FLAGS, KEYS, transcript, user, words
-from tiny_model_dir import write_tiny_model
 
 EVENT = TypeAdapter(ResponseStreamEvent)
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory) -> Path:
-    return write_tiny_model(tmp_path_factory.mktemp("model") / "tiny")
-
-
-@pytest.fixture(scope="module")
-def server(model, tmp_path_factory):
-    with ServerProcess(tmp_path_factory.mktemp("server") / "home", *FLAGS, model=model) as server:
-        yield server
-        assert server.client.get(server.url.removesuffix("/v1") + "/health").json()["status"] == "ok"
-        assert server.stop() == 0
 
 
 def sdk(server: ServerProcess, key: str = "none") -> openai.OpenAI:
@@ -230,18 +214,20 @@ def test_chains_survive_a_kill_of_the_server(model, tmp_path):
         server.process.send_signal(signal.SIGKILL)
     with ServerProcess(home, *FLAGS, model=model) as server:
         assert server.client.get(f"/responses/{second['id']}").json() == second
-        third = create(server, input=words(5, 3), previous_response_id=second["id"])
+        asked = {"model": "default", "input": words(5, 3), "max_output_tokens": 6, "temperature": 0}
+        with sdk(server) as client:
+            with client.responses.stream(**asked, previous_response_id=second["id"]) as stream:
+                said = "".join(e.delta for e in stream if e.type == "response.output_text.delta")
+            again = client.responses.retrieve(second["id"])
+            assert again.output_text == text(second) and again.previous_response_id == first["id"]
         assert transcript(server, "kept")["messages"][:4] == named["messages"]
-        said = [*named["messages"], user(5, 3)]
-        plain = server.chat(said, agent="plain", max_tokens=6)
-        assert text(third) == plain["choices"][0]["message"]["content"]
+        plain = server.chat([*named["messages"], user(5, 3)], agent="plain", max_tokens=6)
+        assert said == plain["choices"][0]["message"]["content"]
         assert server.stop() == 0
 
 
 def test_a_namespace_knows_nothing_of_another_ones_responses(model, tmp_path):
-    keys = tmp_path / "keys.toml"
-    keys.write_text("".join(f'{name} = "{key}"\n' for name, key in KEYS.items()))
-    os.chmod(keys, 0o600)
+    keys = write_keys(tmp_path / "keys.toml")
     with ServerProcess(tmp_path / "home", *FLAGS, "--api-keys", str(keys), model=model) as server:
         with sdk(server, KEYS["a"]) as a, sdk(server, KEYS["b"]) as b:
             made = a.responses.create(model="default", input="w9 w10", max_output_tokens=2)

@@ -1,22 +1,10 @@
 """The paper's two workflows, on a tiny model over HTTP: what an agent has read once it never reads again."""
 
-from pathlib import Path
-
-import pytest
+from chat_http import words
 from server_process import ServerProcess
-from tiny import BLOCK, random_tokens
-from tiny_model_dir import write_tiny_model
+from tiny import BLOCK
 
 FLAGS = ("--block-size", str(BLOCK), "--tail-delay", "0", "--write-amplification", "1000", "--max-context", "1024")
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory) -> Path:
-    return write_tiny_model(tmp_path_factory.mktemp("model") / "tiny")
-
-
-def words(n: int, seed: int) -> str:
-    return " ".join(f"w{token}" for token in random_tokens(n, seed))
 
 
 class Agent:

@@ -25,6 +25,8 @@ from agentmem.server.app import create_app
 from agentmem.server.middleware import BodyLimit
 
 CALL = {"id": "c1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+NULL_CALL = {**CALL, "function": {**CALL["function"], "arguments": None}}
+NULL_ARGUMENTS = "messages.0.tool_calls.0.function.arguments"
 HELLO = [{"role": "user", "content": "hello"}]
 
 
@@ -324,6 +326,7 @@ def test_agent_id_header_that_is_not_utf8_is_refused(chat):
         ({"stop": ["a", ""]}, "stop.1", None),
         ({"stop": [str(i) for i in range(17)]}, "stop", None),
         ({"stop": [1]}, "stop.0", None),
+        ({"stop": ["x" * 1001]}, "stop.0", None),
         ({"n": 2}, "n", "unsupported_parameter"),
         ({"n": True}, "n", "unsupported_parameter"),
         ({"tools": [{"type": "function"}]}, "tools.0.function", None),
@@ -346,6 +349,7 @@ def test_agent_id_header_that_is_not_utf8_is_refused(chat):
         ({"messages": [{"role": "user", "content": "", "x": 1}]}, "messages.0.x", "unknown_parameter"),
         ({"messages": [{"role": "assistant", "content": "", "tool_calls": [{}]}]}, "messages.0.tool_calls.0.id", None),
         ({"messages": [{"role": "assistant", "tool_calls": [CALL]}]}, "messages", None),  # its template ignores them
+        ({"messages": [{"role": "assistant", "tool_calls": [NULL_CALL]}]}, NULL_ARGUMENTS, None),
         ({"messages": [{"role": "user", "content": "", "tool_calls": [CALL]}]}, "messages.0.tool_calls", None),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages.0.content", None),
         ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "messages.0.content", None),

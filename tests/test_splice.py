@@ -1,5 +1,7 @@
 """Splicing changes ids, never text; and it keeps all of a branch that the text allows."""
 
+import asyncio
+import copy
 import json
 import pydoc_data.topics
 import random
@@ -9,9 +11,13 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from mlx_lm.tokenizer_utils import TokenizerWrapper
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from agentmem.errors import InvalidRequest
+from agentmem.server.chat import ChatRenderer
+from agentmem.server.messages import Message
 from agentmem.server.plain_text import PlainText
 from agentmem.server.splice import splice
 from agentmem.server.token_text import TokenText
@@ -137,6 +143,34 @@ def test_what_a_user_writes_is_never_a_special_token(kind, said):
     assert special == ids(tokenizer, "<|im_start|><|im_end|><|im_start|>")
     data, _ = token_text.of_tokens(np.array(tokens, np.int64))
     assert data.decode() == f"<|im_start|>user\n{said}<|im_end|>\n<|im_start|>assistant\n"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_same_text_has_the_same_tokens_in_every_process(kind):
+    """Also where a byte has two tokens: a vocabulary comes in another order each time that it is loaded."""
+    tokenizer = KINDS[kind]()
+    vocabulary = tokenizer.get_vocab()
+    names = sorted(vocabulary)
+    spelled = []
+    for order in (names, names[::-1]):
+        tokenizer = copy.copy(tokenizer)
+        tokenizer.get_vocab = lambda order=order: {name: vocabulary[name] for name in order}
+        plain = PlainText(tokenizer, TokenText(tokenizer))
+        spelled.append(plain.tokens([{"role": "user", "content": "<think> or <|im_end|>?"}]))
+    assert spelled[0] == spelled[1]
+    assert not [t for t in spelled[0] if tokenizer.convert_ids_to_tokens(t) in ("<0x3C>", "<0x3E>")]
+
+
+def test_a_message_that_leaves_no_mark_is_refused_and_not_left_waiting():
+    tokenizer = TokenizerWrapper(byte_level())
+    said = Message("user", "".join(map(chr, range(0xE000, 0xF900))))
+
+    async def render() -> list[int]:
+        return await asyncio.wait_for(ChatRenderer(tokenizer, 10**6).render([said]), 30)
+
+    with pytest.raises(InvalidRequest, match="private use") as e:
+        asyncio.run(render())
+    assert e.value.param == "messages"
 
 
 def test_what_the_assistant_said_keeps_its_own_tokens():

@@ -64,6 +64,16 @@ def save_tail(store: AgentStore, branch: str, agent: str, chain: str, name: str)
     return store.save_tail(branch, "ns", agent, key(chain), tokens(name), tensors(name), {"name": name})
 
 
+def tail_name(store: AgentStore, branch: str) -> str | None:
+    """Under which `save_tail` stored it, if it can be read."""
+    try:
+        got, metadata = store.read_tail(branch).result()
+    except CorruptSegment:
+        return None
+    assert bytes(got["k"].data) == tensors(metadata["name"])["k"].data
+    return metadata["name"]
+
+
 def holds(store: AgentStore, name: str) -> bool:
     try:
         got = store.read_block(key(name)).result()
@@ -468,7 +478,7 @@ def test_a_write_failure_latches_and_clears_when_the_disk_recovers(tmp_path):
         save(store, B1, "alice", "ab").result()
         assert store.background_error is None
         assert holds(store, "ab")
-        assert store.backlog_bytes == 0
+        assert store.stats()["backlog_bytes"] == 0
 
 
 def test_a_full_disk_costs_the_block_and_nothing_else(tmp_path):
@@ -525,14 +535,14 @@ def test_a_full_backlog_refuses_a_save_at_once_and_recovers(tmp_path):
         store.flush().add_done_callback(lambda _: gate.wait(5))  # callbacks run on the writer's thread: it is busy
         time.sleep(0.05)
         first = save(store, B1, "alice", "a", nbytes=8_000)
-        assert store.backlog_bytes == 8_000
+        assert store.stats()["backlog_bytes"] == 8_000
         refused = store.save_block(B2, "ns", "bob", key("b"), None, tokens("b"), tensors("b"), {})
         assert isinstance(refused.exception(timeout=0), StoreWriteSkipped)
         touched = store.touch(AgentRecord("ns", "alice", 1.0, 9e9))
         gate.set()
         first.result()
         touched.result()
-        assert store.backlog_bytes == 0
+        assert store.stats()["backlog_bytes"] == 0
         assert store.stats()["skipped"] == 1
         save(store, B3, "carol", "c", nbytes=80_000).result()  # alone, one of any size is taken
         assert store.background_error is None

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_store import B1, B2, B3, META, files, holds, key, save, save_tail, tensors
+from test_store import B1, B2, B3, META, files, holds, key, save, save_tail, tail_name, tensors
 from test_store import opened as opened_clear
 
 from agentmem.errors import CorruptSegment, NotFound, StoreError
@@ -32,15 +32,6 @@ def everything(root: Path) -> bytes:
 def query(root: Path, sql: str, *values):
     with contextlib.closing(sqlite3.connect(root / "f0" / "manifest.sqlite", isolation_level=None)) as db:
         return db.execute(sql, values).fetchall()
-
-
-def tail_name(store, branch: str) -> str | None:
-    try:
-        got, metadata = store.read_tail(branch).result()
-    except CorruptSegment:
-        return None
-    assert bytes(got["k"].data) == tensors(metadata["name"])["k"].data
-    return metadata["name"]
 
 
 def readable(root: Path, *names: str, tails: dict[str, str] | None = None) -> bool:

@@ -6,21 +6,12 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_store import B1, B2, B3, META, files, holds, index, key, opened, save, save_tail, tensors
+from test_store import B1, B2, B3, META, files, holds, index, key, opened, save, save_tail, tail_name, tensors
 
 from agentmem.errors import CorruptSegment, InvalidRequest, NotFound
 from agentmem.store.layout import Layout
 from agentmem.store.records import AgentRecord
 from agentmem.store.room import disk_usage
-
-
-def tail_name(store, branch: str) -> str | None:
-    try:
-        got, metadata = store.read_tail(branch).result()
-    except CorruptSegment:
-        return None
-    assert bytes(got["k"].data) == tensors(metadata["name"])["k"].data
-    return metadata["name"]
 
 
 def with_tail(store, branch: str = B1, agent: str = "alice", chain: str = "ab", name: str = "t"):

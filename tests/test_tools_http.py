@@ -8,6 +8,8 @@ import openai
 import pytest
 from chat_tokenizers import LLAMA3, QWEN3, QWEN3_THINKING, chat_tokenizer, save_tokenizer
 from fake_engine import FakeEngine
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+from mlx_lm.tool_parsers import glm47
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 from server_process import ServerProcess
 from tiny import VOCAB
@@ -27,12 +29,12 @@ ARGUMENTS = '{"city": "Zürich"}'
 class Engine(FakeEngine):
     """Says `text`, in pieces of `size`, and ends for `reason`."""
 
-    text, size, reason, max_context = "", 7, "stop", 10_000
+    text, size, reason, at_stop_string, max_context = "", 7, "stop", False, 10_000
 
     async def generate(self, request):
         self.words = [self.text[i : i + self.size] for i in range(0, len(self.text), self.size)]
         async for event in super().generate(request):
-            yield Finished(self.reason, event.stats) if isinstance(event, Finished) else event
+            yield Finished(self.reason, event.stats, self.at_stop_string) if isinstance(event, Finished) else event
 
     def prompt(self):
         return self.tokenizer.decode(self.requests[-1].tokens)
@@ -155,6 +157,23 @@ def test_markup_that_is_no_call_is_given_back_as_text(engine, ask, stream):
     engine.text, engine.reason = CALL[:-15], "length"
     answer = ask(tools=[TOOL]).choices[0]
     assert (answer.finish_reason, answer.message.content) == ("length", engine.text)
+
+
+@pytest.mark.parametrize("cut", [{"reason": "length"}, {"at_stop_string": True}])
+def test_half_a_call_is_no_call_whatever_cut_it(engine, ask, stream, cut):
+    """GLM's parser makes a call of half a one, without the arguments that are missing."""
+    plain, marks = chat_tokenizer(QWEN3)._tokenizer, (glm47.tool_call_start, glm47.tool_call_end)
+    engine.tokenizer = TokenizerWrapper(
+        plain, tool_parser=glm47.parse_tool_call, tool_call_start=marks[0], tool_call_end=marks[1]
+    )
+    engine.text = "<tool_call>weather<arg_key>city"
+    vars(engine).update(cut)
+    (choice,) = ask(tools=[TOOL]).choices
+    assert (choice.message.tool_calls, choice.message.content) == (None, engine.text)
+    assert choice.finish_reason == engine.reason
+    assert "".join(d.get("content") or "" for d in deltas(stream(tools=[TOOL]))) == engine.text
+    engine.reason, engine.at_stop_string = "stop", False
+    assert ask(tools=[TOOL]).choices[0].message.tool_calls[0].function.name == "weather"
 
 
 def test_tools_that_may_not_be_called_stay_in_the_prompt_and_calls_are_text(engine, ask):

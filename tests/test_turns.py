@@ -270,3 +270,23 @@ def test_a_store_of_the_format_before_gets_the_table(tmp_path):
         db.execute(f"PRAGMA application_id = {schema._APP + 3}")
     with opened(tmp_path) as store:
         assert store.turns.read("ns", "a").result(10) == []
+
+
+def test_a_cut_is_still_one_after_the_store_was_opened_again(tmp_path):
+    async def run() -> None:
+        with opened(tmp_path) as store:
+            kept = Transcripts(store.turns)
+            one = await add(kept, "a", "one")
+            await add(kept, "a", "title")
+            two = await add(kept, "a", "two", parent=one)
+            edit = await add(kept, "a", "edit", parent=one)
+            three = await add(kept, "a", "three", parent=two)
+            tree = await kept.tree("ns", "a")
+            await kept.cut("ns", "a", tree, [two, three])
+            assert tree.messages(tree.newest) == chat("one") and tree.messages(edit) == chat("one") + chat("edit")
+        with opened(tmp_path) as store:
+            again = await Transcripts(store.turns).tree("ns", "a")
+            assert again.turns == tree.turns
+            assert again.messages(again.newest) == chat("one")
+
+    asyncio.run(run())

@@ -1,4 +1,4 @@
-"""The command line. Options of serve are the settings of config.py; agents, store and bench have files of their own."""
+"""The command line. Options of serve are the settings of config.py; most groups of commands have files of their own."""
 
 import asyncio
 import inspect
@@ -11,9 +11,12 @@ from typing import Annotated, Any, get_args, get_origin
 
 import typer
 
-from . import __version__, cli_agents, cli_bench, cli_store
+from . import __version__, cli_agents, cli_bench, cli_service, cli_store
+from .cli_agents import Json
 from .cli_chat import chat
 from .cli_explain import explain
+from .cli_status import status
+from .cli_store import Config
 from .config import Settings, load_settings
 from .errors import AgentMemError, StartupError
 from .models.prepare import prepare_mlx
@@ -25,11 +28,10 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_
 app.add_typer(cli_agents.app, name="agents")
 app.add_typer(cli_store.app, name="store")
 app.add_typer(cli_bench.app, name="bench")
+app.add_typer(cli_service.app, name="service")
+app.command()(status)
 cli_agents.app.command()(explain)
 app.command()(chat)
-
-ConfigOption = Annotated[Path | None, typer.Option("--config", help="TOML file with settings, see configs/")]
-JsonOption = Annotated[bool, typer.Option("--json", help="print JSON, for programs")]
 
 CURL = """curl {url}/v1/chat/completions{key} -H 'Content-Type: application/json' -d '{{"agent_id": "alice",
   "temperature": 0, "messages": [{{"role": "user", "content": "What is the capital of France?"}}]}}'"""
@@ -89,9 +91,12 @@ def _option(name: str) -> inspect.Parameter:
 _METAVARS: dict[Any, str] = {int: "N", float: "SECONDS", Path: "DIR", Path | None: "FILE"}
 
 
+cli_service.app.command()(with_settings()(cli_service.install))
+
+
 @app.command()
 @with_settings()
-def serve(flags: dict[str, Any], config: ConfigOption = None) -> None:
+def serve(flags: dict[str, Any], config: Config = None) -> None:
     """Serve a model over the OpenAI API, with a persistent KV cache for each agent."""
     settings = load_settings(flags, config)
     _logging(settings)
@@ -126,7 +131,7 @@ def pull(flags: dict[str, Any], model: Annotated[str, typer.Argument(help="demo,
 
 @app.command()
 @with_settings("model", "home")
-def doctor(flags: dict[str, Any], config: ConfigOption = None, as_json: JsonOption = False) -> None:
+def doctor(flags: dict[str, Any], config: Config = None, as_json: Json = False) -> None:
     """Show device, BLAS, compiler, model and store, with what to do where something is wrong."""
     settings = load_settings(flags, config)
     blas = prepare_mlx(settings.home_dir, warn=False)

@@ -34,11 +34,16 @@ def explain(
 
 
 def _body(text: str) -> dict[str, Any]:
+    """Of a request's body, all that its prompt depends on. What is no chat is a rendered text, JSON or not."""
     try:
         chat = json.loads(text)
     except ValueError:
+        chat = None
+    if isinstance(chat, list):
+        return {"messages": chat}
+    if not isinstance(chat, dict) or "messages" not in chat:
         return {"prompt": text}
-    return {"messages": chat.get("messages") if isinstance(chat, dict) else chat}
+    return {name: chat[name] for name in ("messages", "tools", "chat_template_kwargs") if name in chat}
 
 
 def _side_by_side(found: dict[str, Any]) -> Table:

@@ -1,6 +1,7 @@
 """Talks to a running server, for the command line."""
 
 import json
+import re
 from collections.abc import Generator
 from contextlib import closing
 from typing import Any
@@ -10,6 +11,7 @@ import httpx
 from .errors import AgentMemError, StartupError
 
 _TIMEOUT = httpx.Timeout(10.0, read=None)  # s; an answer may wait for a long prefill
+_HEALTH_SECONDS = 10.0
 
 
 class RequestFailed(AgentMemError):
@@ -20,6 +22,8 @@ class Client:
     def __init__(self, url: str, api_key: str | None = None):
         """`url` with or without /v1."""
         self._url = url.rstrip("/").removesuffix("/v1")
+        # a proxy of the environment's is for other machines
+        self._proxies = re.match(r"https?://(localhost|127\.[\d.]+|\[::1\])(:|/|$)", self._url) is None
         self._headers = {"authorization": f"Bearer {api_key}"} if api_key else {}
 
     def call(self, method: str, path: str, **request: Any) -> dict[str, Any]:
@@ -31,6 +35,23 @@ class Client:
             found = None
         if not isinstance(found, dict):
             raise RequestFailed(f"{self._url}{path} answered with no JSON object: is this an agentmem server?")
+        return found
+
+    def health(self) -> dict[str, Any]:
+        """What /health says, of a server that isn't healthy too. Errors as those of `call`; it waits 10 s at most."""
+        try:
+            response = httpx.get(
+                f"{self._url}/health", headers=self._headers, timeout=_HEALTH_SECONDS, trust_env=self._proxies
+            )
+            found = response.json() if response.status_code in (200, 503) else None
+        except httpx.ConnectError:
+            raise _nobody_at(self._url) from None
+        except (httpx.HTTPError, httpx.InvalidURL) as e:
+            raise StartupError(f"{self._url}: {type(e).__name__}: {e}") from None
+        except ValueError:
+            found = None
+        if not isinstance(found, dict) or "status" not in found:
+            raise RequestFailed(f"{self._url}/health answered {response.status_code}: is this an agentmem server?")
         return found
 
     def events(self, method: str, path: str, **request: Any) -> Generator[dict[str, Any], None, None]:
@@ -50,7 +71,9 @@ class Client:
         """The answer's body, as it comes."""
         try:
             with (
-                httpx.Client(base_url=self._url, headers=self._headers, timeout=_TIMEOUT) as client,
+                httpx.Client(
+                    base_url=self._url, headers=self._headers, timeout=_TIMEOUT, trust_env=self._proxies
+                ) as client,
                 client.stream(method, path, **request) as response,
             ):
                 if response.status_code >= 400:
@@ -58,11 +81,15 @@ class Client:
                     raise _failed(response)
                 yield from response.iter_bytes()
         except httpx.ConnectError:
-            raise StartupError(f"no server answers at {self._url}: start it (agentmem serve), or give --url") from None
+            raise _nobody_at(self._url) from None
         except (httpx.RemoteProtocolError, httpx.ReadError):
             raise StartupError(f"the server at {self._url} went away before its answer was whole") from None
         except (httpx.HTTPError, httpx.InvalidURL) as e:
             raise StartupError(f"{self._url}: {type(e).__name__}: {e}") from None
+
+
+def _nobody_at(url: str) -> StartupError:
+    return StartupError(f"no server answers at {url}: start it (agentmem serve), or give --url")
 
 
 def _failed(response: httpx.Response) -> RequestFailed:

@@ -44,7 +44,11 @@ def resolve(size: int | float, whole: int) -> int:
 
 
 def _split_commas(value: Any) -> Any:
-    return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
+    """ "a,b" to two; so is ["a,b"], which a flag gives."""
+    parts = [value] if isinstance(value, str) else value
+    if not isinstance(parts, list) or not all(isinstance(part, str) for part in parts):
+        return value
+    return [name.strip() for part in parts for name in part.split(",") if name.strip()]
 
 
 def _multiple_of_32(value: int) -> int:

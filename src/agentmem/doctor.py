@@ -88,10 +88,11 @@ def _check_compiler() -> Check:
 
 
 def _check_model(settings: Settings) -> Iterator[Check]:
+    from .models.loading import find_local
     from .models.model_dir import read_model_dir
 
     try:
-        path = _local_model(settings)
+        path = find_local(settings.model, settings.home_dir)
         if path is None:
             fix = "agentmem pull demo" if settings.model == "demo" else "the first start downloads it from the hub"
             yield _check("model", "warn", f"{settings.model}: not on this machine yet", fix, model=settings.model)
@@ -119,8 +120,8 @@ def _check_model(settings: Settings) -> Iterator[Check]:
 
 def _check_cache(settings: Settings, config: dict[str, Any]) -> Check:
     """Which kinds of layers the model has, and what of their caches is kept, and in how many bits."""
-    from .bench.spec_of_config import spec_of_config
     from .kvcache.spec import describe
+    from .models.spec_of_config import spec_of_config
 
     try:
         spec = spec_of_config(
@@ -137,13 +138,6 @@ def _check_cache(settings: Settings, config: dict[str, Any]) -> Check:
             "cache", "warn", describe(spec), "choose another model: this one prefills every request", **figures
         )
     return _check("cache", "ok", describe(spec), **figures)
-
-
-def _local_model(settings: Settings) -> Path | None:
-    """Where the model is, without downloading it; None if it would have to be downloaded."""
-    from .models.loading import find_local
-
-    return find_local(settings.model, settings.home_dir)
 
 
 def _check_store(settings: Settings) -> Check:

@@ -1,10 +1,9 @@
 """What /metrics shows, in Prometheus' text format. Counted on the engine thread, read on the event loop."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.core import Metric
 from prometheus_client.registry import Collector
 
 from .engine.request import RequestStats
@@ -12,30 +11,10 @@ from .engine.request import RequestStats
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
 
 
-@dataclass(frozen=True)
-class EngineFigures:
-    """The engine's state at one moment; bytes of caches."""
-
-    running: int
-    waiting: int
-    restoring: int
-    ram_bytes: int
-    reserved_bytes: int
-    disk_bytes: int
-    written_bytes: int
-    restored_bytes: int
-    evicted_bytes: int
-    suspensions: int
-    quarantined: int
-    trimmed_bytes: int
-    store_bytes: int
-    written_last_hour: int
-
-
 class Metrics(Collector):
-    """One engine's metrics, in a registry of their own."""
+    """One engine's metrics, in a registry of their own. `read` gives what others count."""
 
-    def __init__(self, read: Callable[[], EngineFigures]):
+    def __init__(self, read: Callable[[], Iterator[Metric]]):
         self._read = read
         self._registry = registry = CollectorRegistry()
         registry.register(self)
@@ -67,23 +46,7 @@ class Metrics(Collector):
 
     def collect(self) -> Iterator[Metric]:
         """Gauges and the counters that others keep, as they are now."""
-        now = self._read()
-        for name in ("running", "waiting", "restoring"):
-            yield GaugeMetricFamily(f"agentmem_{name}_requests", f"requests {name}", getattr(now, name))
-        yield GaugeMetricFamily("agentmem_ram_bytes", "caches in RAM, and reserved; within kv_budget", now.ram_bytes)
-        text = "of agentmem_ram_bytes: working copies, what running requests may still take, reads in flight"
-        yield GaugeMetricFamily("agentmem_reserved_bytes", text, now.reserved_bytes)
-        yield GaugeMetricFamily("agentmem_disk_bytes", "blocks and tails on disk", now.disk_bytes)
-        for name in ("written", "restored", "evicted"):
-            text = {"written": "to disk", "restored": "from disk to RAM", "evicted": "from RAM"}[name]
-            yield CounterMetricFamily(f"agentmem_{name}_bytes", f"bytes {name} {text}", getattr(now, f"{name}_bytes"))
-        yield CounterMetricFamily("agentmem_suspensions", "times a request gave up its RAM to others", now.suspensions)
-        yield GaugeMetricFamily("agentmem_store_bytes", "disk it takes, within store_quota", now.store_bytes)
-        text = "bytes written to disk in the last hour"
-        yield GaugeMetricFamily("agentmem_written_bytes_last_hour", text, now.written_last_hour)
-        text = "bytes that left a full store, used longest ago"
-        yield CounterMetricFamily("agentmem_trimmed_bytes", text, now.trimmed_bytes)
-        yield CounterMetricFamily("agentmem_quarantined_files", "stored files found damaged", now.quarantined)
+        return self._read()
 
     def text(self) -> bytes:
         return generate_latest(self._registry)

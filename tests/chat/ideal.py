@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from chat.families import added_pattern, encode_rest
-from chat.play import FORGED, Step, play
+from chat.play import FORGED, Step
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,6 @@ class Need:
     ideal: int
     naive: int
     linear: int
-    common_chars: int
 
 
 def _common(a: Sequence[object], b: Sequence[object]) -> int:
@@ -68,11 +67,7 @@ def needs(steps: Iterable[Step]) -> list[Need]:
     earlier: list[Step] = []
     found = []
     for step in steps:
-        total, common = len(step.prompt_ids), common_text(step, earlier)
-        found.append(Need(total, ideal(step, earlier), naive(step, earlier), naive(step, earlier[-1:]), common))
+        total, linear = len(step.prompt_ids), naive(step, earlier[-1:])
+        found.append(Need(total, ideal(step, earlier), naive(step, earlier), linear))
         earlier.append(step)
     return found
-
-
-def needs_of(family: str, conversation: str) -> list[Need]:
-    return needs(play(family, conversation))

@@ -56,7 +56,6 @@ class Step:
     tools: list[dict[str, Any]] | None
     template_kwargs: dict[str, Any]
     today: str
-    normalised: list[Message]
     rendered: str  # with the generation prompt
     marked: str  # the same with FORGED in it, so that a special token and its look-alike in a message differ
     prompt_ids: tuple[int, ...]
@@ -112,7 +111,6 @@ def play(
             tools=request.tools,
             template_kwargs=request.template_kwargs,
             today=request.today,
-            normalised=messages,
             rendered=rendered,
             marked=_marked(family, messages, request, rendered),
             prompt_ids=tuple(encode(family, rendered)),

@@ -21,12 +21,6 @@ class Request:
     template_kwargs: dict[str, Any] = field(default_factory=dict)
     today: str = "2026-11-20"
 
-    def wire(self) -> dict[str, Any]:
-        """The body of a chat completion request, without model and agent."""
-        tools = {"tools": self.tools} if self.tools else {}
-        kwargs = {"chat_template_kwargs": self.template_kwargs} if self.template_kwargs else {}
-        return {"messages": self.messages, **tools, **kwargs}
-
 
 def message_of(answer: Answer, back: Back = "text", arguments: Literal["string", "object"] = "string") -> Message:
     """The answer as it comes back in later requests."""

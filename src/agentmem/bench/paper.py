@@ -72,11 +72,28 @@ _TTFT: dict[str, dict[str, tuple[int, ...]]] = {
 }
 
 
+# tokens/s over two agents at once, warm: 1K, 4K and 16K tokens each
+_BATCH_2 = {
+    "gemma-3-12b": {1024: 22.6, 4096: 19.6, 16384: 11.9},
+    "deepseek-coder-v2-lite": {1024: 63.0, 4096: 52.6, 16384: 27.9},
+    "llama-3.1-8b": {1024: 37.8, 4096: 34.5, 16384: 26.1},
+}
+
+
 def ttft_of(model: str) -> dict[int, dict[str, int]] | None:
     """The paper's times by context and state, where `model` names one of its three."""
+    states = _TTFT.get(_known(model))
+    if states is None:
+        return None
+    lengths = [1024 << i for i in range(len(states["cold"]))]
+    return {n: {state: ms[i] for state, ms in states.items()} for i, n in enumerate(lengths)}
+
+
+def batch_2_of(model: str) -> dict[int, float] | None:
+    """The same of its tokens/s, by context."""
+    return _BATCH_2.get(_known(model))
+
+
+def _known(model: str) -> str:
     name = model.lower().replace("meta-llama-3", "llama-3")
-    for known, states in _TTFT.items():
-        if known in name:
-            lengths = [1024 << i for i in range(len(states["cold"]))]
-            return {n: {state: ms[i] for state, ms in states.items()} for i, n in enumerate(lengths)}
-    return None
+    return next((known for known in _TTFT if known in name), "")

@@ -11,10 +11,14 @@ from .result import Result
 # benchmark: its result's class, from this package
 RESULTS = {
     "ttft": "ttft.TtftResult",
+    "throughput": "throughput.ThroughputResult",
+    "staggered": "staggered.StaggeredResult",
     "persistence": "persistence.PersistenceResult",
     "restore": "restore.RestoreResult",
     "write": "write.WriteResult",
     "ablation": "ablation.AblationResult",
+    "scenario": "scenario_result.ScenarioResult",
+    "compare": "compare.CompareResult",
 }
 
 

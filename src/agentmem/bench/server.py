@@ -6,6 +6,9 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Generator, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,7 +19,9 @@ from ..config import Settings
 from ..errors import AgentMemError
 from .session import Session
 
+WARM_UP = 64  # prompt tokens that warm a server up
 Messages = list[dict[str, str]]
+_THREADS = 256  # at most; as many sequences as a server decodes at once
 
 
 class BenchError(AgentMemError):
@@ -41,11 +46,18 @@ class Server:
                 break
         else:
             raise BenchError(f"the server ended with {self.process.wait()}: {last_line(self.log)}")
-        self.client = httpx.Client(base_url=self.url, timeout=httpx.Timeout(10.0, read=None))
+        limits, timeout = httpx.Limits(max_connections=None), httpx.Timeout(10.0, read=None)
+        self.client = httpx.Client(base_url=self.url, timeout=timeout, limits=limits, trust_env=False)
 
     def post(self, path: str, **body: Any) -> dict[str, Any]:
         """`path` after /v1."""
-        response = self.client.post(path, json=body)
+        return self._call("POST", path, json=body)
+
+    def delete(self, path: str) -> dict[str, Any]:
+        return self._call("DELETE", path)
+
+    def _call(self, method: str, path: str, **options: Any) -> dict[str, Any]:
+        response = self.client.request(method, path, **options)
         if response.status_code != 200:
             raise BenchError(f"{path}: {response.status_code} {response.text[:300]}")
         answer: dict[str, Any] = response.json()
@@ -53,7 +65,28 @@ class Server:
 
     def ask(self, agent: str, messages: Messages, max_tokens: int, **body: Any) -> "Answer":
         """Greedy, of exactly `max_tokens`."""
-        return ask(self.client, messages, max_tokens, agent_id=agent, ignore_eos=True, **body)
+        answer = ask(self.client, messages, max_tokens, agent_id=agent, ignore_eos=True, **body)
+        if (got := answer.usage["completion_tokens"]) != max_tokens:
+            raise BenchError(f"an answer of {got} tokens, not {max_tokens}: does the context hold them?")
+        return answer
+
+    @contextmanager
+    def threads(self) -> Iterator[ThreadPoolExecutor]:
+        """For requests at the same time. Where one fails, or the user interrupts, nobody waits for the others."""
+        with ThreadPoolExecutor(_THREADS) as pool:
+            try:
+                yield pool
+            except BaseException:
+                self.process.kill()  # ends their requests
+                self.process.wait()
+                self.stop()
+                raise
+
+    def warm_up(self, messages: Messages, max_tokens: int = 2) -> None:
+        """A cold prefill and a restore from disk, by an agent of its own."""
+        self.ask("warm-up", messages, max_tokens)
+        self.post("/agents/warm-up/evict")
+        self.ask("warm-up", messages, max_tokens)
 
     def stop(self, signal_number: int = signal.SIGTERM) -> None:
         """As an administrator would; `signal.SIGKILL`: as a crash."""
@@ -76,6 +109,7 @@ class Server:
 class Answer:
     """A streamed answer, timed by the client."""
 
+    began: float = field(default_factory=time.perf_counter)
     ttft_ms: float = 0.0  # from before the request to the first text
     total_ms: float = 0.0
     times: list[float] = field(default_factory=list)  # s after the request, of each chunk with text
@@ -92,22 +126,39 @@ class Answer:
         return int((self.usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0)
 
 
-def ask(client: httpx.Client, messages: Messages, max_tokens: int, **body: Any) -> Answer:
-    """Stream a greedy answer of any OpenAI-compatible server. Raises BenchError, httpx.HTTPError."""
+def ask(
+    client: httpx.Client, messages: Messages, max_tokens: int, *, may_be_empty: bool = False, **body: Any
+) -> Answer:
+    """A whole greedy answer of any OpenAI-compatible server. Raises BenchError, httpx.HTTPError."""
+    answer = [Answer(), *stream(client, messages, max_tokens, **body)][-1]
+    answer.total_ms = (time.perf_counter() - answer.began) * 1e3
+    if not answer.usage or not (answer.times or may_be_empty):
+        raise BenchError(f"{client.base_url} sent no text or no usage; a benchmark needs both")
+    answer.ttft_ms = answer.times[0] * 1e3 if answer.times else answer.total_ms
+    return answer
+
+
+def stream(client: httpx.Client, messages: Messages, max_tokens: int, **body: Any) -> Generator[Answer, None, None]:
+    """The same, as it grows; who stops reading hangs up."""
     body = {"messages": messages, "max_tokens": max_tokens, "temperature": 0, "stream": True} | body
     body |= {"stream_options": {"include_usage": True}}
-    answer, began = Answer(), time.perf_counter()
+    answer = Answer()
     with client.stream("POST", "/chat/completions", json=body) as response:
         if response.status_code != 200:
             raise BenchError(f"{response.url}: {response.status_code} {response.read().decode()[:300]}")
         for line in response.iter_lines():
             if line.startswith("data: {"):
-                _take(answer, json.loads(line[6:]), time.perf_counter() - began)
-    answer.total_ms = (time.perf_counter() - began) * 1e3
-    if not answer.times or not answer.usage:
-        raise BenchError(f"{client.base_url} sent no text or no usage; a benchmark needs both")
-    answer.ttft_ms = answer.times[0] * 1e3
-    return answer
+                _take(answer, json.loads(line[6:]), time.perf_counter() - answer.began)
+                yield answer
+
+
+def check_state(answer: Answer, state: str) -> None:
+    """Raises BenchError unless all of the prompt (or, cold, nothing) was cached: its last token never is."""
+    cached = 0 if state == "cold" else answer.prompt_tokens - 1
+    if answer.details["cache"] != state or answer.cached_tokens != cached:
+        raise BenchError(
+            f"{answer.details['cache']} with {answer.cached_tokens} tokens cached, not {state} with {cached}"
+        )
 
 
 def _take(answer: Answer, chunk: dict[str, Any], moment: float) -> None:
@@ -117,6 +168,7 @@ def _take(answer: Answer, chunk: dict[str, Any], moment: float) -> None:
         delta = choice.get("delta") or {}
         text = delta.get("content") or delta.get("reasoning_content") or delta.get("reasoning")
         if text:
+            answer.ttft_ms = answer.ttft_ms or moment * 1e3
             answer.times.append(moment)
             answer.text += text
     answer.usage = chunk.get("usage") or answer.usage

@@ -20,11 +20,10 @@ from ..models.loading import LoadedModel
 from .in_process import ask_engine, running_engine
 from .prompts import Prompts
 from .result import Part, Result, Ttft, ttft
-from .server import Answer, BenchError, Server
+from .server import WARM_UP, Answer, Server, check_state
 from .session import Session
 
 STATES = ("cold", "warm", "hot")
-_WARM_UP = 64  # tokens
 _REPEATS = 2  # times warm and hot, a pass
 _MAX_TOKENS = 2
 
@@ -76,7 +75,7 @@ def measure_http(
     asked = {n: prompts.messages(n) for n in samples}
     home = session.directory / f"pass-{number}"
     with Server(session, settings, model, home) as server:
-        _warm_up(server, prompts)
+        server.warm_up(prompts.messages(WARM_UP))
         for n, messages in asked.items():
             answer = server.ask(f"agent-{n}", messages, _MAX_TOKENS)
             prompts.check(messages, answer.prompt_tokens)
@@ -84,7 +83,7 @@ def measure_http(
             _note(samples[n].http, "cold", answer)
             done(n)
     with Server(session, settings, model, home) as server:
-        _warm_up(server, prompts)
+        server.warm_up(prompts.messages(WARM_UP))
         for repeat in range(_REPEATS):
             for n, messages in asked.items():
                 if repeat:
@@ -93,20 +92,8 @@ def measure_http(
                 _note(samples[n].http, "hot", server.ask(f"agent-{n}", messages, _MAX_TOKENS))
 
 
-def _warm_up(server: Server, prompts: Prompts) -> None:
-    """Both ways once, by another agent."""
-    messages = prompts.messages(_WARM_UP)
-    server.ask("warm-up", messages, _MAX_TOKENS)
-    server.post("/agents/warm-up/evict")
-    server.ask("warm-up", messages, _MAX_TOKENS)
-
-
 def _note(times: dict[str, list[float]], state: str, answer: Answer) -> None:
-    cached = 0 if state == "cold" else answer.prompt_tokens - 1
-    if answer.details["cache"] != state or answer.cached_tokens != cached:
-        raise BenchError(
-            f"{answer.details['cache']} with {answer.cached_tokens} tokens cached, not {state} with {cached}"
-        )
+    check_state(answer, state)
     times[state].append(answer.ttft_ms)
 
 

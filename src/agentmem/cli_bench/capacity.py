@@ -118,7 +118,8 @@ def _budget(text: str) -> int:
 
 def _measure(name: str, lengths: list[int], settings: Settings) -> "Capacity":
     from ..bench.capacity import Capacity, footprint
-    from ..bench.spec_of_config import find, read_config, spec_of_config
+    from ..bench.find_config import find, read_config
+    from ..models.spec_of_config import spec_of_config
 
     found = read_config(find(name, settings.home_dir))
     spec = spec_of_config(

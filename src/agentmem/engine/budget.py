@@ -14,7 +14,6 @@ import mlx.core as mx
 
 from ..errors import StartupError
 from ..kvcache.quantize import sealed_bytes
-from ..kvcache.spec import KVCacheSpec
 from ..kvcache.working import STEP, working_bytes
 from ..models.allocator import release_freed_memory
 from ..store.agent_store import AgentStore
@@ -54,20 +53,20 @@ class RamBudget:
         restorer: Restorer,
         saver: Saver,
         store: AgentStore,
-        spec: KVCacheSpec,
         *,
         on_codes: bool,
         max_context: int,
         active: Callable[[], Iterable[Sequence]],
     ):
         """`active`: the sequences that hold RAM or are about to. Raises StartupError: too small for any sequence."""
-        self.limit, self._memory_limit = limit, memory_limit
+        self.limit, self.memory_limit = limit, memory_limit
         self._contexts, self._restorer, self._saver, self._store = contexts, restorer, saver, store
-        self._spec, self._on_codes, self._active = spec, on_codes, active
+        self._spec, self._on_codes, self._active = contexts.spec, on_codes, active
         self.short_since: float | None = None  # time.monotonic(): a request waits for RAM, and nothing runs
         self.under_pressure = False  # the process is near its memory limit
         self._saves_asked = 0.0
         # the most that a tail takes: all of it dense, the block that it was cut from, and the states at two positions
+        spec = contexts.spec
         self._tail_bytes = spec.block_size * spec.dense_bytes + sealed_bytes(spec, spec.block_size)
         self._tail_bytes += 2 * spec.state_bytes
         self.max_context = self._largest(max_context)
@@ -162,17 +161,17 @@ class RamBudget:
 
     def relieve_process(self) -> str | None:
         """Keep the process below `memory_limit` by evicting. Returns what to tell new requests if that won't do."""
-        footprint = _footprint_above(_EVICT_FROM * self._memory_limit)
+        footprint = _footprint_above(_EVICT_FROM * self.memory_limit)
         self.under_pressure = footprint is not None
         if footprint is None:
             return None
-        too_many = footprint - int(_EVICT_TO * self._memory_limit)
+        too_many = footprint - int(_EVICT_TO * self.memory_limit)
         self.evict_idle(too_many)
         self._save_soon(too_many)
-        footprint = _footprint_above(self._memory_limit)
+        footprint = _footprint_above(self.memory_limit)
         if footprint is None:
             return None
-        return f"the process takes {footprint:,} bytes, more than memory_limit ({self._memory_limit:,})"
+        return f"the process takes {footprint:,} bytes, more than memory_limit ({self.memory_limit:,})"
 
     def _may_lose(self) -> bool:
         """Whether to give up caches that are not on disk: a store that can't write must not stop the serving."""

@@ -19,8 +19,7 @@ from ..kvcache.spec import KVCacheSpec
 from ..tensors import common_prefix
 from .agent import Agent, Branch, agent_info
 from .block_pool import FRESH, BlockPool, Entry, Node, OpenBlock
-from .match import Match
-from .reach import resumable
+from .match import Match, matched, preference
 from .request import AgentInfo
 from .thin import Holder, thin
 
@@ -41,12 +40,6 @@ def block_key(scope: bytes, parent: bytes, tokens: np.ndarray, lineage: bytes) -
     return digest.digest()
 
 
-def _preference(match: Match) -> tuple[int, bool, bool, str]:
-    """Longest first; then, by what a restart does not change, what is whole before what must be cut."""
-    assert match.source is not None
-    return match.length, match.cut_node is None, match.extends, match.source.id
-
-
 class Contexts:
     """The registry. It knows what is in RAM and on disk; engine/restore.py and engine/save.py move it."""
 
@@ -60,7 +53,7 @@ class Contexts:
         running: Callable[[], Iterable[Holder]] = tuple,
     ):
         """`running`: what the sequences of the moment hold."""
-        self._fingerprint, self.spec, self.block_size, self._running = fingerprint, spec, spec.block_size, running
+        self._fingerprint, self.spec, self._running = fingerprint, spec, running
         self._stacks = frozenset(map(str, range(len(spec.stacks))))
         self._sharing, self._max_branches = sharing, max_branches
         self.agents: dict[tuple[str, str], Agent] = {}
@@ -97,7 +90,7 @@ class Contexts:
             return Match(self.spec)
         known = self.agents.get((namespace, agent))
         found = [self._match_branch(branch, wanted) for branch in known.branches.values()] if known else []
-        best = max(found, key=_preference, default=Match(self.spec))
+        best = max(found, key=preference, default=Match(self.spec))
         shared = self._match_shared(self.scope(namespace, agent), wanted)
         return shared if shared.length > best.length else best
 
@@ -114,34 +107,18 @@ class Contexts:
         return match if match.length == len(wanted) and match.extends else None
 
     def _match_branch(self, branch: Branch, wanted: np.ndarray) -> Match:
-        return self._reach(branch.nodes, branch.tail, common_prefix(branch.tokens(), wanted), branch)
+        return matched(self.spec, branch.nodes, branch.tail, common_prefix(branch.tokens(), wanted), branch)
 
     def _match_shared(self, scope: bytes, wanted: np.ndarray) -> Match:
         nodes: list[Node] = []
-        parent = ROOT
-        for start in range(0, len(wanted) - self.block_size + 1, self.block_size):
-            node = self.nodes.get(block_key(scope, parent, wanted[start : start + self.block_size], FRESH))
+        parent, size = ROOT, self.spec.block_size
+        for start in range(0, len(wanted) - size + 1, size):
+            node = self.nodes.get(block_key(scope, parent, wanted[start : start + size], FRESH))
             if node is None:
                 break
             nodes.append(node)
             parent = node.key
-        return self._reach(nodes, None, len(nodes) * self.block_size, None)
-
-    def _reach(self, nodes: list[Node], tail: OpenBlock | None, n: int, source: Branch | None) -> Match:
-        """The first `n` tokens, or as many as a sequence can go on from."""
-        n = resumable(self.spec, nodes, tail, n)
-        whole = min(n // self.block_size, len(nodes))
-        inside = n > whole * self.block_size
-        sealed = whole < len(nodes)
-        return Match(
-            self.spec,
-            nodes=tuple(nodes[:whole]),
-            length=n,
-            source=source,
-            cut_node=nodes[whole] if inside and sealed else None,
-            tail=tail if inside and not sealed else None,
-            extends=source is not None and n == len(source),
-        )
+        return matched(self.spec, nodes, None, len(nodes) * size, None)
 
     def new_branch(self, agent: Agent) -> Branch:
         return Branch(uuid.uuid4().hex, agent)

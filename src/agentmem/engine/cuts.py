@@ -127,9 +127,7 @@ class Cuts(Operations):
         branch.nodes, branch.save_at = nodes, math.inf
         self._contexts.hold(nodes)
         self._contexts.set_tail(branch, tail, data)
-        for old in self._contexts.put_branch(branch):
-            for branch_id in (old.id, *old.displaced):
-                self._core.store.delete_branch(branch_id)
+        self._saver.enter(branch)
         return branch
 
     def _read_open_block(
@@ -160,5 +158,5 @@ class Cuts(Operations):
         if not here or len(source) < match.length:  # deleted, or found damaged, while it was read
             raise Conflict("The agent was changed by another request; try again.", param="agent_id")
         data, lineage = self._core.restorer.open_block(match)
-        tokens = source.tokens()[len(match.nodes) * self._contexts.block_size : match.length]
+        tokens = source.tokens()[len(match.nodes) * self._contexts.spec.block_size : match.length]
         ready(OpenBlock(tokens, lineage=lineage, expendable=source.agent.ephemeral), data and data.compact())

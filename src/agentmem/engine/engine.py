@@ -4,6 +4,7 @@ import asyncio
 import logging
 import queue
 import threading
+import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
@@ -13,11 +14,13 @@ from typing import IO, Any
 import mlx.core as mx
 import numpy as np
 
+from .. import __version__
 from ..config import Settings
 from ..errors import AgentMemError, ContextLengthExceeded, EngineFailed, ShuttingDown, StartupError
 from ..kvcache.spec import describe
 from ..models.loading import LoadedModel
 from .cuts import Cuts
+from .footprint import process_footprint
 from .lifecycle import Lifecycle
 from .loop import EngineLoop
 from .request import AgentDetail, AgentInfo, Explanation, Export, Finished, GenerateRequest, TextDelta, check_agent_id
@@ -45,6 +48,7 @@ class Engine:
         """Load the model and the store. Raises StartupError."""
         self._thread.start()
         self._core = self._ready.result()
+        self._started = time.monotonic()
         self.model_name = self._core.model.name
         self.max_context = self._core.budget.max_context
         self.why_max_context = self._core.budget.why_max_context
@@ -80,7 +84,10 @@ class Engine:
         return {
             "status": status,
             "errors": errors,
+            "version": __version__,
+            "uptime": round(time.monotonic() - self._started, 1),
             "model": self.model_name,
+            "max_context": self.max_context,
             "device": str(mx.default_device()),
             "kv_bits": self._settings.kv_bits if self._core.runner.spec.bits else "16",
             "cache": describe(self._core.runner.spec),
@@ -90,7 +97,9 @@ class Engine:
             "ram_bytes": self._core_loop.ram_bytes,
             "reserved_bytes": self._core_loop.reserved_bytes,
             "kv_budget": self._core.budget.limit,
-            "store": self._core.store.stats(),
+            "process_bytes": process_footprint(),
+            "memory_limit": self._core.budget.memory_limit,
+            "store": self._core.store.stats() | {"room_bytes": self._core.store.room_bytes},
         }
 
     def metrics(self) -> bytes:
@@ -107,10 +116,10 @@ class Engine:
         return self._core.contexts.infos(namespace)
 
     async def delete_agent(self, namespace: str, agent_id: str) -> bool:
-        return await self._perform(partial(self._core_loop.delete_agent, namespace, agent_id))
+        return await self._perform(partial(self._lifecycle.delete, namespace, agent_id))
 
     async def prefetch_agent(self, namespace: str, agent_id: str) -> int | None:
-        return await self._perform(partial(self._core_loop.prefetch_agent, namespace, agent_id))
+        return await self._perform(partial(self._lifecycle.prefetch, namespace, agent_id))
 
     async def agent(self, namespace: str, agent_id: str) -> AgentDetail:
         return await self._perform(partial(self._lifecycle.show, namespace, agent_id))

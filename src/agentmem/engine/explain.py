@@ -1,7 +1,6 @@
 """Why a prompt was cached as far as it was, and no further."""
 
 from collections.abc import Sequence
-from typing import get_args
 
 import numpy as np
 
@@ -10,7 +9,6 @@ from .agent import Agent
 from .match import Match
 from .request import Cause, Explanation
 
-CAUSES: tuple[Cause, ...] = get_args(Cause)
 _SHOWN = 24  # tokens on each side of where two sequences part
 
 WORDS: dict[Cause, str] = {

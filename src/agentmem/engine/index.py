@@ -1,17 +1,14 @@
-"""What the store holds, entered among the agents; and what it lost or is told to forget."""
+"""What the store holds, entered among the agents; and what it lost."""
 
 import math
 from collections.abc import Iterable
-from concurrent.futures import Future
 
-from ..errors import AgentMemError, StoreFailed
 from ..store.agent_store import AgentStore
 from ..store.records import BlockRecord, BranchRecord
 from ..store.trim import Trimmed
 from .agent import Agent, Branch
 from .block_pool import Node, OpenBlock
 from .contexts import ROOT, Contexts
-from .transcripts import Transcripts
 
 
 def load_index(contexts: Contexts, store: AgentStore) -> None:
@@ -67,31 +64,3 @@ def forget(contexts: Contexts, gone: Trimmed) -> None:
             contexts.drop_branch(branch)
     for agent in [a for a in contexts.agents.values() if not a.branches]:
         contexts.drop_agent(agent)
-
-
-def delete_agent(
-    contexts: Contexts, store: AgentStore, turns: Transcripts, namespace: str, name: str, done: "Future[bool]"
-) -> None:
-    """Forget the agent; `done` gets whether there was one, once its bytes are off the disk."""
-    agent = contexts.agents.get((namespace, name))
-    if agent is not None:
-        nodes = [n for b in agent.branches.values() for n in b.nodes]
-        contexts.drop_agent(agent)
-        kept = {id(n) for b in contexts.branches() if not b.agent.ephemeral for n in b.nodes}
-        unwritten = {id(n) for b in contexts.branches() if b.agent.ephemeral for n in b.nodes}
-        for node in nodes:  # what only a running sequence or an ephemeral agent still holds goes from disk
-            if id(node) not in kept:
-                node.not_on_disk()
-                node.expendable = node.expendable or id(node) in unwritten
-                if node.data is None and id(node) in unwritten:
-                    contexts.lose(node)
-
-    def deleted(stored: "Future[bool]") -> None:
-        error = stored.exception()
-        if error is not None:
-            failed = StoreFailed(f"The agent's bytes may still be on disk: {error}; delete it again")
-            done.set_exception(error if isinstance(error, AgentMemError) else failed)
-        else:
-            done.set_result(stored.result() or agent is not None)
-
-    turns.forget(namespace, name, lambda: store.delete_agent(namespace, name)).add_done_callback(deleted)

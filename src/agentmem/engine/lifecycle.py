@@ -1,4 +1,4 @@
-"""What is done to agents, rather than asked of them: pin, expire, evict, export. See operations.py."""
+"""What is done to agents, rather than asked of them: pin, expire, prefetch, evict, export, delete (operations.py)."""
 
 import math
 import time
@@ -6,14 +6,14 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, cast
 
-from ..errors import AgentNotFound, Conflict, StoreFailed
+from ..errors import AgentMemError, AgentNotFound, Busy, Conflict, StoreFailed
 from ..store.agent_store import Linked
 from ..store.records import BlockRecord, BranchRecord
 from .agent import Agent
 from .block_pool import Entry, Node, OpenBlock
-from .index import delete_agent, enter
+from .index import enter
 from .operations import Operations
-from .request import AgentDetail
+from .request import AgentDetail, GenerateRequest
 from .startup import Core
 
 
@@ -40,6 +40,22 @@ class Lifecycle(Operations):
         self._importing: set[tuple[str, str]] = set()  # namespace, name
 
     # -- what is known, and kept
+
+    def check_ephemeral(self, request: GenerateRequest) -> None:
+        """Raises Conflict where it wants the agent written to disk, or not, otherwise than it is."""
+        key, scheduler = (request.namespace, request.agent_id), self._core.scheduler
+        known = self._contexts.agents.get(key)
+        asked = [s.request for s in (*scheduler.active, *scheduler.waiting)] if known is None else []
+        said = [bool(r.ephemeral) for r in asked if (r.namespace, r.agent_id) == key]
+        if known is not None:
+            said = [known.ephemeral]
+        if said and request.ephemeral not in (None, any(said)):
+            is_now = "never written to disk" if any(said) else "written to disk"
+            raise Conflict(
+                f"agentmem.ephemeral: agent {request.agent_id[:200]!r} exists and is {is_now}; delete it first, or use "
+                "another agent_id",
+                param="agentmem.ephemeral",
+            )
 
     def tokens(self, namespace: str, name: str, done: "Future[list[int]]") -> None:
         """Of the newest branch."""
@@ -73,6 +89,39 @@ class Lifecycle(Operations):
         return math.inf if agent.ttl is None or agent.pinned or in_use else agent.last_used + agent.ttl
 
     # -- RAM
+
+    def prefetch(self, namespace: str, name: str, done: "Future[int | None]") -> None:
+        """Bring the agent's newest branch into RAM; `done` gets the bytes read, None if there is no such agent.
+
+        Busy: there is no room now.
+        """
+        agent = self._contexts.agents.get((namespace, name))
+        if agent is None or not agent.branches:
+            done.set_result(None)
+            return
+        branch = agent.newest
+        assert branch is not None
+        match = self._contexts.prefix(branch, len(branch))
+        nbytes, budget = match.missing_bytes, self._core.budget
+        if not match.missing:
+            self._contexts.touch(match)
+            done.set_result(0)
+        elif not budget.make_room(nbytes, match.entries(), urgent=False):
+            raise Busy(
+                f"There is no room for the {nbytes:,} bytes of agent {name[:200]!r}: {budget.used_bytes:,} of the "
+                f"{budget.limit:,} bytes of RAM for caches (kv_budget) are in use or reserved.",
+                code="kv_budget_full",
+            )
+        else:
+            self._contexts.hold_match(match)
+            began = time.perf_counter()
+
+            def restored(nbytes: int, at: float) -> None:
+                self._core.trace.span("restore", began, max(began, at), agent=name, bytes=nbytes)
+                self._contexts.release_match(match)
+                done.set_result(nbytes)
+
+            self._core.restorer.restore(match, restored)
 
     def evict(self, namespace: str, name: str, done: "Future[int]") -> None:
         """From RAM to disk, but for what a running request or another agent holds: bytes that RAM got back."""
@@ -139,9 +188,42 @@ class Lifecycle(Operations):
 
     # -- the store
 
+    def delete(self, namespace: str, name: str, done: "Future[bool]") -> None:
+        """Forget the agent; `done` gets whether there was one, once its bytes are off the disk.
+
+        Its running sequences go on, and leave nothing behind.
+        """
+        for seq in (*self._core.scheduler.active, *self._core.scheduler.waiting):
+            if (seq.request.namespace, seq.request.agent_id) == (namespace, name):
+                seq.discard = True
+        agent = self._contexts.agents.get((namespace, name))
+        if agent is not None:
+            nodes = [n for b in agent.branches.values() for n in b.nodes]
+            self._contexts.drop_agent(agent)
+            kept = {id(n) for b in self._contexts.branches() if not b.agent.ephemeral for n in b.nodes}
+            unwritten = {id(n) for b in self._contexts.branches() if b.agent.ephemeral for n in b.nodes}
+            for node in nodes:  # what only a running sequence or an ephemeral agent still holds goes from disk
+                if id(node) not in kept:
+                    node.not_on_disk()
+                    node.expendable = node.expendable or id(node) in unwritten
+                    if node.data is None and id(node) in unwritten:
+                        self._contexts.lose(node)
+
+        def deleted(stored: "Future[bool]") -> None:
+            error = stored.exception()
+            if error is not None:
+                failed = StoreFailed(f"The agent's bytes may still be on disk: {error}; delete it again")
+                done.set_exception(error if isinstance(error, AgentMemError) else failed)
+            else:
+                done.set_result(stored.result() or agent is not None)
+
+        store = self._core.store
+        forgotten = self._core.turns.forget(namespace, name, lambda: store.delete_agent(namespace, name))
+        forgotten.add_done_callback(deleted)
+
     def collect_garbage(self, done: "Future[int]") -> None:
         before = self._core.store.stats()["disk_bytes"]
         for namespace, name in self.expired():
-            delete_agent(self._contexts, self._core.store, self._core.turns, namespace, name, Future())
+            self.delete(namespace, name, Future())
         collected = self._core.store.collect_garbage()
         self._then(collected, done, lambda _: done.set_result(before - self._core.store.stats()["disk_bytes"]))

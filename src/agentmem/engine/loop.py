@@ -9,7 +9,7 @@ from typing import Any, cast
 
 import mlx.core as mx
 
-from ..errors import AgentMemError, Conflict, EngineFailed, MemoryPressure, ShuttingDown
+from ..errors import AgentMemError, EngineFailed, MemoryPressure, ShuttingDown
 from ..kvcache.block import SealedBlock
 from ..metrics import Metrics
 from .admission import LOOK_INTERVAL, Admission
@@ -17,10 +17,8 @@ from .block_pool import FRESH
 from .contexts import ROOT
 from .cuts import Cuts
 from .figures import figures
-from .index import delete_agent
 from .lifecycle import Lifecycle
-from .prefetch import prefetch_agent
-from .request import FinishReason, GenerateRequest, TextDelta
+from .request import FinishReason, TextDelta
 from .scheduler import Step
 from .sequence import Sequence, Status
 from .startup import Core
@@ -72,9 +70,7 @@ class EngineLoop:
             while self._drain_deadline is None:
                 self._inbox.get()()
         finally:
-            self.core.store.close()
-            self._run_posted()  # what was still being read for someone
-            self.core.trace.close()
+            self._close()
 
     # -- commands
 
@@ -86,33 +82,11 @@ class EngineLoop:
                 raise ShuttingDown("the server is shutting down")
             if self.memory_error:
                 raise MemoryPressure(self.memory_error)
-            self._check_agent(seq.request)
+            self.lifecycle.check_ephemeral(seq.request)
             self.core.scheduler.add(seq)
             self._admission.entered(seq)
         except AgentMemError as e:
             seq.fail(e)
-
-    def _check_agent(self, request: GenerateRequest) -> None:
-        key, scheduler = (request.namespace, request.agent_id), self.core.scheduler
-        known = self.core.contexts.agents.get(key)
-        asked = [s.request for s in (*scheduler.active, *scheduler.waiting)] if known is None else []
-        said = [bool(r.ephemeral) for r in asked if (r.namespace, r.agent_id) == key]
-        if known is not None:
-            said = [known.ephemeral]
-        if said and request.ephemeral not in (None, any(said)):
-            is_now = "never written to disk" if any(said) else "written to disk"
-            raise Conflict(
-                f"agentmem.ephemeral: agent {request.agent_id[:200]!r} exists and is {is_now}; delete it first, or use "
-                "another agent_id",
-                param="agentmem.ephemeral",
-            )
-
-    def delete_agent(self, namespace: str, agent_id: str, done: "Future[bool]") -> None:
-        """Its running sequences go on, and leave nothing behind."""
-        for seq in (*self.core.scheduler.active, *self.core.scheduler.waiting):
-            if (seq.request.namespace, seq.request.agent_id) == (namespace, agent_id):
-                seq.discard = True
-        delete_agent(self.core.contexts, self.core.store, self.core.turns, namespace, agent_id, done)
 
     def perform(self, operation: "Callable[[Future[Any]], None]", done: "Future[Any]") -> None:
         """Something that is done to an agent, rather than asked of it."""
@@ -122,9 +96,6 @@ class EngineLoop:
             operation(done)
         except AgentMemError as e:
             done.set_exception(e)
-
-    def prefetch_agent(self, namespace: str, agent_id: str, done: "Future[int | None]") -> None:
-        prefetch_agent(self.core, namespace, agent_id, done)
 
     def drain(self, grace: float) -> None:
         if self._drain_deadline is None:
@@ -170,7 +141,7 @@ class EngineLoop:
             self._watch_due = now + _WATCH_INTERVAL
             self.memory_error = self.core.budget.relieve_process()
             for namespace, name in self.lifecycle.expired():
-                self.delete_agent(namespace, name, Future())
+                self.lifecycle.delete(namespace, name, Future())
 
     def _note_bytes(self) -> None:
         self.reserved_bytes = self.core.budget.reserved_bytes
@@ -316,7 +287,10 @@ class EngineLoop:
                 log.error("not everything could be saved: %s", self.core.store.background_error or "see above")
                 break
             before = written
+        self._close()
+        mx.clear_cache()
+
+    def _close(self) -> None:
         self.core.store.close()
         self._run_posted()  # what was still being read for someone
         self.core.trace.close()
-        mx.clear_cache()

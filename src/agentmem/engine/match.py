@@ -1,12 +1,12 @@
 """Match: the longest prefix of a request's tokens that is cached, and can be gone on from."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from ..kvcache.spec import KVCacheSpec
 from .agent import Branch
 from .block_pool import Entry, Node, OpenBlock
-from .reach import Missing, missing
+from .reach import Missing, missing, resumable
 
 
 @dataclass(frozen=True)
@@ -43,3 +43,26 @@ class Match:
     @property
     def missing_bytes(self) -> int:
         return sum(what.nbytes for what in self.missing)
+
+
+def matched(spec: KVCacheSpec, nodes: Sequence[Node], tail: OpenBlock | None, n: int, source: Branch | None) -> Match:
+    """The first `n` tokens of `nodes` and `tail`, or as many as a sequence can go on from."""
+    n = resumable(spec, nodes, tail, n)
+    whole = min(n // spec.block_size, len(nodes))
+    inside = n > whole * spec.block_size
+    sealed = whole < len(nodes)
+    return Match(
+        spec,
+        nodes=tuple(nodes[:whole]),
+        length=n,
+        source=source,
+        cut_node=nodes[whole] if inside and sealed else None,
+        tail=tail if inside and not sealed else None,
+        extends=source is not None and n == len(source),
+    )
+
+
+def preference(match: Match) -> tuple[int, bool, bool, str]:
+    """Longest first; then, by what a restart does not change, what is whole before what must be cut."""
+    assert match.source is not None
+    return match.length, match.cut_node is None, match.extends, match.source.id

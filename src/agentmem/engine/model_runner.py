@@ -12,8 +12,9 @@ from ..errors import ModelError
 from ..kvcache.attention import TOLERANCE, install_seam, relative_error, verify_seam
 from ..kvcache.batch import BatchQuantizedKVCache
 from ..kvcache.block import SealedBlock, Snapshot
-from ..kvcache.cache import ForeignCache, SequenceCache
+from ..kvcache.cache import SequenceCache
 from ..kvcache.calibrate import key_centres
+from ..kvcache.foreign import ForeignCache
 from ..kvcache.quantize import CacheSpace
 from ..kvcache.spec import KVBits, KVCacheSpec
 from ..kvcache.trace import MODEL_ERRORS, all_fetched, foreign_spec, read_spec

@@ -15,6 +15,7 @@ class OutputStream:
         self._stop_ids = set(params.stop_token_ids) | (set() if params.ignore_eos else set(tokenizer.eos_token_ids))
         machine = TextStateMachine({"normal": [(text, None) for text in params.stop]} if params.stop else None)
         self._state = machine.make_state()
+        self.at_stop_string = False  # the answer ended
 
     def feed(self, token: int) -> tuple[str, bool]:
         """(text that is safe to send, whether the answer ends here)."""
@@ -34,4 +35,5 @@ class OutputStream:
 
     def _advance(self, text: str) -> tuple[str, bool]:
         self._state, safe, state = TextStateMachine.step(self._state, text)
-        return safe, state is None
+        self.at_stop_string = state is None
+        return safe, self.at_stop_string

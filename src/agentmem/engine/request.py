@@ -110,6 +110,12 @@ class RequestStats:
 class Finished:
     reason: FinishReason
     stats: RequestStats
+    at_stop_string: bool = False
+
+    @property
+    def cut(self) -> bool:
+        """The model had not ended the answer: what it was about to say, a tool call perhaps, is not whole."""
+        return self.reason == "length" or self.at_stop_string
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,6 @@ import numpy as np
 
 from ..errors import CorruptSegment
 from ..kvcache.block import RawArrays, SealedBlock, Snapshot, Tail, copy_host, from_raw
-from ..kvcache.spec import KVCacheSpec
 from ..store.agent_store import AgentStore
 from ..tensors import part_of
 from .block_pool import FRESH, Entry, Node, OpenBlock
@@ -35,7 +34,16 @@ def foreign_lineage(prefix_len: int) -> bytes:
     return os.urandom(32) + prefix_len.to_bytes(_LINEAGE_POSITION, "little")
 
 
-def tail_identity(head: bytes, tokens: np.ndarray) -> str:
+def tail_metadata(head: bytes | None, tokens: np.ndarray, lineage: bytes, prefix_len: int) -> dict[str, str]:
+    """What a tail's file says beside its tensors; `head`: the block that it follows."""
+    return {
+        "lineage": lineage.hex(),
+        "prefix_len": str(prefix_len),
+        "identity": _tail_identity(head or ROOT, tokens),
+    }
+
+
+def _tail_identity(head: bytes, tokens: np.ndarray) -> str:
     """Says which tail a file holds: a branch's file is replaced as the branch moves on."""
     return hashlib.blake2b(head + np.ascontiguousarray(tokens, "<u4").tobytes(), digest_size=16).hexdigest()
 
@@ -63,14 +71,8 @@ def _copy(future: "Future[Any]", entry: Entry) -> tuple[RawArrays, Mapping[str, 
 class Restorer:
     """Engine thread only; the store's futures come back through `post`, which runs a function on that thread."""
 
-    def __init__(
-        self,
-        contexts: Contexts,
-        store: AgentStore,
-        spec: KVCacheSpec,
-        post: Callable[[Callable[[], None]], None],
-    ):
-        self._contexts, self._store, self._spec, self._post = contexts, store, spec, post
+    def __init__(self, contexts: Contexts, store: AgentStore, post: Callable[[Callable[[], None]], None]):
+        self._contexts, self._store, self._spec, self._post = contexts, store, contexts.spec, post
         self.restored_bytes = 0  # since the start
         self.incoming_bytes = 0  # being read
         self.reading_since = 0.0  # time.perf_counter(), while there are any
@@ -171,7 +173,7 @@ class Restorer:
         if tail.data is not None or match.source.tail is not tail:
             return 0
         head = match.nodes[-1].key if match.nodes else ROOT
-        if metadata["identity"] != tail_identity(head, tail.tokens):
+        if metadata["identity"] != _tail_identity(head, tail.tokens):
             self._quarantine(match, tail)
             return 0
         tail.lineage = bytes.fromhex(metadata["lineage"])

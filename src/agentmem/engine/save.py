@@ -12,9 +12,9 @@ from ..store.agent_store import AgentStore
 from ..store.room import LeastRecentlyUsed
 from .agent import Agent, Branch
 from .block_pool import Entry, Node, OpenBlock
-from .contexts import ROOT, Contexts
+from .contexts import Contexts
 from .match import Match
-from .restore import tail_identity
+from .restore import tail_metadata
 
 _RETRY = 1.0  # s after a save that was asked for, or failed
 _RETRY_BROKEN = 5.0  # s, while the store can't write
@@ -82,9 +82,13 @@ class Saver:
         branch.in_use = False
         branch.save_at = time.monotonic() + self._tail_delay
         self.next_save = min(self.next_save, branch.save_at)
+        self.enter(branch)
+        self._contexts.thin(nodes)
+
+    def enter(self, branch: Branch) -> None:
+        """Among its agent's branches; those that are too many by now go from disk, too."""
         for old in self._contexts.put_branch(branch):
             self._delete(old.id, *old.displaced)
-        self._contexts.thin(nodes)
 
     def _delete(self, *branch_ids: str) -> None:
         for branch_id in branch_ids:
@@ -180,11 +184,7 @@ class Saver:
     def save_tail(self, branch: Branch) -> None:
         tail, agent = branch.tail, branch.agent
         assert tail.data is not None
-        metadata = {
-            "lineage": tail.lineage.hex(),
-            "prefix_len": str(tail.data.prefix_len),
-            "identity": tail_identity(branch.head or ROOT, tail.tokens),
-        }
+        metadata = tail_metadata(branch.head, tail.tokens, tail.lineage, tail.data.prefix_len)
         tensors = to_host(tail.data.to_arrays())
         branch.tail_bytes_written += tail.data.nbytes
         tail.saving = self._store.save_tail(

@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 from enum import Enum, auto
 
 from ..errors import AgentMemError
-from ..kvcache.cache import ForeignCache, SequenceCache
+from ..kvcache.cache import SequenceCache
+from ..kvcache.foreign import ForeignCache
 from .agent import Branch
 from .block_pool import Entry, Node
 from .match import Match
@@ -112,7 +113,8 @@ class Sequence:
 
     def finish(self, reason: FinishReason) -> None:
         self.status = Status.FINISHED
-        self.emit(Finished(reason, self.stats()))
+        at_stop_string = self.output is not None and self.output.at_stop_string
+        self.emit(Finished(reason, self.stats(), at_stop_string))
 
     def fail(self, error: AgentMemError) -> None:
         self.status = Status.FINISHED

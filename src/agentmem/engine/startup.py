@@ -119,7 +119,7 @@ def _core(
         max_branches=settings.max_branches,
         running=scheduler.holders,
     )
-    restorer = Restorer(contexts, store, runner.spec, post)
+    restorer = Restorer(contexts, store, post)
     saver = Saver(
         contexts,
         store,
@@ -136,7 +136,6 @@ def _core(
         restorer,
         saver,
         store,
-        runner.spec,
         on_codes=runner.on_codes,
         max_context=min(settings.max_context or model.max_context, model.max_context),
         active=lambda: scheduler.active,
@@ -171,7 +170,7 @@ def _calibrate(settings: Settings, model: LoadedModel, runner: ModelRunner, dire
         tokens = calibrate.calibration_tokens(lambda text: model.tokenizer.encode(text, add_special_tokens=False))
         centres = runner.calibrate(tokens)
         runner.use_centres(centres)
-        attention = _faster_attention(runner)
+        attention = faster_attention(runner)
         found = centres, attention
         _write_calibration(path, centres, attention)
     centres, attention = found
@@ -180,7 +179,7 @@ def _calibrate(settings: Settings, model: LoadedModel, runner: ModelRunner, dire
     return _checksum(centres)
 
 
-def _faster_attention(runner: ModelRunner) -> str:
+def faster_attention(runner: ModelRunner) -> str:
     """On a CPU the dequantized copy, by far (docs/architecture.md has the figures); elsewhere measured here."""
     if mx.default_device() == mx.Device(mx.cpu):
         return "dequantized"

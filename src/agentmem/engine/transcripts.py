@@ -11,7 +11,7 @@ from weakref import WeakValueDictionary
 
 from ..errors import AgentMemError, StoreFailed
 from ..store.turns import TurnTable
-from .turns import Turn, TurnTree
+from .turns import Turn, TurnTree, new_turn
 
 MAX_RAM = 64 << 20  # bytes, about, of turns that nobody works with
 MAX_TREES = 256  # of agents that nobody works with
@@ -104,31 +104,42 @@ class Transcripts:
         return True
 
     def drop(
-        self, namespace: str, agent: str, tree: TurnTree, turn: Turn, *, wipe: bool = False
+        self, namespace: str, agent: str, tree: TurnTree, turns: list[Turn], *, wipe: bool = False
     ) -> Future[None] | None:
-        """Forget a turn; what follows it keeps its messages until that goes.
+        """Forget turns, each before its parent; what follows them on other paths keeps their messages until that goes.
 
-        Gives what ends when the disk knows it (`wipe`: and its text is off the disk), None where nothing is there.
+        Gives what ends when the disk knows it (`wipe`: and their text is off the disk), None where nothing is there.
         """
         with self._lock:
-            if tree.deleted:
+            gone, hidden = list[str](), list[Turn]()
+            for turn in [] if tree.deleted else turns:
+                if turn.id in tree.turns:
+                    removed = tree.remove(turn.id)
+                    gone += removed
+                    hidden += [] if removed else [tree.hide(turn.id)]
+            if self._table is None or tree.in_ram_only or not (gone or hidden):
                 return None
-            gone = tree.remove(turn.id)
-            hidden = None if gone else tree.hide(turn.id)
-            if self._table is None or tree.in_ram_only:
-                return None
-            if hidden is not None:
-                return self._table.put([hidden.record(namespace, agent)])
-            return self._table.delete(gone, wipe=wipe)
+            done = self._table.put([turn.record(namespace, agent) for turn in hidden]) if hidden else None
+            return self._table.delete(gone, wipe=wipe) if gone else done
 
-    async def remove(self, namespace: str, agent: str, tree: TurnTree, turn: Turn) -> None:
-        """Forget a turn, off the disk too. Raises StoreFailed."""
-        done = self.drop(namespace, agent, tree, turn, wipe=True)
+    async def remove(self, namespace: str, agent: str, tree: TurnTree, turns: list[Turn]) -> None:
+        """Forget turns, off the disk too. Raises StoreFailed."""
+        done = self.drop(namespace, agent, tree, turns, wipe=True)
         try:
             if done is not None:
                 await asyncio.wrap_future(done)
         except (OSError, sqlite3.Error, AgentMemError) as e:
-            raise StoreFailed(f"The response may still be on disk: {e}; delete it again") from e
+            raise StoreFailed(f"What was said may still be on disk: {e}; delete it again") from e
+
+    async def cut(self, namespace: str, agent: str, tree: TurnTree, turns: list[Turn]) -> None:
+        """Forget the last turns of the newest path, which goes on from where they began. Raises StoreFailed."""
+        if not turns or tree.deleted:
+            return
+        gone, parent = {turn.id for turn in turns}, turns[0].parent
+        newest = next((t for t in reversed(tree.turns.values()) if t.id not in gone and not t.hidden), None)
+        if tree.newest is turns[-1] and (newest and newest.id) != parent:  # it would be that of another path
+            self.add(namespace, agent, tree, [new_turn("cut", tree.turns[parent] if parent else None, [])])
+        await self.remove(namespace, agent, tree, turns[::-1])
 
     def forget(self, namespace: str, agent: str, delete: Callable[[], Future[bool]]) -> Future[bool]:
         """Delete an agent by `delete`. From any thread: nothing that was begun before is added after."""

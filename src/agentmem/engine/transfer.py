@@ -21,9 +21,8 @@ from ..store.agent_store import AgentStore
 from ..store.archive import Archive, block_name, tail_name, write_archive
 from ..store.records import IMPORTS, BlockRecord, BranchRecord, FileRef, TailRecord
 from ..tensors import part_of
-from .contexts import ROOT
 from .lifecycle import Exported, Imported
-from .restore import foreign_lineage, tail_identity
+from .restore import foreign_lineage, tail_metadata
 from .startup import Core
 
 _FILE_HEADER = 1 << 16  # bytes, at most
@@ -179,11 +178,7 @@ class _Import:
 
         tensors, found = self._tensors(row["file"], shapes)
         prefix_len = int(found["prefix_len"])
-        metadata = {
-            "lineage": foreign_lineage(prefix_len).hex(),
-            "prefix_len": str(prefix_len),
-            "identity": tail_identity(head or ROOT, tokens),
-        }
+        metadata = tail_metadata(head, tokens, foreign_lineage(prefix_len), prefix_len)
         saved = self._store.save_tail(branch_id, *self._scratch, head, tokens, tensors, metadata)
         ref = saved.result()
         return TailRecord(tokens, ref.nbytes, ref.checksum, ref.parts)

@@ -18,12 +18,13 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
+from weakref import WeakKeyDictionary
 
 from ..store.turns import TurnRecord
 
 MAX_OFF_PATH = 1000  # turns of one agent that are not on its newest path; the oldest go
 Messages = list[dict[str, Any]]
-Kind = Literal["chat", "response", "context"]
+Kind = Literal["chat", "response", "context", "cut"]  # a cut says nothing: what follows it goes on from its parent
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,17 @@ def new_turn(kind: Kind, parent: Turn | None, items: Messages, turn_id: str | No
     return Turn(turn_id, parent.id if parent else None, items, kind, time.time(), **more)
 
 
+def copies(turns: Iterable[Turn], parent: Turn | None) -> list[Turn]:
+    """The same turns, one after the other, after another parent. A response is told by its own id alone."""
+    made: list[Turn] = []
+    for turn in turns:
+        about = {name: value for name, value in turn.about.items() if name != "response"}
+        kind = "chat" if turn.kind == "response" else turn.kind
+        parent = new_turn(kind, parent, turn.items, key=turn.key, about=about)
+        made.append(parent)
+    return made
+
+
 class TurnTree:
     """One agent's. On the event loop; `deleted` changes under the lock of Turns."""
 
@@ -65,6 +77,7 @@ class TurnTree:
         self.deleted = False  # with its agent: nothing is added any more
         self.in_ram_only = False
         self.reading: Future[list[TurnRecord]] | None = None  # what the store has of it, until that is loaded
+        self.continued = WeakKeyDictionary[Any, str]()  # requests that run: the turns that theirs will follow
         self.appending = asyncio.Lock()  # of what is told without being asked: one thing after the other
 
     @property
@@ -100,6 +113,10 @@ class TurnTree:
 
     def is_leaf(self, turn_id: str) -> bool:
         return not self._children[turn_id]
+
+    def is_free(self, turn_id: str) -> bool:
+        """Whether nothing follows it, nor will when a request ends that runs."""
+        return self.is_leaf(turn_id) and turn_id not in self.continued.values()
 
     def path(self, turn: Turn | None) -> list[Turn]:
         """From the first turn to this one."""

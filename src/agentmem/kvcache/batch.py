@@ -22,9 +22,12 @@ class _KVLayer:
     keys: mx.array | None = None
     values: mx.array | None = None
 
-    def __init__(self, caches: Sequence[SequenceCache], index: int, offset: int | mx.array):
-        self._caches, self._index = caches, index
+    def __init__(self, caches: Sequence[SequenceCache], index: int, offset: int | mx.array, layer: LayerSpec):
+        self._caches, self._index, self._layer = caches, index, layer
         self.offset = offset
+
+    def make_mask(self, n: int, return_array: bool = False, window_size: int | None = None) -> Any:
+        return _true_mask(self._layer, self._caches, n, return_array, window_size)
 
     def maybe_trim_front(self) -> None:
         """Llama 4's way to keep a chunk only."""
@@ -36,8 +39,18 @@ class _KVLayer:
 class _AttendLayer(_KVLayer):
     """One attention layer of B sequences, each over its own working copy."""
 
-    def __init__(self, caches: Sequence[SequenceCache], index: int, offset: int | mx.array):
-        super().__init__(caches, index, offset)
+    def __init__(
+        self,
+        caches: Sequence[SequenceCache],
+        index: int,
+        offset: int | mx.array,
+        layer: LayerSpec,
+        *,
+        true_masks: bool,
+    ):
+        """`true_masks`: in a model that also has fetched layers one mask may serve both."""
+        super().__init__(caches, index, offset, layer)
+        self._true_masks = true_masks
         self._pending: tuple[mx.array, mx.array] | None = None
 
     @property
@@ -46,6 +59,8 @@ class _AttendLayer(_KVLayer):
 
     def make_mask(self, n: int, return_array: bool = False, window_size: int | None = None) -> Any:
         """Only for the model's eyes: `attend` masks by itself."""
+        if self._true_masks:
+            return super().make_mask(n, return_array, window_size)
         if return_array and n > 1:
             return create_causal_mask(n, window_size=window_size)
         return None if n == 1 else "causal"
@@ -71,17 +86,6 @@ class _AttendLayer(_KVLayer):
         return left
 
 
-class _WatchedLayer(_AttendLayer):
-    """The same in a model that also has fetched layers: one mask may serve both, so it is a true one."""
-
-    def __init__(self, caches: Sequence[SequenceCache], index: int, offset: int | mx.array, layer: LayerSpec):
-        super().__init__(caches, index, offset)
-        self._layer = layer
-
-    def make_mask(self, n: int, return_array: bool = False, window_size: int | None = None) -> Any:
-        return _true_mask(self._layer, self._caches, n, return_array, window_size)
-
-
 class _FetchLayer(_KVLayer):
     """One layer whose keys and values the model computes with by itself, MLA's latents say.
 
@@ -89,13 +93,6 @@ class _FetchLayer(_KVLayer):
     """
 
     attended = True
-
-    def __init__(self, caches: Sequence[SequenceCache], index: int, offset: int | mx.array, layer: LayerSpec):
-        super().__init__(caches, index, offset)
-        self._layer = layer
-
-    def make_mask(self, n: int, return_array: bool = False, window_size: int | None = None) -> Any:
-        return _true_mask(self._layer, self._caches, n, return_array, window_size)
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         """keys [B, H, L, Dk], values [B, H, L, Dv]; the same of all that they see."""
@@ -187,4 +184,4 @@ def _layer(
         return arrays
     if layer.fetched:
         return _FetchLayer(caches, index, offset, layer)
-    return _WatchedLayer(caches, index, offset, layer) if any_fetched else _AttendLayer(caches, index, offset)
+    return _AttendLayer(caches, index, offset, layer, true_masks=any_fetched)

@@ -268,32 +268,3 @@ class SequenceCache:
 def _joined(arrays: list[mx.array]) -> mx.array:
     """Along the layers, as a copy: one that were a view would keep a whole working copy in RAM."""
     return mx.concatenate(arrays, axis=0) if len(arrays) > 1 else mx.contiguous(arrays[0])
-
-
-class ForeignCache:
-    """A running sequence over mlx-lm's own cache objects: correct for any model, but nothing can be kept of it."""
-
-    def __init__(self, caches: list[object]):
-        self.caches, self.length = caches, 0
-        self.blocks: list[SealedBlock] = []
-        self.num_sealed = 0
-        self.pass_limit = 1 << 30
-
-    def advance(self, num_tokens: int) -> list[SealedBlock]:
-        self.length += num_tokens
-        return []
-
-    def adopt(self, index: int, block: SealedBlock) -> None:
-        raise AssertionError("nothing is sealed")
-
-    def snapshot(self) -> Snapshot:
-        return Snapshot()
-
-    def arrays(self) -> list[mx.array]:
-        return [a for cache in self.caches for a in _leaves(cache.state)]  # type: ignore[attr-defined]
-
-
-def _leaves(state: object) -> list[mx.array]:
-    from mlx.utils import tree_flatten
-
-    return [a for _, a in tree_flatten(state) if isinstance(a, mx.array)]

@@ -56,7 +56,7 @@ class PrewarmBody(TemplateInput):
 
 def add_agent_routes(app: FastAPI, engine: EngineAPI, renderer: ChatRenderer, settings: Settings) -> None:
     add_context_routes(app, engine, renderer, settings)
-    add_explain_routes(app, engine, renderer)  # before what would take its path for an agent's id
+    add_explain_routes(app, engine, renderer, settings)  # before what would take its path for an agent's id
 
     @app.get("/v1/agents")
     async def list_agents(request: Request) -> dict[str, Any]:
@@ -149,8 +149,9 @@ def _add_copy_routes(app: FastAPI, engine: EngineAPI, renderer: ChatRenderer) ->
             assert body.messages is not None
             tokens = await engine.agent_tokens(namespace, agent_id)
             keep, held = await _messages_end(renderer, tokens, body.messages), len(tokens)
+        branches = engine.branch_tokens(namespace, agent_id)
         cut = await engine.truncate_agent(namespace, agent_id, keep, held)
-        await cut_transcript(engine, renderer, namespace, agent_id, keep)
+        await cut_transcript(engine, renderer, namespace, agent_id, keep, branches)
         return _shown(cut)
 
     @app.post("/v1/agents/{agent_id:path}/export", response_class=Response)

@@ -20,7 +20,7 @@ from .chat import ChatRenderer
 from .conversation import Conversation, begin, is_retried, resume
 from .dates import session_days
 from .events import Event, Events, EventStream, unless_disconnected
-from .identity import ANONYMOUS, resolve_agent_id
+from .identity import ANONYMOUS, agent_id_of
 from .messages import ToolCall
 from .openai import AgentOptions, ChatCompletionRequest, error_body
 from .output_parser import Content, OutputParser, Part, Reasoning
@@ -71,14 +71,7 @@ class ChatCompletions:
         return EventStream(_chunks(answer, events, first, include_usage), events)
 
     async def _conversation(self, body: ChatCompletionRequest, request: Request) -> Conversation:
-        agent_id = resolve_agent_id(
-            request.headers,
-            agent_id=body.agent_id,
-            prompt_cache_key=body.prompt_cache_key,
-            metadata=body.metadata,
-            user=body.user,
-            safety_identifier=body.safety_identifier,
-        )
+        agent_id = agent_id_of(request, body)
         options, said = body.agentmem or AgentOptions(), [m.model_dump(exclude_none=True) for m in body.messages]
         whose = (self._engine.turns, namespace_of(request), agent_id)
         if options.continue_:
@@ -94,7 +87,9 @@ class ChatCompletions:
         namespace, agent_id = conversation.namespace, conversation.agent_id
         branches = self._engine.branch_tokens(namespace, agent_id)
         days = days_of(self._engine, self._settings, namespace, agent_id)
-        tokens = await render(self.renderer, conversation.messages, branches, **given, days=days)
+        messages = conversation.messages
+        known = len(messages) - len(conversation.new)
+        tokens = await render(self.renderer, messages, branches, known=known, **given, days=days)
         limits = [limit for limit in (body.max_tokens, body.max_completion_tokens) if limit is not None]
         limits = limits or [self._settings.default_max_tokens]
         max_tokens = min(*limits, self._engine.max_context - len(tokens))
@@ -191,7 +186,7 @@ async def _completion(answer: Answer, events: Events) -> dict[str, Any]:
     while not isinstance(event := await events.next(), Finished):
         assert event is not None
         parts += answer.parser.feed(event.text)
-    parts += answer.parser.finish(cut=event.reason == "length")
+    parts += answer.parser.finish(cut=event.cut)
     choice = {
         "index": 0,
         "message": _message(answer, parts),
@@ -254,7 +249,7 @@ async def _chunks(answer: Answer, events: Events, event: Event | None, include_u
             has_role = True
             yield chunk({"role": "assistant", "content": ""})
         if isinstance(event, Finished):
-            parts += (rest := parser.finish(cut=event.reason == "length"))
+            parts += (rest := parser.finish(cut=event.cut))
             for delta in deltas.of(rest):
                 yield chunk(delta)
             cost = await answer.end(event.stats, parts)

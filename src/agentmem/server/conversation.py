@@ -6,7 +6,7 @@ from typing import Any
 from starlette.requests import Request
 
 from ..engine.transcripts import Transcripts
-from ..engine.turns import Kind, Messages, Turn, TurnTree, canonical, new_turn
+from ..engine.turns import Kind, Messages, Turn, TurnTree, canonical, copies, new_turn
 from ..errors import NotFound, StoreFailed
 
 
@@ -14,7 +14,7 @@ class TranscriptNotFound(NotFound):
     code = "transcript_not_found"
 
 
-@dataclass
+@dataclass(eq=False)
 class Conversation:
     turns: Transcripts
     namespace: str
@@ -23,6 +23,7 @@ class Conversation:
     new: Messages  # that the request sent
     parent: Turn | None = None
     resumed: bool = False  # the request goes on from `parent`; else it sent all that was said
+    from_newest: bool = False  # which was the newest turn
     keep: bool = True  # leave a turn
     ephemeral: bool = False
     tools: list[dict[str, Any]] = field(default_factory=list)
@@ -45,8 +46,18 @@ class Conversation:
         parent, known = (self.parent, 0) if self.resumed else tree.longest_prefix(self.new)
         about = {"instructions": self.instructions or None, "tools": self.tools or None, **more}
         turn = new_turn(kind, parent, [*self.new[known:], *answer], turn_id, about=_news(tree, parent, about))
-        kept = self.turns.add(self.namespace, self.agent_id, tree, [turn], ephemeral=self.ephemeral)
+        told = self._told_meanwhile(tree)
+        added = [turn, *copies(told, turn)]
+        kept = self.turns.add(self.namespace, self.agent_id, tree, added, ephemeral=self.ephemeral)
+        self.turns.drop(self.namespace, self.agent_id, tree, told[::-1])
         return turn.id if kept else None
+
+    def _told_meanwhile(self, tree: TurnTree) -> list[Turn]:
+        """What was appended while the answer was written comes after it."""
+        path = tree.path(tree.newest)
+        before = next((i for i, turn in enumerate(path) if self.parent and turn.id == self.parent.id), None)
+        told = path[before + 1 :] if self.from_newest and before is not None else []
+        return told if all(turn.kind == "context" for turn in told) else []
 
 
 def system(instructions: str | None) -> Messages:
@@ -86,10 +97,14 @@ async def resume(
         if turn_id is not None:
             missing = f"Agent {agent_id[:200]!r} has no turn {turn_id[:200]!r}"
         raise TranscriptNotFound(f"{missing}; send all messages.", param="agentmem.continue")
-    if retried and turn_id is None and _starts_with(parent.items, new):
+    if retried and turn_id is None and parent.kind != "context" and _starts_with(parent.items, new):
         parent = tree.turns[parent.parent] if parent.parent else None
     tools = inherited(tree, parent, "tools") or []
-    return Conversation(turns, namespace, agent_id, tree, new, parent, resumed=True, tools=tools)
+    conversation = Conversation(turns, namespace, agent_id, tree, new, parent, resumed=True, tools=tools)
+    conversation.from_newest = turn_id is None
+    if parent is not None:
+        tree.continued[conversation] = parent.id
+    return conversation
 
 
 def is_retried(request: Request) -> bool:

@@ -5,18 +5,20 @@ from typing import Any
 from fastapi import FastAPI, Request
 from pydantic import Field, model_validator
 
+from ..config import Settings
 from ..engine.explain import WORDS
 from ..engine.request import EngineAPI, Explanation
 from ..errors import NotFound
 from .auth import namespace_of
 from .chat import ChatRenderer
-from .openai import ChatMessage, TemplateInput, Text, chat_messages
+from .chat_completions import days_of
+from .openai import MAX_MESSAGES, ChatMessage, TemplateInput, Text, chat_messages
 
 
 class ExplainBody(TemplateInput):
     """One of the two: a chat, or a text as it would be rendered."""
 
-    messages: list[ChatMessage] | None = Field(default=None, min_length=1)
+    messages: list[ChatMessage] | None = Field(default=None, min_length=1, max_length=MAX_MESSAGES)
     prompt: Text | None = Field(default=None, min_length=1)
 
     @model_validator(mode="after")
@@ -26,7 +28,7 @@ class ExplainBody(TemplateInput):
         return self
 
 
-def add_explain_routes(app: FastAPI, engine: EngineAPI, renderer: ChatRenderer) -> None:
+def add_explain_routes(app: FastAPI, engine: EngineAPI, renderer: ChatRenderer, settings: Settings) -> None:
     @app.get("/v1/agents/{agent_id:path}/explain")
     async def explain_last(agent_id: str, request: Request) -> dict[str, Any]:
         found = await engine.explain_agent(namespace_of(request), agent_id, None)
@@ -38,7 +40,8 @@ def add_explain_routes(app: FastAPI, engine: EngineAPI, renderer: ChatRenderer) 
     async def explain_prompt(agent_id: str, body: ExplainBody, request: Request) -> dict[str, Any]:
         branches = engine.branch_tokens(namespace_of(request), agent_id)
         if body.messages is not None:
-            tokens = await renderer.render(chat_messages(body.messages), branches, **body.given())
+            days = days_of(engine, settings, namespace_of(request), agent_id)  # a request would be dated so
+            tokens = await renderer.render(chat_messages(body.messages), branches, **body.given(), days=days)
         else:
             tokens = await renderer.text_tokens(body.prompt or "", branches)
         found = await engine.explain_agent(namespace_of(request), agent_id, tokens)

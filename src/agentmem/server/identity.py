@@ -5,11 +5,25 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from starlette.datastructures import Headers
+from starlette.requests import Request
 
 from ..engine.request import check_agent_id
 from ..errors import InvalidRequest
+from .openai import ChatCompletionRequest
+from .responses_wire import ResponsesRequest
 
 ANONYMOUS = "anonymous"
+
+
+def agent_id_of(request: Request, body: ChatCompletionRequest | ResponsesRequest) -> str:
+    return resolve_agent_id(
+        request.headers,
+        agent_id=body.agent_id,
+        prompt_cache_key=body.prompt_cache_key,
+        metadata=body.metadata,
+        user=body.user,
+        safety_identifier=body.safety_identifier,
+    )
 
 
 def resolve_agent_id(

@@ -13,6 +13,7 @@ from .messages import ToolCall, arguments_of
 
 # start: nothing is said yet, so that reasoning may begin; header: before a part of the answer whose kind it tells
 State = Literal["start", "content", "reasoning", "tool", "header"]
+Edges = Mapping[State, tuple[tuple[str, State], ...]]
 ToolParser = Callable[[str, list[dict[str, Any]]], Any]
 # mlx-lm's parsers read what a model wrote, and fail in as many ways; RecursionError, MemoryError: at deep nesting
 _UNPARSED = (ValueError, TypeError, LookupError, AttributeError, SyntaxError, ArithmeticError)
@@ -25,7 +26,7 @@ _HARMONY_CALL = re.compile(r"([\w.-]+)[^{]*?<\|message\|>(.*)", re.DOTALL)
 class Markup:
     """A state machine over text: in which state which text leads to which other one. That text is no part of it."""
 
-    edges: Mapping[State, tuple[tuple[str, State], ...]] = field(default_factory=dict)
+    edges: Edges = field(default_factory=dict)
     initial: State = "start"
     think_start: str | None = None
     parse: ToolParser | None = None  # of what stands in a span of tool calls: one, or a list of them

@@ -38,17 +38,18 @@ class Message:
     reasoning: str | None = None
 
 
-def normalise(messages: Iterable[Mapping[str, Any]], param: str = "messages") -> list[Message]:
+def normalise(messages: Iterable[Mapping[str, Any]], param: str = "messages", *, known: int = 0) -> list[Message]:
     """Messages as OpenAI's chat format has them; the types of all but content and arguments have been checked.
 
     content: a string, a list of text parts, or None for none, of the assistant or a tool; arguments of
     tool calls: an object, or one as JSON. Claude Code's billing line is dropped. A tool's result gets the name of the
-    tool from the call that it answers. InvalidRequest names the field that can't be read, such as messages.3.content.
+    tool from the call that it answers. InvalidRequest names the field that can't be read, such as messages.3.content,
+    counted from the first message after `known` ones, which have been read before.
     """
     result: list[Message] = []
     names: dict[str, str] = {}
     for i, raw in enumerate(messages):
-        message = _message(raw, f"{param}.{i}", names)
+        message = _message(raw, f"{param}.{i - known}", names)
         names.update((call.id, call.name) for call in message.tool_calls)
         if message.content or message.role not in _SYSTEM or not text_of(raw.get("content"), param):
             result.append(message)  # an empty system prompt too, but not one that held nothing but the billing line
@@ -84,11 +85,13 @@ def arguments_of(arguments: Any, param: str) -> dict[str, Any]:
 
 
 def check_encodable(value: Any, param: str) -> None:
-    """InvalidRequest where a JSON value holds what no prompt can: a lone surrogate, or depth without end."""
+    """InvalidRequest where a value holds what no prompt can: a lone surrogate, NaN, an infinity, depth without end."""
     try:
-        encodable = _is_encodable(json.dumps(value, ensure_ascii=False))
+        encodable = _is_encodable(json.dumps(value, ensure_ascii=False, allow_nan=False))
     except RecursionError:
         _refuse(param, "nested too deep")
+    except ValueError:
+        _refuse(param, "not valid JSON: it holds NaN or an infinity")
     if not encodable:
         _refuse(param, "not valid Unicode: it holds a lone surrogate")
 
@@ -156,7 +159,7 @@ def _message(raw: Mapping[str, Any], param: str, names: Mapping[str, str]) -> Me
 
 def _tool_call(raw: Mapping[str, Any], param: str) -> ToolCall:
     function = raw["function"]
-    return ToolCall(raw["id"], function["name"], arguments_of(function["arguments"], f"{param}.function.arguments"))
+    return ToolCall(raw["id"], function["name"], arguments_of(function.get("arguments"), f"{param}.function.arguments"))
 
 
 def _part(index: int, part: Any, param: str, kinds: Collection[str]) -> str:

@@ -25,7 +25,8 @@ from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 from .messages import Message, normalise
 from .tools import function_tools
 
-_MAX_STOPS = 16
+MAX_MESSAGES = 10_000  # of a request: they are checked on the event loop
+_MAX_STOPS, _LONGEST_STOP = 16, 1000  # strings, characters
 _ECHO = 200  # characters of the client's own text (field names) that an error repeats
 
 
@@ -33,7 +34,7 @@ def _unsupported(what: str) -> NoReturn:
     raise PydanticCustomError("unsupported_parameter", "{what}", {"what": what})
 
 
-@dataclass(frozen=True, init=False)
+@dataclass(frozen=True, init=False, eq=False)  # else typing takes Only(0) and Only(False) for one
 class Only:
     """Annotates a field whose feature isn't there: null and `allowed` pass, anything else is refused."""
 
@@ -78,6 +79,12 @@ def check_tool_choice(choice: Any) -> Any:
     return choice
 
 
+def _arguments(arguments: Any) -> Any:
+    if not isinstance(arguments, str | dict):
+        raise ValueError("must be a JSON object, as such or in a string")
+    return arguments
+
+
 def _stop_list(stop: Any) -> Any:
     return [stop] if isinstance(stop, str) else stop
 
@@ -95,7 +102,7 @@ class Wire(BaseModel):
 
 class FunctionCall(Wire):
     name: Annotated[Text, Field(min_length=1)]
-    arguments: Annotated[Any, WithJsonSchema({"type": ["string", "object"]})]
+    arguments: Annotated[Any, BeforeValidator(_arguments), WithJsonSchema({"type": ["string", "object"]})]
 
 
 class ToolCallBody(Wire):
@@ -152,7 +159,7 @@ class TemplateInput(Wire):
     """What a prompt depends on, besides its messages."""
 
     tools: list[Any] | None = None
-    chat_template_kwargs: dict[Text, Any] | None = None
+    chat_template_kwargs: dict[Text, Any] | None = Field(default=None, max_length=1000)
 
     def given(self) -> dict[str, Any]:
         """As ChatRenderer.render takes it. InvalidRequest names what can't be read."""
@@ -168,7 +175,7 @@ class ChatCompletionRequest(TemplateInput):
     """The body of POST /v1/chat/completions. Null means the default everywhere."""
 
     model: Text = "default"
-    messages: list[ChatMessage] = Field(min_length=1)
+    messages: list[ChatMessage] = Field(min_length=1, max_length=MAX_MESSAGES)
     agent_id: Text | None = None
     agentmem: AgentOptions | None = None
     stream: bool | None = None
@@ -187,7 +194,9 @@ class ChatCompletionRequest(TemplateInput):
     logit_bias: Annotated[dict[str, Annotated[float, Field(ge=-100, le=100)]] | None, AfterValidator(_token_ids)] = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     stop: Annotated[
-        list[Annotated[Text, Field(min_length=1)]] | None, Field(max_length=_MAX_STOPS), BeforeValidator(_stop_list)
+        list[Annotated[Text, Field(min_length=1, max_length=_LONGEST_STOP)]] | None,
+        Field(max_length=_MAX_STOPS),
+        BeforeValidator(_stop_list),
     ] = None
     ignore_eos: bool | None = None
     priority: Annotated[int, Field(ge=-1000, le=1000)] | None = None

@@ -3,8 +3,10 @@
 from dataclasses import dataclass
 from typing import Any
 
-from .markup import Markup, State
+from .markup import Edges, Markup, State
 from .messages import ToolCall
+
+_MAX_UNREAD = 100  # spans of an answer that are no calls, and are read again as text; then no more are looked for
 
 
 @dataclass(frozen=True)
@@ -34,17 +36,15 @@ class OutputParser:
         `max_calls`: further ones are left out; 0: there is no limit.
         """
         self._markup, self._tools, self._max_calls = markup, tools, max_calls
-        self._edges = {
-            state: tuple((text, to) for text, to in edges if tools or to != "tool")
-            for state, edges in markup.edges.items()
-        }
+        self._edges = markup.edges if tools else _without_calls(markup.edges)
         self._state: State = "reasoning" if in_reasoning else markup.initial
         self._before: State = self._state  # the tool call that is being read
         self._texts = {"reasoning": _Trimmed(skip=True), "content": _Trimmed(skip=False)}
-        self._header = self._raw = self._call = ""  # before a part; of a tool call: its marker, and what follows that
+        self._header = self._raw = ""  # before a part; of a tool call: its marker
+        self._call: list[str] = []  # and what follows that
         self._held = ""  # that may be the beginning of a marker
         self._parts: list[Part] = []
-        self.num_calls = 0
+        self.num_calls = self._num_unread = 0
 
     def feed(self, text: str) -> list[Part]:
         self._held += text
@@ -98,7 +98,7 @@ class OutputParser:
 
     def _say(self, text: str) -> None:
         if self._state == "tool":
-            self._call += text
+            self._call.append(text)
         elif self._state == "header":
             self._header += text
         else:
@@ -109,7 +109,7 @@ class OutputParser:
         if self._state == "tool":
             return self._close_call(marker, then=state)
         if state == "tool":
-            self._before, self._raw, self._call = self._state, self._header + marker, ""
+            self._before, self._raw, self._call = self._state, self._header + marker, []
         elif self._state == "reasoning" or state == "reasoning":
             for trimmed in self._texts.values():
                 trimmed.drop()
@@ -117,14 +117,18 @@ class OutputParser:
 
     def _close_call(self, marker: str, *, then: State = "start", readable: bool = True) -> None:
         """The call as a part. One that can't be read is text: what follows its first marker is looked at again."""
+        call = "".join(self._call)
         try:
             if not readable:
                 raise ValueError("cut")
-            calls = self._markup.tool_calls(self._call, self._tools)
+            calls = self._markup.tool_calls(call, self._tools)
         except ValueError:
             self._state = "content" if self._before in ("start", "header") else self._before
             self._say(self._raw)
-            self._held = self._call + marker + self._held
+            self._held = call + marker + self._held
+            self._num_unread += 1
+            if self._num_unread == _MAX_UNREAD:  # a model that says <tool_call> over and over
+                self._edges = _without_calls(self._edges)
             return
         for trimmed in self._texts.values():
             trimmed.drop()
@@ -140,6 +144,10 @@ class OutputParser:
     def _take(self) -> list[Part]:
         parts, self._parts = self._parts, []
         return parts
+
+
+def _without_calls(edges: Edges) -> Edges:
+    return {state: tuple((text, to) for text, to in pairs if to != "tool") for state, pairs in edges.items()}
 
 
 class _Trimmed:

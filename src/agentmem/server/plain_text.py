@@ -11,6 +11,8 @@ from collections.abc import Iterable, Sequence
 from functools import cached_property
 from typing import Any
 
+from ..errors import InvalidRequest
+from .template import source_of
 from .token_text import TokenText
 
 _MARKS = range(0xE000, 0xF8FF)  # for private use
@@ -25,8 +27,16 @@ class PlainText:
         added = json.loads(tokenizer.backend_tokenizer.to_str())["added_tokens"]
         self._added = {t["content"]: t["id"] for t in added}
         markers = {getattr(tokenizer, name, None) for name in _MARKERS}
-        # other added tokens are ordinary words: Gemma's are tags of HTML and runs of spaces
-        names = {t["content"] for t in added if t["special"] or t["content"] in markers}
+        template = source_of(tokenizer)
+
+        def is_markup(name: str) -> bool:
+            """DeepSeek's roles and the tags around tools' results are not called special, but are all the same.
+
+            Other added tokens are ordinary words: Gemma's are tags of HTML and runs of spaces.
+            """
+            return name in markers or (bool(name.strip()) and (name in template or "|" in name or "｜" in name))
+
+        names = {t["content"] for t in added if t["special"] or is_markup(t["content"])}
         self._names = sorted((name for name in names if len(name) > 1), key=len, reverse=True)
 
     def tokens(
@@ -108,5 +118,8 @@ def _map_texts(value: Any, change: Any) -> Any:
 
 
 def _unused(texts: Iterable[str]) -> str:
-    used = {c for text in texts for c in text if ord(c) in _MARKS}
-    return next(chr(c) for c in _MARKS if chr(c) not in used)
+    used = set().union(*texts)
+    mark = next((chr(c) for c in _MARKS if chr(c) not in used), None)
+    if mark is None:
+        raise InvalidRequest("messages: they hold every character for private use; leave one out.", param="messages")
+    return mark

@@ -1,5 +1,6 @@
 """Messages in the shape of OpenAI's chat API, as transcripts hold them, to token ids."""
 
+import asyncio
 from collections.abc import Sequence
 from typing import Any
 
@@ -7,11 +8,15 @@ import numpy as np
 
 from ..engine.turns import Messages
 from .chat import ChatRenderer
-from .openai import ChatMessage, chat_messages
+from .messages import normalise
 
 
 async def render(
-    renderer: ChatRenderer, messages: Messages, branches: Sequence[np.ndarray], **options: Any
+    renderer: ChatRenderer, messages: Messages, branches: Sequence[np.ndarray], *, known: int = 0, **options: Any
 ) -> list[int]:
-    """As ChatRenderer.render, whose options these are."""
-    return await renderer.render(chat_messages([ChatMessage.model_validate(m) for m in messages]), branches, **options)
+    """As ChatRenderer.render, whose options these are.
+
+    `known`: how many of the messages come from a transcript; an error counts those after them, as the client does.
+    """
+    normal = await asyncio.to_thread(normalise, messages, known=known)  # of 1,000 turns it takes tens of ms
+    return await renderer.render(normal, branches, **options)

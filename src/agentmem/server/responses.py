@@ -12,19 +12,19 @@ from starlette.responses import JSONResponse, Response
 from ..config import Settings
 from ..engine.request import EngineAPI, Finished, GenerateRequest, RequestStats, SamplingParams
 from ..engine.turns import Turn, TurnTree
-from ..errors import AgentMemError, ContextLengthExceeded, NotFound
+from ..errors import AgentMemError, ContextLengthExceeded, InvalidRequest, NotFound
 from .auth import namespace_of
 from .chat import ChatRenderer
 from .chat_completions import FIRST_EVENT_WAIT, PING, PING_INTERVAL, agentmem, check_model, days_of
 from .conversation import Conversation, begin, inherited, is_retried, resume
 from .events import Event, Events, EventStream, unless_disconnected
-from .identity import resolve_agent_id
+from .identity import agent_id_of
 from .openai import AgentOptions
 from .output_parser import OutputParser, Part
 from .parts import message_of
 from .render import render
 from .response_events import GrowingResponse
-from .responses_wire import ResponsesRequest, chat_tools, flat_tools
+from .responses_wire import ResponsesRequest, flat_tools
 from .tools import function_tools
 
 
@@ -39,17 +39,21 @@ def add_response_routes(app: FastAPI, engine: EngineAPI, renderer: ChatRenderer,
         conversation = await _conversation(engine, body, request)
         return await _create(_Answer(engine, renderer, body, conversation), settings, request)
 
-    @app.get("/v1/responses/{response_id}")
-    async def show_response(response_id: str, request: Request) -> dict[str, Any]:
+    @app.get("/v1/responses/{response_id}", response_model=None)
+    async def show_response(response_id: str, request: Request) -> Response:
+        # the SDK would find no event, and say nothing
+        if request.query_params.get("stream", "false").lower() == "true":
+            raise InvalidRequest("stream: a response that is there comes as a whole; leave it out", param="stream")
         _, tree, turn = await _find(engine, namespace_of(request), response_id)
         tools, instructions = (inherited(tree, turn, name) for name in ("tools", "instructions"))
-        return turn.about["response"] | {"tools": flat_tools(tools or []), "instructions": instructions}
+        shown = turn.about["response"] | {"tools": flat_tools(tools or []), "instructions": instructions}
+        return JSONResponse(shown)  # as it is: FastAPI's encoder would walk through all of it, and fails at less depth
 
     @app.delete("/v1/responses/{response_id}")
     async def delete_response(response_id: str, request: Request) -> dict[str, Any]:
         namespace = namespace_of(request)
         agent, tree, turn = await _find(engine, namespace, response_id)
-        await engine.turns.remove(namespace, agent, tree, turn)
+        await engine.turns.remove(namespace, agent, tree, [turn])
         return {"id": response_id, "object": "response", "deleted": True}
 
 
@@ -71,14 +75,7 @@ async def _conversation(engine: EngineAPI, body: ResponsesRequest, request: Requ
         agent_id, tree, turn = found
         conversation = Conversation(engine.turns, namespace, agent_id, tree, body.messages, turn, resumed=True)
     else:
-        agent_id = resolve_agent_id(
-            request.headers,
-            agent_id=body.agent_id,
-            prompt_cache_key=body.prompt_cache_key,
-            metadata=body.metadata,
-            user=body.user,
-            safety_identifier=body.safety_identifier,
-        )
+        agent_id = agent_id_of(request, body)
         whose = (engine.turns, namespace, agent_id, body.messages)
         if options.continue_:
             conversation = await resume(*whose, options.turn, retried=is_retried(request))
@@ -86,7 +83,7 @@ async def _conversation(engine: EngineAPI, body: ResponsesRequest, request: Requ
             conversation = begin(*whose, keep=keep)
     conversation.keep = keep and not body.prewarm
     conversation.ephemeral, conversation.instructions = bool(options.ephemeral), body.instructions
-    conversation.tools = function_tools(chat_tools(body.tools))
+    conversation.tools = function_tools(body.tools, nested=False)
     return conversation
 
 
@@ -102,7 +99,11 @@ class _Answer:
         said, body = self.conversation, self.body
         branches = self.engine.branch_tokens(said.namespace, said.agent_id)
         days = days_of(self.engine, settings, said.namespace, said.agent_id)
-        tokens = await render(self.renderer, said.messages, branches, tools=said.tools, days=days)
+        try:
+            tokens = await render(self.renderer, said.messages, branches, tools=said.tools, days=days)
+        except InvalidRequest as e:
+            e.param = "input" if e.param == "messages" else e.param  # what Responses call them
+            raise
         max_tokens = min(body.max_output_tokens or settings.default_max_tokens, self.engine.max_context - len(tokens))
         sampling = {k: v for k in ("temperature", "top_p") if (v := getattr(body, k)) is not None}
         params = SamplingParams(max_tokens=0 if body.prewarm else max_tokens, **sampling)

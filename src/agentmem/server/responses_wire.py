@@ -2,11 +2,12 @@
 
 from typing import Annotated, Any, Literal, NoReturn
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 from ..engine.turns import Messages
 from ..errors import InvalidRequest
-from .openai import AgentOptions, Only, Text, Wire, check_tool_choice
+from .messages import arguments_of, check_encodable
+from .openai import MAX_MESSAGES, AgentOptions, Only, Text, Wire, check_tool_choice
 
 _TEXT_PARTS = ("input_text", "output_text", "text", "reasoning_text")
 _ECHO = 200  # characters of the client's own text that an error repeats
@@ -43,11 +44,17 @@ class StreamOptions(Wire):
     include_obfuscation: Annotated[Any, Only(False)] = None
 
 
+def _no_logprobs(wanted: str) -> str:
+    if wanted.endswith(".logprobs"):
+        raise ValueError("this server gives no log probabilities; leave it out")
+    return wanted
+
+
 class ResponsesRequest(Wire):
     """The body of POST /v1/responses. Null means the default everywhere."""
 
     model: Text = "default"
-    input: Text | list[InputItem] = Field(min_length=1)
+    input: Text | Annotated[list[InputItem], Field(max_length=MAX_MESSAGES)] = Field(min_length=1)
     instructions: Text | None = None
     previous_response_id: Text | None = None
     agent_id: Text | None = None
@@ -74,7 +81,7 @@ class ResponsesRequest(Wire):
     prompt_cache_options: CacheOptions | None = None
     prompt_cache_retention: str | None = None
     reasoning: dict[str, Any] | None = None
-    include: list[Any] | None = None
+    include: list[Annotated[str, AfterValidator(_no_logprobs)]] | None = None
     context_management: Any = None
 
     # would promise something that isn't there
@@ -95,24 +102,16 @@ class ResponsesRequest(Wire):
         return [{"role": "user", "content": self.input}] if isinstance(self.input, str) else _messages(self.input)
 
 
-def chat_tools(tools: list[Any] | None) -> list[Any]:
-    """As the chat format has them. Other types than function are left as they are: nobody reads them."""
-    return [_chat_tool(tool) for tool in tools or ()]
-
-
 def flat_tools(tools: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The reverse, of functions."""
+    """What `function_tools` gives, in the format of Responses."""
     return [{"type": "function", **tool["function"], "strict": False} for tool in tools]
 
 
-def _chat_tool(tool: Any) -> Any:
-    if not isinstance(tool, dict) or tool.get("type") != "function":
-        return tool
-    return {"type": "function", "function": {name: value for name, value in tool.items() if name != "type"}}
-
-
 def _messages(items: list[InputItem]) -> Messages:
-    """Reasoning, a message and calls that follow one another are one message of the assistant's."""
+    """Reasoning, a message and calls that follow one another are one message of the assistant's.
+
+    So is text that follows calls: they wait for their results, so that no other answer can have begun.
+    """
     messages: Messages = []
     whole = True  # nothing more belongs to the last message
     for i, item in enumerate(items):
@@ -130,7 +129,11 @@ def _messages(items: list[InputItem]) -> Messages:
             whole = True
         else:
             news = _of_assistant(item, param)
-            if whole or (messages[-1]["content"] is not None and news["content"] is not None):
+            if whole or (
+                messages[-1]["content"] is not None
+                and news["content"] is not None
+                and not messages[-1].get("tool_calls")
+            ):
                 messages.append({"role": "assistant", "content": None})
             _extend(messages[-1], news)
             whole = False
@@ -146,15 +149,16 @@ def _of_assistant(item: InputItem, param: str) -> dict[str, Any]:
         kinds = "message, reasoning, function_call and function_call_output"
         _refuse(f"{param}.type", f"{item.type[:_ECHO]!r} is not supported by this server; it reads {kinds}")
     for name in ("call_id", "name", "arguments"):
-        if getattr(item, name) is None:
+        if not getattr(item, name) and (name != "arguments" or item.arguments is None):
             _refuse(f"{param}.{name}", "missing, but required", "missing_required_parameter")
+    arguments_of(item.arguments, f"{param}.arguments")
     function = {"name": item.name, "arguments": item.arguments}
     return {"content": None, "tool_calls": [{"id": item.call_id, "type": "function", "function": function}]}
 
 
 def _extend(message: dict[str, Any], news: dict[str, Any]) -> None:
     if news["content"] is not None:
-        message["content"] = news["content"]
+        message["content"] = (message["content"] or "") + news["content"]
     if news.get("reasoning_content"):
         message["reasoning_content"] = message.get("reasoning_content", "") + news["reasoning_content"]
     if "tool_calls" in news:
@@ -163,6 +167,7 @@ def _extend(message: dict[str, Any], news: dict[str, Any]) -> None:
 
 def _text(content: Any, param: str) -> str:
     if isinstance(content, str):
+        check_encodable(content, param)
         return content
     if not isinstance(content, list):
         _refuse(param, "must be a string or a list of parts with text", "invalid_type")
@@ -173,6 +178,7 @@ def _text(content: Any, param: str) -> str:
             _refuse(f"{param}.{i}", f"is of type {str(kind)[:_ECHO]!r}; this server reads only text")
         if not isinstance(part.get("text"), str):
             _refuse(f"{param}.{i}.text", "must be a string", "invalid_type")
+        check_encodable(part["text"], f"{param}.{i}.text")
         texts.append(part["text"])
     return "".join(texts)
 

@@ -86,5 +86,6 @@ class _Text:
 
 def _last_common(a: np.ndarray, b: np.ndarray, limit: int) -> int:
     """The last place, at most `limit`, at which tokens end in both; 0 if there is none."""
-    both = np.intersect1d(a[a <= limit], b[b <= limit])
+    a, b = (ends[: np.searchsorted(ends, limit, "right")] for ends in (a, b))
+    both = a[np.isin(a, b)]  # intersect1d takes a hundred times as long
     return int(both[-1]) if len(both) else 0

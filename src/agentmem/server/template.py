@@ -33,8 +33,7 @@ class ChatTemplate:
 
     def __init__(self, tokenizer: Any):
         self._tokenizer = tokenizer
-        template = tokenizer.chat_template
-        self._source: str = "\n".join(template.values()) if isinstance(template, dict) else template or ""
+        self._source = source_of(tokenizer)
         self.markup = Markup.of(tokenizer)
         self._asked: dict[str, str] = {}  # by the template's options
 
@@ -149,6 +148,12 @@ class ChatTemplate:
         except (TemplateError, TypeError):
             return None
         return text
+
+
+def source_of(tokenizer: Any) -> str:
+    """The text of a tokenizer's chat template, of all of them where it has several; "" where it has none."""
+    template = tokenizer.chat_template
+    return "\n".join(template.values()) if isinstance(template, dict) else template or ""
 
 
 def _read(name: str) -> str:

@@ -34,9 +34,8 @@ class TokenText:
 
     def of_tokens(self, tokens: np.ndarray) -> tuple[bytes, np.ndarray]:
         """Their bytes, and where each token's end: int64 [n]."""
-        table, known = self._table, len(self._table)
-        parts = [table[t] if t < known else _UNKNOWN for t in tokens.tolist()]
-        return b"".join(parts), np.cumsum([len(p) for p in parts], dtype=np.int64)
+        at = np.minimum(tokens, len(self._table) - 1)
+        return b"".join(map(self._table.__getitem__, at.tolist())), np.cumsum(self._lengths[at], dtype=np.int64)
 
     def spell(self, token: int) -> list[int]:
         """A special token's name in ordinary tokens."""
@@ -49,14 +48,20 @@ class TokenText:
 
     @cached_property
     def _ordinary(self) -> dict[bytes, int]:
-        """By what they stand for. Every byte has a token of its own."""
+        """By what they stand for. Every byte has a token of its own; where it has two, the one that is no mere byte."""
         assert self._to_bytes is not None
-        return {self._to_bytes(name): token for token, name in self._names.items()}
+        names = sorted(self._names.items(), key=lambda item: (_BYTE.fullmatch(item[1]) is None, item[0]))
+        return {self._to_bytes(name): token for token, name in names}
+
+    @cached_property
+    def _lengths(self) -> np.ndarray:
+        return np.array([len(text) for text in self._table], np.int64)
 
     @cached_property
     def _table(self) -> list[bytes]:
+        """By token; the last one is for all tokens beyond."""
         assert self._to_bytes is not None
-        table = [_UNKNOWN] * (max([*self._names, *self._added.values()], default=-1) + 1)
+        table = [_UNKNOWN] * (max([*self._names, *self._added.values()], default=-1) + 2)
         for token, name in self._names.items():
             table[token] = self._to_bytes(name)
         for content, token in self._added.items():

@@ -9,8 +9,10 @@ from .messages import check_encodable
 _NO_PARAMETERS: dict[str, Any] = {"type": "object", "properties": {}}
 
 
-def function_tools(tools: Sequence[Any] | None, param: str = "tools") -> list[dict[str, Any]]:
+def function_tools(tools: Sequence[Any] | None, param: str = "tools", *, nested: bool = True) -> list[dict[str, Any]]:
     """The tools of type 'function', in OpenAI's chat format, each with name, description and parameters.
+
+    They come in that format too, or, if not `nested`, in that of Responses: these three beside the type.
 
     Other types, which a client may offer to servers that have them, are left out. A `strict` schema is not enforced.
     InvalidRequest names what can't be read, such as tools.0.function.name.
@@ -21,7 +23,9 @@ def function_tools(tools: Sequence[Any] | None, param: str = "tools") -> list[di
         if not isinstance(kind, str):
             _refuse(f"{param}.{i}", "must be an object with a type")
         if kind == "function":
-            found.append({"type": "function", "function": _function(tool.get("function"), f"{param}.{i}.function")})
+            where = f"{param}.{i}"
+            function = _function(tool.get("function"), f"{where}.function") if nested else _function(tool, where)
+            found.append({"type": "function", "function": function})
     check_encodable(found, param)
     return found
 

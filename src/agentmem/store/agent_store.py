@@ -13,42 +13,33 @@ A failed write sets `background_error`, until a later one succeeds. Errors of fu
   ShuttingDown, EngineFailed  the store is closed; its writer met a bug
 """
 
-import re
-import sqlite3
 import time
 import uuid
 from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import Future
-from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ..errors import ShuttingDown, StoreError
+from ..errors import ShuttingDown
 from ..tensors import HostTensor
 from . import jobs, links, saves
 from .batch import Flush
 from .crypto import Vault
-from .keys import FileKeys
-from .layout import Layout
 from .links import Linked
-from .lock import acquire, announce, release
-from .manifest import Manifest
+from .lock import announce, release
+from .opening import StoreFiles, opened
 from .reader import READERS, Catalog, Reader, read_segment
-from .reconcile import open_manifest, reconcile
 from .records import AgentRecord, FileRef, StoreIndex
-from .room import Limits, Room
-from .schema import Damaged
-from .segment import Segment, make_private_dir
-from .trim import Trimmed, trim
+from .room import Limits
+from .segment import Segment
+from .trim import Trimmed
 from .turns import TurnTable
 from .writer import Writer
 
 MAX_BACKLOG_BYTES = 256 << 20
-_PATIENCE = 1.0  # s; `agentmem store stats` holds the lock for a moment, to see whether anyone does
-_ENCRYPTION = "encryption"  # in the manifest's meta: a value that only the same master key gives
 
 
 class AgentStore:
@@ -69,48 +60,16 @@ class AgentStore:
         `unlock`: encrypt; gives the master key's vault, and is told whether a new master key may be made.
         Raises StoreError: in use by another process, of a newer format, encrypted otherwise, or unreadable.
         """
-        assert re.fullmatch(r"[0-9A-Za-z][0-9A-Za-z._-]*", fingerprint), fingerprint
-        layout = Layout(Path(root) / fingerprint)
-        with ExitStack() as undo:
-            try:
-                make_private_dir(layout.root)
-                lock = acquire(layout, patience=_PATIENCE)
-                undo.callback(release, lock)
-                for directory in (layout.blocks, layout.tails, layout.quarantine):
-                    make_private_dir(directory)
-                manifest = open_manifest(layout)
-                undo.callback(manifest.close)
-                vault = _unlock(layout, manifest, unlock)
-                with manifest.transaction():
-                    if manifest.meta() | {_ENCRYPTION: ""} != meta | {_ENCRYPTION: ""}:
-                        manifest.forget_blocks()
-                    manifest.set_meta(meta | _encryption(vault))
-                keys = FileKeys(vault, manifest) if vault else None
-                reconcile(layout, manifest, keys)
-                room = _fit(layout, manifest, keys, limits or Limits())
-                store = cls(layout, manifest, lock, max_backlog, keys, room, readers)
-                store.address_secret = vault.derive(b"content addresses") if vault else b""
-            except (OSError, sqlite3.Error, Damaged) as e:
-                raise StoreError(f"can't open the store at {layout.root}: {e}; to start empty, move it away") from e
-            undo.pop_all()
-        return store
+        with opened(root, fingerprint, meta, limits or Limits(), unlock) as files:
+            return cls(files, max_backlog, readers)
 
-    address_secret = b""  # goes into the keys of blocks: without it their names on disk would confirm guessed content
-
-    def __init__(
-        self,
-        layout: Layout,
-        manifest: Manifest,
-        lock: int,
-        max_backlog: int,
-        keys: FileKeys | None,
-        room: Room,
-        readers: int,
-    ):
+    def __init__(self, files: StoreFiles, max_backlog: int, readers: int):
         """Use `open`."""
-        self._layout, self._manifest, self._lock, self._room = layout, manifest, lock, room
+        self._layout, self._manifest, self._lock, self._room = files.layout, files.manifest, files.lock, files.room
+        self.address_secret = files.address_secret  # goes into blocks' keys: their names on disk confirm no guess
         self._closed = False
         self.on_trim: Callable[[Trimmed], None] = lambda _: None  # called on the writer's thread
+        keys, manifest = files.keys, files.manifest
         block_keys = keys.block_keys() if keys else {}
         tail_keys = keys.tail_keys() if keys else {}
         self._index = manifest.index(block_keys, tail_keys)
@@ -118,8 +77,8 @@ class AgentStore:
         tails = {id: replace(ref, key=tail_keys.get(id)) for id, ref in manifest.tail_files().items()}
         self._catalog = Catalog(blocks, tails)
         self._damaged_rows = manifest.damaged_rows
-        self._writer = Writer(layout, manifest, self._catalog, max_backlog, keys, room, lambda gone: self.on_trim(gone))
-        self._reader = Reader(layout, self._catalog, readers)
+        self._writer = Writer(files, self._catalog, max_backlog, lambda gone: self.on_trim(gone))
+        self._reader = Reader(files.layout, self._catalog, readers)
         self.turns = TurnTable(self._writer.submit, manifest.turn_bytes())
 
     def index(self) -> StoreIndex:
@@ -244,11 +203,6 @@ class AgentStore:
         return read_segment(path, ref, b"block:" + name if isinstance(name, bytes) else b"tail")
 
     @property
-    def backlog_bytes(self) -> int:
-        """Bytes of tensors that wait for the writer."""
-        return self._writer.backlog_bytes
-
-    @property
     def background_error(self) -> str | None:
         return self._writer.background_error
 
@@ -269,42 +223,6 @@ class AgentStore:
         self._writer.close()
         self._manifest.close()
         release(self._lock)
-
-
-def _unlock(layout: Layout, manifest: Manifest, unlock: Callable[[bool], Vault] | None) -> Vault | None:
-    """Raises StoreError if what is stored can't be read that way."""
-    stored = manifest.meta().get(_ENCRYPTION)
-    empty = not manifest.parents() and not manifest.tail_files() and not manifest.turn_bytes()
-    if unlock is None:
-        if manifest.is_sealed() or (stored and not empty):
-            raise StoreError(f"the store at {layout.root} is encrypted: start with --encrypt")
-        return None
-    vault = unlock(empty or not stored)
-    if stored != vault.check.hex() and FileKeys(vault, manifest).block_keys():
-        return vault  # it opens what is there: the note of it is damaged
-    if not empty and stored is None:
-        raise StoreError(
-            f"the store at {layout.root} holds caches in the clear: delete that directory, or use another --home, "
-            "and start with --encrypt again"
-        )
-    if not empty and stored != vault.check.hex():
-        raise StoreError(f"the store at {layout.root} is encrypted with another master key: give the right one")
-    return vault
-
-
-def _fit(layout: Layout, manifest: Manifest, keys: FileKeys | None, limits: Limits) -> Room:
-    """What is over a quota that was lowered goes."""
-    room = Room(layout.root, layout.manifest, limits)
-    if room.over_quota == 0:
-        return room
-    with manifest.transaction():
-        trim(manifest, room.over_quota)
-    reconcile(layout, manifest, keys)
-    return Room(layout.root, layout.manifest, limits)
-
-
-def _encryption(vault: Vault | None) -> dict[str, str]:
-    return {_ENCRYPTION: vault.check.hex()} if vault else {}
 
 
 def _closed() -> Future[Any]:

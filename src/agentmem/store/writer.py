@@ -20,12 +20,10 @@ from typing import Any
 from ..errors import AgentMemError, CorruptSegment, EngineFailed, NotFound, ShuttingDown, StoreFailed
 from . import segment
 from .batch import Batch, Flush, Job
-from .keys import FileKeys
-from .layout import Layout
-from .manifest import Manifest
+from .opening import StoreFiles
 from .reader import Catalog
 from .records import FileRef, written_in_last_hour
-from .room import LeastRecentlyUsed, Room, StoreFull
+from .room import LeastRecentlyUsed, StoreFull
 from .saves import BranchJob
 from .trim import Trimmed, trim
 
@@ -37,23 +35,12 @@ class StoreWriteSkipped(StoreFailed):
 
 
 class Writer:
-    def __init__(
-        self,
-        layout: Layout,
-        manifest: Manifest,
-        catalog: Catalog,
-        max_backlog: int,
-        keys: FileKeys | None,
-        room: Room,
-        trimmed: Callable[[Trimmed], None],
-    ):
+    def __init__(self, files: StoreFiles, catalog: Catalog, max_backlog: int, trimmed: Callable[[Trimmed], None]):
         """`trimmed` is told, on the writer's thread, what had to leave."""
-        self._keys, self._room, self._trimmed = keys, room, trimmed
-        self._layout = layout
-        self._manifest = manifest
-        self._catalog = catalog
+        self._layout, self._manifest, self._keys, self._room = files.layout, files.manifest, files.keys, files.room
+        self._catalog, self._trimmed = catalog, trimmed
         self._max_backlog = max_backlog
-        newest = max((tail.generation for tail in manifest.tail_files().values()), default=0)
+        newest = max((tail.generation for tail in files.manifest.tail_files().values()), default=0)
         self._generations = itertools.count(newest + 1)
         self._changed = threading.Condition()  # guards what follows; never held during I/O
         self._queue: deque[Job] = deque()
@@ -64,10 +51,10 @@ class Writer:
         self.background_error: str | None = None
         self._unwritten = 0  # bytes of the file that could not be written, if that is the error
         self._full = False  # because there was no room
-        agents, branches = manifest.counts()
+        agents, branches = files.manifest.counts()
         self._stats = {"agents": agents, "branches": branches}
         self._stats |= dict.fromkeys(("writes", "bytes_written", "quarantined", "skipped", "trimmed_bytes"), 0)
-        self._stats |= {"disk_bytes": room.used, "bytes_written_last_hour": 0}
+        self._stats |= {"disk_bytes": files.room.used, "bytes_written_last_hour": 0}
         self._garbage: set[Path] = set()  # paths that no row names; only the thread uses it
         self._thread = threading.Thread(target=self._run, name="agentmem-writer", daemon=True)
         self._thread.start()
@@ -95,11 +82,6 @@ class Writer:
             self._stats["skipped"] += 1
             return StoreWriteSkipped(f"{self._backlog} bytes already wait for the disk, {self._max_backlog} may")
         return None
-
-    @property
-    def backlog_bytes(self) -> int:
-        with self._changed:
-            return self._backlog
 
     def stats(self) -> dict[str, int]:
         with self._changed:

@@ -1,57 +1,18 @@
 """From a model's config.json to the KVCacheSpec of its cache, without weights."""
 
-import json
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 from mlx.utils import tree_map
-from mlx_lm.utils import _get_classes
+from mlx_lm.utils import _get_classes  # all that is public wants a directory with weights
 
 from ..errors import ModelError
 from ..kvcache.attention import install_seam
 from ..kvcache.spec import KVBits, KVCacheSpec
 from ..kvcache.trace import read_spec
-from ..models.loading import find_config
 
-BUILT_IN = Path(__file__).parent / "configs"
 _CONFIG_ERRORS = (ValueError, TypeError, KeyError, AttributeError, IndexError, RuntimeError, ArithmeticError)
-
-
-def built_in_names() -> list[str]:
-    return sorted(file.stem for file in BUILT_IN.glob("*.json"))
-
-
-def find(name: str, home: Path) -> Path:
-    """The config.json that `name` stands for: a file, a directory, a built-in, or a model as serve takes it.
-
-    Of a hub name that is not on this machine the config alone is downloaded. Raises ModelError.
-    """
-    path = Path(name).expanduser()
-    if path.is_file():
-        return path
-    if path.is_dir():
-        return path / "config.json"
-    if name in built_in_names():
-        return BUILT_IN / f"{name}.json"
-    try:
-        return find_config(name, home)
-    except ModelError as e:
-        raise ModelError(f"{e.message}; a config.json or one of {', '.join(built_in_names())} will do too") from None
-
-
-def read_config(path: Path) -> dict[str, Any]:
-    """Raises ModelError, in one line, for what is no model's config."""
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as e:
-        raise ModelError(f"{path}: {e.strerror}") from None
-    except (ValueError, RecursionError) as e:
-        raise ModelError(f"{path} is no JSON: {e}") from None
-    if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
-        raise ModelError(f"{path} is no model's config: it names no model_type")
-    return config
 
 
 def spec_of_config(

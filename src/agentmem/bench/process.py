@@ -1,0 +1,48 @@
+"""A server of others for a benchmark: a process of its own that listens on a port of our choice."""
+
+import signal
+import socket
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import httpx
+
+from .server import BenchError, last_line
+from .session import Session
+
+
+class Process:
+    """Started at once; returns when /health says 200. Its model may still be loading: the first request waits."""
+
+    def __init__(self, session: Session, command: Sequence[str], log: Path):
+        self._session, port = session, free_port()
+        self.process = session.start([*command, "--host", "127.0.0.1", "--port", str(port)], log)
+        self.client = connect(f"http://127.0.0.1:{port}/v1")
+        while not self._is_healthy():
+            if self.process.poll() is not None:
+                raise BenchError(f"{command[0]} ended with {self.process.returncode}: {last_line(log)}")
+            time.sleep(0.05)
+
+    def _is_healthy(self) -> bool:
+        try:
+            return self.client.get(self.client.base_url.join("/health")).status_code == 200
+        except httpx.TransportError:
+            return False
+
+    def stop(self) -> None:
+        self.client.close()
+        self.process.send_signal(signal.SIGTERM)
+        self.process.wait()
+        self._session.ended(self.process)
+
+
+def connect(url: str, *, proxies: bool = False) -> httpx.Client:
+    return httpx.Client(base_url=url, timeout=httpx.Timeout(10.0, read=None), trust_env=proxies)
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port: int = listener.getsockname()[1]
+        return port

@@ -1,0 +1,79 @@
+"""`agentmem bench staggered`: agents that arrive while others work."""
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from ..cli_agents import table
+from ..errors import StartupError
+from .common import Config, Corpus, Home, JsonFile, Model, Passes, Plot, Shown, benchmark, save, show
+
+if TYPE_CHECKING:
+    from ..bench.staggered import StaggeredResult
+
+Context = Annotated[int, typer.Option(min=64, help="tokens of A's cold prompt, and of each of the pair")]
+
+
+def staggered(
+    context: Context = 3000,
+    passes: Passes = 3,
+    model: Model = None,
+    corpus: Corpus = None,
+    json_file: JsonFile = None,
+    plot: Plot = None,
+    home: Home = None,
+    config: Config = None,
+) -> None:
+    """Warm agents B that arrive while A prefills a long cold prompt and C answers: who waits how long for whom.
+
+    Then the paper's staggered arrivals: two cold agents, the second 2 s after the first, beside one after the other.
+
+    JSON: {"meanwhile": {"b": {"ttft_ms": ..}, "b_alone": {..}, "a_finish_ms": {"median": ..}, "a_delay", "c_gap_ms":
+    {"median", "p99", "max"}, ..}, "pair": {"wall_ms", "wall_ratio", "second", ..}, "timeline": [{"agent", "asked_s",
+    "tokens_s"}, ..]}.
+    """
+    with benchmark({"model": model, "home": home}, config, json_file, plot) as run:
+        from ..bench import staggered as bench
+        from ..models.model_dir import read_model_dir
+
+        limit = read_model_dir(run.model).max_context
+        if max(context, bench.B_CONTEXT) + 64 > limit:
+            raise StartupError(f"--context {context} and an answer are more than the model's context of {limit} tokens")
+        task = run.progress.add_task("arriving", total=passes * bench.ROUNDS)
+        done = lambda: run.progress.advance(task)  # noqa: E731
+        prompts = run.prompts(corpus)
+        samples = bench.measure(run.session, run.settings, run.model, prompts, context, limit, passes, done)
+        result = bench.StaggeredResult(
+            context=context,
+            b_context=bench.B_CONTEXT,
+            meanwhile=bench.meanwhile_of(samples),
+            pair=bench.pair_of(samples),
+            timeline=samples.timeline,
+            **run.head(passes),
+        )
+    save(result, json_file)
+    show(*tables(result))
+    if plot:
+        from ..bench.plot import plot_staggered
+
+        plot_staggered(result.model_dump(), plot)
+
+
+def tables(result: "StaggeredResult") -> list[Shown]:
+    of, pair = result.meanwhile, result.pair
+    a, b, c = f"A prefills {result.context:,} tokens", f"B, warm, {result.b_context:,} tokens", "C answers"
+    lines = table("ms, medians", "together", "alone", "")
+    lines.add_row(f"{b}: first token", f"{of.b.ttft_ms:,.0f}", f"{of.b_alone.ttft_ms:,.0f}", f"{of.b_over_alone:.1f}x")
+    without_b = f"{of.a_finish_without_b_ms.median:,.0f} without B"
+    lines.add_row(f"{a}: done", f"{of.a_finish_ms.median:,.0f}", without_b, f"{of.a_delay:+.1%}")
+    for name in ("median", "p99", "max"):
+        gaps = [f"{getattr(gap, name):,.0f}" for gap in (of.c_gap_ms, of.c_gap_alone_ms)]
+        lines.add_row(f"{c}: between two tokens, {name}", *gaps, "")
+    shown: list[Shown] = [f"{result.model}, over HTTP, {result.passes} passes", lines]
+    lines = table("two cold agents, ms", "2 s apart", "one after the other", "")
+    lines.add_row(
+        "wall time", f"{pair.wall_ms.median:,.0f}", f"{pair.sequential_wall_ms.median:,.0f}", f"{pair.wall_ratio:.2f}x"
+    )
+    ratio = f"{pair.second_over_sequential:.2f}x"
+    lines.add_row("first token of the second", f"{pair.second.ttft_ms:,.0f}", f"{pair.sequential.ttft_ms:,.0f}", ratio)
+    return [*shown, lines, "The paper's pair: 4K tokens each on an M4 Pro, wall time 1x, first token of the second 2x"]

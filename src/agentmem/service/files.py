@@ -1,0 +1,132 @@
+"""What the service keeps in one directory, who runs it, and how it fares. Only the standard library is imported here:
+the supervisor stays small, and starts whatever else is broken.
+
+    ~/.agentmem/service/serve.toml       the server's settings
+    ~/.agentmem/service/server.log       what server and supervisor print; server.log.1 to .3 are older
+    ~/.agentmem/service/supervisor.lock  held while the supervisor runs; its pid
+    ~/.agentmem/service/server.lock      held while the server runs; its pid
+    ~/.agentmem/service/state.json       what the supervisor knows of the server
+
+Locks are flock's, which go with their processes: a pid is believed only while its lock is held, so that one of another
+process, or of one long gone, does no harm. The server inherits its lock from the supervisor and outlives it with it.
+"""
+
+import contextlib
+import fcntl
+import json
+import os
+import signal
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+from ..errors import AgentMemError
+
+
+class ServiceError(AgentMemError):
+    """The service did not do what it was told."""
+
+
+@dataclass(frozen=True)
+class ServiceFiles:
+    root: Path
+
+    @property
+    def settings(self) -> Path:
+        return self.root / "serve.toml"
+
+    @property
+    def log(self) -> Path:
+        return self.root / "server.log"
+
+    @property
+    def supervisor(self) -> Path:
+        return self.root / "supervisor.lock"
+
+    @property
+    def server(self) -> Path:
+        return self.root / "server.lock"
+
+    @property
+    def state(self) -> Path:
+        return self.root / "state.json"
+
+
+def service_files() -> ServiceFiles:
+    return ServiceFiles(Path.home() / ".agentmem" / "service")
+
+
+@dataclass(frozen=True)
+class State:
+    phase: Literal["starting", "ready", "waiting", "stopping"]  # waiting: to start it again
+    since: float  # Unix seconds: when the server was started
+    restarts: int = 0  # times that it ended by itself
+    url: str | None = None  # once it answers
+    ended: str | None = None  # how it ended, the last time that it did
+
+    @classmethod
+    def read(cls, path: Path) -> "State | None":
+        """None: no supervisor has written it yet."""
+        try:
+            return cls(**json.loads(path.read_text()))
+        except FileNotFoundError:
+            return None
+
+    def write(self, path: Path) -> None:
+        new = path.with_suffix(".new")
+        new.write_text(json.dumps(asdict(self)))
+        new.replace(path)
+
+
+def acquire(lock: Path, patience: float = 2.0) -> int:
+    """The open lock file, empty. Raises BlockingIOError if another process holds it for longer than `patience` s."""
+    fd = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+    deadline = time.monotonic() + patience  # who asks for the holder has it for a moment
+    while True:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.ftruncate(fd, 0)
+            return fd
+        except BlockingIOError:
+            if time.monotonic() >= deadline:
+                os.close(fd)
+                raise
+        time.sleep(0.02)
+
+
+def note_pid(fd: int, pid: int) -> None:
+    os.pwrite(fd, str(pid).encode(), 0)
+
+
+def holder(lock: Path) -> int | None:
+    """The pid of the process that holds it, 0 if it has not said yet; None: nobody does."""
+    try:
+        fd = os.open(lock, os.O_RDONLY | os.O_NOFOLLOW)
+    except FileNotFoundError:
+        return None
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        return None
+    except BlockingIOError:
+        return int(os.pread(fd, 32, 0) or 0)
+    finally:
+        os.close(fd)
+
+
+def end(lock: Path, patience: float) -> None:
+    """End the process that holds a lock, if one does: SIGTERM, and SIGKILL after `patience` s. Raises ServiceError."""
+    for number, wait in ((signal.SIGTERM, patience), (signal.SIGKILL, 5.0)):
+        deadline = time.monotonic() + wait
+        told = False
+        while (pid := holder(lock)) is not None:
+            if pid and not told:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, number)
+                told = True
+            if time.monotonic() >= deadline:
+                break
+            time.sleep(0.05)
+        else:
+            return
+    raise ServiceError(f"process {pid} holds {lock} and does not end")
