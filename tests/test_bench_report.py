@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from agentmem.bench.report import _widths
 from agentmem.bench.schemas import RESULTS
 
 COMMITTED = Path(__file__).parent.parent / "benchmarks/results"
@@ -96,6 +97,11 @@ def test_every_part_says_by_what_method_on_which_machine_and_how_quiet_it_was(pa
 def test_the_file_itself_is_in_the_page_whole(page, results):
     for section in page.sections:
         assert json.loads(section[-1]) == json.loads((results / section[1]).read_text())
+
+
+def test_how_far_the_values_of_a_figure_lie_apart_is_said():
+    row = {"a": {"median": 10.0, "values": [8.0, 10.0, 12.0]}, "b": [{"ttft_ms": 4.0, "values_ms": [4.0, 4.0]}]}
+    assert sorted(_widths({"rows": [row], "c": {"values": [7.0]}})) == [0.0, 0.4]
 
 
 def test_what_a_file_says_is_text_not_markup(page):

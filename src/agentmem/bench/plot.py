@@ -148,7 +148,8 @@ def plot_write(result: dict[str, Any], path: Path) -> None:
     axes = figure.subplots()
     tokens = list(accumulate(row["tokens"] for row in result["rows"]))
     written = [nbytes / 1e6 for nbytes in accumulate(row["bytes"] for row in result["rows"])]
-    axes.step(tokens, written, where="post", label="written by then")
+    # the end of the line is what the server writes when it stops
+    axes.step([*tokens, tokens[-1]], [*written, result["written_bytes"] / 1e6], where="post", label="written by then")
     axes.plot([0, tokens[-1]], [0, result["kept_bytes"] / 1e6], "--", color="grey", label="kept in the end")
     axes.set_xlabel("tokens of the conversation")
     axes.set_ylabel("MB of block and tail files")

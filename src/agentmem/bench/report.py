@@ -4,8 +4,9 @@ import base64
 import importlib
 import json
 import re
+import statistics
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -74,10 +75,29 @@ def _head(result: dict[str, Any]) -> dict[str, str]:
         "system": machine and f"{machine['platform']}, {machine['device']}",
         "versions": ", ".join(versions),
         "passes": result.get("passes"),
+        "spread": _spread(sorted(_widths(result))),
         "noise": noise
         and "a fixed computation took {probe_before_ms:.0f} ms before, {probe_after_ms:.0f} after".format(**noise),
     }
     return {name: str(value) for name, value in parts.items() if value}
+
+
+def _widths(part: Any) -> Iterator[float]:
+    """Of every figure in a result with several values: most less least, over the median."""
+    if isinstance(part, dict):
+        values = part.get("values") or part.get("values_ms") or []
+        if len(values) > 1 and (middle := statistics.median(values)):
+            yield (max(values) - min(values)) / abs(middle)
+    inner = part.values() if isinstance(part, dict) else part if isinstance(part, list) else ()
+    for child in inner:
+        yield from _widths(child)
+
+
+def _spread(widths: list[float]) -> str | None:
+    if not widths:
+        return None
+    half, widest = (f"{100 * width:.0f} %" for width in (widths[len(widths) // 2], widths[-1]))
+    return f"from a figure's least value to its most: {half} of the median in half of the figures, {widest} at most"
 
 
 def _method(benchmark: str) -> list[str | list[str]]:
