@@ -56,7 +56,8 @@ def render(page: Path, name: str) -> Block:
     environment.filters |= {"n": number, "x": lambda ratio, digits=1: f"{ratio:.{digits}f}x", "size": size}
     block = Block(page, name)
     template = environment.get_template(f"{name}.md.j2")
-    block.text = template.render(result=block.result, link=block.link).strip()
+    rendered = template.render(result=block.result, link=block.link).strip()
+    block.text = re.sub(r"\n{3,}", "\n\n", rendered)
     return block
 
 
