@@ -4,6 +4,7 @@ A conversation is cold on a server that was just started, goes on, is asked once
 after another one. Then several agents, whose prompts are cached, answer alone and at once.
 """
 
+import itertools
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -18,6 +19,7 @@ State = Literal["cold", "second_turn", "after_restart", "resumed"]
 STATES: tuple[State, ...] = ("cold", "second_turn", "after_restart", "resumed")
 ANSWER = 16  # tokens, of a turn
 QUESTION = 24
+ROUNDS = 3  # of decoding, a pass: they are short, and a machine has slow seconds
 _SHARED = 4  # tokens that any two prompts may have in common, such as <s>
 _TIERS = {"cold": "cold", "second_turn": "hot", "after_restart": "warm", "resumed": "warm"}  # agentmem's
 
@@ -155,17 +157,16 @@ def _check_count(contender: Contender, prompts: Prompts, messages: Messages, ans
 def decode(
     contenders: Sequence[Contender], prompts: Prompts, work: Workload, done: Callable[[str], None]
 ) -> dict[tuple[str, int], list[float]]:
-    """Tokens/s by server and batch, of agents whose prompts are cached. `done`: of each, in each pass."""
+    """Tokens/s by server and batch, of agents whose prompts are cached. `done`: of each, in each round."""
     asked = [(f"decode-{i}", prompts.messages(work.decode_context)) for i in range(work.batches[-1])]
     for contender in contenders:
         for agent, messages in asked:
             contender.ask(agent, messages, 4)  # of one token alone, a server may hold back the text
     speeds: dict[tuple[str, int], list[float]] = {(c.name, batch): [] for batch in work.batches for c in contenders}
-    for number in range(work.passes):
-        for batch in work.batches:
-            for contender in in_turn(contenders, number):
-                speeds[contender.name, batch].append(_at_once(contender, asked[:batch], work.answer_tokens))
-                done(f"decode, {batch} at once")
+    for number, batch in itertools.product(range(ROUNDS * work.passes), work.batches):
+        for contender in in_turn(contenders, number):
+            speeds[contender.name, batch].append(_at_once(contender, asked[:batch], work.answer_tokens))
+            done(f"decode, {batch} at once")
     return speeds
 
 

@@ -77,7 +77,7 @@ def _measure(run: Run, place: "Place", names: list[str], work: "Workload", promp
     from ..bench import compare as bench
     from ..bench import compare_rows as made
 
-    steps = len(names) * work.passes * (len(work.batches) + len(bench.STATES) * len(work.contexts))
+    steps = len(names) * work.passes * (bench.ROUNDS * len(work.batches) + len(bench.STATES) * len(work.contexts))
     task = run.progress.add_task("preparing", total=steps)
     done = lambda what: run.progress.update(task, advance=1, description=what)  # noqa: E731
     contenders = place.contenders(names)
