@@ -30,6 +30,8 @@ NOT_MEASURED = [
     "RAM holds the trees in use (64 MB of idle ones)",
     "prefill waits up to 100 ms for them",
     "From 95 % of `--memory-limit`",
+    "and its log, 40 MB at most",
+    "are the grace time plus 60 s",
     "with its 95 % interval",
     "one 2 seconds after the other",
 ]
