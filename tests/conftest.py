@@ -1,6 +1,7 @@
 """The fast BLAS has to be loaded before any test module imports MLX."""
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,8 @@ from agentmem.models.blas import load_fast_blas
 HOME = Path(os.environ.get("AGENTMEM_TEST_HOME") or "~/.agentmem").expanduser()
 
 load_fast_blas(HOME)
+# a shell's background jobs ignore Ctrl-C, and so would every process that a test starts
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
