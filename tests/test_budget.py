@@ -240,7 +240,7 @@ def test_agents_that_start_at_once_prefill_their_common_prompt_once(tmp_path):
         assert sorted(stats.cached_tokens for _, stats in results) == [0] + [4 * BLOCK] * 3
 
 
-def test_above_thememory_limit_idle_caches_leave_and_new_requests_are_refused_until_it_is_over(tmp_path):
+def test_above_the_memory_limit_idle_caches_leave_and_new_requests_are_refused_until_it_is_over(tmp_path):
     with tiny_engine(tmp_path, tail_delay=0.0) as engine:
         engine.ask("a0", PROMPTS["a0"])
         engine.wait_until_saved()
