@@ -24,7 +24,8 @@ from .server import WARM_UP, Answer, Server, check_state
 from .session import Session
 
 STATES = ("cold", "warm", "hot")
-_REPEATS = 2  # times warm and hot, a pass
+_REPEATS = 5  # times warm and hot, a pass
+_REST = 0.3  # s before each of those: what the answer before it left to be written is no part of it
 _MAX_TOKENS = 2
 
 
@@ -88,8 +89,9 @@ def measure_http(
             for n, messages in asked.items():
                 if repeat:
                     server.post(f"/agents/agent-{n}/evict")
-                _note(samples[n].http, "warm", server.ask(f"agent-{n}", messages, _MAX_TOKENS))
-                _note(samples[n].http, "hot", server.ask(f"agent-{n}", messages, _MAX_TOKENS))
+                for state in ("warm", "hot"):
+                    time.sleep(_REST)
+                    _note(samples[n].http, state, server.ask(f"agent-{n}", messages, _MAX_TOKENS))
 
 
 def _note(times: dict[str, list[float]], state: str, answer: Answer) -> None:
