@@ -115,6 +115,7 @@ def measure_engine(
         times["bare"].append(bare_ms(loaded.model, ids, settings.prefill_chunk))
         for states in (("cold",), ("warm", "hot")):
             with running_engine(settings, loaded) as engine:
+                asyncio.run(ask_engine(engine, "warm-up", prompts.ids(WARM_UP)))
                 for state in states:
                     stats = asyncio.run(ask_engine(engine, agent, ids)).stats
                     assert stats.cache == state, f"{stats.cache}, not {state}"
