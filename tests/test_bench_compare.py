@@ -14,7 +14,7 @@ from mlx_lm.utils import load_model as load_mlx_model
 from tiny import random_tokens, tiny_model
 from tiny_model_dir import write_tiny_model
 
-from agentmem.bench.compare import STATES, tokens_per_s
+from agentmem.bench.compare import STATES, rate_side_by_side
 from agentmem.bench.contenders import check_names
 from agentmem.bench.float32 import write_float32
 from agentmem.bench.server import Answer, BenchError
@@ -128,13 +128,13 @@ def answer(began: float, times: list[float], tokens: int) -> Answer:
 def test_tokens_count_only_while_all_stream_and_a_chunk_counts_for_its_tokens():
     first = answer(10.0, [1.0, 2.0, 3.0, 4.0], 4)  # until 14
     second = answer(11.0, [1.0, 2.0, 3.0, 4.0], 8)  # from 12, two tokens a chunk
-    assert tokens_per_s([first]) == 1.0
-    assert tokens_per_s([first, second]) == pytest.approx((2 * 1 + 2 * 2) / 2)
+    assert rate_side_by_side([first]) == 1.0
+    assert rate_side_by_side([first, second]) == pytest.approx((2 * 1 + 2 * 2) / 2)
 
 
 def test_answers_that_hardly_overlapped_give_no_figure():
     with pytest.raises(BenchError, match="streamed beside all others"):
-        tokens_per_s([answer(0.0, [1.0, 2.0, 3.0], 3), answer(1.9, [1.0, 2.0, 3.0], 3)])
+        rate_side_by_side([answer(0.0, [1.0, 2.0, 3.0], 3), answer(1.9, [1.0, 2.0, 3.0], 3)])
 
 
 @pytest.mark.parametrize(

@@ -12,9 +12,9 @@ from tiny_model_dir import write_tiny_model
 
 from agentmem.bench.decode import random_snapshot
 from agentmem.bench.paper import batch_2_of
-from agentmem.bench.server import Answer, Server
+from agentmem.bench.server import Answer, Server, tokens_per_s
 from agentmem.bench.session import bench_session
-from agentmem.bench.throughput import STATES, end_to_end_tokens_per_s, tokens_per_s
+from agentmem.bench.throughput import STATES, end_to_end_tokens_per_s
 from agentmem.config import Settings
 from agentmem.kvcache.block import Snapshot
 

@@ -13,7 +13,7 @@ from typing import Literal
 from .contenders import AGENTMEM, MLX_LM, About, Contender
 from .prompts import Prompts
 from .result import Part, Result, Spread, Ttft
-from .server import Answer, BenchError, Messages
+from .server import Answer, BenchError, Messages, shares, tokens_per_s
 
 State = Literal["cold", "second_turn", "after_restart", "resumed"]
 STATES: tuple[State, ...] = ("cold", "second_turn", "after_restart", "resumed")
@@ -175,22 +175,15 @@ def _at_once(contender: Contender, asked: Sequence[tuple[str, Messages]], tokens
         answers = list(pool.map(lambda of: contender.ask(of[0], of[1], tokens), asked))
     if contender.name == AGENTMEM and any(answer.details["cache"] != "hot" for answer in answers):
         raise BenchError("a prompt of agentmem's was not in memory")
-    return tokens_per_s(answers)
+    return rate_side_by_side(answers)
 
 
-def tokens_per_s(answers: Sequence[Answer]) -> float:
-    """Of all together while all of them stream: from the last first chunk to the first last one.
-
-    A chunk may carry more than one token, so each counts as an answer's tokens over its chunks.
-    """
-    streams = [[a.began + t for t in a.times] for a in answers]
-    start, stop = max(times[0] for times in streams), min(times[-1] for times in streams)
-    tokens = 0.0
-    for answer, times in zip(answers, streams, strict=True):
-        inside = sum(start < t <= stop for t in times) / len(times)
-        if inside < 0.5:
-            raise BenchError(
-                f"only {inside:.0%} of an answer streamed beside all others: ask for longer ones, or fewer at once"
-            )
-        tokens += inside * answer.usage["completion_tokens"]
-    return tokens / (stop - start)
+def rate_side_by_side(answers: Sequence[Answer]) -> float:
+    """Tokens/s of all together. Raises BenchError where less than half of an answer streamed beside all others."""
+    if (least := min(shares(answers)[0])) < 0.5:
+        raise BenchError(
+            f"only {least:.0%} of an answer streamed beside all others: ask for longer ones, or fewer at once"
+        )
+    rate = tokens_per_s(answers)
+    assert rate is not None
+    return rate

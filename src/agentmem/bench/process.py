@@ -8,7 +8,7 @@ from pathlib import Path
 
 import httpx
 
-from .server import BenchError, last_line
+from .server import BenchError, connect, last_line
 from .session import Session
 
 
@@ -35,10 +35,6 @@ class Process:
         self.process.send_signal(signal.SIGTERM)
         self.process.wait()
         self._session.ended(self.process)
-
-
-def connect(url: str, *, proxies: bool = False) -> httpx.Client:
-    return httpx.Client(base_url=url, timeout=httpx.Timeout(10.0, read=None), trust_env=proxies)
 
 
 def free_port() -> int:

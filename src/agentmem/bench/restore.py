@@ -9,7 +9,6 @@ import io
 import os
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,6 +16,7 @@ from ..config import Settings
 from ..engine.engine import Engine
 from ..models.loading import LoadedModel
 from .in_process import NAMESPACE, ask_engine, running_engine
+from .machine import process_writes
 from .result import Part, Result, Spread, spread
 from .session import Session
 
@@ -145,17 +145,11 @@ async def _restore_ms(engine: Engine, agents: int) -> float:
 
 async def _fork(engine: Engine) -> tuple[float, int | None]:
     """(ms, bytes that the process gave to the disk)."""
-    before, began = _process_writes(), time.perf_counter()
+    before, began = process_writes("self"), time.perf_counter()
     await engine.fork_agent(NAMESPACE, _FIRST, "fork", None)
-    took, after = (time.perf_counter() - began) * 1e3, _process_writes()
+    took, after = (time.perf_counter() - began) * 1e3, process_writes("self")
     await engine.delete_agent(NAMESPACE, "fork")  # it would hold the blocks in RAM
     return took, None if before is None or after is None else after - before
-
-
-def _process_writes() -> int | None:
-    with suppress(OSError):
-        return int(Path("/proc/self/io").read_text().split("write_bytes: ")[1].split()[0])
-    return None
 
 
 def _row(source: Source, agents: int, files: list[Path], raw: list[float], restore: list[float]) -> RestoreRow:

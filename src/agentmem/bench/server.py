@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -46,8 +46,7 @@ class Server:
                 break
         else:
             raise BenchError(f"the server ended with {self.process.wait()}: {last_line(self.log)}")
-        limits, timeout = httpx.Limits(max_connections=None), httpx.Timeout(10.0, read=None)
-        self.client = httpx.Client(base_url=self.url, timeout=timeout, limits=limits, trust_env=False)
+        self.client = connect(self.url)
 
     def post(self, path: str, **body: Any) -> dict[str, Any]:
         """`path` after /v1."""
@@ -126,6 +125,12 @@ class Answer:
         return int((self.usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0)
 
 
+def connect(url: str, *, proxies: bool = False) -> httpx.Client:
+    """For any number of requests at once; an answer may take its time."""
+    limits, timeout = httpx.Limits(max_connections=None), httpx.Timeout(10.0, read=None)
+    return httpx.Client(base_url=url, timeout=timeout, limits=limits, trust_env=proxies)
+
+
 def ask(
     client: httpx.Client, messages: Messages, max_tokens: int, *, may_be_empty: bool = False, **body: Any
 ) -> Answer:
@@ -150,6 +155,20 @@ def stream(client: httpx.Client, messages: Messages, max_tokens: int, **body: An
             if line.startswith("data: {"):
                 _take(answer, json.loads(line[6:]), time.perf_counter() - answer.began)
                 yield answer
+
+
+def shares(answers: Sequence[Answer]) -> tuple[list[float], float]:
+    """Of each answer, what part of it came while all of them streamed; and the seconds that they did, 0 if never."""
+    streams = [[a.began + t for t in a.times] for a in answers]
+    start, stop = max(times[0] for times in streams), min(times[-1] for times in streams)
+    return [sum(start < t <= stop for t in times) / len(times) for times in streams], max(0.0, stop - start)
+
+
+def tokens_per_s(answers: Sequence[Answer]) -> float | None:
+    """Of all together while all of them stream; None if they never do. A chunk counts as its answer's mean."""
+    parts, seconds = shares(answers)
+    tokens = sum(part * a.usage["completion_tokens"] for part, a in zip(parts, answers, strict=True))
+    return float(tokens / seconds) if seconds else None
 
 
 def check_state(answer: Answer, state: str) -> None:

@@ -14,7 +14,7 @@ from ..config import Settings
 from .decode import DecodeRow
 from .prompts import Prompts
 from .result import Part, Result, Spread, Ttft, spread, ttft
-from .server import WARM_UP, Answer, Server, check_state
+from .server import WARM_UP, Answer, Server, check_state, tokens_per_s
 from .session import Session
 
 STATES = ("cold", "warm", "hot")
@@ -99,19 +99,6 @@ def _state(rounds: Rounds) -> StateThroughput:
         end_to_end_tokens_per_s=spread([end_to_end_tokens_per_s(answers) for answers in rounds]),
         ttft=[ttft(times) for times in in_order],
     )
-
-
-def tokens_per_s(answers: Sequence[Answer]) -> float | None:
-    """Of all together while all of them stream. A chunk may hold several tokens: each counts as its answer's mean."""
-    start = max(a.began + a.times[0] for a in answers)
-    stop = min(a.began + a.times[-1] for a in answers)
-    if start >= stop:
-        return None
-    tokens = 0.0
-    for a in answers:
-        chunks = sum(start < a.began + t <= stop for t in a.times)
-        tokens += chunks * a.usage["completion_tokens"] / len(a.times)
-    return tokens / (stop - start)
 
 
 def end_to_end_tokens_per_s(answers: Sequence[Answer]) -> float:

@@ -7,12 +7,12 @@ to the disk, the manifest and its log included. Kept: the bytes of the files tha
 
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
 from ..config import Settings
 from ..store.maintenance import store_stats, stores
+from .machine import process_writes
 from .prompts import Prompts
 from .result import Part, Result
 from .server import Messages, Server
@@ -52,9 +52,9 @@ def measure(
     home = session.directory / "write"
     settings = Settings(**settings.model_dump(include=settings.model_fields_set) | {"tail_delay": TAIL_DELAY})
     with Server(session, settings, model, home) as server:
-        before = _process_writes(server.process.pid)
+        before = process_writes(server.process.pid)
         rows = _converse(server, prompts, turns, tokens, done)
-        after = _process_writes(server.process.pid)
+        after = process_writes(server.process.pid)
     (layout,) = stores(home / "store")
     stats = store_stats(layout)
     kept, written = stats.block_bytes + stats.tail_bytes, sum(stats.bytes_written_by_hour.values())
@@ -85,9 +85,3 @@ def _converse(server: Server, prompts: Prompts, turns: int, tokens: int, done: C
         written, held = now, total
         done()
     return rows
-
-
-def _process_writes(pid: int) -> int | None:
-    with suppress(OSError):
-        return int(Path(f"/proc/{pid}/io").read_text().split("write_bytes: ")[1].split()[0])
-    return None

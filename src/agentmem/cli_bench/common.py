@@ -41,6 +41,13 @@ class Run:
     model: Path  # its directory
     progress: "Progress"
 
+    @property
+    def max_context(self) -> int:
+        """Of the model, in tokens."""
+        from ..models.model_dir import read_model_dir
+
+        return read_model_dir(self.model).max_context
+
     def prompts(self, corpus: Path | None = None) -> "Prompts":
         """Over the model's tokenizer, without the model."""
         from mlx_lm.utils import load_tokenizer

@@ -57,11 +57,10 @@ def compare(
     with benchmark({"model": model, "home": home}, config, json_file, plot) as run:
         from ..bench.compare import Workload
         from ..bench.contenders import Place, check_names
-        from ..models.model_dir import read_model_dir
 
         check_names(names, gguf)
         work = Workload(lengths, sizes, decode_context, answer_tokens, passes)
-        if work.most_tokens > (limit := read_model_dir(run.model).max_context):
+        if work.most_tokens > (limit := run.max_context):
             raise StartupError(f"that takes {work.most_tokens} tokens; the model's context holds {limit}")
         place = Place(run.session, run.settings, run.model, gguf, work.most_tokens, sizes[-1] + 1)
         result = _measure(run, place, names, work, run.prompts(corpus))

@@ -34,9 +34,8 @@ def staggered(
     """
     with benchmark({"model": model, "home": home}, config, json_file, plot) as run:
         from ..bench import staggered as bench
-        from ..models.model_dir import read_model_dir
 
-        limit = read_model_dir(run.model).max_context
+        limit = run.max_context
         if max(context, bench.B_CONTEXT) + 64 > limit:
             raise StartupError(f"--context {context} and an answer are more than the model's context of {limit} tokens")
         task = run.progress.add_task("arriving", total=passes * bench.ROUNDS)

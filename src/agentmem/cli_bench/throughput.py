@@ -45,9 +45,8 @@ def throughput(
     with benchmark({"model": model, "home": home, "max_running": agents[-1]}, config, json_file, plot) as run:
         from ..bench import throughput as bench
         from ..bench.paper import batch_2_of
-        from ..models.model_dir import read_model_dir
 
-        limit = read_model_dir(run.model).max_context
+        limit = run.max_context
         if context + answer_tokens > limit:
             raise StartupError(f"--context {context} and the answer are more than the model's context of {limit}")
         task = run.progress.add_task("answering", total=passes * len(agents) * len(bench.STATES))

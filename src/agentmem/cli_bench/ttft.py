@@ -38,9 +38,8 @@ def ttft(
     with benchmark({"model": model, "home": home}, config, json_file, plot) as run:
         from ..bench import ttft as bench
         from ..bench.paper import ttft_of
-        from ..models.model_dir import read_model_dir
 
-        limit = read_model_dir(run.model).max_context
+        limit = run.max_context
         if lengths[-1] + 8 > limit:
             raise StartupError(f"--contexts {lengths[-1]} is more than the model's context of {limit} tokens holds")
         samples = {n: bench.Samples() for n in lengths}
