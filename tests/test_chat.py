@@ -143,6 +143,15 @@ def test_a_chat_resumes_forks_takes_instructions_and_shows_what_is_held(server, 
     assert len(transcript(server, "two")) == len(said)
 
 
+def test_what_is_pasted_is_one_message_whatever_its_lines(server, chat):
+    with chat(server.url, "paste", "--max-tokens", 4) as terminal:
+        terminal.until("paste> ")
+        assert b"\x1b[?2004h" in terminal.raw  # without it a terminal types the lines one by one
+        terminal.line("\x1b[200~w20 w21\nw22\n\nw23\x1b[201~")
+        figures(terminal)
+        assert questions(server, "paste") == ["w20 w21\nw22\n\nw23"]
+
+
 @contextmanager
 def halted(server: ServerProcess) -> Iterator[None]:
     server.process.send_signal(signal.SIGSTOP)

@@ -225,6 +225,7 @@ class _Editor:
         self._history = history
         os.umask(0o077)
         readline.set_history_length(_HISTORY)
+        readline.parse_and_bind("set enable-bracketed-paste on")  # Python turns it off: what is pasted is one message
         with suppress(OSError):  # none yet, or another readline's: a chat does not depend on it
             history.parent.mkdir(parents=True, exist_ok=True)
             readline.read_history_file(history)
