@@ -231,6 +231,14 @@ def test_piped_lines_are_answered_without_decoration_and_an_error_ends_it(server
     assert done.returncode == 2 and "no server answers" in done.stderr
 
 
+def test_a_terminal_without_unicode_shows_what_it_can(server, chat, environment):
+    environment["PYTHONIOENCODING"] = "ascii"
+    with chat(server.url, "é", "--max-tokens", 2) as terminal:
+        terminal.until(r"\? is new.*\n.*\?> ")
+        terminal.line("w9 é")
+        terminal.until(r"cold, 0 of \d+ tokens cached")
+
+
 class Reasons(BaseHTTPRequestHandler):
     """Reasons, answers with a control character, and, the second time, fails on the way."""
 

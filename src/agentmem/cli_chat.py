@@ -46,7 +46,8 @@ def chat(
     options: dict[str, Any] = {"max_tokens": max_tokens, "temperature": temperature}
     options |= {"chat_template_kwargs": {"enable_thinking": think}} if think is not None else {}
     talk = Chat(ChatSession(Client(url, api_key), agent, options))
-    sys.stdin.reconfigure(errors="replace")  # type: ignore[union-attr]
+    for stream in (sys.stdin, sys.stdout):
+        stream.reconfigure(errors="replace")  # type: ignore[union-attr]
     found = talk.begin(os.fsencode(system).decode(errors="replace") if system else None)
     if not sys.stdin.isatty():
         talk.answer_lines(line.rstrip("\n") for line in sys.stdin)
