@@ -47,6 +47,7 @@ def test_sizes_are_read_in_binary_units(text, expected):
         ({"kv_budget": "130%"}, "kv_budget"),
         ({"kv_budget": "0"}, "kv_budget"),
         ({"block_size": "100"}, "block_size"),
+        ({"grace": "inf"}, "grace"),
         ({"no_such": 1}, "no_such"),
     ],
 )

@@ -23,8 +23,9 @@ from tiny_model_dir import write_tiny_model
 
 from agentmem.config import Settings, load_settings
 from agentmem.service import kinds, supervisor
-from agentmem.service.files import ServiceFiles
-from agentmem.service.kinds import Description
+from agentmem.service.control import Service
+from agentmem.service.files import ServiceFiles, holder, service_files
+from agentmem.service.kinds import Description, write_private
 from agentmem.service.launchd import Launchd
 from agentmem.service.settings_file import render
 from agentmem.service.systemd import Systemd
@@ -288,6 +289,31 @@ def test_pid_files_of_processes_long_gone_do_no_harm(user, model):
         other.kill()
 
 
+DEAF = """
+import signal, sys, time
+from pathlib import Path
+from agentmem.service.files import acquire, note_pid
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+lock = acquire(Path(sys.argv[1]))
+note_pid(lock, __import__("os").getpid())
+time.sleep(60)
+"""
+
+
+def test_a_server_that_hangs_and_its_supervisor_are_killed_within_one_stop_time(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr(kinds, "STOP_SECONDS", 3)
+    files = service_files()
+    write_private(files.settings, "grace = 0.0\n")
+    locks = (files.supervisor, files.server)
+    processes = [subprocess.Popen([sys.executable, "-c", DEAF, str(lock)]) for lock in locks]
+    until(lambda: all(map(holder, locks)), 20)
+    began = time.monotonic()
+    assert Service().stop()
+    assert 3 <= time.monotonic() - began < 5
+    assert [process.wait(5) for process in processes] == [-signal.SIGKILL] * 2
+
+
 # -- install
 
 
@@ -355,7 +381,7 @@ def test_files_are_private_and_hold_what_flags_environment_and_file_said(user, m
     [
         {},
         {"model": "a/b", "home": Path("/x \"y\" 'z' \\ é 𝄞"), "kv_budget": "8G", "store_quota": "10%"},
-        {"grace": float("inf"), "max_itl_ms": 1e-05, "encrypt": True, "api_keys": Path("/k"), "allowed_hosts": []},
+        {"tail_delay": float("inf"), "max_itl_ms": 1e-05, "encrypt": True, "api_keys": Path("/k"), "allowed_hosts": []},
     ],
 )
 def test_settings_come_back_as_they_were(values, tmp_path):

@@ -145,7 +145,9 @@ class Settings(BaseSettings):
     key_file: Path | None = Field(
         None, description="master key of --encrypt, 64 hex digits, made if need be (default: the macOS keychain)"
     )
-    grace: float = Field(10.0, ge=0, description="seconds that running answers get to finish at shutdown")
+    grace: float = Field(
+        10.0, ge=0, allow_inf_nan=False, description="seconds that running answers get to finish at shutdown"
+    )
     max_body: Bytes = Field(8 << 20, ge=1024, description="largest request body, such as 8M")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="log level")
 

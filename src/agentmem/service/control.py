@@ -45,6 +45,7 @@ class Service:
     def __init__(self) -> None:
         self.files = service_files()
         description = Description(self.files, self._grace())
+        self._stop_seconds = description.stop_seconds
         self._kinds: tuple[Kind, ...] = (Launchd(description), Systemd(description), Background(description))
 
     def _grace(self) -> float:
@@ -137,9 +138,9 @@ class Service:
         was_running = self.running
         if kind := self.installed:
             kind.stop()
-        patience = self._grace() + 60
+        deadline = time.monotonic() + self._stop_seconds  # for both: the supervisor hands SIGTERM on
         for lock in (self.files.supervisor, self.files.server):
-            end(lock, patience)
+            end(lock, max(0.0, deadline - time.monotonic()))
         return was_running
 
     def status(self) -> Status:
