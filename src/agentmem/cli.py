@@ -4,6 +4,7 @@ import asyncio
 import inspect
 import json
 import logging
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -115,6 +116,7 @@ def serve(flags: dict[str, Any], config: Config = None) -> None:
         key = " -H 'Authorization: Bearer KEY'" if settings.api_keys else ""
         _say(f"Ready: {url}/v1 (Ctrl-C stops). Try:\n\n{CURL.format(url=url, key=key)}\n")
 
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # while it loads, as SIGTERM: MLX's threads survive no exception
     raise typer.Exit(serve_engine(start, settings, ready))
 
 
