@@ -108,14 +108,14 @@ def show(*lines: Shown) -> None:
         console().print(line, markup=False, highlight=False) if isinstance(line, str) else console().print(line)
 
 
-def numbers(text: str, option: str) -> list[int]:
+def numbers(text: str, option: str, least: int = 1) -> list[int]:
     """ "256,1k" to [256, 1024], in rising order. StartupError names `option`."""
     try:
         found = {int(float(part[:-1]) * 1024) if part[-1:] in "kK" else int(part) for part in text.split(",")}
     except ValueError:
         raise StartupError(f"{option} {text}: write whole numbers, comma-separated, such as 256,1k,2048") from None
-    if not found or min(found) < 1:
-        raise StartupError(f"{option} {text}: each must be at least 1")
+    if not found or min(found) < least:
+        raise StartupError(f"{option} {text}: each must be at least {least}")
     return sorted(found)
 
 
