@@ -9,7 +9,7 @@ import typer
 
 from ..cli_agents import table
 from ..errors import StartupError
-from .common import Config, Corpus, Home, JsonFile, Model, Passes, Plot, Run, Shown, benchmark, numbers, save, show
+from .common import Passes, Run, Shared, Shown, benchmark, numbers
 
 if TYPE_CHECKING:
     from ..bench.compare import CompareResult, Workload
@@ -29,7 +29,9 @@ Gguf = Annotated[Path | None, typer.Option(help="model file for llama-server, wh
 Cells = dict[str, float | None]  # by server
 
 
+@benchmark
 def compare(
+    shared: Shared,
     servers: Servers = None,
     contexts: Contexts = "256,1000",
     batches: Batches = "1,4",
@@ -37,13 +39,7 @@ def compare(
     answer_tokens: AnswerTokens = 48,
     passes: Passes = 3,
     gguf: Gguf = None,
-    model: Model = None,
-    corpus: Corpus = None,
-    json_file: JsonFile = None,
-    plot: Plot = None,
-    home: Home = None,
-    config: Config = None,
-) -> None:
+) -> "CompareResult":
     """The same conversations on several servers, in turn: time to first token, decode speed, bytes of cache.
 
     agentmem, mlx-lm (mlx_lm.server of this environment) and llama.cpp are started, and restarted in between; others
@@ -58,7 +54,7 @@ def compare(
     names = servers or ["agentmem", "mlx-lm"]
     lengths, sizes = numbers(contexts, "--contexts"), numbers(batches, "--batches")
     decode_lengths = numbers(decode_contexts, "--decode-contexts", least=32)
-    with benchmark({"model": model, "home": home}, config, json_file, plot) as run:
+    with shared.run() as run:
         from ..bench.compare import Workload
         from ..bench.contenders import Place, check_names
 
@@ -67,13 +63,7 @@ def compare(
         if work.most_tokens > (limit := run.max_context):
             raise StartupError(f"that takes {work.most_tokens} tokens; the model's context holds {limit}")
         place = Place(run.session, run.settings, run.model, gguf, work.most_tokens, work.agents)
-        result = _measure(run, place, names, work, run.prompts(corpus))
-    save(result, json_file)
-    show(*tables(result))
-    if plot:
-        from ..bench.plot import plot_compare
-
-        plot_compare(result.model_dump(), plot)
+        return _measure(run, place, names, work, run.prompts())
 
 
 def _measure(run: Run, place: "Place", names: list[str], work: "Workload", prompts: "Prompts") -> "CompareResult":
