@@ -30,7 +30,7 @@ class FakeEngine:
     """Answers `words`, `delay` seconds apart after `first_delay`; then raises `error`, where there is one."""
 
     model_name, max_context, why_max_context, status = "org/tiny", 64, "", "ok"
-    words, delay, first_delay, error = ("Hello", " wörld"), 0.0, 0.0, None
+    words, delay, first_delay, error, failed = ("Hello", " wörld"), 0.0, 0.0, None, False
 
     def __init__(self, **options):
         self.tokenizer, self.requests, self.cancelled, self.log = tiny_tokenizer(), [], 0, []

@@ -143,6 +143,15 @@ def test_a_chat_resumes_forks_takes_instructions_and_shows_what_is_held(server, 
     assert len(transcript(server, "two")) == len(said)
 
 
+def test_what_is_pasted_is_one_message_whatever_its_lines(server, chat):
+    with chat(server.url, "paste", "--max-tokens", 4) as terminal:
+        terminal.until("paste> ")
+        assert b"\x1b[?2004h" in terminal.raw  # without it a terminal types the lines one by one
+        terminal.line("\x1b[200~w20 w21\nw22\n\nw23\x1b[201~")
+        figures(terminal)
+        assert questions(server, "paste") == ["w20 w21\nw22\n\nw23"]
+
+
 @contextmanager
 def halted(server: ServerProcess) -> Iterator[None]:
     server.process.send_signal(signal.SIGSTOP)
@@ -220,6 +229,14 @@ def test_piped_lines_are_answered_without_decoration_and_an_error_ends_it(server
     assert re.fullmatch("agentmem: .*maximum context length.*\n", done.stderr)
     done = piped(environment, "http://127.0.0.1:1", "w50\n")
     assert done.returncode == 2 and "no server answers" in done.stderr
+
+
+def test_a_terminal_without_unicode_shows_what_it_can(server, chat, environment):
+    environment["PYTHONIOENCODING"] = "ascii"
+    with chat(server.url, "é", "--max-tokens", 2) as terminal:
+        terminal.until(r"\? is new.*\n.*\?> ")
+        terminal.line("w9 é")
+        terminal.until(r"cold, 0 of \d+ tokens cached")
 
 
 class Reasons(BaseHTTPRequestHandler):

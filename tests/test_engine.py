@@ -341,7 +341,20 @@ def test_an_internal_failure_latches_and_every_request_hears_of_it(tmp_path):
             with pytest.raises(EngineFailed):
                 engine.ask("alice", PROMPT)
         health = engine.engine.health()
+        assert engine.engine.failed
     assert health["status"] == "failed" and "out of paper" in health["errors"][0]
+
+
+def test_who_asked_for_what_met_a_bug_hears_of_the_failure(tmp_path):
+    with tiny_engine(tmp_path) as engine:
+        engine.ask("alice", PROMPT)
+
+        def broken(*_):
+            raise RuntimeError("out of paper")
+
+        engine.engine._lifecycle.pin = broken
+        with pytest.raises(EngineFailed):
+            engine.call(asyncio.wait_for(engine.engine.pin_agent("default", "alice", True), 5))
 
 
 def test_a_second_engine_on_the_same_store_is_refused(tmp_path):

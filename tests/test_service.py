@@ -1,6 +1,7 @@
 """`agentmem service`, as processes, with a tiny model: supervised for real; launchd and systemd by stand-ins that run
 what the plist and the unit say, and these by parsers."""
 
+import asyncio
 import json
 import os
 import plistlib
@@ -111,14 +112,16 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
+QUESTION = {
+    "messages": [{"role": "user", "content": words(3 * BLOCK, 1)}],
+    "agent_id": "alice",
+    "temperature": 0,
+    "max_tokens": 4,
+}
+
+
 def ask(url: str) -> dict:
-    body = {
-        "messages": [{"role": "user", "content": words(3 * BLOCK, 1)}],
-        "agent_id": "alice",
-        "temperature": 0,
-        "max_tokens": 4,
-    }
-    response = httpx.post(f"{url}/v1/chat/completions", json=body, timeout=60)
+    response = httpx.post(f"{url}/v1/chat/completions", json=QUESTION, timeout=60)
     assert response.status_code == 200, response.text
     return response.json()
 
@@ -192,6 +195,42 @@ def test_a_killed_supervisor_leaves_a_server_that_the_next_one_replaces(user, mo
         assert not alive(second["pid"]) and not user.status()["running"]
 
 
+FAULTY = """
+import sys
+if "serve" in sys.orig_argv:
+    from pathlib import Path
+    from agentmem.engine.model_runner import ModelRunner
+    decode, fault = ModelRunner.decode, Path({fault!r})
+    def broken(*arguments):
+        if fault.exists():
+            fault.unlink()
+            raise RuntimeError("out of paper")
+        return decode(*arguments)
+    ModelRunner.decode = broken
+"""
+
+
+def test_a_server_whose_engine_failed_tells_who_waits_ends_and_is_back_with_its_agents_warm(user, model, tmp_path):
+    fault = tmp_path / "fault"
+    (tmp_path / "sitecustomize.py").write_text(FAULTY.format(fault=str(fault)))
+    user.environment["PYTHONPATH"] = str(tmp_path)
+    flags = ("--block-size", BLOCK, "--tail-delay", "0.05", "--port", free_port(), "--home", tmp_path / "store")
+    user.service("install", "--model", model, *flags)
+    user.service("start")
+    first = user.status()
+    answer = ask(first["url"])
+    until(lambda: answers(first["url"])["store"]["blocks"] == 3, 10)
+    fault.touch()
+    refused = httpx.post(f"{first['url']}/v1/chat/completions", json=QUESTION, timeout=60)
+    assert (refused.status_code, refused.json()["error"]["code"]) == (503, "engine_failed")
+    until(lambda: (s := user.status())["restarts"] == 1 and s["healthy"], 60)
+    second = user.status()
+    assert second["ended"] == "exit code 1" and second["pid"] != first["pid"]
+    assert "out of paper" in user.service("logs", "-n", 100)
+    again = ask(second["url"])
+    assert again["agentmem"]["cache"] == "warm" and again["choices"] == answer["choices"]
+
+
 def test_restart_and_a_forced_install_bring_the_new_settings(user, model, tmp_path):
     user.service("install", "--model", model, "--port", 0, "--home", tmp_path / "store")
     user.service("start")
@@ -241,12 +280,32 @@ def test_pid_files_of_processes_long_gone_do_no_harm(user, model):
         (user.root / "state.json").write_text('{"phase": "ready", "since": 1, "url": "http://127.0.0.1:1"}')
         assert user.status()["phase"] == "stopped"
         assert user.service("stop") == "It was not running.\n"
+        for broken in ("", '{"phase": "ready", "since": 1, "of_another_version": 1}'):
+            (user.root / "state.json").write_text(broken)
+            assert user.status()["phase"] == "stopped"
         user.service("uninstall")
         assert other.poll() is None
         other.kill()
 
 
 # -- install
+
+
+def test_what_a_user_put_beside_the_services_files_outlives_it(user, model):
+    user.service("install", "--model", model)
+    (user.root / "master.key").write_text("0" * 64)
+    (user.root / "mine").mkdir()
+    user.service("install", "--model", model)
+    user.service("uninstall")
+    assert user.files() == [".agentmem/service/master.key"] and (user.root / "mine").is_dir()
+
+
+def test_a_home_that_can_not_be_written_is_one_line(user, model):
+    user.home.joinpath(".agentmem").touch()
+    for command in (("install", "--model", model), ("status",), ("uninstall",)):
+        said = user.service(*command, code=FAULT)
+        assert said.startswith(f"agentmem: {user.root}") and said.endswith(": Not a directory\n"), said
+    user.home.joinpath(".agentmem").unlink()
 
 
 @pytest.mark.parametrize(
@@ -367,6 +426,18 @@ def test_the_log_is_rotated_private_and_bounded(tmp_path):
     kept = sorted(tmp_path.iterdir())
     assert [path.name for path in kept] == ["server.log", "server.log.1", "server.log.2", "server.log.3"]
     assert all(path.stat().st_size <= supervisor.LOG_BYTES and path.stat().st_mode & 0o077 == 0 for path in kept)
+
+
+def test_a_line_without_end_is_handed_on_in_parts():
+    async def parts() -> list[bytes]:
+        stream = asyncio.StreamReader()
+        stream.feed_data(b"a\r\nb" + b"x" * 1_000_000 + b"\nc")
+        stream.feed_eof()
+        return [line async for line in supervisor._lines(stream)]
+
+    found = asyncio.run(parts())
+    assert (found[0], found[-1]) == (b"a", b"c") and b"".join(found[1:-1]) == b"b" + b"x" * 1_000_000
+    assert max(map(len, found)) <= 1 << 18
 
 
 def test_logs_shows_the_last_lines_and_follows_through_a_rotation(user, model):

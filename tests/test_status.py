@@ -71,7 +71,14 @@ def test_where_nobody_answers_it_says_so():
     assert done.stderr.count("\n") == 1 and "no server answers at http://127.0.0.1:1" in done.stderr
 
 
-@pytest.mark.parametrize(("code", "body", "said"), [(200, b"[]", "agentmem server?"), (404, b"{}", "agentmem server?")])
+@pytest.mark.parametrize(
+    ("code", "body", "said"),
+    [
+        (200, b"[]", "agentmem server?"),
+        (200, b'{"status": "ok"}', "agentmem server?"),
+        (404, b"{}", "agentmem server?"),
+    ],
+)
 def test_what_is_no_agentmem_server_is_called_so(code, body, said):
     with answering(code, body) as url:
         done = status(url)

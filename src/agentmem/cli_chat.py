@@ -46,7 +46,8 @@ def chat(
     options: dict[str, Any] = {"max_tokens": max_tokens, "temperature": temperature}
     options |= {"chat_template_kwargs": {"enable_thinking": think}} if think is not None else {}
     talk = Chat(ChatSession(Client(url, api_key), agent, options))
-    sys.stdin.reconfigure(errors="replace")  # type: ignore[union-attr]
+    for stream in (sys.stdin, sys.stdout):
+        stream.reconfigure(errors="replace")  # type: ignore[union-attr]
     found = talk.begin(os.fsencode(system).decode(errors="replace") if system else None)
     if not sys.stdin.isatty():
         talk.answer_lines(line.rstrip("\n") for line in sys.stdin)
@@ -225,6 +226,7 @@ class _Editor:
         self._history = history
         os.umask(0o077)
         readline.set_history_length(_HISTORY)
+        readline.parse_and_bind("set enable-bracketed-paste on")  # Python turns it off: what is pasted is one message
         with suppress(OSError):  # none yet, or another readline's: a chat does not depend on it
             history.parent.mkdir(parents=True, exist_ok=True)
             readline.read_history_file(history)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from .cli_agents import Json, ago, progress_bar
 from .config import load_settings
@@ -15,8 +16,21 @@ from .errors import StartupError
 if TYPE_CHECKING:
     from .service.control import Service
 
+
+class _Commands(TyperGroup):
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except OSError as e:
+            if e.filename is None:
+                raise
+            raise StartupError(f"{e.filename}: {e.strerror}") from None
+
+
 app = typer.Typer(
-    no_args_is_help=True, help="Run the server in the background, from login on, and again after a crash."
+    cls=_Commands,
+    no_args_is_help=True,
+    help="Run the server in the background, from login on, and again after a crash.",
 )
 
 _UNHEALTHY, _STOPPED = 1, 3  # exit codes of status; systemctl's is 3 too

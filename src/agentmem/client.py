@@ -50,7 +50,7 @@ class Client:
             raise StartupError(f"{self._url}: {type(e).__name__}: {e}") from None
         except ValueError:
             found = None
-        if not isinstance(found, dict) or "status" not in found:
+        if not isinstance(found, dict) or not {"status", "errors"} <= found.keys():  # others have a status too
             raise RequestFailed(f"{self._url}/health answered {response.status_code}: is this an agentmem server?")
         return found
 

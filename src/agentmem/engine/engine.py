@@ -78,6 +78,10 @@ class Engine:
             seq.cancelled = True  # seen before the next token; a finished sequence no longer looks
             self._post(lambda: None)
 
+    @property
+    def failed(self) -> bool:
+        return self._failure is not None
+
     def health(self) -> dict[str, Any]:
         errors = [e for e in (self._failure, self._core.store.background_error, self._core_loop.memory_error) if e]
         status = "failed" if self._failure else "stopping" if self._stopping else "degraded" if errors else "ok"

@@ -96,6 +96,10 @@ class EngineLoop:
             operation(done)
         except AgentMemError as e:
             done.set_exception(e)
+        except BaseException:  # a bug: `run_failed` does not know who waits
+            if not done.done():
+                done.set_exception(_FAILED)
+            raise
 
     def drain(self, grace: float) -> None:
         if self._drain_deadline is None:

@@ -168,6 +168,11 @@ class EngineAPI(Protocol):
     tokenizer: Any  # mlx_lm TokenizerWrapper
     turns: Transcripts  # what was said
 
+    @property
+    def failed(self) -> bool:
+        """For good: it answers no more, and only a new process helps."""
+        ...
+
     def generate(self, request: GenerateRequest) -> AsyncIterator[TextDelta | Finished]:
         """Stream one answer; closing the iterator cancels it within one token.
 

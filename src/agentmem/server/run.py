@@ -24,7 +24,8 @@ def serve(start_engine: Callable[[], Awaitable[EngineAPI]], settings: Settings, 
 
     Keys are read and the port is bound before `start_engine` is awaited, so that what is wrong there is found before a
     model is loaded. The first signal lets running answers finish within `settings.grace` seconds, a second one drops
-    them; `engine.stop()` is awaited in any case. Raises StartupError.
+    them; `engine.stop()` is awaited in any case. An engine that has failed ends it too, with exit code 1: whoever
+    supervises starts another, which has what is on disk. Raises StartupError.
     """
     return asyncio.run(_serve(start_engine, settings, ready))
 
@@ -44,7 +45,7 @@ async def _serve(
             await server.serve([sock])
         finally:
             await engine.stop()
-    return 0
+    return 1 if engine.failed else 0
 
 
 class _Server(uvicorn.Server):
@@ -78,6 +79,11 @@ class _Server(uvicorn.Server):
     def capture_signals(self) -> Iterator[None]:
         """Leaves signals to `on_signal`: uvicorn would raise them again at the end, for a non-zero exit code."""
         yield
+
+    async def on_tick(self, counter: int) -> bool:
+        if self._engine.failed and not self.should_exit:
+            self.on_signal()
+        return await super().on_tick(counter)
 
     def on_signal(self) -> None:
         if self.should_exit:

@@ -22,6 +22,7 @@ from .systemd import Systemd
 Kind = Launchd | Systemd | Background
 _STARTS_WITHIN = 15.0  # s: the supervisor, which loads nothing
 _SHOWN_LINES = 15  # of the log, where a start fails
+_OURS = ("serve.toml", "server.log", "server.lock", "supervisor.lock", "state.")  # not a key that a user put there
 
 
 @dataclass(frozen=True)
@@ -90,12 +91,12 @@ class Service:
         self.stop()
         if kind:
             kind.uninstall()
-        if self.files.root.is_dir():
-            for path in self.files.root.iterdir():
+        for path in self.files.root.glob("*"):
+            if path.name.startswith(_OURS):
                 path.unlink()
-            self.files.root.rmdir()
-            if not any(self.files.root.parent.iterdir()):
-                self.files.root.parent.rmdir()
+        for directory in (self.files.root, self.files.root.parent):
+            if directory.is_dir() and not any(directory.iterdir()):
+                directory.rmdir()
         return kind
 
     def start(self, progress: Callable[[str], None]) -> str:

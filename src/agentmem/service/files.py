@@ -67,10 +67,10 @@ class State:
 
     @classmethod
     def read(cls, path: Path) -> "State | None":
-        """None: no supervisor has written it yet."""
+        """None: no supervisor has written it yet, or one of another version has, or a power cut left half of it."""
         try:
             return cls(**json.loads(path.read_text()))
-        except FileNotFoundError:
+        except (FileNotFoundError, ValueError, TypeError):
             return None
 
     def write(self, path: Path) -> None:

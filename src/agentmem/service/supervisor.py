@@ -24,6 +24,7 @@ LOG_BYTES, OLD_LOGS = 10 << 20, 3
 STARTED = "agentmem service: starting the server"
 _READY = b"Ready: "  # what `agentmem serve` prints once it answers, and its URL
 _FIRST_DELAY, _LONGEST_DELAY = 0.5, 60.0  # s
+_LONGEST_LINE = 1 << 16  # bytes
 _STEADY = 60.0  # s of answering, after which an end is no longer counted with those before
 _ORPHAN_PATIENCE = 30.0  # s that a server without supervisor gets to end
 
@@ -136,12 +137,15 @@ def _environment() -> dict[str, str]:
 
 
 async def _lines(stream: asyncio.StreamReader) -> AsyncIterator[bytes]:
-    """Without their ends; of any length, those of progress bars too."""
+    """Without their ends, those of progress bars too; what is longer than _LONGEST_LINE in parts."""
     rest = b""
     while chunk := await stream.read(1 << 16):
         *lines, rest = (rest + chunk).replace(b"\r\n", b"\n").replace(b"\r", b"\n").split(b"\n")
         for line in lines:
             yield line
+        if len(rest) > _LONGEST_LINE:
+            yield rest
+            rest = b""
     if rest:
         yield rest
 
