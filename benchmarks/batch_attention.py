@@ -84,7 +84,8 @@ class GroupedLayer:
         return keys, values
 
     def attend(self, queries: mx.array, scale: float, sinks: mx.array | None) -> mx.array:
-        q, k, v = self._space.enter(self._index, queries, *self._pending)
+        q, [kv] = self._space.enter(self._index, queries, *self._pending)
+        k, v = mx.split(kv, 2, axis=1)
         out, row = [], 0
         for group, mask in zip(self._groups, self._masks, strict=True):
             rows, buffer, stop = slice(row, row + len(group.lengths)), group.buffers[self._index], group.width + 1

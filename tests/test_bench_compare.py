@@ -14,7 +14,8 @@ from mlx_lm.utils import load_model as load_mlx_model
 from tiny import random_tokens, tiny_model
 from tiny_model_dir import write_tiny_model
 
-from agentmem.bench.compare import STATES, rate_side_by_side
+from agentmem.bench.compare import ROUNDS, STATES, rate_side_by_side
+from agentmem.bench.compare_rows import decode_rows
 from agentmem.bench.contenders import check_names
 from agentmem.bench.float32 import write_float32
 from agentmem.bench.server import Answer, BenchError
@@ -36,7 +37,7 @@ def result(model, tmp_path_factory) -> dict:
     (directory / "tmp").mkdir()
     (directory / "config.toml").write_text(f"block_size = {BLOCK}\n")
     command = [sys.executable, "-m", "agentmem.cli", "bench", "compare", "agentmem", "mlx-lm", "--passes", 1]
-    command += ["--contexts", CONTEXT, "--batches", 1, "--decode-context", 64, "--answer-tokens", 32]
+    command += ["--contexts", CONTEXT, "--batches", 1, "--decode-contexts", "64,96", "--answer-tokens", 32]
     command += ["--model", model, "--corpus", directory / "words.txt", "--home", directory / "home"]
     command += ["--config", directory / "config.toml", "--json", directory / "result.json"]
     environment = {k: v for k, v in os.environ.items() if not k.startswith("AGENTMEM_")}
@@ -82,10 +83,30 @@ def test_ratios_are_of_the_medians_and_of_others_alone(result):
     for state in STATES:
         ratio = ours[state]["ttft_ms"] / theirs[state]["ttft_ms"]
         assert theirs["agentmem_over"][state] == pytest.approx(ratio, abs=1e-4)
-    fast, slow = result["decode"]
-    assert (fast["server"], slow["server"], fast["batch"]) == ("agentmem", "mlx-lm", 1)
-    ratio = fast["tokens_per_s"]["median"] / slow["tokens_per_s"]["median"]
-    assert slow["agentmem_over"] == pytest.approx(ratio, abs=1e-3)
+
+
+def test_decode_has_a_row_for_each_context_and_batch_with_every_round(result):
+    cells = [(row["context"], row["batch"], row["server"]) for row in result["decode"]]
+    assert cells == [(n, 1, server) for n in (64, 96) for server in ("agentmem", "mlx-lm")]
+    for ours, theirs in (result["decode"][:2], result["decode"][2:]):
+        assert len(ours["tokens_per_s"]["values"]) == ROUNDS and ours["agentmem_over"] is None
+        over = theirs["agentmem_over"]
+        assert over["min"] <= over["median"] <= over["max"] and len(over["values"]) == ROUNDS
+        assert f"decode, 1 at once over {ours['context']} tokens each, tokens/s" in result["printed"]
+        assert f"{over['median']:.3f}x" in result["printed"]
+
+
+def test_the_ratio_of_decoding_does_not_move_with_a_machine_that_slows_down_for_both():
+    ours, theirs = [40.0, 20.0, 44.0, 22.0, 10.0], [20.0, 10.0, 22.0, 11.0, 20.0]
+    first, second = decode_rows({("agentmem", 256, 4): ours, ("mlx-lm", 256, 4): theirs})
+    assert first.tokens_per_s.median / second.tokens_per_s.median < 1.2
+    assert (second.agentmem_over.median, second.agentmem_over.min, second.agentmem_over.max) == (2.0, 0.5, 2.0)
+    assert second.agentmem_over.values == [2.0, 2.0, 2.0, 2.0, 0.5]
+
+
+def test_a_server_without_agentmem_beside_it_has_no_ratio():
+    [row] = decode_rows({("mlx-lm", 256, 1): [1.0, 2.0]})
+    assert row.agentmem_over is None
 
 
 def test_a_sealed_token_takes_nine_32nds_of_its_size_in_16_bits(result):

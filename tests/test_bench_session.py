@@ -62,8 +62,9 @@ def test_an_interrupted_benchmark_leaves_no_server_and_no_directory(tmp_path, in
         assert process.wait(30) == (-signal.SIGKILL if number == signal.SIGKILL else 130)
         assert eventually(lambda: not processes_of(tmp_path), 20), "a process is left"
         assert not directories(tmp_path)
-    done = run_bench(tmp_path, "restore", "--tokens", "600", "--passes", "1", *inputs)
-    assert done.returncode == 0, done.stderr
+    if number == signal.SIGKILL:  # the lock, which the guard holds longest then, is free again
+        done = run_bench(tmp_path, "restore", "--tokens", "600", "--passes", "1", *inputs)
+        assert done.returncode == 0, done.stderr
 
 
 def test_two_benchmarks_at_once_are_refused(tmp_path, inputs):

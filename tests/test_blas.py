@@ -51,9 +51,11 @@ for _ in range(5):
     spent.append(time.process_time() - began)
 print(sorted(spent)[2])
 """
-    assert float(output(tmp_path, code)) < 0.01
+    threads = {"OPENBLAS_NUM_THREADS": "2"}
+    assert float(output(tmp_path, code, **threads)) < 0.01
     if (os.cpu_count() or 1) > 1:
-        assert float(output(tmp_path, code, OPENBLAS_THREAD_TIMEOUT="28")) > 0.01  # what a user sets is kept
+        spins = output(tmp_path, code, **threads, OPENBLAS_THREAD_TIMEOUT="28")
+        assert float(spins) > 0.01  # what a user sets is kept
 
 
 def test_products_through_the_shim_equal_numpys(tmp_path):

@@ -30,7 +30,7 @@ from agentmem.engine.model_runner import ModelRunner
 from agentmem.errors import ModelError, StartupError
 from agentmem.kvcache.block import SealedBlock, Snapshot, from_host, to_host
 from agentmem.kvcache.cache import SequenceCache
-from agentmem.kvcache.quantize import CacheSpace
+from agentmem.kvcache.quantize import CacheSpace, join
 from agentmem.kvcache.spec import KVCacheSpec
 from agentmem.models.spec_of_config import spec_of_config
 from agentmem.store import segment
@@ -92,7 +92,7 @@ def random_pass(spec: KVCacheSpec, cache: SequenceCache, num_tokens: int) -> Non
     for i, layer in enumerate(spec.layers):
         q, k, v = (mx.random.normal((1, 8, num_tokens, 256)).astype(spec.dtype) for _ in range(3))
         assert layer.dims == (256, 256) and layer.num_kv_heads == 8
-        mx.eval(cache.attend(i, q, k, v, 1 / 16))
+        mx.eval(cache.attend(i, q, join(k, v), 1 / 16))
     mx.eval([block.arrays for block in cache.advance(num_tokens)], cache.arrays())
 
 

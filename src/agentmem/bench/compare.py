@@ -19,7 +19,7 @@ State = Literal["cold", "second_turn", "after_restart", "resumed"]
 STATES: tuple[State, ...] = ("cold", "second_turn", "after_restart", "resumed")
 ANSWER = 16  # tokens, of a turn
 QUESTION = 24
-ROUNDS = 3  # of decoding, a pass: they are short, and a machine has slow seconds
+ROUNDS = 4  # of decoding, a pass: even, so that each server is first as often as the other
 _SHARED = 4  # tokens that any two prompts may have in common, such as <s>
 _TIERS = {"cold": "cold", "second_turn": "hot", "after_restart": "warm", "resumed": "warm"}  # agentmem's
 
@@ -39,9 +39,9 @@ class CompareRow(Part):
 class DecodeRow(Part):
     server: str
     batch: int
-    context: int
-    tokens_per_s: Spread  # of all together
-    agentmem_over: float | None
+    context: int  # tokens asked for
+    tokens_per_s: Spread  # of all together, by round
+    agentmem_over: Spread | None  # by round: agentmem's tokens/s over this server's, right before or after
 
 
 class CacheRow(Part):
@@ -68,7 +68,7 @@ class CompareResult(Result):
 class Workload:
     contexts: list[int]  # tokens of a conversation's first prompt
     batches: list[int]
-    decode_context: int
+    decode_contexts: list[int]  # of the agents that answer at once
     answer_tokens: int  # of decoding
     passes: int
 
@@ -76,7 +76,18 @@ class Workload:
     def most_tokens(self) -> int:
         """Of one conversation, with room for what templates add to a turn."""
         talk = self.contexts[-1] + 3 * ANSWER + 2 * (QUESTION + 32)
-        return max(talk, self.decode_context + self.answer_tokens)
+        return max(talk, self.decode_contexts[-1] + self.answer_tokens)
+
+    @property
+    def agents(self) -> int:
+        """Held at once: those that decode, and the last conversation's."""
+        return len(self.decode_contexts) * self.batches[-1] + 1
+
+    @property
+    def steps(self) -> int:
+        """What `converse` and `decode` tell of, for each contender."""
+        rounds = ROUNDS * len(self.decode_contexts) * len(self.batches)
+        return self.passes * (rounds + len(STATES) * len(self.contexts))
 
 
 @dataclass
@@ -156,17 +167,19 @@ def _check_count(contender: Contender, prompts: Prompts, messages: Messages, ans
 
 def decode(
     contenders: Sequence[Contender], prompts: Prompts, work: Workload, done: Callable[[str], None]
-) -> dict[tuple[str, int], list[float]]:
-    """Tokens/s by server and batch, of agents whose prompts are cached. `done`: of each, in each round."""
-    asked = [(f"decode-{i}", prompts.messages(work.decode_context)) for i in range(work.batches[-1])]
-    for contender in contenders:
-        for agent, messages in asked:
-            contender.ask(agent, messages, 4)  # of one token alone, a server may hold back the text
-    speeds: dict[tuple[str, int], list[float]] = {(c.name, batch): [] for batch in work.batches for c in contenders}
-    for number, batch in itertools.product(range(ROUNDS * work.passes), work.batches):
+) -> dict[tuple[str, int, int], list[float]]:
+    """Tokens/s by server, context and batch, of agents whose prompts are cached. `done`: of each, in each round."""
+    asked = {
+        n: [(f"decode-{n}-{i}", prompts.messages(n)) for i in range(work.batches[-1])] for n in work.decode_contexts
+    }
+    for contender, (agent, messages) in itertools.product(contenders, itertools.chain(*asked.values())):
+        contender.ask(agent, messages, 4)  # of one token alone, a server may hold back the text
+    cells = list(itertools.product(work.decode_contexts, work.batches))
+    speeds: dict[tuple[str, int, int], list[float]] = {(c.name, *cell): [] for cell in cells for c in contenders}
+    for number, (n, batch) in itertools.product(range(ROUNDS * work.passes), cells):
         for contender in in_turn(contenders, number):
-            speeds[contender.name, batch].append(_at_once(contender, asked[:batch], work.answer_tokens))
-            done(f"decode, {batch} at once")
+            speeds[contender.name, n, batch].append(_at_once(contender, asked[n][:batch], work.answer_tokens))
+            done(f"decode, {batch} at once over {n:,} tokens each")
     return speeds
 
 

@@ -35,13 +35,14 @@ def rows(samples: dict[int, dict[str, Samples]]) -> list[CompareRow]:
     return made
 
 
-def decode_rows(samples: dict[tuple[str, int], list[float]], context: int) -> list[DecodeRow]:
-    speeds = {key: spread(values) for key, values in samples.items()}
+def decode_rows(samples: dict[tuple[str, int, int], list[float]]) -> list[DecodeRow]:
     made = []
-    for (name, batch), speed in speeds.items():
-        ours = speeds.get((AGENTMEM, batch))
-        over = round(ours.median / speed.median, 3) if ours and name != AGENTMEM else None
-        made.append(DecodeRow(server=name, batch=batch, context=context, tokens_per_s=speed, agentmem_over=over))
+    for (name, context, batch), speeds in samples.items():
+        ours = samples.get((AGENTMEM, context, batch)) if name != AGENTMEM else None
+        pairs = [our / their for our, their in zip(ours, speeds, strict=True)] if ours else None
+        over = spread(pairs, 3) if pairs else None
+        row = DecodeRow(server=name, batch=batch, context=context, tokens_per_s=spread(speeds), agentmem_over=over)
+        made.append(row)
     return made
 
 

@@ -175,11 +175,12 @@ def plot_compare(result: dict[str, Any], path: Path) -> None:
         axes.set_yscale("log")
         axes.set_xticks(range(len(states)), [state.replace("_", "\n") for state in states])
         axes.set_title(f"{context:,} tokens: ms to the first one")
-    batches = sorted({row["batch"] for row in result["decode"]})
     for i, name in enumerate(names):
-        found = [(batches.index(r["batch"]), r["tokens_per_s"]) for r in result["decode"] if r["server"] == name]
-        _bars(speed, [(x, s["median"], s["min"], s["max"]) for x, s in found], name, i, len(names))
-    speed.set_xticks(range(len(batches)), [f"{batch} at once" for batch in batches])
+        found = [row["tokens_per_s"] for row in result["decode"] if row["server"] == name]
+        _bars(speed, [(x, s["median"], s["min"], s["max"]) for x, s in enumerate(found)], name, i, len(names))
+    decoded = [row for row in result["decode"] if row["server"] == names[0]]
+    labels = [f"{row['batch']} at once,\n{row['context']:,} each" for row in decoded]
+    speed.set_xticks(range(len(labels)), labels)
     speed.set_title("decoded tokens/s")
     speed.legend()
     figure.suptitle(f"{result['model']}, medians of {result['passes']} passes, and their range")

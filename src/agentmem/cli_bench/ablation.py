@@ -6,7 +6,7 @@ import typer
 
 from ..cli_agents import table
 from ..errors import StartupError
-from .common import Config, Corpus, Home, JsonFile, Model, Passes, Shown, benchmark, save, show
+from .common import Passes, Shared, Shown, benchmark
 
 if TYPE_CHECKING:
     from ..bench.ablation import AblationResult
@@ -14,16 +14,13 @@ if TYPE_CHECKING:
 _NAMES = "persistence,quantization,rotation,batching,splice,overlap"
 
 
+@benchmark
 def ablation(
+    shared: Shared,
     components: Annotated[str, typer.Option(help="comma-separated")] = _NAMES,
     context: Annotated[int, typer.Option(min=128, help="prompt tokens")] = 1000,
     passes: Passes = 3,
-    model: Model = None,
-    corpus: Corpus = None,
-    json_file: JsonFile = None,
-    home: Home = None,
-    config: Config = None,
-) -> None:
+) -> "AblationResult":
     """What each component is good for: the same work with it and without it, in turns, in process.
 
     Without persistence the store is empty after a restart; without quantization blocks are in the model's own dtype;
@@ -35,16 +32,13 @@ def ablation(
     names = [name.strip() for name in components.split(",") if name.strip()]
     if unknown := [name for name in names if name not in _NAMES.split(",")] or not names:
         raise StartupError(f"--components {unknown if names else components!r}: choose from {_NAMES}")
-    with benchmark({"model": model, "home": home}, config, json_file) as run:
+    with shared.run() as run:
         from ..bench import ablation as bench
 
-        work = bench.Bench(run.session, run.settings, run.load(), run.prompts(corpus), context)
-        task = run.progress.add_task("with and without", total=len(names) * passes * 2)
-        done = lambda: run.progress.advance(task)  # noqa: E731
+        work = bench.Bench(run.session, run.settings, run.load(), run.prompts(), context)
+        done = run.task("with and without", len(names) * passes * 2)
         rows = list(bench.measure(work, names, passes, done))
-        result = bench.AblationResult(context=context, rows=rows, **run.head(passes))
-    save(result, json_file)
-    show(*tables(result))
+        return bench.AblationResult(context=context, rows=rows, **run.head(passes))
 
 
 def tables(result: "AblationResult") -> list[Shown]:

@@ -1,15 +1,20 @@
 """Options that benchmarks share, and what each does before and after it measures."""
 
+import importlib
+import inspect
+import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
 
+from ..bench import plot as plots
 from ..cli_agents import console, progress_bar
 from ..config import Settings, load_settings
 from ..errors import ModelError, StartupError
@@ -19,17 +24,17 @@ if TYPE_CHECKING:
     from rich.progress import Progress
 
     from ..bench.prompts import Prompts
-    from ..bench.result import Result
     from ..bench.session import Session
     from ..models.loading import LoadedModel
 
 Model = Annotated[str | None, typer.Option(help="'demo', a directory with an MLX model, or a hub name (default: demo)")]
+Corpus = Annotated[Path | None, typer.Option(help="text file in UTF-8 (default: the text of pydoc_data.topics)")]
+Plot = Annotated[Path | None, typer.Option(help="draw it there, as PNG, SVG or PDF", metavar="FILE")]
 Home = Annotated[Path | None, typer.Option(help="directory that holds models (default: ~/.agentmem)")]
 Config = Annotated[Path | None, typer.Option("--config", help="TOML file with settings, see configs/")]
-Corpus = Annotated[Path | None, typer.Option(help="text file in UTF-8 (default: the text of pydoc_data.topics)")]
 JsonFile = Annotated[Path | None, typer.Option("--json", help="write the result there", metavar="FILE")]
-Plot = Annotated[Path | None, typer.Option(help="draw it there, as PNG, SVG or PDF", metavar="FILE")]
 Passes = Annotated[int, typer.Option(min=1, help="passes over all rows; a figure is their median")]
+Shown = str | Table
 
 
 @dataclass(frozen=True)
@@ -40,6 +45,7 @@ class Run:
     settings: Settings
     model: Path  # its directory
     progress: "Progress"
+    corpus: Path | None
 
     @property
     def max_context(self) -> int:
@@ -48,13 +54,17 @@ class Run:
 
         return read_model_dir(self.model).max_context
 
-    def prompts(self, corpus: Path | None = None) -> "Prompts":
+    def prompts(self) -> "Prompts":
         """Over the model's tokenizer, without the model."""
         from mlx_lm.utils import load_tokenizer
 
         from ..bench.prompts import Prompts
 
-        return Prompts(load_tokenizer(self.model), corpus)
+        return Prompts(load_tokenizer(self.model), self.corpus)
+
+    def task(self, what: str, total: float) -> Callable[..., None]:
+        """A progress bar; the function moves it on, by one or by what it is given."""
+        return partial(self.progress.advance, self.progress.add_task(what, total=total))
 
     def load(self) -> "LoadedModel":
         from ..models.loading import load_model
@@ -72,34 +82,66 @@ class Run:
         return head | {"passes": passes, "noise": self.session.noise()}
 
 
-@contextmanager
-def benchmark(
-    flags: dict[str, Any], config: Path | None, json_file: Path | None = None, plot: Path | None = None
-) -> Iterator[Run]:
-    """Settings, files that can be written, a model that is here, an empty directory, and nobody else measuring."""
-    settings = load_settings(flags, config)
-    for file in filter(None, (json_file, plot)):
-        check_writable(file)
-    prepare_mlx(settings.home_dir)
-    from ..bench.plot import check_matplotlib
-    from ..bench.session import bench_session
-    from ..models.loading import find_local
+@dataclass(frozen=True)
+class Shared:
+    """The options that `benchmark` gives a command."""
 
-    if plot:
-        check_matplotlib()
-    model = find_local(settings.model, settings.home_dir)
-    if model is None:
-        raise ModelError(f"model {settings.model!r} is not on this machine: agentmem pull {settings.model}")
-    with progress_bar() as progress, bench_session(lambda text: progress.console.print(text, markup=False)) as session:
-        yield Run(session, settings, model.resolve(), progress)
+    model: Model = None
+    corpus: Corpus = None
+    json_file: JsonFile = None
+    plot: Plot = None
+    home: Home = None
+    config: Config = None
+
+    @contextmanager
+    def run(self, **flags: Any) -> Iterator[Run]:
+        """Settings, files that can be written, a model that is here, an empty directory, and nobody else measuring."""
+        settings = load_settings({"model": self.model, "home": self.home} | flags, self.config)
+        for file in filter(None, (self.json_file, self.plot)):
+            check_writable(file)
+        prepare_mlx(settings.home_dir)
+        from ..bench.session import bench_session
+        from ..models.loading import find_local
+
+        if self.plot:
+            plots.check_matplotlib()
+        model = find_local(settings.model, settings.home_dir)
+        if model is None:
+            raise ModelError(f"model {settings.model!r} is not on this machine: agentmem pull {settings.model}")
+        with progress_bar() as progress, bench_session(partial(progress.console.print, markup=False)) as session:
+            yield Run(session, settings, model.resolve(), progress, self.corpus)
 
 
-def save(result: "Result", json_file: Path | None) -> None:
-    if json_file:
-        result.write(json_file)
+def benchmark(command: Callable[..., Any]) -> Callable[..., None]:
+    """Give a command the options of Shared in place of its `shared`, --plot if bench.plot has a `plot_NAME`.
+
+    What it returns, a Result or a dict, is written, shown by `tables` of its module, and drawn.
+    """
+    name = command.__name__
+    draw = getattr(plots, f"plot_{name}", None)
+    own = [p for p in inspect.signature(command).parameters.values() if p.name != "shared"]
+    options = [p for p in inspect.signature(Shared).parameters.values() if draw or p.name != "plot"]
+
+    def run(**values: Any) -> None:
+        shared = Shared(**{p.name: values.pop(p.name) for p in options})
+        result = command(shared, **values)
+        text = json.dumps(result, indent=2) if isinstance(result, dict) else result.model_dump_json(indent=2)
+        if shared.json_file:
+            shared.json_file.write_text(text + "\n", encoding="utf-8")
+        show(*tables(name, result))
+        if draw and shared.plot:
+            draw(json.loads(text), shared.plot)
+
+    run.__name__, run.__doc__ = name, command.__doc__
+    run.__signature__ = inspect.Signature([*own, *options])  # type: ignore[attr-defined]
+    run.__annotations__ = {p.name: p.annotation for p in (*own, *options)}
+    return run
 
 
-Shown = str | Table
+def tables(name: str, result: Any) -> list[Shown]:
+    """Of a result of benchmark `name`."""
+    made: list[Shown] = importlib.import_module(f".{name}", __package__).tables(result)
+    return made
 
 
 def show(*lines: Shown) -> None:
@@ -108,14 +150,14 @@ def show(*lines: Shown) -> None:
         console().print(line, markup=False, highlight=False) if isinstance(line, str) else console().print(line)
 
 
-def numbers(text: str, option: str) -> list[int]:
+def numbers(text: str, option: str, least: int = 1) -> list[int]:
     """ "256,1k" to [256, 1024], in rising order. StartupError names `option`."""
     try:
         found = {int(float(part[:-1]) * 1024) if part[-1:] in "kK" else int(part) for part in text.split(",")}
     except ValueError:
         raise StartupError(f"{option} {text}: write whole numbers, comma-separated, such as 256,1k,2048") from None
-    if not found or min(found) < 1:
-        raise StartupError(f"{option} {text}: each must be at least 1")
+    if not found or min(found) < least:
+        raise StartupError(f"{option} {text}: each must be at least {least}")
     return sorted(found)
 
 

@@ -9,7 +9,7 @@ import typer
 
 from ..cli_agents import table
 from ..errors import StartupError
-from .common import Config, Corpus, Home, JsonFile, Model, Passes, Plot, Run, Shown, benchmark, numbers, save, show
+from .common import Passes, Run, Shared, Shown, benchmark, numbers
 
 if TYPE_CHECKING:
     from ..bench.compare import CompareResult, Workload
@@ -22,26 +22,24 @@ Servers = Annotated[
 ]
 Contexts = Annotated[str, typer.Option(help="lengths of a conversation's first prompt in tokens, comma-separated")]
 Batches = Annotated[str, typer.Option(help="agents that answer at once, comma-separated")]
-DecodeContext = Annotated[int, typer.Option(min=32, help="tokens of each of these agents' prompts")]
+DecodeContexts = Annotated[str, typer.Option(help="tokens of each of these agents' prompts, comma-separated")]
 AnswerTokens = Annotated[int, typer.Option(min=8, help="tokens of each of their answers")]
 Gguf = Annotated[Path | None, typer.Option(help="model file for llama-server, which has to be on the PATH")]
 
+Cells = dict[str, float | None]  # by server
 
+
+@benchmark
 def compare(
+    shared: Shared,
     servers: Servers = None,
     contexts: Contexts = "256,1000",
     batches: Batches = "1,4",
-    decode_context: DecodeContext = 256,
-    answer_tokens: AnswerTokens = 64,
+    decode_contexts: DecodeContexts = "256,1000",
+    answer_tokens: AnswerTokens = 48,
     passes: Passes = 3,
     gguf: Gguf = None,
-    model: Model = None,
-    corpus: Corpus = None,
-    json_file: JsonFile = None,
-    plot: Plot = None,
-    home: Home = None,
-    config: Config = None,
-) -> None:
+) -> "CompareResult":
     """The same conversations on several servers, in turn: time to first token, decode speed, bytes of cache.
 
     agentmem, mlx-lm (mlx_lm.server of this environment) and llama.cpp are started, and restarted in between; others
@@ -50,34 +48,29 @@ def compare(
     and started); resumed (so again, and a third turn).
 
     JSON: {"servers", "rows": [{"server", "context", "cold": {"ttft_ms"}, "second_turn", "after_restart", "resumed",
-    "agentmem_over", ...}], "decode": [{"server", "batch", "tokens_per_s", ...}], "cache": [{"server", ...}]}.
+    "agentmem_over", ...}], "decode": [{"server", "batch", "context", "tokens_per_s", "agentmem_over"}],
+    "cache": [{"server", ...}]}.
     """
     names = servers or ["agentmem", "mlx-lm"]
     lengths, sizes = numbers(contexts, "--contexts"), numbers(batches, "--batches")
-    with benchmark({"model": model, "home": home}, config, json_file, plot) as run:
+    decode_lengths = numbers(decode_contexts, "--decode-contexts", least=32)
+    with shared.run() as run:
         from ..bench.compare import Workload
         from ..bench.contenders import Place, check_names
 
         check_names(names, gguf)
-        work = Workload(lengths, sizes, decode_context, answer_tokens, passes)
+        work = Workload(lengths, sizes, decode_lengths, answer_tokens, passes)
         if work.most_tokens > (limit := run.max_context):
             raise StartupError(f"that takes {work.most_tokens} tokens; the model's context holds {limit}")
-        place = Place(run.session, run.settings, run.model, gguf, work.most_tokens, sizes[-1] + 1)
-        result = _measure(run, place, names, work, run.prompts(corpus))
-    save(result, json_file)
-    show(*tables(result))
-    if plot:
-        from ..bench.plot import plot_compare
-
-        plot_compare(result.model_dump(), plot)
+        place = Place(run.session, run.settings, run.model, gguf, work.most_tokens, work.agents)
+        return _measure(run, place, names, work, run.prompts())
 
 
 def _measure(run: Run, place: "Place", names: list[str], work: "Workload", prompts: "Prompts") -> "CompareResult":
     from ..bench import compare as bench
     from ..bench import compare_rows as made
 
-    steps = len(names) * work.passes * (bench.ROUNDS * len(work.batches) + len(bench.STATES) * len(work.contexts))
-    task = run.progress.add_task("preparing", total=steps)
+    task = run.progress.add_task("preparing", total=len(names) * work.steps)
     done = lambda what: run.progress.update(task, advance=1, description=what)  # noqa: E731
     contenders = place.contenders(names)
     samples = {n: {name: bench.Samples() for name in (c.name for c in contenders)} for n in work.contexts}
@@ -94,7 +87,7 @@ def _measure(run: Run, place: "Place", names: list[str], work: "Workload", promp
     return bench.CompareResult(
         servers=[contender.about for contender in contenders],
         rows=made.rows(samples),
-        decode=made.decode_rows(speeds, work.decode_context),
+        decode=made.decode_rows(speeds),
         fp16_bytes_per_token=made.fp16_bytes(run.model),
         cache=cache,
         **run.head(work.passes),
@@ -105,8 +98,8 @@ def tables(result: "CompareResult") -> list[Shown]:
     names = [about.name for about in result.servers]
     others = [name for name in names if name != "agentmem"] if "agentmem" in names else []
     lines = table("", *names, *(f"agentmem/{name}" for name in others))
-    for label, cells in _lines(result):
-        ratios = [_ratio(cells.get("agentmem"), cells.get(name)) for name in others]
+    for label, cells, over in _lines(result):
+        ratios = (_ratio(over.get(name)) for name in others)
         lines.add_row(label, *(_number(cells.get(name)) for name in names), *ratios)
     shown: list[Shown] = [f"{result.model}, medians of {result.passes} passes", lines]
     for about in result.servers:
@@ -115,30 +108,36 @@ def tables(result: "CompareResult") -> list[Shown]:
     return shown
 
 
-def _lines(result: "CompareResult") -> Iterator[tuple[str, dict[str, float | None]]]:
-    """A measure's name, and what it is by server."""
+def _lines(result: "CompareResult") -> Iterator[tuple[str, Cells, Cells]]:
+    """A measure's name, what it is by server, and agentmem's over it."""
     for context, group in groupby(result.rows, lambda row: row.context):
         of_context = list(group)
         for state in ("cold", "second_turn", "after_restart", "resumed"):
             cells = {row.server: cell.ttft_ms if (cell := getattr(row, state)) else None for row in of_context}
-            yield f"{state.replace('_', ' ')}, {context:,} tokens, ms to the first token", cells
-    for batch in sorted({row.batch for row in result.decode}):
-        yield (
-            f"decode, {batch} at once, tokens/s",
-            {row.server: row.tokens_per_s.median for row in result.decode if row.batch == batch},
-        )
+            yield f"{state.replace('_', ' ')}, {context:,} tokens, ms to the first token", cells, _over(cells)
+    for (context, batch), decoded in groupby(result.decode, lambda row: (row.context, row.batch)):
+        speeds = list(decoded)
+        cells = {row.server: row.tokens_per_s.median for row in speeds}
+        over = {row.server: row.agentmem_over.median if row.agentmem_over else None for row in speeds}
+        yield f"decode, {batch} at once over {context:,} tokens each, tokens/s", cells, over
     for context, held in groupby(result.cache, lambda row: row.context):
         rows = list(held)
-        yield f"cache, {context:,} tokens and three turns, bytes a token", {r.server: r.bytes_per_token for r in rows}
+        whole = {r.server: r.bytes_per_token for r in rows}
+        yield f"cache, {context:,} tokens and three turns, bytes a token", whole, _over(whole)
         sealed = {r.server: r.sealed_bytes_per_token or r.bytes_per_token for r in rows}
-        yield f"cache, {context:,} tokens, whole blocks alone, bytes a token", sealed
+        yield f"cache, {context:,} tokens, whole blocks alone, bytes a token", sealed, _over(sealed)
     if result.fp16_bytes_per_token:
-        yield "(in 16 bits)", dict.fromkeys((row.server for row in result.cache), float(result.fp16_bytes_per_token))
+        yield "(in 16 bits)", dict.fromkeys((r.server for r in result.cache), float(result.fp16_bytes_per_token)), {}
+
+
+def _over(cells: Cells) -> Cells:
+    ours = cells.get("agentmem")
+    return {name: ours / theirs if ours and theirs else None for name, theirs in cells.items()}
 
 
 def _number(value: float | None) -> str:
     return "--" if value is None else f"{value:,.1f}" if value < 1000 else f"{value:,.0f}"
 
 
-def _ratio(ours: float | None, theirs: float | None) -> str:
-    return f"{ours / theirs:.3f}x" if ours and theirs else "--"
+def _ratio(value: float | None) -> str:
+    return "--" if value is None else f"{value:.3f}x"

@@ -1,13 +1,12 @@
 """`agentmem bench perplexity`: what fewer bits cost in quality."""
 
-import json
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ..cli_agents import table
 from ..errors import StartupError
-from .common import Config, Corpus, Home, JsonFile, Model, Plot, Shown, benchmark, show
+from .common import Shared, Shown, benchmark
 
 if TYPE_CHECKING:
     from ..bench.perplexity import PresetResult
@@ -19,9 +18,9 @@ Presets = Annotated[
 ]
 
 
+@benchmark
 def perplexity(
-    model: Model = None,
-    corpus: Corpus = None,
+    shared: Shared,
     window: Annotated[int, typer.Option(help="tokens fed into one cache")] = 2048,
     stride: Annotated[
         int | None,
@@ -30,39 +29,26 @@ def perplexity(
     tokens: Annotated[int, typer.Option(help="tokens to score at least; rounded up to whole windows")] = 8192,
     kv_bits: Presets = "16,8,k5v4,4,plain4",
     block_size: Annotated[int | None, typer.Option(help="tokens a block (default: 256)")] = None,
-    json_file: JsonFile = None,
-    plot: Plot = None,
-    home: Home = None,
-    config: Config = None,
-) -> None:
+) -> dict[str, Any]:
     """What fewer bits cost in quality: perplexity, KL divergence and top-1 agreement against 16 bits.
 
     The cache is the server's own, fed block by block as in serving. The interval of dPPL is of 95 %, by Student's t
     over the windows. The paper's protocol: --window 512 --stride 256 --tokens 7935.
     """
-    flags = {"model": model, "home": home, "block_size": block_size}
-    with benchmark(flags, config, json_file, plot) as run:
+    with shared.run(block_size=block_size) as run:
         from ..bench import perplexity as bench
         from ..bench.windows import Protocol, cut_windows, read_corpus
 
         presets = _presets(kv_bits, bench.PRESETS)
         protocol = Protocol(window, window if stride is None else stride, tokens)
-        name, text = read_corpus(corpus)
+        name, text = read_corpus(run.corpus)
         loaded = run.load()
         if protocol.window > loaded.max_context:
             raise StartupError(f"--window {window} is more than the model's context of {loaded.max_context} tokens")
         windows = list(cut_windows(_encode(loaded, text, protocol), protocol, _bos(loaded)))
-        task = run.progress.add_task("scoring", total=len(windows) * window * len(presets))
-        done = lambda n: run.progress.advance(task, n)  # noqa: E731
+        done = run.task("scoring", len(windows) * window * len(presets))
         rows = bench.measure(loaded, windows, presets, block_size=run.settings.block_size, progress=done)
-        result = {"benchmark": "perplexity"} | _result(rows, run.settings.model, name, protocol)
-    show(*tables(result))
-    if json_file:
-        json_file.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    if plot:
-        from ..bench.plot import plot_perplexity
-
-        plot_perplexity(result, plot)
+        return {"benchmark": "perplexity"} | _result(rows, run.settings.model, name, protocol)
 
 
 def _presets(text: str, known: tuple[str, ...]) -> list[str]:

@@ -5,34 +5,28 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..cli_agents import table
-from .common import Config, Corpus, Home, JsonFile, Model, Passes, Shown, benchmark, save, show
+from .common import Passes, Shared, Shown, benchmark
 
 if TYPE_CHECKING:
     from ..bench.persistence import PersistenceResult
 
 
+@benchmark
 def persistence(
+    shared: Shared,
     context: Annotated[int, typer.Option(min=64, help="prompt tokens")] = 2000,
     passes: Passes = 3,
-    model: Model = None,
-    corpus: Corpus = None,
-    json_file: JsonFile = None,
-    home: Home = None,
-    config: Config = None,
-) -> None:
+) -> "PersistenceResult":
     """What an agent still has after its server was stopped, killed at rest, or killed right after an answer.
 
     JSON: {"rows": [{"ending", "cold": {"ttft_ms"}, "restarted": {"ttft_ms"}, "lost_tokens", "same_answers", ...}]}.
     """
-    with benchmark({"model": model, "home": home}, config, json_file) as run:
+    with shared.run() as run:
         from ..bench import persistence as bench
 
-        task = run.progress.add_task("stopping and killing", total=passes * len(bench.ENDINGS))
-        done = lambda: run.progress.advance(task)  # noqa: E731
-        rows = bench.measure(run.session, run.settings, run.model, run.prompts(corpus), context, passes, done)
-        result = bench.PersistenceResult(rows=rows, **run.head(passes))
-    save(result, json_file)
-    show(*tables(result))
+        done = run.task("stopping and killing", passes * len(bench.ENDINGS))
+        rows = bench.measure(run.session, run.settings, run.model, run.prompts(), context, passes, done)
+        return bench.PersistenceResult(rows=rows, **run.head(passes))
 
 
 def tables(result: "PersistenceResult") -> list[Shown]:

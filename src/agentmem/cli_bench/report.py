@@ -1,6 +1,5 @@
 """`agentmem bench report`: result files to one page."""
 
-import importlib
 import json
 from pathlib import Path
 from typing import Annotated, Any
@@ -8,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from ..errors import StartupError
-from .common import Shown, check_writable
+from .common import Shown, check_writable, tables
 
 Directory = Annotated[Path, typer.Argument(help="directory with result files (*.json)", metavar="DIR")]
 Output = Annotated[Path | None, typer.Option("--output", "-o", help="the page (default: DIR/report.html)")]
@@ -64,11 +63,10 @@ def _tables(file: Path, result: dict[str, Any]) -> list[Shown]:
     name = result["benchmark"]
     try:
         read = result_class(name)(**result) if name in RESULTS else result
-        shown: list[Shown] = importlib.import_module(f".{name}", __package__).tables(read)
+        return tables(name, read)
     except ValidationError as e:
         first = e.errors()[0]
         where = ".".join(map(str, first["loc"]))
         raise StartupError(f"{file}: not a whole result of agentmem bench {name}: {where}: {first['msg']}") from None
     except (KeyError, TypeError, IndexError) as e:
         raise StartupError(f"{file}: not a whole result of agentmem bench {name}: {e!r}") from None
-    return shown

@@ -5,37 +5,31 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..cli_agents import size, table
-from .common import Config, Corpus, Home, JsonFile, Model, Passes, Shown, benchmark, save, show
+from .common import Passes, Shared, Shown, benchmark
 
 if TYPE_CHECKING:
     from ..bench.restore import RestoreResult
 
 
+@benchmark
 def restore(
+    shared: Shared,
     tokens: Annotated[int, typer.Option(min=64, help="tokens of an agent")] = 4000,
     agents: Annotated[int, typer.Option(min=2, help="agents that come back at once, besides one alone")] = 4,
     passes: Passes = 9,
-    model: Model = None,
-    corpus: Corpus = None,
-    json_file: JsonFile = None,
-    home: Home = None,
-    config: Config = None,
-) -> None:
+) -> "RestoreResult":
     """Bytes a second from disk into attention, beside reading the same files and copying them once; cost of a fork.
 
     JSON: {"rows": [{"source", "agents", "bytes", "raw_ms", "restore_ms", "raw_bytes_per_s", "restore_bytes_per_s",
     "restore_over_raw"}], "fork_ms", "fork_written_bytes"}.
     """
-    with benchmark({"model": model, "home": home}, config, json_file) as run:
+    with shared.run() as run:
         from ..bench import restore as bench
 
-        ids, loaded = run.prompts(corpus).ids(tokens), run.load()
-        task = run.progress.add_task("restoring", total=passes + 1)
-        done = lambda: run.progress.advance(task)  # noqa: E731
+        ids, loaded = run.prompts().ids(tokens), run.load()
+        done = run.task("restoring", passes + 1)
         found = bench.measure(run.session, run.settings, loaded, ids, agents, passes, done)
-        result = bench.RestoreResult(**found, **run.head(passes))
-    save(result, json_file)
-    show(*tables(result))
+        return bench.RestoreResult(**found, **run.head(passes))
 
 
 def tables(result: "RestoreResult") -> list[Shown]:

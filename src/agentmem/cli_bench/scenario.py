@@ -6,7 +6,7 @@ import typer
 
 from ..cli_agents import table
 from ..errors import StartupError
-from .common import Config, Corpus, Home, JsonFile, Model, Passes, Plot, Shown, benchmark, save, show
+from .common import Passes, Shared, Shown, benchmark
 
 if TYPE_CHECKING:
     from ..bench.scenario_file import Mode
@@ -19,18 +19,14 @@ Compare = Annotated[
 Tokens = Annotated[int | None, typer.Option(min=16, help="of each document that is cut from the corpus")]
 
 
+@benchmark
 def scenario(
+    shared: Shared,
     name: Name,
     compare: Compare = None,
     tokens: Tokens = None,
     passes: Passes = 1,
-    model: Model = None,
-    corpus: Corpus = None,
-    json_file: JsonFile = None,
-    plot: Plot = None,
-    home: Home = None,
-    config: Config = None,
-) -> None:
+) -> "ScenarioResult":
     """Agents that work in phases, between which the server restarts.
 
     persistent: agentmem as it is. restart: a server that keeps caches in RAM and loses them with its process. cold:
@@ -49,11 +45,11 @@ def scenario(
     modes = _modes(compare) if compare else script.compare
     if tokens and not any(agent.corpus for agent in script.agents):
         raise StartupError(f"--tokens {tokens}: no agent of {name} has a document from the corpus")
-    with benchmark({"model": model, "home": home}, config, json_file, plot) as run:
+    with shared.run() as run:
         from ..bench import scenario as bench
         from ..bench.scenario_result import Times, TurnRow
 
-        prompts = run.prompts(corpus)
+        prompts = run.prompts()
         cast = bench.cast_of(script, directory, prompts, tokens)
         times, answers = Times(), list[str]()
         turns = list[TurnRow]()
@@ -65,13 +61,7 @@ def scenario(
                 play.perform(run.session, run.settings, run.model, times, lambda: run.progress.advance(task))
                 turns += play.rows
                 run.session.cool_down()
-        result = bench.result_of(name, cast, modes, turns, times, run.head(passes))
-    save(result, json_file)
-    show(*tables(result))
-    if plot:
-        from ..bench.plot import plot_scenario
-
-        plot_scenario(result.model_dump(), plot)
+        return bench.result_of(name, cast, modes, turns, times, run.head(passes))
 
 
 def _modes(text: str) -> "list[Mode]":

@@ -6,7 +6,7 @@ import typer
 
 from ..cli_agents import table
 from ..errors import StartupError
-from .common import Config, Corpus, Home, JsonFile, Model, Passes, Plot, Shown, benchmark, save, show
+from .common import Passes, Shared, Shown, benchmark
 
 if TYPE_CHECKING:
     from ..bench.staggered import StaggeredResult
@@ -14,16 +14,12 @@ if TYPE_CHECKING:
 Context = Annotated[int, typer.Option(min=64, help="tokens of A's cold prompt, and of each of the pair")]
 
 
+@benchmark
 def staggered(
+    shared: Shared,
     context: Context = 3000,
     passes: Passes = 3,
-    model: Model = None,
-    corpus: Corpus = None,
-    json_file: JsonFile = None,
-    plot: Plot = None,
-    home: Home = None,
-    config: Config = None,
-) -> None:
+) -> "StaggeredResult":
     """Warm agents B that arrive while A prefills a long cold prompt and C answers: who waits how long for whom.
 
     Then the paper's staggered arrivals: two cold agents, the second 2 s after the first, beside one after the other.
@@ -32,17 +28,16 @@ def staggered(
     {"median", "p99", "max"}, ..}, "pair": {"wall_ms", "wall_ratio", "second", ..}, "timeline": [{"agent", "asked_s",
     "tokens_s"}, ..]}.
     """
-    with benchmark({"model": model, "home": home}, config, json_file, plot) as run:
+    with shared.run() as run:
         from ..bench import staggered as bench
 
         limit = run.max_context
         if max(context, bench.B_CONTEXT) + 64 > limit:
             raise StartupError(f"--context {context} and an answer are more than the model's context of {limit} tokens")
-        task = run.progress.add_task("arriving", total=passes * bench.ROUNDS)
-        done = lambda: run.progress.advance(task)  # noqa: E731
-        prompts = run.prompts(corpus)
+        done = run.task("arriving", passes * bench.ROUNDS)
+        prompts = run.prompts()
         samples = bench.measure(run.session, run.settings, run.model, prompts, context, limit, passes, done)
-        result = bench.StaggeredResult(
+        return bench.StaggeredResult(
             context=context,
             b_context=bench.B_CONTEXT,
             meanwhile=bench.meanwhile_of(samples),
@@ -50,12 +45,6 @@ def staggered(
             timeline=samples.timeline,
             **run.head(passes),
         )
-    save(result, json_file)
-    show(*tables(result))
-    if plot:
-        from ..bench.plot import plot_staggered
-
-        plot_staggered(result.model_dump(), plot)
 
 
 def tables(result: "StaggeredResult") -> list[Shown]:

@@ -6,7 +6,7 @@ import typer
 
 from ..cli_agents import table
 from ..errors import StartupError
-from .common import Config, Corpus, Home, JsonFile, Model, Passes, Plot, Run, Shown, benchmark, numbers, save, show
+from .common import Passes, Run, Shared, Shown, benchmark, numbers
 
 if TYPE_CHECKING:
     from ..bench.decode import DecodeRow
@@ -20,19 +20,15 @@ InProcess = Annotated[
 ]
 
 
+@benchmark
 def throughput(
+    shared: Shared,
     batches: Batches = "1,2,4,8",
     context: Context = 500,
     answer_tokens: AnswerTokens = 64,
     passes: Passes = 3,
     in_process: InProcess = True,
-    model: Model = None,
-    corpus: Corpus = None,
-    json_file: JsonFile = None,
-    plot: Plot = None,
-    home: Home = None,
-    config: Config = None,
-) -> None:
+) -> "ThroughputResult":
     """Tokens/s of agents that answer at once: cold (nothing cached), warm (on disk) and hot (in RAM).
 
     Over HTTP: while all of them stream, and from the first request to the last token. Then decode steps in process,
@@ -42,18 +38,17 @@ def throughput(
     [{"ttft_ms": ..}, ..]}, "warm": {..}, "hot": {..}}, ...], "in_process": [{"case", "speedup", ..}, ...]}.
     """
     agents = numbers(batches, "--batches")
-    with benchmark({"model": model, "home": home, "max_running": agents[-1]}, config, json_file, plot) as run:
+    with shared.run(max_running=agents[-1]) as run:
         from ..bench import throughput as bench
         from ..bench.paper import batch_2_of
 
         limit = run.max_context
         if context + answer_tokens > limit:
             raise StartupError(f"--context {context} and the answer are more than the model's context of {limit}")
-        task = run.progress.add_task("answering", total=passes * len(agents) * len(bench.STATES))
-        done = lambda: run.progress.advance(task)  # noqa: E731
+        done = run.task("answering", passes * len(agents) * len(bench.STATES))
         load = bench.Load(agents, context, answer_tokens)
-        rows = bench.measure(run.session, run.settings, run.model, run.prompts(corpus), load, passes, done)
-        result = bench.ThroughputResult(
+        rows = bench.measure(run.session, run.settings, run.model, run.prompts(), load, passes, done)
+        return bench.ThroughputResult(
             context=context,
             answer_tokens=answer_tokens,
             rows=rows,
@@ -61,12 +56,6 @@ def throughput(
             in_process=_in_process(run, passes, limit) if in_process else None,
             **run.head(passes),
         )
-    save(result, json_file)
-    show(*tables(result))
-    if plot:
-        from ..bench.plot import plot_throughput
-
-        plot_throughput(result.model_dump(), plot)
 
 
 def _in_process(run: Run, passes: int, limit: int) -> "list[DecodeRow] | None":
@@ -78,8 +67,7 @@ def _in_process(run: Run, passes: int, limit: int) -> "list[DecodeRow] | None":
         run.session.say(f"no comparison with BatchGenerator: it is of {reason}")
         return None
     chosen = bench.cases(limit)
-    task = run.progress.add_task("decoding", total=passes * len(chosen))
-    return bench.measure_decode(runner, chosen, passes, lambda: run.progress.advance(task))
+    return bench.measure_decode(runner, chosen, passes, run.task("decoding", passes * len(chosen)))
 
 
 def tables(result: "ThroughputResult") -> list[Shown]:

@@ -6,7 +6,7 @@ import typer
 
 from ..cli_agents import table
 from ..errors import StartupError
-from .common import Config, Corpus, Home, JsonFile, Model, Passes, Plot, Shown, benchmark, numbers, save, show
+from .common import Passes, Shared, Shown, benchmark, numbers
 
 if TYPE_CHECKING:
     from ..bench.ttft import TtftResult
@@ -15,17 +15,13 @@ Contexts = Annotated[str, typer.Option(help="prompt lengths in tokens, comma-sep
 InProcess = Annotated[bool, typer.Option(help="also without HTTP, beside a bare mlx-lm loop (loads the model here)")]
 
 
+@benchmark
 def ttft(
+    shared: Shared,
     contexts: Contexts = "256,512,1k,2k",
     passes: Passes = 3,
     in_process: InProcess = True,
-    model: Model = None,
-    corpus: Corpus = None,
-    json_file: JsonFile = None,
-    plot: Plot = None,
-    home: Home = None,
-    config: Config = None,
-) -> None:
+) -> "TtftResult":
     """Time to first token of the same prompt: cold (nothing cached), warm (on disk) and hot (in RAM).
 
     Streamed over HTTP from a server of its own, which is restarted between cold and warm; then in process. Every pass
@@ -35,7 +31,7 @@ def ttft(
     benchmarks/schemas/ttft.json.
     """
     lengths = numbers(contexts, "--contexts")
-    with benchmark({"model": model, "home": home}, config, json_file, plot) as run:
+    with shared.run() as run:
         from ..bench import ttft as bench
         from ..bench.paper import ttft_of
 
@@ -43,9 +39,8 @@ def ttft(
         if lengths[-1] + 8 > limit:
             raise StartupError(f"--contexts {lengths[-1]} is more than the model's context of {limit} tokens holds")
         samples = {n: bench.Samples() for n in lengths}
-        prompts = run.prompts(corpus)
-        task = run.progress.add_task("prefilling", total=passes * sum(lengths) * (3 if in_process else 1))
-        done = lambda n: run.progress.advance(task, n)  # noqa: E731
+        prompts = run.prompts()
+        done = run.task("prefilling", passes * sum(lengths) * (3 if in_process else 1))
         for number in range(passes):
             bench.measure_http(run.session, run.settings, run.model, prompts, samples, done, number)
             run.session.cool_down()
@@ -55,13 +50,7 @@ def ttft(
             for _ in range(passes):
                 bench.measure_engine(run.session, run.settings, loaded, prompts, samples, done)
                 run.session.cool_down()
-        result = bench.TtftResult(rows=bench.rows(samples, ttft_of(run.settings.model)), **run.head(passes))
-    save(result, json_file)
-    show(*tables(result))
-    if plot:
-        from ..bench.plot import plot_ttft
-
-        plot_ttft(result.model_dump(), plot)
+        return bench.TtftResult(rows=bench.rows(samples, ttft_of(run.settings.model)), **run.head(passes))
 
 
 def tables(result: "TtftResult") -> list[Shown]:

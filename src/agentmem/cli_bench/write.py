@@ -5,39 +5,28 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..cli_agents import size
-from .common import Config, Corpus, Home, JsonFile, Model, Plot, Shown, benchmark, save, show
+from .common import Shared, Shown, benchmark
 
 if TYPE_CHECKING:
     from ..bench.write import WriteResult
 
 
+@benchmark
 def write(
+    shared: Shared,
     turns: Annotated[int, typer.Option(min=2, help="turns of the conversation")] = 40,
     tokens: Annotated[int, typer.Option(min=64, help="about, at the end")] = 4000,
-    model: Model = None,
-    corpus: Corpus = None,
-    json_file: JsonFile = None,
-    plot: Plot = None,
-    home: Home = None,
-    config: Config = None,
-) -> None:
+) -> "WriteResult":
     """Write amplification: bytes that a conversation writes over the bytes that it keeps.
 
     JSON: {"rows": [{"turn", "tokens", "bytes"}], "written_bytes", "kept_bytes", "amplification", ...}.
     """
-    with benchmark({"model": model, "home": home}, config, json_file, plot) as run:
+    with shared.run() as run:
         from ..bench import write as bench
 
-        task = run.progress.add_task("conversing", total=turns)
-        done = lambda: run.progress.advance(task)  # noqa: E731
-        found = bench.measure(run.session, run.settings, run.model, run.prompts(corpus), turns, tokens, done)
-        result = bench.WriteResult(**found, **run.head(1))
-    save(result, json_file)
-    show(*tables(result))
-    if plot:
-        from ..bench.plot import plot_write
-
-        plot_write(result.model_dump(), plot)
+        done = run.task("conversing", turns)
+        found = bench.measure(run.session, run.settings, run.model, run.prompts(), turns, tokens, done)
+        return bench.WriteResult(**found, **run.head(1))
 
 
 def tables(result: "WriteResult") -> list[Shown]:

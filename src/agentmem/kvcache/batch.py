@@ -75,9 +75,9 @@ class _AttendLayer(_KVLayer):
         assert self._pending is not None, "attention before update_and_fetch"
         (keys, vals), self._pending = self._pending, None
         space = self._caches[0].space
-        q, k, v = space.enter(self._index, queries, keys, vals)
+        q, new = space.enter(self._index, queries, keys, vals)
         out = [
-            cache.attend(self._index, q[b : b + 1], k[b : b + 1], v[b : b + 1], scale, sinks)
+            cache.attend(self._index, q[b : b + 1], tuple(a[b : b + 1] for a in new), scale, sinks)
             for b, cache in enumerate(self._caches)
         ]
         left = space.leave(out[0] if len(out) == 1 else mx.concatenate(out, axis=0))

@@ -5,7 +5,7 @@ from itertools import pairwise
 import mlx.core as mx
 
 from .block import TOKENS, Arrays, SealedBlock, Snapshot, Tail, compact, concatenate_codes, state_offset
-from .quantize import CacheSpace, Codes, LayerCodec
+from .quantize import CacheSpace, Codes, LayerCodec, Stored, join
 from .spec import KVCacheSpec
 from .working import AttentionLayer, CodesLayer, DenseLayer, RecurrentLayer, stays_codes
 
@@ -69,10 +69,8 @@ class SequenceCache:
         ahead = (self._checkpoint_at or 0) - self.length
         return min(limit, ahead) if self._spec.recurrent and ahead > 0 else limit
 
-    def attend(
-        self, layer: int, q: mx.array, k: mx.array, v: mx.array, scale: float, sinks: mx.array | None = None
-    ) -> mx.array:
-        """q [1, Hq, L, Dk], k [1, H, L, Dk], v [1, H, L, Dv] in cache space, for the next L positions."""
+    def attend(self, layer: int, q: mx.array, new: Stored, scale: float, sinks: mx.array | None = None) -> mx.array:
+        """q [1, Hq, L, Dk] and their keys and values in cache space, for the next L positions."""
         work, size = self._attention[layer], self._spec.block_size
         start, stop = self.length, self.length + q.shape[2]
         whole = self._spec.bits is None and self._spec.layers[layer].window is None
@@ -81,7 +79,7 @@ class SequenceCache:
         out = []
         for lo, hi in pairwise(bounds):
             span = slice(lo - start, hi - start)
-            work.write(lo, k[:, :, span], v[:, :, span])
+            work.write(lo, tuple(a[:, :, span] for a in new))
             out.append(work.attend(q[:, :, span], hi, scale, sinks))
             for block in range(lo // size, hi // size):
                 self._seal(layer, block)
@@ -92,7 +90,7 @@ class SequenceCache:
         work, size = self._attention[layer], self._spec.block_size
         start, stop = self.length, self.length + k.shape[2]
         assert isinstance(work, DenseLayer) and (stop - 1) // size == start // size
-        work.write(start, k, v)
+        work.write(start, join(k, v))
         keys, vals, _ = work.visible(start, stop)
         if stop % size == 0:
             self._seal(layer, start // size)

