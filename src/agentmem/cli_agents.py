@@ -260,7 +260,7 @@ def progress_bar(*columns: ProgressColumn) -> Progress:
 def console(*, stderr: bool = False) -> Console:
     """A wide one where nobody looks: a program wants whole lines."""
     stream = sys.stderr if stderr else sys.stdout
-    return Console(stderr=stderr, width=None if stream.isatty() else 200)
+    return Console(stderr=stderr, width=None if stream.isatty() else 200, markup=False)
 
 
 def print_json(answer: dict[str, Any]) -> None:

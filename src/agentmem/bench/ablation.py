@@ -32,6 +32,7 @@ from .perplexity import production, score_windows
 from .prompts import Prompts
 from .result import Part, Result, Spread, spread
 from .scores import Score, delta_percent
+from .server import BenchError
 from .session import Session
 from .windows import Protocol, cut_windows
 
@@ -76,6 +77,11 @@ class Bench:
 Samples = dict[str, float]  # "MEASURE": one measurement
 
 
+def _check(reply: Reply, state: str) -> None:
+    if reply.stats.cache != state:
+        raise BenchError(f"{reply.stats.cache}, not {state}: is the disk full?")
+
+
 def persistence(bench: Bench, on: bool) -> Samples:
     settings, prompt = bench.home(), bench.prompts.ids(bench.context)
     with running_engine(settings, bench.loaded) as engine:
@@ -84,6 +90,7 @@ def persistence(bench: Bench, on: bool) -> Samples:
         shutil.rmtree(settings.store_dir)
     with running_engine(settings, bench.loaded) as engine:
         reply = asyncio.run(ask_engine(engine, "agent", prompt))
+    _check(reply, "warm" if on else "cold")
     return {"first token after a restart": reply.stats.ttft_ms}
 
 
@@ -94,6 +101,7 @@ def quantization(bench: Bench, on: bool) -> Samples:
         (agent,) = asyncio.run(engine.agents(NAMESPACE))
     with running_engine(settings, bench.loaded) as engine:
         reply = asyncio.run(ask_engine(engine, "agent", prompt))
+    _check(reply, "warm")
     return {"RAM of an agent at rest": agent.ram_bytes / 1e6, "first token after a restart": reply.stats.ttft_ms}
 
 
@@ -130,6 +138,8 @@ def batching(bench: Bench, on: bool) -> Samples:
         began = time.perf_counter()
         replies = asyncio.run(together(_ANSWER))
         took = time.perf_counter() - began
+    for reply in replies:
+        _check(reply, "hot")
     return {
         f"{_BATCH} answers at once": _BATCH * _ANSWER / took,
         f"first token of the last of {_BATCH}": max(reply.stats.ttft_ms for reply in replies),
