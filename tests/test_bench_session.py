@@ -95,3 +95,13 @@ def test_a_server_that_does_not_start_is_one_line_with_its_reason(tmp_path, inpu
     assert "kv_budget" in done.stderr
     assert "Traceback" not in done.stderr
     assert not directories(tmp_path)
+
+
+def test_an_engine_that_is_interrupted_says_nothing(tmp_path, inputs):
+    command = [*BENCH, "ablation", "--components", "batching", "--context", "300", "--passes", "1000", *inputs]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment(tmp_path))
+    assert eventually(lambda: list(tmp_path.glob("agentmem-bench-*/engine/store/*/blocks"))), "no engine came up"
+    time.sleep(1.0)
+    process.send_signal(signal.SIGTERM)
+    assert (process.communicate(timeout=30)[1], process.returncode) == ("", 130)
+    assert not directories(tmp_path)

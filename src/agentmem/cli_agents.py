@@ -12,7 +12,7 @@ from urllib.parse import quote
 
 import typer
 from rich.console import Console
-from rich.progress import Progress, ProgressColumn, TextColumn
+from rich.progress import Progress, ProgressColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
@@ -253,7 +253,7 @@ def progress_bar(*columns: ProgressColumn) -> Progress:
     """Shown after its description, by default with rich's columns. Silent where nobody looks: stderr is for errors."""
     text = TextColumn("{task.description}", markup=False)
     shown = console(stderr=True)
-    rest = columns or Progress.get_default_columns()[1:]
+    rest = columns or (*Progress.get_default_columns()[1:], TimeElapsedColumn())  # moves within a long step, too
     return Progress(text, *rest, console=shown, transient=True, disable=not shown.is_terminal)
 
 

@@ -57,8 +57,8 @@ def measure(
     """The result's own fields. `done` is told when the agents are there, and of each pass."""
     # each with files of its own, as agents have that are not copies
     settings = settings.model_copy(update={"home": session.directory / "engine", "sharing": "agent"})
-    with running_engine(settings, loaded) as engine:
-        return {"tokens": len(tokens)} | asyncio.run(_measure(engine, settings.store_dir, tokens, agents, passes, done))
+    with running_engine(settings, loaded) as (engine, run):
+        return {"tokens": len(tokens)} | run(_measure(engine, settings.store_dir, tokens, agents, passes, done))
 
 
 async def _measure(

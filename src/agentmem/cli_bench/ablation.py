@@ -18,7 +18,7 @@ _NAMES = "persistence,quantization,rotation,batching,splice,overlap"
 def ablation(
     shared: Shared,
     components: Annotated[str, typer.Option(help="comma-separated")] = _NAMES,
-    context: Annotated[int, typer.Option(min=64, help="prompt tokens, more than a block")] = 1000,
+    context: Annotated[int, typer.Option(min=64, help="prompt tokens, more than a block")] = 640,
     passes: Passes = 3,
 ) -> "AblationResult":
     """What each component is good for: the same work with it and without it, in turns, in process.
