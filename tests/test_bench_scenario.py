@@ -9,6 +9,8 @@ from tiny_model_dir import write_tiny_model
 
 from agentmem.bench.scenario_checks import Said, distinct_ngrams, judge, own_words
 from agentmem.bench.scenario_file import Scenario, built_in, parse, read_scenario
+from agentmem.cli_agents import table
+from agentmem.cli_bench.common import show
 from agentmem.errors import StartupError
 
 MODES = ["persistent", "restart", "cold"]
@@ -231,3 +233,26 @@ def test_answers_that_are_the_same_or_of_another_ones_document_fail():
 
     assert passed("Lions.", "Tigers, both.") == [2, 2, 1]
     assert passed("lions", "lions") == [0, 1, 0]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("phases: [{name: 2023-02-30}]", "day is out of range for month: text that looks like a date"),
+        ("a: !!int abc", "needs quotes"),
+        ("a: !!timestamp x", "needs quotes"),
+        ("a: \x07", "not YAML: unacceptable character"),
+        ("[" * 5000, "not YAML: maximum recursion depth"),
+    ],
+)
+def test_what_yaml_makes_nothing_of_is_one_line(text, message):
+    with pytest.raises(StartupError, match=message) as caught:
+        parse(text, "bad.yaml")
+    assert str(caught.value).startswith("bad.yaml: ") and "\n" not in str(caught.value)
+
+
+def test_a_name_with_brackets_is_shown_as_it_is(capsys):
+    lines = table("phase")
+    lines.add_row("[/x] [bold]")
+    show(lines)
+    assert "[/x] [bold]" in capsys.readouterr().out

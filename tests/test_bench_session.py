@@ -67,6 +67,17 @@ def test_an_interrupted_benchmark_leaves_no_server_and_no_directory(tmp_path, in
         assert done.returncode == 0, done.stderr
 
 
+def test_a_server_that_dies_is_one_line(tmp_path, inputs):
+    with running(tmp_path, inputs) as process:
+        listed = subprocess.run(["ps", "-A", "-ww", "-o", "pid=,command="], capture_output=True, text=True, check=True)
+        mine = [line.split()[0] for line in listed.stdout.splitlines() if f"{tmp_path}/" in line and " serve " in line]
+        os.kill(int(mine[0]), signal.SIGKILL)
+        assert process.wait(30) == 1
+        (line,) = process.stderr.read().strip().splitlines()
+        assert "a server broke off" in line or "the server ended" in line
+        assert not directories(tmp_path)
+
+
 def test_two_benchmarks_at_once_are_refused(tmp_path, inputs):
     with running(tmp_path, inputs):
         done = run_bench(tmp_path, "persistence", *inputs)
@@ -78,9 +89,19 @@ def test_two_benchmarks_at_once_are_refused(tmp_path, inputs):
 def test_a_server_that_does_not_start_is_one_line_with_its_reason(tmp_path, inputs):
     config = tmp_path / "bad.toml"
     config.write_text('kv_budget = "1K"\n')
-    done = run_bench(tmp_path, "write", *inputs, "--config", config)
+    done = run_bench(tmp_path, "persistence", *inputs, "--config", config)
     assert done.returncode != 0
     assert "the server ended" in done.stderr
     assert "kv_budget" in done.stderr
     assert "Traceback" not in done.stderr
+    assert not directories(tmp_path)
+
+
+def test_an_engine_that_is_interrupted_says_nothing(tmp_path, inputs):
+    command = [*BENCH, "ablation", "--components", "batching", "--context", "300", "--passes", "1000", *inputs]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment(tmp_path))
+    assert eventually(lambda: list(tmp_path.glob("agentmem-bench-*/engine/store/*/blocks"))), "no engine came up"
+    time.sleep(1.0)
+    process.send_signal(signal.SIGTERM)
+    assert (process.communicate(timeout=30)[1], process.returncode) == ("", 130)
     assert not directories(tmp_path)

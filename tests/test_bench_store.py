@@ -1,14 +1,21 @@
 """`agentmem bench ttft, persistence, restore, write, ablation`: real servers and engines, on a tiny model."""
 
+import json
+import shutil
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
-from bench_process import FAULT, result_of, run_bench
+from bench_process import FAULT, result_of, run_bench, write_words
 from tiny_model_dir import write_tiny_model
 
 from agentmem.bench.paper import ttft_of
+from agentmem.bench.restore import _sources
+from agentmem.bench.session import check_room
 from agentmem.bench.ttft import Samples, rows
+from agentmem.config import Settings
+from agentmem.errors import StartupError
 
 
 @pytest.fixture(scope="module")
@@ -95,10 +102,52 @@ def test_ablation_measures_the_same_with_each_component_and_without(tmp_path, mo
     assert 0 < kl["on"]["median"] != kl["off"]["median"] > 0
 
 
+def test_a_corpus_without_enough_text_is_one_line(tmp_path, model):
+    for text, message in (("", "no text in it"), ("w10", "take another")):
+        corpus = tmp_path / "corpus.txt"
+        corpus.write_text(text)
+        done = run_bench(tmp_path, "restore", "--model", model, "--home", tmp_path, "--corpus", corpus)
+        assert (done.returncode, len(done.stderr.strip().splitlines())) == (FAULT, 1)
+        assert message in done.stderr
+
+
+def test_a_model_without_a_chat_template_is_one_line(tmp_path, model):
+    plain = shutil.copytree(model, tmp_path / "plain")
+    (plain / "chat_template.jinja").unlink()
+    done = run_bench(tmp_path, "ttft", "--contexts", 64, "--model", plain, "--home", tmp_path)
+    assert (done.returncode, len(done.stderr.strip().splitlines())) == (FAULT, 1)
+    assert "no chat template" in done.stderr
+
+
+def test_a_result_that_can_not_be_written_is_not_lost(tmp_path, model):
+    if not Path("/dev/full").exists():
+        pytest.skip("no /dev/full here")
+    inputs = ("--model", model, "--home", tmp_path, "--corpus", write_words(tmp_path / "words.txt"))
+    done = run_bench(tmp_path, "write", "--turns", 2, "--tokens", 64, *inputs, "--json", "/dev/full")
+    assert (done.returncode, len(done.stderr.strip().splitlines())) == (FAULT, 1)
+    assert "/dev/full: " in done.stderr
+    assert len(json.loads(done.stdout)["rows"]) == 2
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a file system in RAM at a known place")
+def test_restore_has_no_figure_of_a_disk_where_its_directory_is_in_ram(tmp_path):
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as directory:
+        assert _sources(Path(directory)) == ("system's cache",)
+
+
+def test_a_disk_without_room_is_said_before_anything_is_measured():
+    with pytest.raises(StartupError, match=r"GB free, a benchmark wants 1,000,001\.0"):
+        check_room(Settings(store_min_free=10**15))
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (("ttft", "--contexts", "1k,x"), "write whole numbers"),
+        (("ttft", "--contexts", "infk"), "write whole numbers"),
+        (("ttft", "--plot", "picture.doc"), "must end in .png, .svg or .pdf"),
+        (("write", "--tokens", "1000000"), "more than the model's context"),
+        (("ablation", "--context", "256"), "longer than a block, 256 tokens"),
         (("ttft", "--contexts", "1000000"), "more than the model's context"),
         (("ttft", "--contexts", "8"), "too few"),
         (("ttft", "--json", "/nowhere/x.json"), "is no directory"),

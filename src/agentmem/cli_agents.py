@@ -12,7 +12,7 @@ from urllib.parse import quote
 
 import typer
 from rich.console import Console
-from rich.progress import Progress, ProgressColumn, TextColumn
+from rich.progress import Progress, ProgressColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
@@ -253,14 +253,14 @@ def progress_bar(*columns: ProgressColumn) -> Progress:
     """Shown after its description, by default with rich's columns. Silent where nobody looks: stderr is for errors."""
     text = TextColumn("{task.description}", markup=False)
     shown = console(stderr=True)
-    rest = columns or Progress.get_default_columns()[1:]
+    rest = columns or (*Progress.get_default_columns()[1:], TimeElapsedColumn())  # moves within a long step, too
     return Progress(text, *rest, console=shown, transient=True, disable=not shown.is_terminal)
 
 
 def console(*, stderr: bool = False) -> Console:
     """A wide one where nobody looks: a program wants whole lines."""
     stream = sys.stderr if stderr else sys.stdout
-    return Console(stderr=stderr, width=None if stream.isatty() else 200)
+    return Console(stderr=stderr, width=None if stream.isatty() else 200, markup=False)
 
 
 def print_json(answer: dict[str, Any]) -> None:

@@ -32,12 +32,14 @@ from .perplexity import production, score_windows
 from .prompts import Prompts
 from .result import Part, Result, Spread, spread
 from .scores import Score, delta_percent
+from .server import BenchError
 from .session import Session
 from .windows import Protocol, cut_windows
 
 _BATCH, _ANSWER = 4, 32  # agents, tokens
 _TURNS = 6
-_SLEEPERS = 8  # agents that come back while one answers
+_HEAT = 1.5  # temperature of their answers
+_SLEEPERS = 4  # agents that come back while one answers
 
 
 class AblationRow(Part):
@@ -76,24 +78,31 @@ class Bench:
 Samples = dict[str, float]  # "MEASURE": one measurement
 
 
+def _check(reply: Reply, state: str) -> None:
+    if reply.stats.cache != state:
+        raise BenchError(f"{reply.stats.cache}, not {state}: is the disk full?")
+
+
 def persistence(bench: Bench, on: bool) -> Samples:
     settings, prompt = bench.home(), bench.prompts.ids(bench.context)
-    with running_engine(settings, bench.loaded) as engine:
-        asyncio.run(ask_engine(engine, "agent", prompt))
+    with running_engine(settings, bench.loaded) as (engine, run):
+        run(ask_engine(engine, "agent", prompt))
     if not on:
         shutil.rmtree(settings.store_dir)
-    with running_engine(settings, bench.loaded) as engine:
-        reply = asyncio.run(ask_engine(engine, "agent", prompt))
+    with running_engine(settings, bench.loaded) as (engine, run):
+        reply = run(ask_engine(engine, "agent", prompt))
+    _check(reply, "warm" if on else "cold")
     return {"first token after a restart": reply.stats.ttft_ms}
 
 
 def quantization(bench: Bench, on: bool) -> Samples:
     settings, prompt = bench.home(kv_bits="4" if on else "16"), bench.prompts.ids(bench.context)
-    with running_engine(settings, bench.loaded) as engine:
-        asyncio.run(ask_engine(engine, "agent", prompt))
-        (agent,) = asyncio.run(engine.agents(NAMESPACE))
-    with running_engine(settings, bench.loaded) as engine:
-        reply = asyncio.run(ask_engine(engine, "agent", prompt))
+    with running_engine(settings, bench.loaded) as (engine, run):
+        run(ask_engine(engine, "agent", prompt))
+        (agent,) = run(engine.agents(NAMESPACE))
+    with running_engine(settings, bench.loaded) as (engine, run):
+        reply = run(ask_engine(engine, "agent", prompt))
+    _check(reply, "warm")
     return {"RAM of an agent at rest": agent.ram_bytes / 1e6, "first token after a restart": reply.stats.ttft_ms}
 
 
@@ -125,11 +134,13 @@ def batching(bench: Bench, on: bool) -> Samples:
         asked = (ask_engine(engine, f"agent-{i}", prompt, max_tokens) for i, prompt in enumerate(prompts))
         return await asyncio.gather(*asked)
 
-    with running_engine(settings, bench.loaded) as engine:
-        asyncio.run(together(1))
+    with running_engine(settings, bench.loaded) as (engine, run):
+        run(together(1))
         began = time.perf_counter()
-        replies = asyncio.run(together(_ANSWER))
+        replies = run(together(_ANSWER))
         took = time.perf_counter() - began
+    for reply in replies:
+        _check(reply, "hot")
     return {
         f"{_BATCH} answers at once": _BATCH * _ANSWER / took,
         f"first token of the last of {_BATCH}": max(reply.stats.ttft_ms for reply in replies),
@@ -137,7 +148,7 @@ def batching(bench: Bench, on: bool) -> Samples:
 
 
 def splice(bench: Bench, on: bool) -> Samples:
-    """Answers are sampled (temperature 1): their tokens often are not those that a tokenizer makes of their text."""
+    """Answers are sampled hot, so that some of their tokens are not those that a tokenizer makes of their text."""
     renderer = ChatRenderer(bench.loaded.tokenizer, bench.loaded.max_context)
 
     async def converse() -> int:
@@ -147,14 +158,14 @@ def splice(bench: Bench, on: bool) -> Samples:
             messages.append(Message("user", bench.prompts.text(32)))
             branches = engine.branch_tokens(NAMESPACE, "agent") if on else ()
             tokens = await renderer.render(messages, branches)
-            reply = await ask_engine(engine, "agent", tokens, _ANSWER, temperature=1.0, seed=turn)
+            reply = await ask_engine(engine, "agent", tokens, _ANSWER, temperature=_HEAT, seed=turn)
             messages.append(Message("assistant", reply.text))
             lost += max(0, held - reply.stats.cached_tokens)
             held = reply.stats.prompt_tokens + reply.stats.completion_tokens - 1
         return lost
 
-    with running_engine(bench.home(), bench.loaded) as engine:
-        return {f"tokens prefilled twice in {_TURNS} turns": asyncio.run(converse())}
+    with running_engine(bench.home(), bench.loaded) as (engine, run):
+        return {f"tokens prefilled twice in {_TURNS} turns": run(converse())}
 
 
 class _Blocking:
@@ -190,10 +201,10 @@ def overlap(bench: Bench, on: bool) -> Samples:
         times = (await talk).times
         return sorted(b - a for a, b in itertools.pairwise(times))
 
-    with running_engine(bench.home(sharing="agent"), bench.loaded) as engine:
+    with running_engine(bench.home(sharing="agent"), bench.loaded) as (engine, run):
         if not on:
             engine._core.restorer._store = _Blocking(engine._core.store)  # type: ignore[assignment]
-        gaps = asyncio.run(measure())
+        gaps = run(measure())
     mean = sum(gaps) / len(gaps)
     return {"gap between tokens, mean": mean * 1e3, "gap between tokens, p95": gaps[int(len(gaps) * 0.95)] * 1e3}
 

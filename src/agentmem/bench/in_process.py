@@ -2,10 +2,10 @@
 
 import asyncio
 import time
-from collections.abc import Iterator
+from collections.abc import Coroutine, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 from ..config import Settings
 from ..engine.engine import Engine
@@ -13,16 +13,32 @@ from ..engine.request import Finished, GenerateRequest, RequestStats, SamplingPa
 from ..models.loading import LoadedModel
 
 NAMESPACE = "default"
+T = TypeVar("T")
 
 
 @contextmanager
-def running_engine(settings: Settings, loaded: LoadedModel) -> Iterator[Engine]:
+def running_engine(settings: Settings, loaded: LoadedModel) -> Iterator[tuple[Engine, "Run"]]:
+    """With what runs a coroutine: on one event loop, there until the engine, which calls it, has stopped."""
     engine = Engine(settings, lambda: loaded)
     engine.start()
-    try:
-        yield engine
-    finally:
-        asyncio.run(engine.stop())
+    with asyncio.Runner() as runner:
+        try:
+            yield engine, runner.run
+        finally:
+            runner.run(_stop(engine))
+
+
+async def _stop(engine: Engine) -> None:
+    """Whatever an interruption left asking is cancelled first."""
+    left = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in left:
+        task.cancel()
+    await asyncio.gather(*left, return_exceptions=True)
+    await engine.stop()
+
+
+class Run(Protocol):
+    def __call__(self, todo: Coroutine[Any, Any, T], /) -> T: ...
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from typing import Literal
 from ..config import Settings
 from .prompts import Prompts
 from .result import Part, Result, Spread, Ttft, spread, ttft
-from .server import Server
+from .server import WARM_UP, Server, check_state
 from .session import Session
 
 Ending = Literal["stop", "kill after rest", "kill at once"]
@@ -73,8 +73,9 @@ def _live(
 ) -> _Life:
     messages = prompts.messages(context)
     with Server(session, settings, model, home) as server:
-        server.ask("warm-up", prompts.messages(64), 2)
+        server.ask("warm-up", prompts.messages(WARM_UP), 2)
         cold = server.ask("agent", messages, _ANSWER)
+        check_state(cold, "cold")
         prompts.check(messages, cold.prompt_tokens)
         if ending == "kill after rest":
             time.sleep(settings.tail_delay + _REST)
@@ -82,7 +83,7 @@ def _live(
     began = time.perf_counter()
     with Server(session, settings, model, home) as server:
         ready_s = time.perf_counter() - began
-        server.ask("warm-up", prompts.messages(64), 2)
+        server.warm_up(prompts.messages(WARM_UP))
         again = server.ask("agent", messages, _ANSWER)
     return _Life(
         prompt_tokens=cold.prompt_tokens,

@@ -7,8 +7,10 @@ from typing import Any
 from ..errors import StartupError
 
 
-def check_matplotlib() -> None:
-    """Raises StartupError, with the command that installs it."""
+def check_plot(path: Path) -> None:
+    """Raises StartupError where matplotlib can't draw it: with the command that installs it, with the formats."""
+    if path.suffix.lower() not in (".png", ".svg", ".pdf"):
+        raise StartupError(f"--plot {path}: its name must end in .png, .svg or .pdf")
     if importlib.util.find_spec("matplotlib") is None:
         raise StartupError("--plot needs matplotlib: pip install 'agentmem[bench]'")
 
@@ -68,7 +70,7 @@ def plot_scenario(result: dict[str, Any], path: Path) -> None:
 
     figure = Figure(figsize=(12, 4.5), layout="constrained")
     by_turn, by_phase = figure.subplots(1, 2, width_ratios=[2, 1])
-    phases = list(dict.fromkeys(row["phase"] for row in result["rows"]))
+    phases = list(dict.fromkeys(_plain(row["phase"]) for row in result["rows"]))
     width = 0.8 / len(result["modes"])
     for i, mode in enumerate(result["modes"]):
         turns = [turn for turn in result["turns"] if turn["mode"] == mode and turn["run"] == 0]
@@ -78,7 +80,7 @@ def plot_scenario(result: dict[str, Any], path: Path) -> None:
     at = 0.5
     for row in (row for row in result["rows"] if row["mode"] == result["modes"][0]):
         by_turn.axvline(at, color="grey", linewidth=0.8)
-        by_turn.text(at, 1.01, f" {row['phase']}", transform=by_turn.get_xaxis_transform(), fontsize="small")
+        by_turn.text(at, 1.01, f" {_plain(row['phase'])}", transform=by_turn.get_xaxis_transform(), fontsize="small")
         at += row["turns"]
     by_turn.set_yscale("log")
     by_turn.set_xlabel("turn")
@@ -131,7 +133,13 @@ def plot_staggered(result: dict[str, Any], path: Path) -> None:
     _write(figure, path)
 
 
+def _plain(text: str) -> str:
+    """A user's own name, in which a dollar begins no formula."""
+    return text.replace("$", r"\$")
+
+
 def _write(figure: Any, path: Path) -> None:
+    figure.suptitle(_plain(figure.get_suptitle()))
     try:
         figure.savefig(path, dpi=150)
     except (OSError, ValueError) as e:

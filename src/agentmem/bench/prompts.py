@@ -10,17 +10,23 @@ from .windows import read_corpus
 
 class Prompts:
     def __init__(self, tokenizer: Any, corpus: Path | None = None):
-        """`tokenizer`: one of mlx-lm's or transformers', with a chat template."""
+        """`tokenizer`: one of mlx-lm's."""
         self._tokenizer = tokenizer
-        self._text = read_corpus(corpus)[1]
+        name, self._text = read_corpus(corpus)
+        if not self._text.strip():
+            raise StartupError(f"--corpus {name}: there is no text in it")
         self._start = self._number = 0
 
     def text(self, tokens: int) -> str:
         """About as many tokens of the corpus, from where the last one ended, after a number of its own."""
         self._number += 1
-        want = 8 * tokens
-        text = (self._text[self._start :] + self._text * (want // len(self._text) + 1))[:want]
-        ids = self._encode(f"{self._number:04d} {text}")[:tokens]
+        for letters in (8, 32, 128):  # a token; a rule of dashes has many
+            want = letters * tokens
+            text = (self._text[self._start :] + self._text * (want // len(self._text) + 1))[:want]
+            if len(ids := self._encode(f"{self._number:04d} {text}")[:tokens]) == tokens:
+                break
+        else:
+            raise StartupError(f"{want:,} characters of --corpus make {len(ids)} tokens, not {tokens}: take another")
         said: str = self._tokenizer.decode(ids, skip_special_tokens=True)
         self._start = (self._start + len(said)) % len(self._text)
         return said
@@ -33,6 +39,8 @@ class Prompts:
 
     def messages(self, tokens: int) -> Messages:
         """One user's message that renders to at most `tokens`, a few less at worst."""
+        if not self._tokenizer.has_chat_template:
+            raise StartupError("the model has no chat template, so it can't be asked: take its instruct variant")
         overhead = self.count([{"role": "user", "content": "x"}])
         if tokens < overhead + 16:
             raise StartupError(f"{tokens} tokens are too few: the chat template alone takes {overhead}")

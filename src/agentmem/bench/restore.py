@@ -1,7 +1,8 @@
 """How fast agents come back from disk, beside reading the same files and copying them once; and what a fork costs.
 
-In process: the engine evicts the agents, then prefetches them, which is what a warm request waits for. Once with the
-files in the system's cache, once without (Linux). One agent is computed, the others are imported from its export.
+In process: the engine evicts the agents, then prefetches them: their codes are read, verified and made into arrays,
+before a warm request makes its working copy of them. Once with the files in the system's cache, once without (Linux,
+where the directory is on a disk). One agent is computed, the others are imported from its export.
 """
 
 import asyncio
@@ -56,8 +57,8 @@ def measure(
     """The result's own fields. `done` is told when the agents are there, and of each pass."""
     # each with files of its own, as agents have that are not copies
     settings = settings.model_copy(update={"home": session.directory / "engine", "sharing": "agent"})
-    with running_engine(settings, loaded) as engine:
-        return {"tokens": len(tokens)} | asyncio.run(_measure(engine, settings.store_dir, tokens, agents, passes, done))
+    with running_engine(settings, loaded) as (engine, run):
+        return {"tokens": len(tokens)} | run(_measure(engine, settings.store_dir, tokens, agents, passes, done))
 
 
 async def _measure(
@@ -75,7 +76,7 @@ async def _measure(
     forks: list[float] = []
     written: list[float] = []
     for number in range(passes):
-        for source in _sources():
+        for source in _sources(store):
             for count, files in ((1, of_one), (agents, of_all)):
                 raw, restore = times.setdefault((source, count), ([], []))
                 for reading in (True, False) if number % 2 else (False, True):  # what comes second may find it easier
@@ -112,8 +113,14 @@ def _files(store: Path) -> list[Path]:
     return [path for kind in ("blocks", "tails") for path in sorted(store.glob(f"*/{kind}/**/*")) if path.is_file()]
 
 
-def _sources() -> tuple[Source, ...]:
-    return ("system's cache", "disk") if hasattr(os, "posix_fadvise") else ("system's cache",)
+def _sources(directory: Path) -> tuple[Source, ...]:
+    """A file system in RAM, as /tmp often is, has no disk to read from."""
+    number = directory.stat().st_dev
+    mounts = Path("/proc/self/mountinfo")
+    device = f" {os.major(number)}:{os.minor(number)} "
+    lines = [line for line in mounts.read_text().splitlines() if device in line] if mounts.exists() else []
+    in_ram = any(" - tmpfs " in line for line in lines)
+    return ("system's cache", "disk") if hasattr(os, "posix_fadvise") and not in_ram else ("system's cache",)
 
 
 def _prepare(files: list[Path], source: Source) -> None:
@@ -139,8 +146,10 @@ def _read_ms(files: list[Path]) -> float:
 async def _restore_ms(engine: Engine, agents: int) -> float:
     assert not any(agent.ram_bytes for agent in await engine.agents(NAMESPACE))
     began = time.perf_counter()
-    await asyncio.gather(*(engine.prefetch_agent(NAMESPACE, name) for name in _names(agents)))
-    return (time.perf_counter() - began) * 1e3
+    read = await asyncio.gather(*(engine.prefetch_agent(NAMESPACE, name) for name in _names(agents)))
+    took = (time.perf_counter() - began) * 1e3
+    assert all(read), f"bytes read, by agent: {read}"
+    return took
 
 
 async def _fork(engine: Engine) -> tuple[float, int | None]:

@@ -111,15 +111,17 @@ def read_scenario(name: str) -> tuple[Scenario, Path]:
 
 
 def parse(text: str, name: str) -> Scenario:
-    loader = yaml.SafeLoader(text)
     try:
+        loader = yaml.SafeLoader(text)
         root = loader.get_single_node()
         data = loader.construct_document(root) if root else None
     except yaml.MarkedYAMLError as e:
         line = e.problem_mark.line + 1 if e.problem_mark else 1
         raise StartupError(f"{name}, line {line}: not YAML: {e.problem}") from None
-    except yaml.YAMLError as e:
-        raise StartupError(f"{name}: not YAML: {e}") from None
+    except (yaml.YAMLError, RecursionError) as e:
+        raise StartupError(f"{name}: not YAML: {' '.join(str(e).split())}") from None
+    except (ValueError, AttributeError) as e:  # of the constructors of dates and numbers
+        raise StartupError(f"{name}: {e}: text that looks like a date or a number needs quotes") from None
     if not isinstance(data, dict):
         raise StartupError(f"{name}, line 1: must begin with a mapping: agents, phases")
     try:

@@ -3,6 +3,7 @@
 import fcntl
 import os
 import platform
+import shutil
 import signal
 import statistics
 import subprocess
@@ -16,9 +17,11 @@ from typing import IO, Any
 
 import mlx.core as mx
 
+from ..config import Settings
 from ..errors import StartupError
 
 NOISE = 0.10  # change of the probe's time above which a run counts as disturbed
+_ROOM = 10**9  # bytes of disk that a run may take
 _COOL_DOWN = 60.0  # s at most, on a Mac, between passes
 
 
@@ -80,6 +83,18 @@ def probe_ms() -> float:
         mx.eval(b)
         times.append((time.perf_counter() - began) * 1e3)
     return statistics.median(times)
+
+
+def check_room(settings: Settings) -> None:
+    """Raises StartupError where the disk is so full that a store would soon keep nothing."""
+    directory, kept = tempfile.gettempdir(), settings.store_min_free
+    disk = shutil.disk_usage(directory)
+    need = _ROOM + int(kept if isinstance(kept, int) else kept * disk.total)
+    if disk.free < need:
+        raise StartupError(
+            f"{directory} has {disk.free / 1e9:.1f} GB free, a benchmark wants {need / 1e9:,.1f} "
+            "(store_min_free and 1 GB): set TMPDIR to a directory on another disk"
+        )
 
 
 def lock_file() -> Path:

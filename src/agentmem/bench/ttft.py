@@ -5,7 +5,6 @@ the same prompts (warm), and again at once (hot); then each is evicted to disk, 
 same states of an engine, beside `model(chunk, cache)` over mlx-lm's own cache with nothing around it (bare).
 """
 
-import asyncio
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -114,10 +113,10 @@ def measure_engine(
         agent = f"agent-{n}-{len(times['cold'])}"
         times["bare"].append(bare_ms(loaded.model, ids, settings.prefill_chunk))
         for states in (("cold",), ("warm", "hot")):
-            with running_engine(settings, loaded) as engine:
-                asyncio.run(ask_engine(engine, "warm-up", prompts.ids(WARM_UP)))
+            with running_engine(settings, loaded) as (engine, run):
+                run(ask_engine(engine, "warm-up", prompts.ids(WARM_UP)))
                 for state in states:
-                    stats = asyncio.run(ask_engine(engine, agent, ids)).stats
+                    stats = run(ask_engine(engine, agent, ids)).stats
                     assert stats.cache == state, f"{stats.cache}, not {state}"
                     times[state].append(stats.ttft_ms)
         done(2 * n)

@@ -15,7 +15,7 @@ from ..store.maintenance import store_stats, stores
 from .machine import process_writes
 from .prompts import Prompts
 from .result import Part, Result
-from .server import Messages, Server
+from .server import BenchError, Messages, Server
 from .session import Session
 
 TAIL_DELAY, REST = 0.2, 0.6  # s, instead of 3 and more, so that this takes minutes; in proportion
@@ -58,6 +58,8 @@ def measure(
     (layout,) = stores(home / "store")
     stats = store_stats(layout)
     kept, written = stats.block_bytes + stats.tail_bytes, sum(stats.bytes_written_by_hour.values())
+    if not kept:
+        raise BenchError("nothing was kept: is the disk full?")
     half = len(rows) // 2
     halves = [round(sum(r.bytes for r in part) / sum(r.tokens for r in part), 1) for part in (rows[:half], rows[half:])]
     return {

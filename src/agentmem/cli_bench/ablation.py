@@ -18,7 +18,7 @@ _NAMES = "persistence,quantization,rotation,batching,splice,overlap"
 def ablation(
     shared: Shared,
     components: Annotated[str, typer.Option(help="comma-separated")] = _NAMES,
-    context: Annotated[int, typer.Option(min=128, help="prompt tokens")] = 1000,
+    context: Annotated[int, typer.Option(min=64, help="prompt tokens, more than a block")] = 640,
     passes: Passes = 3,
 ) -> "AblationResult":
     """What each component is good for: the same work with it and without it, in turns, in process.
@@ -35,6 +35,8 @@ def ablation(
     with shared.run() as run:
         from ..bench import ablation as bench
 
+        if context <= (block := run.settings.block_size):
+            raise StartupError(f"--context {context}: only what is longer than a block, {block} tokens, is ever coded")
         work = bench.Bench(run.session, run.settings, run.load(), run.prompts(), context)
         done = run.task("with and without", len(names) * passes * 2)
         rows = list(bench.measure(work, names, passes, done))

@@ -100,16 +100,23 @@ class Shared:
         for file in filter(None, (self.json_file, self.plot)):
             check_writable(file)
         prepare_mlx(settings.home_dir)
-        from ..bench.session import bench_session
+        import httpx
+
+        from ..bench.server import BenchError
+        from ..bench.session import bench_session, check_room
         from ..models.loading import find_local
 
         if self.plot:
-            plots.check_matplotlib()
+            plots.check_plot(self.plot)
         model = find_local(settings.model, settings.home_dir)
         if model is None:
             raise ModelError(f"model {settings.model!r} is not on this machine: agentmem pull {settings.model}")
+        check_room(settings)
         with progress_bar() as progress, bench_session(partial(progress.console.print, markup=False)) as session:
-            yield Run(session, settings, model.resolve(), progress, self.corpus)
+            try:
+                yield Run(session, settings, model.resolve(), progress, self.corpus)
+            except httpx.TransportError as e:
+                raise BenchError(f"a server broke off: {e}") from None
 
 
 def benchmark(command: Callable[..., Any]) -> Callable[..., None]:
@@ -127,7 +134,11 @@ def benchmark(command: Callable[..., Any]) -> Callable[..., None]:
         result = command(shared, **values)
         text = json.dumps(result, indent=2) if isinstance(result, dict) else result.model_dump_json(indent=2)
         if shared.json_file:
-            shared.json_file.write_text(text + "\n", encoding="utf-8")
+            try:
+                shared.json_file.write_text(text + "\n", encoding="utf-8")
+            except OSError as e:
+                print(text)
+                raise StartupError(f"{shared.json_file}: {e.strerror}; the result is on stdout") from None
         show(*tables(name, result))
         if draw and shared.plot:
             draw(json.loads(text), shared.plot)
@@ -147,14 +158,14 @@ def tables(name: str, result: Any) -> list[Shown]:
 def show(*lines: Shown) -> None:
     """On stdout."""
     for line in lines:
-        console().print(line, markup=False, highlight=False) if isinstance(line, str) else console().print(line)
+        console().print(line, highlight=not isinstance(line, str))
 
 
 def numbers(text: str, option: str, least: int = 1) -> list[int]:
     """ "256,1k" to [256, 1024], in rising order. StartupError names `option`."""
     try:
         found = {int(float(part[:-1]) * 1024) if part[-1:] in "kK" else int(part) for part in text.split(",")}
-    except ValueError:
+    except (ValueError, OverflowError):
         raise StartupError(f"{option} {text}: write whole numbers, comma-separated, such as 256,1k,2048") from None
     if not found or min(found) < least:
         raise StartupError(f"{option} {text}: each must be at least {least}")

@@ -2,12 +2,15 @@
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ..errors import StartupError
-from .common import Shown, check_writable, tables
+from .common import check_writable, tables
+
+if TYPE_CHECKING:
+    from ..bench.report import Plotter, Section
 
 Directory = Annotated[Path, typer.Argument(help="directory with result files (*.json)", metavar="DIR")]
 Output = Annotated[Path | None, typer.Option("--output", "-o", help="the page (default: DIR/report.html)")]
@@ -18,7 +21,7 @@ def report(directory: Directory, output: Output = None) -> None:
     from importlib.util import find_spec
 
     from ..bench import plot as plots
-    from ..bench.report import page, section
+    from ..bench.report import page
     from ..bench.schemas import RESULTS
 
     output = output or directory / "report.html"
@@ -32,7 +35,7 @@ def report(directory: Directory, output: Output = None) -> None:
             continue
         name = result["benchmark"]
         plot = getattr(plots, f"plot_{name}", None) if pictures else None
-        sections.append(section(file.name, result, _tables(file, result), plot))
+        sections.append(_section(file, result, plot))
     if not sections:
         raise StartupError(f"{directory}: no results of agentmem bench there; write some with --json")
     sections.sort(key=lambda of: [*RESULTS, *_OF_DICTS].index(of.name))
@@ -49,24 +52,25 @@ def _read(file: Path) -> dict[str, Any] | None:
 
     try:
         result = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as e:
+    except (OSError, ValueError, RecursionError) as e:
         raise StartupError(f"{file}: {e}") from None
-    name = result.get("benchmark") if isinstance(result, dict) else None
+    name = str(result.get("benchmark")) if isinstance(result, dict) else None
     return result if name in _OF_DICTS or (name in RESULTS and "agentmem" in result) else None
 
 
-def _tables(file: Path, result: dict[str, Any]) -> list[Shown]:
+def _section(file: Path, result: dict[str, Any], plot: "Plotter | None") -> "Section":
     from pydantic import ValidationError
 
+    from ..bench.report import section
     from ..bench.schemas import RESULTS, result_class
 
     name = result["benchmark"]
     try:
         read = result_class(name)(**result) if name in RESULTS else result
-        return tables(name, read)
+        return section(file.name, result, tables(name, read), plot)
     except ValidationError as e:
         first = e.errors()[0]
         where = ".".join(map(str, first["loc"]))
         raise StartupError(f"{file}: not a whole result of agentmem bench {name}: {where}: {first['msg']}") from None
-    except (KeyError, TypeError, IndexError) as e:
+    except (KeyError, TypeError, IndexError, AttributeError, StartupError) as e:
         raise StartupError(f"{file}: not a whole result of agentmem bench {name}: {e!r}") from None

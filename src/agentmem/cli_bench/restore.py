@@ -18,7 +18,7 @@ def restore(
     agents: Annotated[int, typer.Option(min=2, help="agents that come back at once, besides one alone")] = 4,
     passes: Passes = 9,
 ) -> "RestoreResult":
-    """Bytes a second from disk into attention, beside reading the same files and copying them once; cost of a fork.
+    """Bytes a second from disk into RAM, verified, beside reading the same files and copying them once; cost of a fork.
 
     JSON: {"rows": [{"source", "agents", "bytes", "raw_ms", "restore_ms", "raw_bytes_per_s", "restore_bytes_per_s",
     "restore_over_raw"}], "fork_ms", "fork_written_bytes"}.

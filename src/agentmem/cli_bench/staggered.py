@@ -17,7 +17,7 @@ Context = Annotated[int, typer.Option(min=64, help="tokens of A's cold prompt, a
 @benchmark
 def staggered(
     shared: Shared,
-    context: Context = 3000,
+    context: Context = 2000,
     passes: Passes = 3,
 ) -> "StaggeredResult":
     """Warm agents B that arrive while A prefills a long cold prompt and C answers: who waits how long for whom.

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..cli_agents import size
+from ..errors import StartupError
 from .common import Shared, Shown, benchmark
 
 if TYPE_CHECKING:
@@ -24,6 +25,8 @@ def write(
     with shared.run() as run:
         from ..bench import write as bench
 
+        if tokens + 64 > (limit := run.max_context):
+            raise StartupError(f"--tokens {tokens} and an answer are more than the model's context of {limit} tokens")
         done = run.task("conversing", turns)
         found = bench.measure(run.session, run.settings, run.model, run.prompts(), turns, tokens, done)
         return bench.WriteResult(**found, **run.head(1))
