@@ -148,6 +148,13 @@ def test_a_killed_server_is_back_with_its_agents_warm_and_uninstall_leaves_no_fi
     took = time.monotonic() - began
     first = user.status()
     assert (first["phase"], first["healthy"], first["restarts"]) == ("ready", True, 0)
+    found = subprocess.run(
+        [sys.executable, "-m", "agentmem.cli", "status", "--json"],
+        capture_output=True,
+        text=True,
+        env=user.environment,
+    )
+    assert json.loads(found.stdout)["status"] == "ok", "not found where the service listens"
     assert f"Ready: {first['url']}/v1" in said
     assert user.service("start").startswith("Ready: ") and user.status()["pid"] == first["pid"]
     answer = ask(first["url"])

@@ -51,7 +51,8 @@ def test_status_shows_model_agents_and_budgets(server):
     assert 0 < found["uptime"] < 600
     shown = status(server.url, "--api-key", KEY)
     assert (shown.returncode, shown.stderr) == (0, "")
-    for text in (f"agentmem {found['version']} at {server.url}", ": ok", "1,024 tokens", "2 hot", "of 67.1 MB"):
+    address = server.url.removesuffix("/v1")
+    for text in (f"agentmem {found['version']} at {address}", ": ok", "1,024 tokens", "2 hot", "of 67.1 MB"):
         assert text in shown.stdout, shown.stdout
 
 

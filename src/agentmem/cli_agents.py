@@ -18,7 +18,9 @@ from rich.text import Text
 
 from .client import Client
 from .errors import StartupError
+from .service.files import State, holder, service_files
 
+_DEFAULT_URL = "http://127.0.0.1:8000"
 app = typer.Typer(no_args_is_help=True, help="List the agents of a running server, and manage their caches.")
 
 
@@ -32,15 +34,32 @@ def _valid(text: str | None) -> str | None:
 
 
 Id = Annotated[str, typer.Argument(help="the agent's id", show_default=False, callback=_valid)]
-Url = Annotated[str, typer.Option(envvar="AGENTMEM_URL", help="the server's address")]
+Url = Annotated[
+    str | None,
+    typer.Option(
+        envvar="AGENTMEM_URL",
+        help=f"the server's address (default: the running service's, else {_DEFAULT_URL})",
+        show_default=False,
+    ),
+]
 Key = Annotated[str | None, typer.Option(envvar="AGENTMEM_API_KEY", help="API key, where the server needs one")]
 Json = Annotated[bool, typer.Option("--json", help="print JSON, for programs")]
 _CHUNK = 1 << 20
 
 
 @app.callback()
-def _options(context: typer.Context, url: Url = "http://127.0.0.1:8000", api_key: Key = None) -> None:
-    context.obj = Client(url, api_key)
+def _options(context: typer.Context, url: Url = None, api_key: Key = None) -> None:
+    context.obj = connect(url, api_key)
+
+
+def connect(url: str | None, api_key: str | None) -> Client:
+    """To `url`, by default to this user's service if it runs, else to where `agentmem serve` listens by default."""
+    if url is None:
+        files = service_files()
+        runs = any(holder(lock) is not None for lock in (files.supervisor, files.server))
+        state = State.read(files.state) if runs else None
+        url = (state and state.url) or _DEFAULT_URL
+    return Client(url, api_key)
 
 
 def client_of(context: typer.Context) -> Client:

@@ -11,9 +11,8 @@ from typing import Annotated, Any
 import typer
 
 from .chat_session import Answer, ChatSession
-from .cli_agents import Key, Url, console, size
+from .cli_agents import Key, Url, connect, console, size
 from .cli_store import Home
-from .client import Client
 from .config import load_settings
 from .errors import AgentMemError, StartupError
 
@@ -35,7 +34,7 @@ def chat(
     max_tokens: Annotated[int | None, typer.Option(min=1, help="longest answer (default: the server's)")] = None,
     temperature: Annotated[float | None, typer.Option(min=0, max=2, help="0: always the likeliest token")] = None,
     think: Annotated[bool | None, typer.Option(help="reasoning, where the model's template has a switch")] = None,
-    url: Url = "http://127.0.0.1:8000",
+    url: Url = None,
     api_key: Key = None,
     home: Home = None,
 ) -> None:
@@ -45,7 +44,7 @@ def chat(
     """
     options: dict[str, Any] = {"max_tokens": max_tokens, "temperature": temperature}
     options |= {"chat_template_kwargs": {"enable_thinking": think}} if think is not None else {}
-    talk = Chat(ChatSession(Client(url, api_key), agent, options))
+    talk = Chat(ChatSession(connect(url, api_key), agent, options))
     for stream in (sys.stdin, sys.stdout):
         stream.reconfigure(errors="replace")  # type: ignore[union-attr]
     found = talk.begin(os.fsencode(system).decode(errors="replace") if system else None)

@@ -6,22 +6,23 @@ from typing import Any
 
 import typer
 
-from .cli_agents import Json, Key, Url, size
+from .cli_agents import Json, Key, Url, connect, size
 from .client import Client, RequestFailed
 from .errors import StartupError
 
 
-def status(url: Url = "http://127.0.0.1:8000", api_key: Key = None, as_json: Json = False) -> None:
+def status(url: Url = None, api_key: Key = None, as_json: Json = False) -> None:
     """Show the running server: model, device, agents, memory and store. Exit code 1: unhealthy, or nobody answers."""
+    client = connect(url, api_key)
     try:
-        found = _collect(Client(url, api_key))
+        found = _collect(client)
     except StartupError as e:
         raise RequestFailed(e.message) from None
     healthy = found["status"] in ("ok", "degraded")
     if as_json:
         print(json.dumps(found, indent=2))
     else:
-        print(_render(found, url))
+        print(_render(found, client.url))
     raise typer.Exit(0 if healthy else 1)
 
 
