@@ -20,9 +20,9 @@ T = TypeVar("T")
 def running_engine(settings: Settings, loaded: LoadedModel) -> Iterator[tuple[Engine, "Run"]]:
     """With what runs a coroutine: on one event loop, there until the engine, which calls it, has stopped."""
     engine = Engine(settings, lambda: loaded)
-    engine.start()
     with asyncio.Runner() as runner:
         try:
+            engine.start()
             yield engine, runner.run
         finally:
             runner.run(_stop(engine))
