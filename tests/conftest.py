@@ -56,11 +56,13 @@ def refused(tmp_path, monkeypatch, capsys) -> Callable[..., str]:
 
     from agentmem import cli
     from agentmem.bench import session
+    from agentmem.cli_bench import common
 
     for name in [name for name in os.environ if name.startswith("AGENTMEM_")]:
         monkeypatch.delenv(name)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     monkeypatch.setattr(session, "probe_ms", lambda: 1.0)
+    monkeypatch.setattr(common, "prepare_mlx", lambda home: None)  # the allocator stays as it is for other tests
 
     def bench(*arguments: object) -> str:
         monkeypatch.setattr(sys, "argv", ["agentmem", "bench", *map(str, arguments)])
