@@ -2,6 +2,9 @@
 
 import os
 import signal
+import sys
+import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -41,3 +44,33 @@ def server(model, tmp_path_factory):
         yield server
         assert server.client.get(server.url.removesuffix("/v1") + "/health").json()["status"] == "ok"
         assert server.stop() == 0
+
+
+@pytest.fixture
+def refused(tmp_path, monkeypatch, capsys) -> Callable[..., str]:
+    """`agentmem bench` with wrong arguments: the one line that it says.
+
+    In this process, and without a look at the noise: a process of its own takes seconds to say it.
+    """
+    from bench_process import FAULT
+
+    from agentmem import cli
+    from agentmem.bench import session
+    from agentmem.cli_bench import common
+
+    for name in [name for name in os.environ if name.startswith("AGENTMEM_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(session, "probe_ms", lambda: 1.0)
+    monkeypatch.setattr(common, "prepare_mlx", lambda home: None)  # the allocator stays as it is for other tests
+
+    def bench(*arguments: object) -> str:
+        monkeypatch.setattr(sys, "argv", ["agentmem", "bench", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        said = capsys.readouterr()
+        assert (ended.value.code, said.out, len(said.err.splitlines())) == (FAULT, "", 1), said.err
+        assert not list(tmp_path.glob("agentmem-bench-*/"))
+        return said.err
+
+    return bench

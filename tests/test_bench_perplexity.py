@@ -2,14 +2,13 @@
 
 import json
 import math
-import os
 import subprocess
-import sys
 from pathlib import Path
 
 import mlx.core as mx
 import pytest
 import tiny
+from bench_process import run_bench
 from mlx_lm.models import llama
 from mlx_lm.models.cache import (
     ArraysCache,
@@ -27,8 +26,6 @@ from agentmem.bench.scores import Score, delta_percent, log_probabilities, score
 from agentmem.bench.windows import Protocol, cut_windows
 from agentmem.errors import ModelError, StartupError
 
-COMMAND = (sys.executable, "-m", "agentmem.cli", "bench", "perplexity")
-FAULT = 2  # exit code
 WINDOW, STRIDE, TOKENS = 128, 64, 250
 ROWS = ["16", "8", "k5v4", "4", "plain4"]
 FIELDS = ["kv_bits", "ppl", "delta_percent", "delta_ci95_percent", "kl", "top1", "bytes_per_token", "ratio_to_fp16"]
@@ -47,9 +44,7 @@ def corpus(tmp_path_factory) -> Path:
 
 
 def bench(home: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("AGENTMEM_")}
-    command = [*COMMAND, "--home", home, *arguments]
-    return subprocess.run([str(part) for part in command], capture_output=True, text=True, env=environment, timeout=120)
+    return run_bench(home, "perplexity", "--home", home, *arguments)
 
 
 def small(model: Path, corpus: Path) -> list[object]:
@@ -202,10 +197,8 @@ def test_a_row_that_can_not_be_measured_says_why(corpus, tmp_path, monkeypatch):
         (("--json", "/nowhere/x.json"), "/nowhere/x.json: can't be written"),
     ],
 )
-def test_a_wrong_argument_is_one_line_that_says_what_is_right(arguments, message, model, corpus, tmp_path):
-    done = bench(tmp_path, *small(model, corpus), *arguments)
-    assert done.returncode == FAULT and done.stdout == ""
-    assert message in done.stderr and len(done.stderr.splitlines()) == 1
+def test_a_wrong_argument_is_one_line_that_says_what_is_right(arguments, message, model, corpus, tmp_path, refused):
+    assert message in refused("perplexity", "--home", tmp_path, *small(model, corpus), *arguments)
 
 
 def test_a_plot_is_drawn_or_the_extra_named(model, corpus, tmp_path):

@@ -464,7 +464,7 @@ def test_fifty_agents_in_a_store_for_ten_stay_within_the_quota_and_the_pinned_an
     quota, root, seen, done = empty + log + 10 * agent_bytes, tmp_path / "a" / "store", [0], threading.Event()
 
     def watch() -> None:
-        while not done.is_set():
+        while not done.wait(0.002):
             # of a look while files come and go, one may count both: the least of a few is nearer the truth
             seen[0] = max(seen[0], min(disk_usage(root) for _ in range(3)) if root.exists() else 0)
 

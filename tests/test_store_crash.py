@@ -13,17 +13,17 @@ from agentmem.store.agent_store import AgentStore
 from agentmem.store.layout import Layout
 
 
-def run_and_kill(root: Path, seconds: float) -> set[bytes]:
-    """The keys that the child acknowledged."""
+def run_and_kill(root: Path, lines: int, seconds: float) -> set[bytes]:
+    """The keys that the child acknowledged, which is killed so long after it did so many."""
     child = subprocess.Popen([sys.executable, store_child.__file__, str(root)], stdout=subprocess.PIPE, text=True)
     assert child.stdout is not None
-    lines = [child.stdout.readline()]  # it is up
+    said = [child.stdout.readline() for _ in range(lines)]
     time.sleep(seconds)
     child.kill()
     out, _ = child.communicate()
     assert child.returncode == -signal.SIGKILL
-    lines += out.splitlines(keepends=True)
-    return {bytes.fromhex(line.split()[1]) for line in lines if line.endswith("\n")}
+    said += out.splitlines(keepends=True)
+    return {bytes.fromhex(line.split()[1]) for line in said if line.endswith("\n")}
 
 
 def check_whole(store: AgentStore) -> set[bytes]:
@@ -54,7 +54,7 @@ def test_acknowledged_blocks_survive_kill_9_and_leave_no_garbage(tmp_path):
     rng = random.Random(7)
     acknowledged: set[bytes] = set()
     for _ in range(10):
-        acknowledged |= run_and_kill(tmp_path, rng.uniform(0, 0.25))
+        acknowledged |= run_and_kill(tmp_path, rng.randint(1, 20), rng.uniform(0, 0.05))
         store = AgentStore.open(tmp_path, "f0", {})
         keys = check_whole(store)
         tails = sum(branch.tail is not None for branch in store.index().branches)
