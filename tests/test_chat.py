@@ -138,6 +138,7 @@ def test_a_chat_resumes_forks_takes_instructions_and_shows_what_is_held(server, 
         terminal.until(r"two: 2 turns, \d+ tokens, hot.*\nuser: /help w22\ntwo: assistant.*\ntwo> ")
         terminal.type(UP)
         terminal.until("/help$")
+        time.sleep(0.3)  # Python does not see a Ctrl-C that comes while readline draws a line, until the next key
         terminal.type(CTRL_C)
         assert terminal.ends() == 0
     assert len(transcript(server, "two")) == len(said)
