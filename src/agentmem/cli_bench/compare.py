@@ -35,7 +35,7 @@ def compare(
     servers: Servers = None,
     contexts: Contexts = "256,1000",
     batches: Batches = "1,4",
-    decode_contexts: DecodeContexts = "256,1000",
+    decode_contexts: DecodeContexts = "300,1000",
     answer_tokens: AnswerTokens = 48,
     passes: Passes = 3,
     gguf: Gguf = None,

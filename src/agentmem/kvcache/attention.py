@@ -97,6 +97,12 @@ def attend_dense(
     return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=mask, sinks=sinks)
 
 
+def attend_row(row: mx.array, k: mx.array, v: mx.array) -> mx.array:
+    """Attention of one position over all of k, v [1, H, T, D]: row [1, H, Hq / H, 1, D], scaled; the same shape out."""
+    weights = mx.softmax(row @ k[:, :, None].swapaxes(-1, -2), axis=-1, precise=True)
+    return weights @ v[:, :, None]
+
+
 def visible(layer: LayerSpec, rows: mx.array, columns: mx.array) -> mx.array:
     """Whether the positions `rows` see `columns`, bool in their common shape."""
     seen = columns <= rows

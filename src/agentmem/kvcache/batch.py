@@ -7,9 +7,10 @@ import mlx.core as mx
 from mlx_lm.models.base import create_causal_mask
 from mlx_lm.models.cache import ArraysCache, CacheList
 
-from .attention import visible
+from .attention import attend_row, visible
 from .block import SealedBlock
 from .cache import SequenceCache
+from .quantize import Stored, join
 from .spec import KVCacheSpec, LayerSpec
 
 _ON_CPU = mx.default_device() == mx.Device(mx.cpu)
@@ -76,14 +77,34 @@ class _AttendLayer(_KVLayer):
         (keys, vals), self._pending = self._pending, None
         space = self._caches[0].space
         q, new = space.enter(self._index, queries, keys, vals)
-        out = [
-            cache.attend(self._index, q[b : b + 1], tuple(a[b : b + 1] for a in new), scale, sinks)
-            for b, cache in enumerate(self._caches)
-        ]
-        left = space.leave(out[0] if len(out) == 1 else mx.concatenate(out, axis=0))
-        if _ON_CPU and queries.shape[2] == 1:
-            mx.async_eval(left)  # compute this layer while Python builds the next: 3-7 % of a decode step
+        news = [tuple(a[b : b + 1] for a in new) for b in range(len(self._caches))]
+        if not (_ON_CPU and queries.shape[2] == 1):
+            return space.leave(_joined(self._each(q, news, scale, sinks)))
+        by_row = sinks is None and all(cache.is_dense(self._index) for cache in self._caches)
+        left = space.leave(self._rows(q, news, scale) if by_row else _joined(self._each(q, news, scale, sinks)))
+        # compute this layer, and what it seals, while Python builds the next: 3-7 % of a decode step
+        mx.async_eval(left, *(a for cache in self._caches for a in cache.sealing(self._index)))
         return left
+
+    def _each(self, q: mx.array, news: list[Stored], scale: float, sinks: mx.array | None) -> list[mx.array]:
+        return [
+            cache.attend(self._index, q[b : b + 1], new, scale, sinks)
+            for b, (cache, new) in enumerate(zip(self._caches, news, strict=True))
+        ]
+
+    def _rows(self, q: mx.array, news: list[Stored], scale: float) -> mx.array:
+        """One query a sequence. What does not depend on its length is done once for all: 2 % of a decode step."""
+        batch, heads_q, _, dim = q.shape
+        rows = (q * scale).reshape(batch, self._layer.num_kv_heads, -1, 1, dim)
+        out = [
+            attend_row(rows[b : b + 1], *cache.fetch(self._index, new))
+            for b, (cache, new) in enumerate(zip(self._caches, news, strict=True))
+        ]
+        return _joined(out).reshape(batch, heads_q, 1, -1)
+
+
+def _joined(out: list[mx.array]) -> mx.array:
+    return out[0] if len(out) == 1 else mx.concatenate(out, axis=0)
 
 
 class _FetchLayer(_KVLayer):
@@ -97,7 +118,9 @@ class _FetchLayer(_KVLayer):
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         """keys [B, H, L, Dk], values [B, H, L, Dv]; the same of all that they see."""
         self.offset = self.offset + keys.shape[2]
-        seen = [cache.fetch(self._index, keys[b : b + 1], values[b : b + 1]) for b, cache in enumerate(self._caches)]
+        seen = [
+            cache.fetch(self._index, join(keys[b : b + 1], values[b : b + 1])) for b, cache in enumerate(self._caches)
+        ]
         self.keys, self.values = _padded([k for k, _ in seen]), _padded([v for _, v in seen])
         return self.keys, self.values
 

@@ -5,7 +5,7 @@ from itertools import pairwise
 import mlx.core as mx
 
 from .block import TOKENS, Arrays, SealedBlock, Snapshot, Tail, compact, concatenate_codes, state_offset
-from .quantize import CacheSpace, Codes, LayerCodec, Stored, join
+from .quantize import CacheSpace, Codes, LayerCodec, Stored
 from .spec import KVCacheSpec
 from .working import AttentionLayer, CodesLayer, DenseLayer, RecurrentLayer, stays_codes
 
@@ -85,16 +85,24 @@ class SequenceCache:
                 self._seal(layer, block)
         return out[0] if len(out) == 1 else mx.concatenate(out, axis=2)
 
-    def fetch(self, layer: int, k: mx.array, v: mx.array) -> tuple[mx.array, mx.array]:
-        """k [1, H, L, Dk], v [1, H, L, Dv] for the next L positions; the same of all that they see, theirs last."""
+    def fetch(self, layer: int, new: Stored) -> tuple[mx.array, mx.array]:
+        """Keys and values of the next positions, within one block, of a dense layer: all [1, H, T, D] that they see."""
         work, size = self._attention[layer], self._spec.block_size
-        start, stop = self.length, self.length + k.shape[2]
+        start, stop = self.length, self.length + new[0].shape[TOKENS]
         assert isinstance(work, DenseLayer) and (stop - 1) // size == start // size
-        work.write(start, join(k, v))
+        work.write(start, new)
         keys, vals, _ = work.visible(start, stop)
         if stop % size == 0:
             self._seal(layer, start // size)
         return keys, vals
+
+    def is_dense(self, layer: int) -> bool:
+        return isinstance(self._attention[layer], DenseLayer)
+
+    def sealing(self, layer: int) -> list[mx.array]:
+        """What this pass has sealed of a layer, and its working copy then; not evaluated."""
+        parts = [a for layers in self._sealing.values() for a in layers.get(layer, {}).values()]
+        return parts + self._attention[layer].arrays() if parts else []
 
     def state(self, layer: int) -> list[mx.array | None]:
         """[1, ...] each; None before the first token."""
