@@ -33,7 +33,9 @@ class CompareRow(Part):
     resumed: Ttft | None  # restarted again, and a third turn on top
     prompt_tokens: dict[State, list[int]]  # by state, as the server counts
     cached_tokens: dict[State, list[int]]  # of these, as the server says
-    agentmem_over: dict[State, float] | None  # by state: agentmem's ttft_ms over this server's
+    agentmem_over: (
+        dict[State, Spread] | None
+    )  # by state and pass: agentmem's ttft_ms over this server's, right beside it
 
 
 class DecodeRow(Part):

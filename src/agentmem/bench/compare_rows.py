@@ -9,7 +9,7 @@ from .contenders import AGENTMEM, MLX_LM, Contender
 from .find_config import read_config
 from .float32 import on_cpu
 from .result import spread, ttft
-from .server import Server
+from .server import Answer, Server
 
 
 def rows(samples: dict[int, dict[str, Samples]]) -> list[CompareRow]:
@@ -19,20 +19,24 @@ def rows(samples: dict[int, dict[str, Samples]]) -> list[CompareRow]:
             name: {state: ttft([a.ttft_ms for a in answers]) for state, answers in of.answers.items() if answers}
             for name, of in by_server.items()
         }
-        ours = times.get(AGENTMEM, {})
+        ours = by_server.get(AGENTMEM, Samples()).answers
         for name, of in by_server.items():
             asked = {state: answers for state, answers in of.answers.items() if answers}
-            over = {state: round(ours[state].ttft_ms / times[name][state].ttft_ms, 4) for state in asked if ours}
+            over = {state: spread(_pairs(ours[state], answers), 4) for state, answers in asked.items() if ours[state]}
             row = CompareRow(
                 server=name,
                 context=context,
                 **{state: times[name].get(state) for state in STATES},  # type: ignore[arg-type]
                 prompt_tokens={state: [a.prompt_tokens for a in answers] for state, answers in asked.items()},
                 cached_tokens={state: [a.cached_tokens for a in answers] for state, answers in asked.items()},
-                agentmem_over=over if ours and name != AGENTMEM else None,
+                agentmem_over=over if over and name != AGENTMEM else None,
             )
             made.append(row)
     return made
+
+
+def _pairs(ours: list[Answer], theirs: list[Answer]) -> list[float]:
+    return [our.ttft_ms / their.ttft_ms for our, their in zip(ours, theirs, strict=True)]
 
 
 def decode_rows(samples: dict[tuple[str, int, int], list[float]]) -> list[DecodeRow]:

@@ -114,7 +114,9 @@ def _lines(result: "CompareResult") -> Iterator[tuple[str, Cells, Cells]]:
         of_context = list(group)
         for state in ("cold", "second_turn", "after_restart", "resumed"):
             cells = {row.server: cell.ttft_ms if (cell := getattr(row, state)) else None for row in of_context}
-            yield f"{state.replace('_', ' ')}, {context:,} tokens, ms to the first token", cells, _over(cells)
+            pairs = {row.server: (row.agentmem_over or {}).get(state) for row in of_context}
+            over = {name: of.median if of else None for name, of in pairs.items()}
+            yield f"{state.replace('_', ' ')}, {context:,} tokens, ms to the first token", cells, over
     for (context, batch), decoded in groupby(result.decode, lambda row: (row.context, row.batch)):
         speeds = list(decoded)
         cells = {row.server: row.tokens_per_s.median for row in speeds}
