@@ -23,7 +23,7 @@ from .server import WARM_UP, Answer, Server, check_state
 from .session import Session
 
 STATES = ("cold", "warm", "hot")
-_REPEATS = 5  # times warm and hot, a pass
+_REPEATS = 12  # times warm and hot, a pass: they are a few ms apart, and one answer swings by 20
 _REST = 0.3  # s before each of those: what the answer before it left to be written is no part of it
 _MAX_TOKENS = 2
 
