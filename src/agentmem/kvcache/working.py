@@ -47,7 +47,8 @@ def values(sources: Sequence[Arrays], part: str, codec: LayerCodec, *, quantized
 
 
 class DenseLayer:
-    """One layer's working copy, dequantized, [1, H, capacity, D]. Sealed tokens hold the value of their codes.
+    """One layer's working copy, dequantized: keys and values [1, H, capacity, D], stored as `join` gives them.
+    Sealed tokens hold the value of their codes.
 
     A windowed layer's holds what can still be seen, and the open block.
     """
