@@ -23,8 +23,8 @@ from .server import WARM_UP, Answer, Server, check_state
 from .session import Session
 
 STATES = ("cold", "warm", "hot")
-_REPEATS = 12  # times warm and hot, a pass: they are a few ms apart, and one answer swings by 20
-_REST = 0.3  # s before each of those: what the answer before it left to be written is no part of it
+_REPEATS = 32  # times warm and hot, a pass: they are 5 ms apart, and answers alike swing by 15 (standard deviation)
+_REST = 0.05  # s before each: what the last one left to be written is no part of it. More, and waking adds 20 ms
 _MAX_TOKENS = 2
 
 
