@@ -41,23 +41,15 @@ ON_CPU = mx.default_device() == mx.Device(mx.cpu)
 
 
 @dataclass
-class Buffer:
-    """One layer's keys and values [B, H, capacity, D] of a group. All sequences end at the same column: `width`."""
-
-    k: mx.array
-    v: mx.array
-
-
-@dataclass
 class Group:
-    """Sequences that share buffers. A row's first `width - length` columns are padding:
+    """Sequences that share buffers and end at the same column. A row's first `width - length` columns are padding:
 
     lengths 3, 5:   . . a a a
                     b b b b b
     """
 
     lengths: list[int]
-    buffers: list[Buffer]
+    buffers: list[mx.array]  # of each layer, keys and values joined: [B, 2 H, capacity, D]
     width: int
 
     def mask(self) -> mx.array | None:
@@ -84,14 +76,12 @@ class GroupedLayer:
         return keys, values
 
     def attend(self, queries: mx.array, scale: float, sinks: mx.array | None) -> mx.array:
-        q, [kv] = self._space.enter(self._index, queries, *self._pending)
-        k, v = mx.split(kv, 2, axis=1)
+        q, [new] = self._space.enter(self._index, queries, *self._pending)
         out, row = [], 0
         for group, mask in zip(self._groups, self._masks, strict=True):
             rows, buffer, stop = slice(row, row + len(group.lengths)), group.buffers[self._index], group.width + 1
-            buffer.k[:, :, group.width : stop] = k[rows]
-            buffer.v[:, :, group.width : stop] = v[rows]
-            keys, values = buffer.k[:, :, :stop], buffer.v[:, :, :stop]
+            buffer[:, :, group.width : stop] = new[rows]
+            keys, values = mx.split(buffer[:, :, :stop], 2, axis=1)
             out.append(mx.fast.scaled_dot_product_attention(q[rows], keys, values, scale=scale, mask=mask))
             row = rows.stop
         left = self._space.leave(out[0] if len(out) == 1 else mx.concatenate(out, axis=0))
@@ -112,7 +102,7 @@ class GroupedBatch:
 
     @property
     def nbytes(self) -> int:
-        return sum(b.k.nbytes + b.v.nbytes for group in self._groups for b in group.buffers)
+        return sum(b.nbytes for group in self._groups for b in group.buffers)
 
     def step(self, tokens: list[int]) -> mx.array:
         offset = mx.array([n for group in self._groups for n in group.lengths])
@@ -130,7 +120,7 @@ class GroupedBatch:
 def _merge(caches: list[SequenceCache], lengths: list[int]) -> Group:
     width = max(lengths)
     capacity = (width // STEP + 1) * STEP
-    arrays = [cache.arrays() for cache in caches]  # k, v of layer 0, k, v of layer 1, ...
+    arrays = [cache.arrays() for cache in caches]  # one a layer
 
     def merged(i: int) -> mx.array:
         pads = [(width - n, capacity - width) for n in lengths]
@@ -141,7 +131,7 @@ def _merge(caches: list[SequenceCache], lengths: list[int]) -> Group:
         mx.eval(out)
         return out
 
-    return Group(list(lengths), [Buffer(merged(i), merged(i + 1)) for i in range(0, len(arrays[0]), 2)], width)
+    return Group(list(lengths), [merged(i) for i in range(len(arrays[0]))], width)
 
 
 class PerSequenceBatch:
@@ -199,7 +189,7 @@ def measure(runner: ModelRunner, lengths: list[int], steps: int) -> dict[str, di
 
 
 def check_model(runner: ModelRunner) -> None:
-    if len(runner.spec.stacks) != 1 or any(x.window or x.attention_sinks for x in runner.spec.layers):
+    if len(runner.spec.stacks) != 1 or any(x.window or x.attention_sinks or x.fetched for x in runner.spec.layers):
         raise SystemExit("this benchmark takes models whose layers are all alike, with global attention and no sinks")
 
 
