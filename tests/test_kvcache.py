@@ -3,12 +3,13 @@
 import threading
 
 import mlx.core as mx
+import numpy as np
 import pytest
 from tiny import BLOCK, KINDS, random_tokens, run, tiny_model, tiny_runner
 
 from agentmem.engine.model_runner import ModelRunner
 from agentmem.kvcache import attention
-from agentmem.kvcache.attention import observed
+from agentmem.kvcache.attention import attend_dense, observed
 from agentmem.kvcache.block import Snapshot, Tail, from_host, to_host
 from agentmem.kvcache.quantize import decode, encode, hadamard
 from agentmem.kvcache.spec import KVCacheSpec, LayerSpec
@@ -65,6 +66,28 @@ def test_logits_after_a_restore_are_bit_identical(kind, on_codes, at):
     )
     returned = runner.new_cache(Snapshot(blocks, tail))
     assert mx.array_equal(run(runner, stayed, TOKENS[at:], 9), run(runner, returned, TOKENS[at:], 9))
+
+
+@pytest.mark.parametrize("n", [1, 2, 40])
+@pytest.mark.parametrize("dtype", [mx.float32, mx.float16])
+@pytest.mark.parametrize("kind, window", [("global", None), ("sliding", 30), ("chunked", 32)])
+def test_attention_of_the_last_positions_is_softmax_over_what_they_see(kind, window, dtype, n):
+    layer, stop = LayerSpec(kind, 2, 16, 8, window), 100
+    first = layer.first_visible(stop - n)
+    mx.random.seed(n)
+    q = mx.random.normal((1, n, 6, 16)).swapaxes(1, 2).astype(dtype)
+    k, v = (mx.random.normal((1, 2, 128, d)).astype(dtype)[:, :, first:stop] for d in (16, 8))
+    got = np.array(attend_dense(q, k, v, 0.3, layer, first, None).astype(mx.float32))
+    q, k, v = (np.array(a.astype(mx.float32), dtype=np.float64) for a in (q, k, v))
+    for head, row in np.ndindex(6, n):
+        position = stop - n + row
+        seen = slice(layer.first_visible(position) - first, position + 1 - first)
+        weights = np.exp(0.3 * k[0, head // 3, seen] @ q[0, head, row])
+        np.testing.assert_allclose(
+            got[0, head, row],
+            weights @ v[0, head // 3, seen] / weights.sum(),
+            atol=1e-5 if dtype == mx.float32 else 5e-3,
+        )
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen3", "deepseek_v2"])

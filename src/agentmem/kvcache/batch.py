@@ -7,13 +7,11 @@ import mlx.core as mx
 from mlx_lm.models.base import create_causal_mask
 from mlx_lm.models.cache import ArraysCache, CacheList
 
-from .attention import attend_row, visible
+from .attention import ON_CPU, attend_row, visible
 from .block import SealedBlock
 from .cache import SequenceCache
 from .quantize import Stored, join
 from .spec import KVCacheSpec, LayerSpec
-
-_ON_CPU = mx.default_device() == mx.Device(mx.cpu)
 
 
 class _KVLayer:
@@ -78,7 +76,7 @@ class _AttendLayer(_KVLayer):
         space = self._caches[0].space
         q, new = space.enter(self._index, queries, keys, vals)
         news = [tuple(a[b : b + 1] for a in new) for b in range(len(self._caches))]
-        if not (_ON_CPU and queries.shape[2] == 1):
+        if not (ON_CPU and queries.shape[2] == 1):
             return space.leave(_joined(self._each(q, news, scale, sinks)))
         by_row = sinks is None and all(cache.is_dense(self._index) for cache in self._caches)
         left = space.leave(self._rows(q, news, scale) if by_row else _joined(self._each(q, news, scale, sinks)))
