@@ -90,6 +90,17 @@ def test_attention_of_the_last_positions_is_softmax_over_what_they_see(kind, win
         )
 
 
+def test_attention_does_not_round_by_what_comes_after_in_the_chunk():
+    """So few columns make one block of a BLAS; of more, its own sums are split by their number."""
+    mx.random.seed(0)
+    layer, n, fewer = LayerSpec("global", 2, 64, 64), 40, 20
+    q = mx.random.normal((1, n, 6, 64)).swapaxes(1, 2)
+    k, v = (mx.random.normal((1, 2, 300, 64)) for _ in "kv")
+    whole = attend_dense(q, k, v, 0.125, layer, 0, None)[:, :, : n - fewer]
+    part = attend_dense(q[:, :, : n - fewer], k[:, :, :-fewer], v[:, :, :-fewer], 0.125, layer, 0, None)
+    assert (np.array(whole) == np.array(part)).mean() > 0.95
+
+
 @pytest.mark.parametrize("kind", ["llama", "qwen3", "deepseek_v2"])
 @pytest.mark.parametrize("kv_bits", ["4", "k5v3", "k5v4", "8"])
 def test_attention_on_codes_equals_attention_on_their_dequantized_copy(kind, kv_bits):
