@@ -32,12 +32,12 @@ from machine import describe_machine, write_result  # noqa: E402
 
 from agentmem.bench.decode import random_snapshot  # noqa: E402
 from agentmem.engine.model_runner import ModelRunner  # noqa: E402
+from agentmem.kvcache.attention import ON_CPU  # noqa: E402
 from agentmem.kvcache.cache import SequenceCache  # noqa: E402
 from agentmem.kvcache.quantize import CacheSpace  # noqa: E402
 from agentmem.models.loading import load_model  # noqa: E402
 
 STEP = 256  # buffers grow, and groups are formed, by this many tokens
-ON_CPU = mx.default_device() == mx.Device(mx.cpu)
 
 
 @dataclass

@@ -33,9 +33,7 @@ class CompareRow(Part):
     resumed: Ttft | None  # restarted again, and a third turn on top
     prompt_tokens: dict[State, list[int]]  # by state, as the server counts
     cached_tokens: dict[State, list[int]]  # of these, as the server says
-    agentmem_over: (
-        dict[State, Spread] | None
-    )  # by state and pass: agentmem's ttft_ms over this server's, right beside it
+    agentmem_over: dict[State, Spread] | None  # by state: agentmem's ttft_ms over this server's, of each pass
 
 
 class DecodeRow(Part):

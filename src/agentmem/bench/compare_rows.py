@@ -9,24 +9,24 @@ from .contenders import AGENTMEM, MLX_LM, Contender
 from .find_config import read_config
 from .float32 import on_cpu
 from .result import spread, ttft
-from .server import Answer, Server
+from .server import Server
 
 
 def rows(samples: dict[int, dict[str, Samples]]) -> list[CompareRow]:
     made = []
     for context, by_server in samples.items():
         times = {
-            name: {state: ttft([a.ttft_ms for a in answers]) for state, answers in of.answers.items() if answers}
+            name: {state: [a.ttft_ms for a in answers] for state, answers in of.answers.items() if answers}
             for name, of in by_server.items()
         }
-        ours = by_server.get(AGENTMEM, Samples()).answers
+        ours = times.get(AGENTMEM, {})
         for name, of in by_server.items():
             asked = {state: answers for state, answers in of.answers.items() if answers}
-            over = {state: spread(_pairs(ours[state], answers), 4) for state, answers in asked.items() if ours[state]}
+            over = {state: spread(_pairs(ours[state], times[name][state]), 4) for state in asked if state in ours}
             row = CompareRow(
                 server=name,
                 context=context,
-                **{state: times[name].get(state) for state in STATES},  # type: ignore[arg-type]
+                **{state: ttft(times[name][state]) if state in asked else None for state in STATES},  # type: ignore[arg-type]
                 prompt_tokens={state: [a.prompt_tokens for a in answers] for state, answers in asked.items()},
                 cached_tokens={state: [a.cached_tokens for a in answers] for state, answers in asked.items()},
                 agentmem_over=over if over and name != AGENTMEM else None,
@@ -35,16 +35,15 @@ def rows(samples: dict[int, dict[str, Samples]]) -> list[CompareRow]:
     return made
 
 
-def _pairs(ours: list[Answer], theirs: list[Answer]) -> list[float]:
-    return [our.ttft_ms / their.ttft_ms for our, their in zip(ours, theirs, strict=True)]
+def _pairs(ours: list[float], theirs: list[float]) -> list[float]:
+    return [our / their for our, their in zip(ours, theirs, strict=True)]
 
 
 def decode_rows(samples: dict[tuple[str, int, int], list[float]]) -> list[DecodeRow]:
     made = []
     for (name, context, batch), speeds in samples.items():
         ours = samples.get((AGENTMEM, context, batch)) if name != AGENTMEM else None
-        pairs = [our / their for our, their in zip(ours, speeds, strict=True)] if ours else None
-        over = spread(pairs, 3) if pairs else None
+        over = spread(_pairs(ours, speeds), 3) if ours else None
         row = DecodeRow(server=name, batch=batch, context=context, tokens_per_s=spread(speeds), agentmem_over=over)
         made.append(row)
     return made

@@ -7,10 +7,11 @@ The same turns in up to three modes:
   the first turn of an agent after a restart is prefilled whole. A prefix cache in RAM, as most servers have, does this.
 - cold: nothing is reused at all. Each turn is by an agent of its own, ephemeral, which shares nothing.
 
-Each agent sends its own messages so far, as agent frameworks do. What it answered is taken from the mode that ran
-first, so that all modes read the same text; `same_answer` says whether a mode's own answer was that one, as an exact
-cache promises. Answers are greedy, and end where the model ends them. A phase's wall time is that of its turns;
-restarts are timed apart.
+Modes take turns, from one restart to the next, so that a machine that gets slower gets so for all of them. Each agent
+sends its own messages so far, as agent frameworks do. What it answered is taken from the mode that came first, so that
+all modes read the same text; `same_answer` says whether a mode's own answer was that one, as an exact cache promises.
+Answers are greedy, and end where the model ends them. A phase's wall time is that of its turns; restarts are timed
+apart.
 """
 
 import time
@@ -27,6 +28,14 @@ from .scenario_file import Mode, Phase, Scenario, Turn
 from .scenario_result import ScenarioResult, Times, TurnRow, phase_rows, totals
 from .server import WARM_UP, Answer, BenchError, Messages, Server, ask
 from .session import Session
+
+Act = Sequence[Phase]  # between two restarts
+
+
+def acts(phases: Sequence[Phase]) -> Iterator[Act]:
+    starts = [i for i, phase in enumerate(phases) if phase.restart or i == 0]
+    for start, end in zip(starts, [*starts[1:], len(phases)], strict=True):
+        yield phases[start:end]
 
 
 @dataclass(frozen=True)
@@ -79,46 +88,47 @@ class Stage:
 
 
 class Play:
-    """One pass in one mode. `script` are the answers of the mode that ran first, or empty: then it becomes them."""
+    """One pass in one mode. `script`: the answers that all modes go on with, of who was first to come to each turn."""
 
     def __init__(self, cast: Cast, mode: Mode, run: int, script: list[str], prompts: Prompts):
+        self.mode = mode
         self.rows: list[TurnRow] = []
-        self._cast, self._mode, self._run, self._prompts = cast, mode, run, prompts
-        self._script, self._records = script, not script
+        self._run, self._prompts, self._script = run, prompts, script
         self._stage = Stage(cast)
+        self._stopping = 0.0  # s that the last server took to stop
 
-    def perform(
-        self, session: Session, settings: Settings, model: Path, times: Times, done: Callable[[], None]
+    def act(
+        self, phases: Act, session: Session, settings: Settings, model: Path, times: Times, done: Callable[[], None]
     ) -> None:
         """`done` is called after each turn."""
-        if self._mode == "cold":
+        if self.mode == "cold":
             settings = settings.model_copy(update={"sharing": "agent"})
-        ended = None
-        for act in _acts(self._cast.scenario.phases):
-            with Server(session, settings, model, session.directory / f"{self._mode}-{self._run}") as server:
-                if ended is not None:
-                    times.restart[self._mode, act[0].name].append(time.perf_counter() - ended)
-                server.warm_up(self._prompts.messages(WARM_UP))
-                for phase in act:
-                    began = time.perf_counter()
-                    for number, turn in enumerate(phase.turns, start=1):
-                        self._turn(server, phase, turn, number)
-                        done()
-                    ended = time.perf_counter()
-                    times.wall[self._mode, phase.name].append(ended - began)
+        began = time.perf_counter()
+        with Server(session, settings, model, session.directory / f"{self.mode}-{self._run}") as server:
+            if self.rows:
+                times.restart[self.mode, phases[0].name].append(self._stopping + time.perf_counter() - began)
+            server.warm_up(self._prompts.messages(WARM_UP))
+            for phase in phases:
+                began = time.perf_counter()
+                for number, turn in enumerate(phase.turns, start=1):
+                    self._turn(server, phase, turn, number)
+                    done()
+                ended = time.perf_counter()
+                times.wall[self.mode, phase.name].append(ended - began)
+        self._stopping = time.perf_counter() - ended
 
     def _turn(self, server: Server, phase: Phase, turn: Turn, number: int) -> None:
         """`number`: of the turn in its phase."""
         place, back = len(self.rows), any(row.agent == turn.agent for row in self.rows)
         messages = self._stage.prompt(phase, turn)
-        agent = f"{turn.agent}-{place}" if self._mode == "cold" else turn.agent
-        options: dict[str, Any] = {"agent_id": agent, "agentmem": {"ephemeral": self._mode != "persistent"}}
+        agent = f"{turn.agent}-{place}" if self.mode == "cold" else turn.agent
+        options: dict[str, Any] = {"agent_id": agent, "agentmem": {"ephemeral": self.mode != "persistent"}}
         answer = ask(server.client, messages, turn.max_tokens, may_be_empty=True, **options)
         if not back:  # later, the tokens of an answer need not be those that its text has
             self._prompts.check(messages, answer.prompt_tokens)
-        if self._records:
+        if place == len(self._script):
             self._script.append(answer.text)
-        said = Said(run=self._run, mode=self._mode, phase=phase.name, turn=number, agent=turn.agent, answer=answer.text)
+        said = Said(run=self._run, mode=self.mode, phase=phase.name, turn=number, agent=turn.agent, answer=answer.text)
         row = _row(said, answer, answer.text == self._script[place])
         _check_cache(row, back)
         self.rows.append(row)
@@ -130,13 +140,6 @@ def _check_cache(row: TurnRow, back: bool) -> None:
     wrong = {"cold": row.cached_tokens > 0, "restart": row.cache == "warm", "persistent": back and row.cache == "cold"}
     if wrong[row.mode]:
         raise BenchError(f"{row.where}: {row.cache} with {row.cached_tokens} tokens cached, in mode {row.mode}")
-
-
-def _acts(phases: Sequence[Phase]) -> Iterator[list[Phase]]:
-    """The phases between two restarts."""
-    starts = [i for i, phase in enumerate(phases) if phase.restart or i == 0]
-    for start, end in zip(starts, [*starts[1:], len(phases)], strict=True):
-        yield list(phases[start:end])
 
 
 def _row(said: Said, answer: Answer, same: bool) -> TurnRow:

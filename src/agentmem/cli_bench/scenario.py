@@ -1,5 +1,6 @@
 """`agentmem bench scenario`: a workflow of several agents, with persistent caches and without."""
 
+from itertools import product
 from typing import TYPE_CHECKING, Annotated, get_args
 
 import typer
@@ -55,12 +56,12 @@ def scenario(
         turns = list[TurnRow]()
         task = run.progress.add_task("turns", total=passes * len(modes) * script.num_turns)
         for number in range(passes):
-            for mode in modes:
-                run.progress.update(task, description=f"{mode}, pass {number + 1}")
-                play = bench.Play(cast, mode, number, answers, prompts)
-                play.perform(run.session, run.settings, run.model, times, lambda: run.progress.advance(task))
-                turns += play.rows
+            plays = [bench.Play(cast, mode, number, answers, prompts) for mode in modes]
+            for act, play in product(bench.acts(script.phases), plays):
+                run.progress.update(task, description=f"{play.mode}, {act[0].name}, pass {number + 1}")
+                play.act(act, run.session, run.settings, run.model, times, lambda: run.progress.advance(task))
                 run.session.cool_down()
+            turns += [row for play in plays for row in play.rows]
         return bench.result_of(name, cast, modes, turns, times, run.head(passes))
 
 
