@@ -3,6 +3,7 @@
 import os
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,6 +12,9 @@ from pathlib import Path
 import pytest
 from bench_process import BENCH, FAULT, environment, run_bench, write_words
 from tiny_model_dir import write_tiny_model
+
+from agentmem.bench.process import Process
+from agentmem.bench.session import bench_session
 
 
 @pytest.fixture(scope="module")
@@ -105,3 +109,25 @@ def test_an_engine_that_is_interrupted_says_nothing(tmp_path, inputs):
     process.send_signal(signal.SIGTERM)
     assert (process.communicate(timeout=30)[1], process.returncode) == ("", 130)
     assert not directories(tmp_path)
+
+
+STUBBORN = """
+import http.server, signal, sys
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+class Healthy(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+
+http.server.HTTPServer(("127.0.0.1", int(sys.argv[sys.argv.index("--port") + 1])), Healthy).serve_forever()
+"""
+
+
+def test_a_server_of_others_that_will_not_stop_is_killed(tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setattr("agentmem.bench.process._PATIENCE", 0.3)
+    with bench_session(lambda line: None) as session:
+        server = Process(session, [sys.executable, "-c", STUBBORN], session.directory / "log")
+        server.stop()
+        assert server.process.returncode == -signal.SIGKILL

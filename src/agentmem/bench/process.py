@@ -1,7 +1,9 @@
 """A server of others for a benchmark: a process of its own that listens on a port of our choice."""
 
+import os
 import signal
 import socket
+import subprocess
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,6 +12,8 @@ import httpx
 
 from .server import BenchError, connect, last_line
 from .session import Session
+
+_PATIENCE = 30.0  # s that a server may take to stop
 
 
 class Process:
@@ -32,8 +36,12 @@ class Process:
 
     def stop(self) -> None:
         self.client.close()
-        self.process.send_signal(signal.SIGTERM)
-        self.process.wait()
+        self.process.terminate()
+        try:
+            self.process.wait(_PATIENCE)
+        except subprocess.TimeoutExpired:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
         self._session.ended(self.process)
 
 
