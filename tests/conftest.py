@@ -14,8 +14,21 @@ from agentmem.models.blas import load_fast_blas
 HOME = Path(os.environ.get("AGENTMEM_TEST_HOME") or "~/.agentmem").expanduser()
 
 load_fast_blas(HOME)
+
+import mlx.core as mx  # noqa: E402
+
+if os.environ.get("AGENTMEM_TEST_DEVICE") == "cpu" and mx.default_device() != mx.Device(mx.cpu):
+    mx.set_default_device(mx.cpu)
+    # the servers that tests start need it too: a sitecustomize.py there does the same
+    cpu_device = str(Path(__file__).parent / "support" / "cpu_device")
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [cpu_device, os.environ.get("PYTHONPATH")]))
+
 # a shell's background jobs ignore Ctrl-C, and so would every process that a test starts
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_report_header() -> str:
+    return f"MLX's device: {mx.default_device()}"
 
 
 @pytest.fixture(scope="session")
