@@ -1,4 +1,5 @@
-"""A decode step with attention on codes and on their dequantized copy, by context length: which one a device wants.
+"""A decode step with attention on codes and on their dequantized copy, by context length: which one
+a device wants.
 
 python benchmarks/attention.py --contexts 1024,4096 --json benchmarks/results/attention-demo.json
 """
@@ -6,8 +7,8 @@ python benchmarks/attention.py --contexts 1024,4096 --json benchmarks/results/at
 import argparse
 from pathlib import Path
 
-from agentmem.models.allocator import keep_freed_memory
-from agentmem.models.blas import load_fast_blas
+from agentmem.linux_cpu.allocator import keep_freed_memory
+from agentmem.linux_cpu.blas import load_fast_blas
 
 HOME = Path("~/.agentmem").expanduser()
 keep_freed_memory()
@@ -20,7 +21,9 @@ from agentmem.models.loading import load_model  # noqa: E402
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", default="demo")
     parser.add_argument("--contexts", default="1024,4096", help="tokens, comma-separated")
     parser.add_argument("--json", type=Path, help="where to write the result")
@@ -30,8 +33,16 @@ def main() -> None:
     rows = []
     for context in map(int, args.contexts.split(",")):
         rows.append({"context": context, **runner.choose_attention(context)})
-        print("  ".join(f"{k} {v:,.0f}" for k, v in rows[-1].items()) + "  (ms a decode step, median of 4)")
-    result = {"benchmark": "attention", "machine": describe_machine(), "model": loaded.name, "rows": rows}
+        print(
+            "  ".join(f"{k} {v:,.0f}" for k, v in rows[-1].items())
+            + "  (ms a decode step, median of 4)"
+        )
+    result = {
+        "benchmark": "attention",
+        "machine": describe_machine(),
+        "model": loaded.name,
+        "rows": rows,
+    }
     write_result(result, args.json)
 
 

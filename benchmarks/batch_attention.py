@@ -1,13 +1,14 @@
 """Decode steps of a batch by three ways to run attention, everything else being equal.
 
-per sequence  each sequence over a working copy of its own: what agentmem serves with
-merged        one padded [B, H, capacity, D] buffer a layer, one attention call, a mask where lengths differ
-grouped       one such buffer, and one call, for the sequences whose lengths round up to the same multiple of 256
+per sequence  each sequence over a working copy of its own: what agentmem serves with merged
+one padded [B, H, capacity, D] buffer a layer, one attention call, a mask where lengths differ
+grouped       one such buffer, and one call, for the sequences whose lengths round up to the same
+multiple of 256
 
-Merged and grouped have to copy a buffer whenever a sequence joins (`join`, ms); per sequence copies nothing. Bytes are
-those of working copies. `differs` is the largest difference of the first step's logits from per sequence; 0 means equal
-bit for bit. Caches hold random values (time does not depend on them). The ways take turns step by step: A B C A B C.
-Wants a quiet machine.
+Merged and grouped have to copy a buffer whenever a sequence joins (`join`, ms); per sequence copies
+nothing. Bytes are those of working copies. `differs` is the largest difference of the first step's
+logits from per sequence; 0 means equal bit for bit. Caches hold random values (time does not depend
+on them). The ways take turns step by step: A B C A B C. Wants a quiet machine.
 
     python benchmarks/batch_attention.py --json benchmarks/results/batch-attention-demo.json
 """
@@ -20,8 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from agentmem.models.allocator import keep_freed_memory
-from agentmem.models.blas import load_fast_blas
+from agentmem.linux_cpu.allocator import keep_freed_memory
+from agentmem.linux_cpu.blas import load_fast_blas
 
 HOME = Path("~/.agentmem").expanduser()
 keep_freed_memory()
@@ -33,8 +34,8 @@ from machine import describe_machine, write_result  # noqa: E402
 from agentmem.bench.decode import random_snapshot  # noqa: E402
 from agentmem.engine.model_runner import ModelRunner  # noqa: E402
 from agentmem.kvcache.attention import ON_CPU  # noqa: E402
-from agentmem.kvcache.cache import SequenceCache  # noqa: E402
 from agentmem.kvcache.quantize import CacheSpace  # noqa: E402
+from agentmem.kvcache.sequence import SequenceCache  # noqa: E402
 from agentmem.models.loading import load_model  # noqa: E402
 
 STEP = 256  # buffers grow, and groups are formed, by this many tokens
@@ -42,7 +43,8 @@ STEP = 256  # buffers grow, and groups are formed, by this many tokens
 
 @dataclass
 class Group:
-    """Sequences that share buffers and end at the same column. A row's first `width - length` columns are padding:
+    """Sequences that share buffers and end at the same column. A row's first `width - length`
+    columns are padding:
 
     lengths 3, 5:   . . a a a
                     b b b b b
@@ -63,7 +65,9 @@ class Group:
 class GroupedLayer:
     """What a model's file sees as one layer's cache, for one pass of one token a sequence."""
 
-    def __init__(self, index: int, space: CacheSpace, groups: list[Group], masks: list[Any], offset: mx.array):
+    def __init__(
+        self, index: int, space: CacheSpace, groups: list[Group], masks: list[Any], offset: mx.array
+    ):
         self._index, self._space, self._groups, self._masks = index, space, groups, masks
         self.offset = offset
 
@@ -79,10 +83,16 @@ class GroupedLayer:
         q, [new] = self._space.enter(self._index, queries, *self._pending)
         out, row = [], 0
         for group, mask in zip(self._groups, self._masks, strict=True):
-            rows, buffer, stop = slice(row, row + len(group.lengths)), group.buffers[self._index], group.width + 1
+            rows, buffer, stop = (
+                slice(row, row + len(group.lengths)),
+                group.buffers[self._index],
+                group.width + 1,
+            )
             buffer[:, :, group.width : stop] = new[rows]
             keys, values = mx.split(buffer[:, :, :stop], 2, axis=1)
-            out.append(mx.fast.scaled_dot_product_attention(q[rows], keys, values, scale=scale, mask=mask))
+            out.append(
+                mx.fast.scaled_dot_product_attention(q[rows], keys, values, scale=scale, mask=mask)
+            )
             row = rows.stop
         left = self._space.leave(out[0] if len(out) == 1 else mx.concatenate(out, axis=0))
         if ON_CPU:
@@ -93,7 +103,9 @@ class GroupedLayer:
 class GroupedBatch:
     """Sequences decoded over shared buffers; blocks are not sealed."""
 
-    def __init__(self, runner: ModelRunner, caches: list[SequenceCache], lengths: list[int], sizes: list[int]):
+    def __init__(
+        self, runner: ModelRunner, caches: list[SequenceCache], lengths: list[int], sizes: list[int]
+    ):
         """`sizes`: of groups of neighbours. The copies made here are what a join costs."""
         self._runner, self._space, self._groups = runner, caches[0].space, []
         for stop, size in zip(itertools.accumulate(sizes), sizes, strict=True):
@@ -108,7 +120,9 @@ class GroupedBatch:
         offset = mx.array([n for group in self._groups for n in group.lengths])
         masks = [group.mask() for group in self._groups]
         num_layers = len(self._runner.spec.layers)
-        layers = [GroupedLayer(i, self._space, self._groups, masks, offset) for i in range(num_layers)]
+        layers = [
+            GroupedLayer(i, self._space, self._groups, masks, offset) for i in range(num_layers)
+        ]
         logits = self._runner.model(mx.array(tokens)[:, None], cache=layers)[:, -1]
         mx.eval(logits)
         for group in self._groups:
@@ -125,7 +139,8 @@ def _merge(caches: list[SequenceCache], lengths: list[int]) -> Group:
     def merged(i: int) -> mx.array:
         pads = [(width - n, capacity - width) for n in lengths]
         rows = [
-            mx.pad(a[i][:, :, :n], [(0, 0), (0, 0), p, (0, 0)]) for a, n, p in zip(arrays, lengths, pads, strict=True)
+            mx.pad(a[i][:, :, :n], [(0, 0), (0, 0), p, (0, 0)])
+            for a, n, p in zip(arrays, lengths, pads, strict=True)
         ]
         out = mx.concatenate(rows, axis=0)
         mx.eval(out)
@@ -146,7 +161,7 @@ class PerSequenceBatch:
 
     def step(self, tokens: list[int]) -> mx.array:
         logits, fresh = self._runner.decode(self._caches, tokens)
-        self._runner.settle([logits], fresh)
+        self._runner.evaluate([logits], fresh)
         return logits
 
 
@@ -167,7 +182,9 @@ def measure(runner: ModelRunner, lengths: list[int], steps: int) -> dict[str, di
     snapshots = {n: random_snapshot(runner, n) for n in set(lengths)}
     caches = [runner.new_cache(snapshots[n], n + steps + 1) for n in lengths]
     mx.eval([cache.arrays() for cache in caches])
-    ways: dict[str, PerSequenceBatch | GroupedBatch] = {"per sequence": PerSequenceBatch(runner, caches)}
+    ways: dict[str, PerSequenceBatch | GroupedBatch] = {
+        "per sequence": PerSequenceBatch(runner, caches)
+    }
     rows: dict[str, dict[str, float]] = {"per sequence": {"join_ms": 0.0}}
     for name, sizes in (("merged", [len(lengths)]), ("grouped", group_sizes(lengths))):
         began = time.perf_counter()
@@ -189,15 +206,26 @@ def measure(runner: ModelRunner, lengths: list[int], steps: int) -> dict[str, di
 
 
 def check_model(runner: ModelRunner) -> None:
-    if len(runner.spec.stacks) != 1 or any(x.window or x.attention_sinks or x.fetched for x in runner.spec.layers):
-        raise SystemExit("this benchmark takes models whose layers are all alike, with global attention and no sinks")
+    if len(runner.spec.stacks) != 1 or any(
+        x.window or x.attention_sinks or x.model_attends for x in runner.spec.layers
+    ):
+        raise SystemExit(
+            "this benchmark takes models whose layers are all alike, with global attention and no sinks"
+        )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", default="demo")
     parser.add_argument("--batches", default="1,2,4,8,16", help="batch sizes, comma-separated")
-    parser.add_argument("--steps", type=int, default=22, help="decode steps of each way; the first two are not counted")
+    parser.add_argument(
+        "--steps",
+        type=int,
+        default=22,
+        help="decode steps of each way; the first two are not counted",
+    )
     parser.add_argument("--json", type=Path, help="where to write the result")
     args = parser.parse_args()
     loaded = load_model(args.model, HOME)
@@ -213,7 +241,12 @@ def main() -> None:
                 f"{row['logits_differ_by']:8.1g}",
                 flush=True,
             )
-    result = {"benchmark": "batch_attention", "machine": describe_machine(), "model": loaded.name, "rows": table}
+    result = {
+        "benchmark": "batch_attention",
+        "machine": describe_machine(),
+        "model": loaded.name,
+        "rows": table,
+    }
     write_result(result, args.json)
 
 

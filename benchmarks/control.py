@@ -1,7 +1,9 @@
-"""What a model that never lost anything would have answered: every token of an answer against its logits.
+"""What a model that never lost anything would have answered: every token of an answer against its
+logits.
 
-An answer is right if each of its tokens is the likeliest one after the prompt and the tokens before it, computed from
-nothing. Where two tokens are as good as equal, a batch's rounding may choose the other: a tie, counted, not wrong.
+An answer is right if each of its tokens is the likeliest one after the prompt and the tokens before
+it, computed from nothing. Where two tokens are as good as equal, a batch's rounding may choose the
+other: a tie, counted, not wrong.
 """
 
 from collections import Counter
@@ -37,7 +39,9 @@ class Tally:
 class Control:
     def __init__(self, loaded: LoadedModel, block_size: int):
         self._runner = ModelRunner(loaded.model, kv_bits="4", block_size=block_size)
-        tokens = calibration_tokens(lambda text: loaded.tokenizer.encode(text, add_special_tokens=False))
+        tokens = calibration_tokens(
+            lambda text: loaded.tokenizer.encode(text, add_special_tokens=False)
+        )
         self._runner.use_centres(self._runner.calibrate(tokens))
         self._known: dict[tuple[tuple[int, ...], tuple[int, ...]], list[float]] = {}
         self.tally = Tally()
@@ -49,7 +53,9 @@ class Control:
         self.tally.answers += 1
         self.tally.tokens += len(answer)
         self.tally.ties += sum(0 < gap < TIE for gap in gaps)
-        self.tally.largest_tie = max(self.tally.largest_tie, *(gap for gap in gaps if gap < TIE), 0.0)
+        self.tally.largest_tie = max(
+            self.tally.largest_tie, *(gap for gap in gaps if gap < TIE), 0.0
+        )
         self.tally.wrong += len(wrong)
         if not wrong:
             return None
@@ -64,7 +70,9 @@ class Control:
 
     def _gaps(self, prompt: list[int], answer: list[int]) -> list[float]:
         tokens = prompt + answer
-        logits, _ = self._runner.forward(mx.array([tokens[:-1]]), [self._runner.new_cache(capacity=len(tokens))])
+        logits, _ = self._runner.forward(
+            mx.array([tokens[:-1]]), [self._runner.new_cache(capacity=len(tokens))]
+        )
         rows = np.array(logits[0, len(prompt) - 1 :])
         rows[:, :NUM_SPECIAL] = -np.inf
         said: Counter[int] = Counter()

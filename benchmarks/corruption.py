@@ -1,11 +1,12 @@
-"""One bit flipped, or the end cut off, in one file of a store: nobody gets a wrong token, everybody gets an answer.
+"""One bit flipped, or the end cut off, in one file of a store: nobody gets a wrong token, everybody
+gets an answer.
 
-A few agents talk to an engine, whose store is then copied once for each of 500 cases (--cases). In each, one random
-file of one kind, in turn, is damaged; an engine starts on the copy, and every agent asks its next turn. The engine must
-start, or refuse the store in one line; every token must be the likeliest one to a control that computes from nothing
-(control.py). A damaged block or tail must be noticed: put aside, and made again. A damaged export
-is refused, or its damage is where nothing is (the tar's padding). The model is a tiny llama of random
-weights.
+A few agents talk to an engine, whose store is then copied once for each of 500 cases (--cases). In
+each, one random file of one kind, in turn, is damaged; an engine starts on the copy, and every
+agent asks its next turn. The engine must start, or refuse the store in one line; every token must
+be the likeliest one to a control that computes from nothing (control.py). A damaged block or tail
+must be noticed: put aside, and made again. A damaged export is refused, or its damage is where
+nothing is (the tar's padding). The model is a tiny llama of random weights.
 
     python benchmarks/corruption.py --json benchmarks/results/corruption-tiny.json
 """
@@ -26,15 +27,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from agentmem.models.blas import load_fast_blas
+from agentmem.linux_cpu.blas import load_fast_blas
 
 load_fast_blas(Path("~/.agentmem").expanduser())
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 from control import LOGIT_BIAS, SAMPLING, Control, Tally  # noqa: E402  (after the BLAS)
 from machine import describe_machine, write_result  # noqa: E402
-from tiny import BLOCK, EngineThread, random_tokens, tiny_engine, tiny_loader, word_ids  # noqa: E402
 
 from agentmem.errors import InvalidRequest, StartupError  # noqa: E402
+from support.tiny import BLOCK, EngineThread, random_tokens, tiny_engine, tiny_loader, word_ids  # noqa: E402
 
 AGENTS = ("alice", "bob", "carol")
 SHARED = 70  # first tokens, the same for all agents
@@ -77,7 +78,9 @@ class Original:
 
 
 def make_original(directory: Path) -> Original:
-    """Two turns of each agent, each after a restart; the agents share a prefix. On an idle disk it takes a second."""
+    """Two turns of each agent, each after a restart; the agents share a prefix. On an idle disk it
+    takes a second.
+    """
     stopped, killed = directory / "stopped", directory / "killed"
     histories = {agent: random_tokens(SHARED) for agent in AGENTS}
     for turn in range(2):
@@ -138,7 +141,9 @@ class Outcome:
 
 
 def after_damage(home: Path, original: Original, control: Control) -> Outcome:
-    """Start an engine on a damaged home and ask every agent's next turn. Raises what the engine raises."""
+    """Start an engine on a damaged home and ask every agent's next turn. Raises what the engine
+    raises.
+    """
     try:
         engine = EngineThread(home, tiny_loader())
     except StartupError as e:
@@ -146,7 +151,9 @@ def after_damage(home: Path, original: Original, control: Control) -> Outcome:
     try:
         prompts = {agent: next_prompt(original.histories, agent) for agent in AGENTS}
         answers = {agent: ask(engine, agent, prompt) for agent, prompt in prompts.items()}
-        engine.call(engine.engine.delete_agent("default", "nobody"))  # after every quarantine before it
+        engine.call(
+            engine.engine.delete_agent("default", "nobody")
+        )  # after every quarantine before it
         health = engine.engine.health()
     finally:
         engine.stop()
@@ -154,9 +161,15 @@ def after_damage(home: Path, original: Original, control: Control) -> Outcome:
     missed = 0
     for agent, (answer, cached) in answers.items():
         missed += max(0, original.cached[agent] - cached)
-        said = f"{len(answer)} tokens" if len(answer) != ANSWER else control.check(prompts[agent], answer)
+        said = (
+            f"{len(answer)} tokens"
+            if len(answer) != ANSWER
+            else control.check(prompts[agent], answer)
+        )
         wrong += [f"{agent}: {said}"] if said else []
-    return Outcome(None, health["store"]["quarantined"], health["store"]["damaged_rows"], missed, wrong)
+    return Outcome(
+        None, health["store"]["quarantined"], health["store"]["damaged_rows"], missed, wrong
+    )
 
 
 def after_import(home: Path, original: Original, control: Control) -> Outcome:
@@ -207,7 +220,9 @@ class Cases:
             kind = self._kinds[number % len(self._kinds)]
             self._case(kind)
             if number % 50 == 49:
-                progress(f"{number + 1} cases, {time.monotonic() - began:.0f} s, {len(self.result.failures)} failures")
+                progress(
+                    f"{number + 1} cases, {time.monotonic() - began:.0f} s, {len(self.result.failures)} failures"
+                )
         self.result.seconds = round(time.monotonic() - began, 1)
         return self.result
 
@@ -243,14 +258,20 @@ class Cases:
 
 
 def print_table(result: Result) -> None:
-    print(f"{'kind':14} {'cases':>6} {'noticed':>8} {'put aside':>10} {'tokens missed':>14} {'refused':>8}")
+    print(
+        f"{'kind':14} {'cases':>6} {'noticed':>8} {'put aside':>10} {'tokens missed':>14} {'refused':>8}"
+    )
     for name, row in result.rows.items():
-        print(f"{name:14} {row.cases:6} {row.noticed:8} {row.quarantined:10} {row.missed_tokens:14} {row.refused:8}")
+        print(
+            f"{name:14} {row.cases:6} {row.noticed:8} {row.quarantined:10} {row.missed_tokens:14} {row.refused:8}"
+        )
     print(json.dumps(dataclasses.asdict(result.tally)))
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--cases", type=int, default=500)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, help="where to write the result")
@@ -260,7 +281,11 @@ def main() -> None:
         cases = Cases(Path(directory), seed=args.seed)
         result = cases.run(args.cases, lambda text: print(text, file=sys.stderr))
     print_table(result)
-    head: dict[str, Any] = {"benchmark": "corruption", "machine": describe_machine(), "model": "tiny llama"}
+    head: dict[str, Any] = {
+        "benchmark": "corruption",
+        "machine": describe_machine(),
+        "model": "tiny llama",
+    }
     write_result({**head, "seed": args.seed, **dataclasses.asdict(result)}, args.json)
     for failure in result.failures:
         print(f"FAILED: {failure}", file=sys.stderr)

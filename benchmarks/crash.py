@@ -1,8 +1,9 @@
-"""A server under load is killed (SIGKILL) and started again, 100 times (--kills), always on the same home.
+"""A server under load is killed (SIGKILL) and started again, 100 times (--kills), always on the
+same home.
 
-Four clients talk for eight agents, whose conversations grow turn by turn; a long one is deleted, and a new one begins.
-At a random moment the server is stopped for an instant, its manifest is read from outside, and it is killed; some
-servers are killed while they start. Demands:
+Four clients talk for eight agents, whose conversations grow turn by turn; a long one is deleted,
+and a new one begins. At a random moment the server is stopped for an instant, its manifest is read
+from outside, and it is killed; some servers are killed while they start. Demands:
   - it always starts again, and answers 200 to everything while it lives
   - every token is the likeliest one to a control that computes from nothing (control.py), ties of a rounding apart
   - whatever the manifest named when the process was killed is there afterwards, verifies, and is used: the agent's next
@@ -30,21 +31,30 @@ from typing import Any
 
 import httpx
 
-from agentmem.models.blas import load_fast_blas
+from agentmem.linux_cpu.blas import load_fast_blas
 
 load_fast_blas(Path("~/.agentmem").expanduser())
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 from control import LOGIT_BIAS, SAMPLING, Control, Tally  # noqa: E402  (after the BLAS)
 from machine import describe_machine, write_result  # noqa: E402
 from persisted import Persisted, lost, read_manifest  # noqa: E402
-from server_process import ServerProcess  # noqa: E402
-from tiny import BLOCK, word_ids  # noqa: E402
-from tiny_model_dir import write_tiny_model  # noqa: E402
 
 from agentmem.models.loading import load_model  # noqa: E402
+from support.server_process import ServerProcess  # noqa: E402
+from support.tiny import BLOCK, word_ids  # noqa: E402
+from support.tiny_model_dir import write_tiny_model  # noqa: E402
 
 CLIENTS, AGENTS = 4, 8
-FLAGS = ("--block-size", str(BLOCK), "--prefill-chunk", "64", "--tail-delay", "0.02", "--kv-budget", "8M")
+FLAGS = (
+    "--block-size",
+    str(BLOCK),
+    "--prefill-chunk",
+    "64",
+    "--tail-delay",
+    "0.02",
+    "--kv-budget",
+    "8M",
+)
 FLAGS += ("--attention", "dequantized", "--log-level", "warning")
 LONGEST_LIFE = 1.5  # s of a server, once it is up
 STARTING = 10  # every tenth server is killed before it is up
@@ -56,10 +66,14 @@ BODY = {**SAMPLING, "logit_bias": {str(token): bias for token, bias in LOGIT_BIA
 
 @dataclass
 class Chat:
-    """An agent's conversation. `messages` ends with the user's word that waits for an answer, or with an answer."""
+    """An agent's conversation. `messages` ends with the user's word that waits for an answer, or
+    with an answer.
+    """
 
     agent: str
-    messages: list[dict[str, str]] = field(default_factory=lambda: [{"role": "system", "content": SYSTEM}])
+    messages: list[dict[str, str]] = field(
+        default_factory=lambda: [{"role": "system", "content": SYSTEM}]
+    )
 
     def num_tokens(self) -> int:
         """Of the prompt: each message has three tokens around it, and the answer begins with two."""
@@ -68,9 +82,9 @@ class Chat:
     def speak(self, rng: random.Random) -> None:
         """Add the user's next message, unless one waits.
 
-        The answer to it must end in the block in which it begins: where a prompt is sent again after a kill, a block
-        that had been sealed with part of the answer would be cut, and codes stand where full precision was: both
-        right, not equal.
+        The answer to it must end in the block in which it begins: where a prompt is sent again
+        after a kill, a block that had been sealed with part of the answer would be cut, and codes
+        stand where full precision was: both right, not equal.
         """
         if self.messages[-1]["role"] == "user":
             return
@@ -121,7 +135,9 @@ class Crashes:
         self._said: list[Said] = []
         self._deleted: set[str] = set()
         self._deleting: set[str] = set()
-        self._expected: dict[str, int] = {}  # blocks that an agent's first turn after a restart must find
+        self._expected: dict[
+            str, int
+        ] = {}  # blocks that an agent's first turn after a restart must find
         self._dying = False
         self.outcome = Outcome(control=self._control.tally)
 
@@ -138,7 +154,9 @@ class Crashes:
                 self._fail(f"the server does not start: {e}")
                 break
             self._check_answers()
-            progress(f"{outcome.kills} kills, {time.monotonic() - began:.0f} s, {asdict(outcome.control)}")
+            progress(
+                f"{outcome.kills} kills, {time.monotonic() - began:.0f} s, {asdict(outcome.control)}"
+            )
         outcome.seconds = round(time.monotonic() - began, 1)
         return outcome
 
@@ -150,7 +168,9 @@ class Crashes:
     async def _one_life(self) -> None:
         began = time.monotonic()
         server = ServerProcess(self._home, *FLAGS, model=self._model)
-        self.outcome.slowest_start = max(self.outcome.slowest_start, round(time.monotonic() - began, 2))
+        self.outcome.slowest_start = max(
+            self.outcome.slowest_start, round(time.monotonic() - began, 2)
+        )
         self._dying = False
         async with httpx.AsyncClient(base_url=server.url, timeout=30) as client:
             free = asyncio.Queue[Chat]()
@@ -188,8 +208,19 @@ class Crashes:
         raise TimeoutError("the manifest is always locked")
 
     def _kill_one_that_starts(self) -> None:
-        command = [sys.executable, "-m", "agentmem.cli", "serve", "--home", str(self._home), "--port", "0"]
-        server = subprocess.Popen([*command, "--model", str(self._model), *FLAGS], stdout=subprocess.PIPE)
+        command = [
+            sys.executable,
+            "-m",
+            "agentmem.cli.main",
+            "serve",
+            "--home",
+            str(self._home),
+            "--port",
+            "0",
+        ]
+        server = subprocess.Popen(
+            [*command, "--model", str(self._model), *FLAGS], stdout=subprocess.PIPE
+        )
         time.sleep(self._rng.uniform(0.0, 1.2) * self.outcome.slowest_start)
         before = self._read_manifest_of(server)
         server.kill()
@@ -209,7 +240,9 @@ class Crashes:
 
     def _check_answers(self) -> None:
         for said in self._said:
-            prompt = self._tokenizer.apply_chat_template(said.messages, add_generation_prompt=True, tokenize=True)
+            prompt = self._tokenizer.apply_chat_template(
+                said.messages, add_generation_prompt=True, tokenize=True
+            )
             if wrong := self._control.check(list(prompt), word_ids(said.text)):
                 self._fail(f"{said.agent} at {len(prompt)} tokens: {wrong}")
         self._said.clear()
@@ -229,7 +262,9 @@ class Crashes:
                 self._fail(f"a server that was not killed: {type(e).__name__}: {e}")
 
     async def _start_afresh(self, client: httpx.AsyncClient, chat: Chat) -> None:
-        """Delete the agent; the chat goes on under another name. Given up by a kill, the agent may be there or not."""
+        """Delete the agent; the chat goes on under another name. Given up by a kill, the agent may
+        be there or not.
+        """
         old, chat.agent, chat.messages = chat.agent, f"agent {self._named}", Chat("").messages
         self._named += 1
         self._deleting.add(old)
@@ -244,7 +279,12 @@ class Crashes:
     async def _turn(self, client: httpx.AsyncClient, chat: Chat) -> None:
         self.outcome.retries += chat.messages[-1]["role"] == "user"
         chat.speak(self._rng)
-        body = {**BODY, "messages": chat.messages, "agent_id": chat.agent, "max_tokens": chat.room()}
+        body = {
+            **BODY,
+            "messages": chat.messages,
+            "agent_id": chat.agent,
+            "max_tokens": chat.room(),
+        }
         response = await client.post("chat/completions", json=body)
         if response.status_code != 200:
             self._fail(f"HTTP {response.status_code}: {response.text}")
@@ -252,7 +292,9 @@ class Crashes:
         answer = response.json()
         text, usage = answer["choices"][0]["message"]["content"], answer["usage"]
         if usage["prompt_tokens"] != chat.num_tokens() or len(text.split()) != body["max_tokens"]:
-            self._fail(f"asked {chat.num_tokens()} tokens for {body['max_tokens']}: {usage}, {text!r}")
+            self._fail(
+                f"asked {chat.num_tokens()} tokens for {body['max_tokens']}: {usage}, {text!r}"
+            )
             return
         self._check_cached(chat, usage["prompt_tokens_details"]["cached_tokens"])
         self.outcome.answers[answer["agentmem"]["cache"]] += 1
@@ -263,11 +305,15 @@ class Crashes:
         """What was persisted is used: of its blocks, those that lie before the prompt's last token."""
         blocks = min(self._expected.pop(chat.agent, 0), (chat.num_tokens() - 1) // BLOCK)
         if cached < blocks * BLOCK:
-            self._fail(f"{chat.agent} had {blocks} blocks of its prompt on disk, and {cached} tokens were cached")
+            self._fail(
+                f"{chat.agent} had {blocks} blocks of its prompt on disk, and {cached} tokens were cached"
+            )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, help="where to write the result")
@@ -275,7 +321,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as directory:
         crashes = Crashes(Path(directory), seed=args.seed)
         outcome = crashes.run(args.kills, lambda text: print(text, file=sys.stderr))
-    head: dict[str, Any] = {"benchmark": "crash", "machine": describe_machine(), "model": "tiny llama"}
+    head: dict[str, Any] = {
+        "benchmark": "crash",
+        "machine": describe_machine(),
+        "model": "tiny llama",
+    }
     result = {**head, "seed": args.seed, **dataclasses.asdict(outcome)}
     print(json.dumps(result, indent=2))
     write_result(result, args.json)

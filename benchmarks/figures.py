@@ -1,8 +1,9 @@
 """The figures in README.md and docs/, each from a result file.
 
-What stands between `<!-- figures: NAME -->` and `<!-- /figures -->` is made from figures/NAME.md.j2. A template gets
-`result("FILE.json")`, a parsed file of results/, and `link("FILE.json")`, a link to it, which it owes the reader for
-every file that it reads. tests/test_figures.py checks both, and that no measured figure stands elsewhere.
+What stands between `<!-- figures: NAME -->` and `<!-- /figures -->` is made from
+figures/NAME.md.j2. A template gets `result("FILE.json")`, a parsed file of results/, and
+`link("FILE.json")`, a link to it, which it owes the reader for every file that it reads.
+tests/bench/test_figures.py checks both, and that no measured figure stands elsewhere.
 
     python benchmarks/figures.py            # writes all blocks anew
     python benchmarks/figures.py --check    # writes nothing, exits with 1 where a block is not up to date
@@ -51,9 +52,16 @@ class Block:
 
 def render(page: Path, name: str) -> Block:
     environment = Environment(
-        loader=FileSystemLoader(TEMPLATES), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=FileSystemLoader(TEMPLATES),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
-    environment.filters |= {"n": number, "x": lambda ratio, digits=1: f"{ratio:.{digits}f}x", "size": size}
+    environment.filters |= {
+        "n": number,
+        "x": lambda ratio, digits=1: f"{ratio:.{digits}f}x",
+        "size": size,
+    }
     block = Block(page, name)
     template = environment.get_template(f"{name}.md.j2")
     rendered = template.render(result=block.result, link=block.link).strip()
@@ -67,7 +75,9 @@ def number(value: float, digits: int = 0) -> str:
 
 def size(nbytes: float) -> str:
     """In powers of ten."""
-    unit, per = next((u, p) for u, p in (("GB", 1e9), ("MB", 1e6), ("KB", 1e3), ("B", 1)) if nbytes >= 0.9995 * p)
+    unit, per = next(
+        (u, p) for u, p in (("GB", 1e9), ("MB", 1e6), ("KB", 1e3), ("B", 1)) if nbytes >= 0.9995 * p
+    )
     return f"{nbytes / per:.1f} GB" if unit == "GB" else f"{nbytes / per:.0f} {unit}"
 
 
@@ -82,13 +92,17 @@ def rewritten(page: Path) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--check", action="store_true", help="write nothing")
     check = parser.parse_args().check
     stale = [page for page in PAGES if rewritten(page) != page.read_text(encoding="utf-8")]
     for page in stale:
         if check:
-            print(f"{page.relative_to(ROOT)}: figures are not those of the result files: python benchmarks/figures.py")
+            print(
+                f"{page.relative_to(ROOT)}: figures are not those of the result files: python benchmarks/figures.py"
+            )
         else:
             page.write_text(rewritten(page), encoding="utf-8")
             print(f"{page.relative_to(ROOT)}: written")

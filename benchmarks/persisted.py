@@ -1,4 +1,6 @@
-"""What a store's manifest said of its agents when the server was killed, and whether a restart would still have it."""
+"""What a store's manifest said of its agents when the server was killed, and whether a restart
+would still have it.
+"""
 
 import shutil
 import sqlite3
@@ -22,7 +24,9 @@ class Chain:
     has_tail: bool
 
     def covers(self, other: "Chain") -> bool:
-        """Whether nothing of `other` is missing here: the same blocks, and more or a tail where it has one."""
+        """Whether nothing of `other` is missing here: the same blocks, and more or a tail where it
+        has one.
+        """
         if self.agent != other.agent or self.keys[: len(other.keys)] != other.keys:
             return False
         return len(self.keys) > len(other.keys) or self.has_tail or not other.has_tail
@@ -42,14 +46,18 @@ class Persisted:
 def read_manifest(home: Path) -> Persisted | None:
     """From outside, beside a server or after one; None before there is a store."""
     for path in home.glob("store/*/manifest.sqlite"):
-        with closing(sqlite3.connect(path.absolute().as_uri() + "?mode=ro", uri=True, timeout=1.0)) as db:
+        with closing(
+            sqlite3.connect(path.absolute().as_uri() + "?mode=ro", uri=True, timeout=1.0)
+        ) as db:
             db.execute("BEGIN")  # one state for all that is read
             meta = dict(db.execute("SELECT key, value FROM meta"))
             parents = dict(db.execute("SELECT key, parent FROM blocks"))
             branches = db.execute(
                 "SELECT name, head, tail_generation FROM branches JOIN agents ON agents.id = agent_id"
             ).fetchall()
-        paths = [Chain(name, _chain(parents, head), tail is not None) for name, head, tail in branches]
+        paths = [
+            Chain(name, _chain(parents, head), tail is not None) for name, head, tail in branches
+        ]
         return Persisted(path.parent.name, meta, paths)
     return None
 
@@ -65,7 +73,8 @@ def _chain(parents: dict[bytes, bytes | None], head: bytes | None) -> tuple[byte
 def lost(home: Path, before: Persisted, *, deleted: set[str], deleting: set[str]) -> list[str]:
     """What of `before` a copy of the store has not, and what it has that it should not.
 
-    `deleted`: agents whose deletion was acknowledged; `deleting`: asked for, which may have happened or not.
+    `deleted`: agents whose deletion was acknowledged; `deleting`: asked for, which may have
+    happened or not.
     """
     with tempfile.TemporaryDirectory(dir=home.parent) as copy:
         shutil.copytree(home / "store" / before.fingerprint, Path(copy) / before.fingerprint)
@@ -80,7 +89,9 @@ def lost(home: Path, before: Persisted, *, deleted: set[str], deleting: set[str]
 def _unreadable(store: AgentStore) -> Iterator[str]:
     index = store.index()
     reads = {f"block {block.key.hex()}": store.read_block(block.key) for block in index.blocks}
-    reads |= {f"tail of {b.agent}": store.read_tail(b.id) for b in index.branches if b.tail is not None}
+    reads |= {
+        f"tail of {b.agent}": store.read_tail(b.id) for b in index.branches if b.tail is not None
+    }
     for what, future in reads.items():
         if isinstance(error := future.exception(), CorruptSegment):
             yield f"{what}: {error}"
@@ -88,7 +99,9 @@ def _unreadable(store: AgentStore) -> Iterator[str]:
             raise error
 
 
-def _missing(index: StoreIndex, before: Persisted, deleted: set[str], deleting: set[str]) -> Iterator[str]:
+def _missing(
+    index: StoreIndex, before: Persisted, deleted: set[str], deleting: set[str]
+) -> Iterator[str]:
     parents = {block.key: block.parent for block in index.blocks}
     after = [Chain(b.agent, _chain(parents, b.head), b.tail is not None) for b in index.branches]
     yield from (f"{path.agent} was deleted, and is back" for path in after if path.agent in deleted)

@@ -1,12 +1,14 @@
-"""What could make 4 bits better at the same size: variants of the cache's quantization against the one in use.
+"""What could make 4 bits better at the same size: variants of the cache's quantization against the
+one in use.
 
 python benchmarks/quality.py --json benchmarks/results/quality-demo-pydoc.json
 
-Each variant is one change to the baseline, which is the product's cache at 4 bits written down again: keys centred and
-rotated, values rotated, codes in groups of 64 with 16-bit scales, first tokens and the open block in full precision. A
-variant says by which matrices keys and queries, values and outputs enter and leave cache space, so that any linear map
-that cancels can be tried. Attention weights sum to 1, so that values can be centred as well: the centre is added back
-to the output.
+Each variant is one change to the baseline, which is the product's cache at 4 bits written down
+again: keys centred and rotated, values rotated, codes in groups of 64 with 16-bit scales, first
+tokens and the open block in full precision. A variant says by which matrices keys and queries,
+values and outputs enter and leave cache space, so that any linear map that cancels can be tried.
+Attention weights sum to 1, so that values can be centred as well: the centre is added back to the
+output.
 """
 
 import argparse
@@ -15,8 +17,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from agentmem.models.allocator import keep_freed_memory
-from agentmem.models.blas import load_fast_blas
+from agentmem.linux_cpu.allocator import keep_freed_memory
+from agentmem.linux_cpu.blas import load_fast_blas
 
 HOME = Path("~/.agentmem").expanduser()
 keep_freed_memory()
@@ -40,7 +42,9 @@ Quantizer = Callable[[mx.array, int], mx.array]  # x [..., D], bits: what its co
 
 @dataclass(frozen=True)
 class Moments:
-    """Of one layer over the calibration text less its sinks, per KV head: means [H, 1, D], second moments [H, D, D]."""
+    """Of one layer over the calibration text less its sinks, per KV head: means [H, 1, D], second
+    moments [H, D, D].
+    """
 
     key_mean: np.ndarray
     value_mean: np.ndarray
@@ -52,7 +56,9 @@ class Moments:
 
 @dataclass(frozen=True)
 class Space:
-    """Of one layer: how to enter cache space and leave it. Matrices [H, D, D] for row vectors, centres [H, 1, D]."""
+    """Of one layer: how to enter cache space and leave it. Matrices [H, D, D] for row vectors,
+    centres [H, 1, D].
+    """
 
     key_in: np.ndarray
     query_in: np.ndarray  # the inverse of key_in, transposed
@@ -74,7 +80,9 @@ def mse(x: mx.array, bits: int) -> mx.array:
 
 
 def refit(x: mx.array, bits: int) -> mx.array:
-    """Codes as by `mse`'s shrinking, then scale and bias by least squares on the codes, then codes again."""
+    """Codes as by `mse`'s shrinking, then scale and bias by least squares on the codes, then codes
+    again.
+    """
 
     def value(groups: mx.array, scale: mx.array, bias: mx.array) -> mx.array:
         for _ in range(2):
@@ -85,15 +93,21 @@ def refit(x: mx.array, bits: int) -> mx.array:
 
 
 def fit(x: mx.array, bits: int) -> mx.array:
-    """The cheap form of `refit`: the range shrunk by one factor, then scale and bias by least squares on the codes."""
+    """The cheap form of `refit`: the range shrunk by one factor, then scale and bias by least
+    squares on the codes.
+    """
     groups = x.reshape(*x.shape[:-1], -1, GROUP)
     codes = _codes(groups, *_shrunk(groups, FIT_FACTOR[bits], bits), bits)
     scale, bias = (a.astype(mx.float16).astype(x.dtype) for a in _least_squares(groups, codes))
     return (codes * scale + bias).reshape(x.shape)
 
 
-def _best(x: mx.array, bits: int, value: Callable[[mx.array, mx.array, mx.array], mx.array]) -> mx.array:
-    """Of what `value` makes of the groups of `x`, their scale and bias for each factor, what is nearest, by group."""
+def _best(
+    x: mx.array, bits: int, value: Callable[[mx.array, mx.array, mx.array], mx.array]
+) -> mx.array:
+    """Of what `value` makes of the groups of `x`, their scale and bias for each factor, what is
+    nearest, by group.
+    """
     groups = x.reshape(*x.shape[:-1], -1, GROUP)
     best, least = groups, mx.full((*groups.shape[:-1], 1), mx.inf)
     for factor in FACTORS:
@@ -118,12 +132,16 @@ def _least_squares(groups: mx.array, codes: mx.array) -> tuple[mx.array, mx.arra
     """(scale, bias) of the line that leads from codes to values."""
     mean_c, mean_x = codes.mean(axis=-1, keepdims=True), groups.mean(axis=-1, keepdims=True)
     spread = ((codes - mean_c) ** 2).sum(axis=-1, keepdims=True)
-    scale = ((codes - mean_c) * (groups - mean_x)).sum(axis=-1, keepdims=True) / mx.maximum(spread, 1e-8)
+    scale = ((codes - mean_c) * (groups - mean_x)).sum(axis=-1, keepdims=True) / mx.maximum(
+        spread, 1e-8
+    )
     return scale, mean_x - scale * mean_c
 
 
 def _affine(groups: mx.array, scale: mx.array, bias: mx.array, bits: int) -> mx.array:
-    scale, bias = (a.astype(mx.float16).astype(groups.dtype) for a in (mx.maximum(scale, 1e-4), bias))
+    scale, bias = (
+        a.astype(mx.float16).astype(groups.dtype) for a in (mx.maximum(scale, 1e-4), bias)
+    )
     return _codes(groups, scale, bias, bits) * scale + bias
 
 
@@ -137,7 +155,9 @@ class Variant:
     keys: str = "as they are"  # or "balanced", "whitened": see _key_map
     values: str = "as they are"  # or "centred", "whitened"
     signs: bool = False  # random signs before the rotation
-    bits: dict[int, tuple[int, int]] = field(default_factory=dict)  # of layers that differ from `default_bits`
+    bits: dict[int, tuple[int, int]] = field(
+        default_factory=dict
+    )  # of layers that differ from `default_bits`
     default_bits: tuple[int, int] = (4, 4)  # keys, values
 
     def layer_bits(self, layer: int) -> tuple[int, int]:
@@ -153,13 +173,34 @@ BASELINE = Variant("baseline", "the product: 4 bits, 4 sinks, rotation by 64, ce
 VARIANTS = (
     BASELINE,
     replace(BASELINE, name="k5v4", what="keys 5 bits (larger: 0.312)", default_bits=(5, 4)),
-    replace(BASELINE, name="balance", what="query and key scales balanced by channel", keys="balanced"),
-    replace(BASELINE, name="whiten", what="the best linear map of keys (balance over all directions)", keys="whitened"),
-    replace(BASELINE, name="mse", what="range of a group shrunk for least squared error", quantize=mse),
-    replace(BASELINE, name="refit", what="the same, then scale and bias by least squares", quantize=refit),
-    replace(BASELINE, name="fit", what="one factor, then scale and bias by least squares", quantize=fit),
+    replace(
+        BASELINE, name="balance", what="query and key scales balanced by channel", keys="balanced"
+    ),
+    replace(
+        BASELINE,
+        name="whiten",
+        what="the best linear map of keys (balance over all directions)",
+        keys="whitened",
+    ),
+    replace(
+        BASELINE, name="mse", what="range of a group shrunk for least squared error", quantize=mse
+    ),
+    replace(
+        BASELINE,
+        name="refit",
+        what="the same, then scale and bias by least squares",
+        quantize=refit,
+    ),
+    replace(
+        BASELINE, name="fit", what="one factor, then scale and bias by least squares", quantize=fit
+    ),
     replace(BASELINE, name="centred values", what="values centred too", values="centred"),
-    replace(BASELINE, name="whiten values", what="the best linear map of values, by W_o", values="whitened"),
+    replace(
+        BASELINE,
+        name="whiten values",
+        what="the best linear map of values, by W_o",
+        values="whitened",
+    ),
     replace(BASELINE, name="sinks 0", what="no sinks kept", num_sinks=0),
     replace(BASELINE, name="sinks 8", what="8 sinks kept", num_sinks=8),
     replace(BASELINE, name="sinks 16", what="16 sinks kept", num_sinks=16),
@@ -176,20 +217,40 @@ VARIANTS = (
     replace(BASELINE, name="balance+refit", what="both", keys="balanced", quantize=refit),
     replace(BASELINE, name="k5v3+fit", what="both", default_bits=(5, 3), quantize=fit),
     replace(BASELINE, name="k5v3+refit", what="both", default_bits=(5, 3), quantize=refit),
-    replace(BASELINE, name="k5v3+balance+fit", what="all", default_bits=(5, 3), quantize=fit, keys="balanced"),
-    replace(BASELINE, name="whiten+refit", what="keys and values", keys="whitened", values="whitened", quantize=refit),
+    replace(
+        BASELINE,
+        name="k5v3+balance+fit",
+        what="all",
+        default_bits=(5, 3),
+        quantize=fit,
+        keys="balanced",
+    ),
+    replace(
+        BASELINE,
+        name="whiten+refit",
+        what="keys and values",
+        keys="whitened",
+        values="whitened",
+        quantize=refit,
+    ),
 )
 
 
 class LayerCache:
-    """One layer of one sequence, fed a block or less at a time, as mlx-lm's model files and the seam see it."""
+    """One layer of one sequence, fed a block or less at a time, as mlx-lm's model files and the
+    seam see it.
+    """
 
     def __init__(self, variant: Variant, layer: int, space: Space | None):
         """`space` None: nothing is quantized."""
         self.offset = 0
         self._variant, self._bits = variant, variant.layer_bits(layer)
-        self._space = space and {name: mx.array(a.astype(np.float32)) for name, a in vars(space).items()}
-        self._kept: list[tuple[mx.array, mx.array]] = []  # (keys, values) of sealed blocks, then the open one
+        self._space = space and {
+            name: mx.array(a.astype(np.float32)) for name, a in vars(space).items()
+        }
+        self._kept: list[
+            tuple[mx.array, mx.array]
+        ] = []  # (keys, values) of sealed blocks, then the open one
 
     def make_mask(self, n: int, **_: Any) -> None:
         return None
@@ -216,7 +277,10 @@ class LayerCache:
     def _seal(self) -> None:
         pairs = zip(self._kept[-1], self._bits, strict=True)
         n = self._variant.num_sinks if len(self._kept) == 1 else 0
-        keys, values = (mx.concatenate([x[:, :, :n], self._code(x[:, :, n:], bits)], axis=2) for x, bits in pairs)
+        keys, values = (
+            mx.concatenate([x[:, :, :n], self._code(x[:, :, n:], bits)], axis=2)
+            for x, bits in pairs
+        )
         self._kept[-1] = keys, values
 
     def _code(self, x: mx.array, bits: int) -> mx.array:
@@ -249,15 +313,22 @@ class _Collector(LayerCache):
 
 def collect_moments(loaded: LoadedModel) -> list[Moments]:
     model: Any = loaded.model
-    tokens = calibration_tokens(lambda text: loaded.tokenizer.encode(text, add_special_tokens=False))
+    tokens = calibration_tokens(
+        lambda text: loaded.tokenizer.encode(text, add_special_tokens=False)
+    )
     layers = [_Collector() for _ in model.layers]
     mx.eval(model(mx.array([tokens]), cache=layers), [c.arrays() for c in layers])
-    return [_moments(c, np.array(layer.self_attn.o_proj.weight)) for c, layer in zip(layers, model.layers, strict=True)]
+    return [
+        _moments(c, np.array(layer.self_attn.o_proj.weight))
+        for c, layer in zip(layers, model.layers, strict=True)
+    ]
 
 
 def _moments(collected: _Collector, o_proj: np.ndarray) -> Moments:
     first = BASELINE.num_sinks
-    keys, values, queries = (np.array(a[0, :, first:]) for a in (*collected.arrays(), collected.queries))
+    keys, values, queries = (
+        np.array(a[0, :, first:]) for a in (*collected.arrays(), collected.queries)
+    )
     heads, dim = keys.shape[0], keys.shape[-1]
     key_mean, value_mean = keys.mean(axis=1, keepdims=True), values.mean(axis=1, keepdims=True)
     rows = o_proj.T.reshape(heads, -1, dim, o_proj.shape[0])  # [H, query heads of each, D, hidden]
@@ -280,33 +351,45 @@ def make_space(variant: Variant, m: Moments) -> Space:
     keys = _map(variant.keys, m.keys, m.queries) @ rotation
     values = _map(variant.values, m.values, m.outputs) @ rotation
     centre = m.value_mean if variant.values == "centred" else np.zeros_like(m.value_mean)
-    return Space(keys, np.linalg.inv(keys).swapaxes(1, 2), values, np.linalg.inv(values), m.key_mean, centre)
+    return Space(
+        keys, np.linalg.inv(keys).swapaxes(1, 2), values, np.linalg.inv(values), m.key_mean, centre
+    )
 
 
 def _rotation(variant: Variant, dim: int) -> np.ndarray:
     size = variant.rotation
     block = np.array(mx.hadamard_transform(mx.eye(size), scale=size**-0.5))
     matrix = np.kron(np.eye(dim // size), block)
-    return np.random.default_rng(0).choice([-1.0, 1.0], dim)[:, None] * matrix if variant.signs else matrix
+    return (
+        np.random.default_rng(0).choice([-1.0, 1.0], dim)[:, None] * matrix
+        if variant.signs
+        else matrix
+    )
 
 
 def _map(kind: str, x: np.ndarray, readers: np.ndarray) -> np.ndarray:
-    """[H, D, D] that vectors with second moments x go through before the rotation; what reads them, by its inverse.
+    """[H, D, D] that vectors with second moments x go through before the rotation; what reads them,
+    by its inverse.
 
-    After a rotation errors are alike in all directions and as large as the vectors: their variance is in proportion to
-    tr(P' x P), and what a reader sees of it to tr(P^-1 r P^-T). The product is least where both matrices are equal:
-    P P' = the geometric mean of x^-1 and r; for a diagonal P, P^4 = diag(r) / diag(x).
+    After a rotation errors are alike in all directions and as large as the vectors: their variance
+    is in proportion to tr(P' x P), and what a reader sees of it to tr(P^-1 r P^-T). The product is
+    least where both matrices are equal: P P' = the geometric mean of x^-1 and r; for a diagonal P,
+    P^4 = diag(r) / diag(x).
     """
     if kind in ("as they are", "centred"):
         return np.broadcast_to(np.eye(x.shape[-1]), x.shape)
     if kind == "balanced":
         r, k = (np.einsum("hdd->hd", a) for a in (readers, x))
-        return np.eye(x.shape[-1]) * ((r + 1e-3 * r.mean()) / (k + 1e-3 * k.mean()))[:, None] ** 0.25
+        return (
+            np.eye(x.shape[-1]) * ((r + 1e-3 * r.mean()) / (k + 1e-3 * k.mean()))[:, None] ** 0.25
+        )
     return np.stack([_whitening(a, b) for a, b in zip(x, readers, strict=True)])
 
 
 def _whitening(x: np.ndarray, readers: np.ndarray) -> np.ndarray:
-    """The root of that geometric mean, turned so that the moments come out diagonal, for the rotation to mix."""
+    """The root of that geometric mean, turned so that the moments come out diagonal, for the
+    rotation to mix.
+    """
     dim = len(x)
     x, readers = (a + 1e-3 * np.trace(a) / dim * np.eye(dim) for a in (x, readers))
     root = _power(x, 0.5)
@@ -331,15 +414,22 @@ class Run:
     def score(self, windows: Iterator[Window]) -> tuple[list[list[Score]], list[list[Score]]]:
         """Per variant and window, and for the unquantized cache per window as its only row."""
         found = [self._score_window(window) for window in windows]
-        return [[w[i + 1] for w in found] for i in range(len(self._variants))], [[w[0] for w in found]]
+        return [[w[i + 1] for w in found] for i in range(len(self._variants))], [
+            [w[0] for w in found]
+        ]
 
     def _score_window(self, window: Window) -> list[Score]:
         layers = range(len(self._model.layers))
         plain = [LayerCache(BASELINE, i, None) for i in layers]
-        caches = [[LayerCache(v, i, s[i]) for i in layers] for v, s in zip(self._variants, self._spaces, strict=True)]
+        caches = [
+            [LayerCache(v, i, s[i]) for i in layers]
+            for v, s in zip(self._variants, self._spaces, strict=True)
+        ]
         scores = [Score()] * (1 + len(caches))
         for start in range(0, len(window.inputs), BLOCK):
-            tokens, targets = (part[start : start + BLOCK] for part in (window.inputs, window.targets))
+            tokens, targets = (
+                part[start : start + BLOCK] for part in (window.inputs, window.targets)
+            )
             reference = None
             for i, cache in enumerate([plain, *caches]):
                 log_probs = log_probabilities(self._model(mx.array([tokens]), cache=cache)[0])
@@ -373,10 +463,16 @@ def rows_of(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--corpus", type=Path, help="text file (default: the text of pydoc_data.topics)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--corpus", type=Path, help="text file (default: the text of pydoc_data.topics)"
+    )
     parser.add_argument("--windows", type=int, default=2, help="of 2,048 tokens, of each corpus")
-    parser.add_argument("--only", help="names of variants, comma-separated; the baseline always runs")
+    parser.add_argument(
+        "--only", help="names of variants, comma-separated; the baseline always runs"
+    )
     parser.add_argument("--json", type=Path, help="where to write the result")
     args = parser.parse_args()
     loaded = load_model("demo", HOME)
@@ -386,7 +482,9 @@ def main() -> None:
     run = Run(loaded, variants, collect_moments(loaded))
     protocol = Protocol(2048, 2048, 2048 * args.windows)
     corpus, text = read_corpus(args.corpus)
-    tokens = loaded.tokenizer.encode(text[: 32 * protocol.num_scored], add_special_tokens=False, verbose=False)
+    tokens = loaded.tokenizer.encode(
+        text[: 32 * protocol.num_scored], add_special_tokens=False, verbose=False
+    )
     rows = rows_of(variants, run, cut_windows(tokens, protocol, []), len(loaded.model.layers))
     print(f"\n{corpus}")
     for row in rows:
@@ -394,7 +492,12 @@ def main() -> None:
             f"{row['variant']:<16} {row['ratio_to_fp16']:.3f}  KL {row['kl']:.5f} ({row['kl_over_baseline']:.2f})  "
             f"dPPL {row['delta_percent']:+.2f} %  top-1 {row['top1']:.2%}  {row['what']}"
         )
-    result = {"benchmark": "quality", "machine": describe_machine(), "model": loaded.name, "corpus": corpus}
+    result = {
+        "benchmark": "quality",
+        "machine": describe_machine(),
+        "model": loaded.name,
+        "corpus": corpus,
+    }
     write_result(result | {"tokens": protocol.num_scored, "window": 2048, "rows": rows}, args.json)
 
 

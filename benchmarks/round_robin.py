@@ -1,18 +1,22 @@
-"""More agents than RAM has room for take turns, over HTTP. Two parts; exits with 1 and a line for each failed demand.
+"""More agents than RAM has room for take turns, over HTTP. Two parts; exits with 1 and a line for
+each failed demand.
 
-A. 20 agents of about 800 tokens, RAM for 5, 100 requests round robin, one at a time: the first 20 cold, each later one
+A. 20 agents of about 800 tokens, RAM for 5, 100 requests round robin, one at a time: the first 20
+cold, each later one
    the agent's conversation so far and a short message. All must be answered; every return warm, with at most 2 of the
    tokens that the agent had computed again (the last sampled one is never in a cache); no agent's tokens prefilled
    twice (from the trace); cache bytes, sampled every 50 ms, never over the budget; the process's RSS flat over the last
    half: medians of the third and the last quarter within 2 %.
-B. 5 agents, RAM for 2, 3 requests in flight: at least 80 % of the total restore time must lie under decode steps of
+B. 5 agents, RAM for 2, 3 requests in flight: at least 80 % of the total restore time must lie under
+decode steps of
    other agents, from the timestamps in the trace. Pauses under 1 ms between two such steps belong to them; prefill
    steps do not, and are shown apart.
 
-Budgets come from a first small run of one agent through all its turns. I is what it takes when idle (`ram_bytes` of
-GET /v1/agents), W the working copy of a running one: its tokens, rounded up to 256, in the dtype of the caches
-(SmolLM2 in float32: 46,080 bytes a token), R all that the server reserves for it (the most of agentmem_reserved_bytes:
-W, the blocks it may seal, its next tail). A gets 5 I + W, I the median over the turns; B 2 (I + R), I the largest.
+Budgets come from a first small run of one agent through all its turns. I is what it takes when idle
+(`ram_bytes` of GET /v1/agents), W the working copy of a running one: its tokens, rounded up to 256,
+in the dtype of the caches (SmolLM2 in float32: 46,080 bytes a token), R all that the server
+reserves for it (the most of agentmem_reserved_bytes: W, the blocks it may seal, its next tail). A
+gets 5 I + W, I the median over the turns; B 2 (I + R), I the largest.
 
     python benchmarks/round_robin.py --json benchmarks/results/round-robin-demo.json
 """
@@ -42,10 +46,10 @@ from mlx_lm.utils import load_tokenizer
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 from machine import describe_machine
 from sealing import read_trace
-from server_process import ServerProcess
 from streams import StreamError, read_metrics, report
 
 from agentmem.bench.prompts import Prompts
+from support.server_process import ServerProcess
 
 DEMO = Path("~/.agentmem/models/demo").expanduser()
 AGAIN = 2  # tokens of an agent's that a return may compute again
@@ -78,7 +82,12 @@ class Conversation:
 
     def turn(self, server: ServerProcess, max_tokens: int, **body: Any) -> Turn:
         with self._lock:
-            body |= {"messages": self._messages, "agent_id": self.agent, "temperature": 0, "max_tokens": max_tokens}
+            body |= {
+                "messages": self._messages,
+                "agent_id": self.agent,
+                "temperature": 0,
+                "max_tokens": max_tokens,
+            }
             response = server.client.post("/chat/completions", json=body)
             if response.status_code != 200:
                 raise StreamError(f"{self.agent}: HTTP {response.status_code}: {response.text}")
@@ -87,7 +96,9 @@ class Conversation:
             said = {"role": "assistant", "content": said["content"]}
             self._messages = [*self._messages, said, {"role": "user", "content": "Go on."}]
             self._tokens = usage["total_tokens"]
-            return Turn(self.agent, had, usage["prompt_tokens"], self._tokens, ended, answer["agentmem"])
+            return Turn(
+                self.agent, had, usage["prompt_tokens"], self._tokens, ended, answer["agentmem"]
+            )
 
 
 def conversations(model: Path, agents: int, tokens: int) -> list[Conversation]:
@@ -120,7 +131,9 @@ class Run:
 
     def over_budget(self, budget: int) -> list[str]:
         peak = max(s.ram_bytes for s in self.samples)
-        return [f"cache bytes reached {peak:,.0f}, the budget is {budget:,}"] if peak > budget else []
+        return (
+            [f"cache bytes reached {peak:,.0f}, the budget is {budget:,}"] if peak > budget else []
+        )
 
 
 @contextmanager
@@ -128,7 +141,10 @@ def started(model: Path, kv_budget: int | None = None) -> Iterator[Run]:
     with tempfile.TemporaryDirectory() as directory:
         trace, stop = Path(directory) / "trace.json", threading.Event()
         flags = ["--trace", str(trace), *(["--kv-budget", str(kv_budget)] if kv_budget else [])]
-        with ServerProcess(Path(directory) / "home", *flags, model=model) as server, ThreadPoolExecutor(1) as pool:
+        with (
+            ServerProcess(Path(directory) / "home", *flags, model=model) as server,
+            ThreadPoolExecutor(1) as pool,
+        ):
             run = Run(server)
             watching = pool.submit(run.watch, stop)
             try:
@@ -143,7 +159,14 @@ def started(model: Path, kv_budget: int | None = None) -> Iterator[Run]:
 def rss_bytes(pid: int) -> int:
     if sys.platform == "linux":
         return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    return int(subprocess.run(["ps", "-o", "rss=", "-p", str(pid)], capture_output=True, text=True).stdout) * 1024
+    return (
+        int(
+            subprocess.run(
+                ["ps", "-o", "rss=", "-p", str(pid)], capture_output=True, text=True
+            ).stdout
+        )
+        * 1024
+    )
 
 
 def one_agent(model: Path, tokens: int, turns: int, max_tokens: int) -> dict[str, Any]:
@@ -154,7 +177,10 @@ def one_agent(model: Path, tokens: int, turns: int, max_tokens: int) -> dict[str
             total = chat.turn(run.server, max_tokens, ignore_eos=True).total_tokens
             (agent,) = run.server.client.get("/agents").json()["data"]
             idle.append(agent["ram_bytes"])
-    working, reserved = -(-total // 256) * 256 * bytes_per_token(model), max(s.reserved_bytes for s in run.samples)
+    working, reserved = (
+        -(-total // 256) * 256 * bytes_per_token(model),
+        max(s.reserved_bytes for s in run.samples),
+    )
     return {"idle": idle, "tokens": total, "working_copy": working, "reserved": int(reserved)}
 
 
@@ -177,8 +203,15 @@ def part_a(args: argparse.Namespace) -> Figures:
     cold, returns = turns[: len(chats)], turns[len(chats) :]
     rss = [quarter_rss(run.samples, turns, quarter) for quarter in (2, 3)]
     failures = run.over_budget(budget)
-    caches, again = Counter(t.agentmem["cache"] for t in returns), [t.computed_again for t in returns]
-    failures += [f"{n} of {len(returns)} returns were {cache}" for cache, n in caches.items() if cache != "warm"]
+    caches, again = (
+        Counter(t.agentmem["cache"] for t in returns),
+        [t.computed_again for t in returns],
+    )
+    failures += [
+        f"{n} of {len(returns)} returns were {cache}"
+        for cache, n in caches.items()
+        if cache != "warm"
+    ]
     if max(again) > AGAIN:
         failures.append(
             f"returns computed up to {max(again)} tokens again, {sum(n > AGAIN for n in again)} over {AGAIN}"
@@ -214,7 +247,11 @@ def prefilled_twice(trace: list[dict[str, Any]], turns: list[Turn]) -> list[str]
         if event["name"] == "prefill":
             most[event["args"]["agent"]] -= event["args"]["tokens"]
     over = [-left for left in most.values() if left < 0]
-    return [f"{len(over)} agents prefilled up to {max(over)} tokens more than they were sent"] if over else []
+    return (
+        [f"{len(over)} agents prefilled up to {max(over)} tokens more than they were sent"]
+        if over
+        else []
+    )
 
 
 def quarter_rss(samples: list[Sample], turns: list[Turn], quarter: int) -> float:
@@ -248,17 +285,22 @@ def part_b(args: argparse.Namespace) -> Figures:
         "restores": len(restores),
         "restore_ms": total / 1e3,
         "share_under_decode": under_decode,
-        "share_under_any_step": sum(overlap(e, run.trace, "decode", "prefill") for e in restores) / total,
+        "share_under_any_step": sum(overlap(e, run.trace, "decode", "prefill") for e in restores)
+        / total,
         "ram_bytes_max": max(s.ram_bytes for s in run.samples),
     }
-    short = [f"{under_decode:.0%} of the restore time lies under decode of other agents, not {OVERLAP:.0%}"]
+    short = [
+        f"{under_decode:.0%} of the restore time lies under decode of other agents, not {OVERLAP:.0%}"
+    ]
     return result, run.over_budget(budget) + (short if under_decode < OVERLAP else [])
 
 
 def overlap(restore: dict[str, Any], trace: list[dict[str, Any]], *names: str) -> float:
     """us of a restore that lie under steps of these names in which another agent took part."""
     total, stop = 0.0, restore["ts"] + restore["dur"]
-    covered = restore["ts"] - 2 * _GAP_US  # up to here; a step that follows within the gap begins here
+    covered = (
+        restore["ts"] - 2 * _GAP_US
+    )  # up to here; a step that follows within the gap begins here
     for event in sorted((e for e in trace if e["name"] in names), key=lambda e: e["ts"]):
         agents = event["args"].get("agents") or [event["args"]["agent"]]
         if all(agent == restore["args"]["agent"] for agent in agents):
@@ -271,24 +313,36 @@ def overlap(restore: dict[str, Any], trace: list[dict[str, Any]], *names: str) -
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, default=DEMO, help="a model directory; default: the demo model")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--model", type=Path, default=DEMO, help="a model directory; default: the demo model"
+    )
     parser.add_argument("--part", choices=["a", "b", "both"], default="both")
     parser.add_argument("--tokens", type=int, default=800, help="about, of an agent")
     parser.add_argument("--agents", type=int, default=20, help="of part A")
-    parser.add_argument("--fit", type=int, default=5, help="idle agents that the budget of part A has room for")
+    parser.add_argument(
+        "--fit", type=int, default=5, help="idle agents that the budget of part A has room for"
+    )
     parser.add_argument("--requests", type=int, default=100, help="of part A")
     parser.add_argument("--answer-tokens", type=int, default=6, help="of part A")
     parser.add_argument("--in-flight", type=int, default=3, help="requests at once in part B")
     parser.add_argument("--rounds", type=int, default=5, help="turns of an agent in part B")
-    parser.add_argument("--overlap-answer-tokens", type=int, default=30, help="of part B, give or take a quarter")
+    parser.add_argument(
+        "--overlap-answer-tokens", type=int, default=30, help="of part B, give or take a quarter"
+    )
     parser.add_argument("--json", type=Path, help="where to write the result")
     return parser.parse_args()
 
 
 def main() -> None:
     args = arguments()
-    result: dict[str, Any] = {"benchmark": "round_robin", "machine": describe_machine(), "model": args.model.name}
+    result: dict[str, Any] = {
+        "benchmark": "round_robin",
+        "machine": describe_machine(),
+        "model": args.model.name,
+    }
     failures: list[str] = []
     for name, part in (("a", part_a), ("b", part_b)):
         if args.part in (name, "both"):

@@ -1,7 +1,8 @@
 """What sealing a block, and handing its bytes to the writer, adds to a decode step.
 
-Agents answer at length, beside each other, over HTTP; from the server's trace: the time of decode steps in which some
-agent's block filled up (it is quantized there, all layers), of those in which none did, and of the handing over after.
+Agents answer at length, beside each other, over HTTP; from the server's trace: the time of decode
+steps in which some agent's block filled up (it is quantized there, all layers), of those in which
+none did, and of the handing over after.
 
     python benchmarks/sealing.py --json benchmarks/results/sealing-demo.json
 """
@@ -17,12 +18,17 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 from machine import describe_machine, write_result
-from server_process import ServerProcess
+
+from support.server_process import ServerProcess
 
 
 def read_trace(path: Path) -> list[dict[str, Any]]:
     """Chrome's trace events: a line "[", then one event a line, each with a comma behind it."""
-    return [json.loads(line.rstrip(",\n")) for line in path.read_text().splitlines() if line.startswith("{")]
+    return [
+        json.loads(line.rstrip(",\n"))
+        for line in path.read_text().splitlines()
+        if line.startswith("{")
+    ]
 
 
 def measure(model: Path, agents: int, answer_tokens: int) -> dict[str, Any]:
@@ -32,7 +38,12 @@ def measure(model: Path, agents: int, answer_tokens: int) -> dict[str, Any]:
             server.client.timeout = 600
 
             def talk(i: int) -> None:
-                messages = [{"role": "user", "content": f"Story {i}. Tell me a long one." + " And on." * 40 * i}]
+                messages = [
+                    {
+                        "role": "user",
+                        "content": f"Story {i}. Tell me a long one." + " And on." * 40 * i,
+                    }
+                ]
                 server.chat(messages, f"agent-{i}", max_tokens=answer_tokens, ignore_eos=True)
 
             with ThreadPoolExecutor(agents) as pool:
@@ -52,7 +63,9 @@ def measure(model: Path, agents: int, answer_tokens: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", type=Path, default=Path("~/.agentmem/models/demo").expanduser())
     parser.add_argument("--answer-tokens", type=int, default=800)
     parser.add_argument("--json", type=Path, help="where to write the result")
@@ -61,7 +74,12 @@ def main() -> None:
     for agents in (1, 4):
         rows.append(row := measure(args.model, agents, args.answer_tokens))
         print({k: round(v, 2) for k, v in row.items()}, flush=True)
-    result = {"benchmark": "sealing", "machine": describe_machine(), "model": args.model.name, "rows": rows}
+    result = {
+        "benchmark": "sealing",
+        "machine": describe_machine(),
+        "model": args.model.name,
+        "rows": rows,
+    }
     write_result(result, args.json)
     if any(row["seal_over_step"] >= 1 for row in rows):
         sys.exit("FAILED: sealing costs more than a decode step")

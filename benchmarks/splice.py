@@ -1,11 +1,13 @@
-"""The corpus of conversations (tests/chat): tokens of all prompts, of what must be prefilled, and of what would be.
+"""The corpus of conversations (tests/chat): tokens of all prompts, of what must be prefilled, and
+of what would be.
 
     python benchmarks/splice.py [--by-conversation] [--json FILE]
 
-Columns, summed over all requests: the prompts' tokens; ideal, those after the first place where the rendered text
-differs from every earlier request and answer of the agent, and one each; naive, those after the first token that
-differs when each prompt is tokenized as a whole; linear, the same where the last request's tokens alone are kept
-(definitions: tests/chat/ideal.py); prefilled, what this server prefills (tests/chat/served.py).
+Columns, summed over all requests: the prompts' tokens; ideal, those after the first place where the
+rendered text differs from every earlier request and answer of the agent, and one each; naive, those
+after the first token that differs when each prompt is tokenized as a whole; linear, the same where
+the last request's tokens alone are kept (definitions: tests/chat/ideal.py); prefilled, what this
+server prefills (tests/chat/served.py).
 """
 
 import argparse
@@ -15,9 +17,9 @@ from collections.abc import Iterable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
-from chat.families import FAMILIES
-from chat.ideal import Need
-from chat.served import table
+from support.chat.families import FAMILIES
+from support.chat.ideal import Need
+from support.chat.served import table
 
 COLUMNS = ("prefilled", "ideal", "naive", "linear")
 
@@ -50,7 +52,9 @@ def main() -> None:
         show(family, rows[family])
         if options.by_conversation:
             for name in dict.fromkeys(conversation for conversation, *_ in steps):
-                rows[f"{family}/{name}"] = row((need, count) for found, _, need, count in steps if found == name)
+                rows[f"{family}/{name}"] = row(
+                    (need, count) for found, _, need, count in steps if found == name
+                )
                 show(f"  {name}", rows[f"{family}/{name}"])
     if options.json:
         options.json.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")

@@ -1,8 +1,9 @@
-"""How far apart snapshots of recurrent state should be: bytes on disk against tokens computed again.
+"""How far apart snapshots of recurrent state should be: bytes on disk against tokens computed
+again.
 
-A request that parts from a context in its middle goes on from the last snapshot before that point; on average half an
-interval is computed again. Shapes of published models give the bytes (their classes are built without weights); a
-hybrid model small enough for this machine gives the times.
+A request that parts from a context in its middle goes on from the last snapshot before that point;
+on average half an interval is computed again. Shapes of published models give the bytes (their
+classes are built without weights); a hybrid model small enough for this machine gives the times.
 
     python benchmarks/state_interval.py --json benchmarks/results/state-interval.json
 """
@@ -15,7 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from agentmem.models.prepare import prepare_mlx
+from agentmem.linux_cpu.prepare import prepare_mlx
 
 prepare_mlx(Path("~/.agentmem").expanduser())
 
@@ -28,7 +29,7 @@ from agentmem.kvcache.attention import install_seam  # noqa: E402
 from agentmem.kvcache.block import SealedBlock, to_host  # noqa: E402
 from agentmem.kvcache.spec import KVCacheSpec, default_state_interval  # noqa: E402
 from agentmem.kvcache.trace import read_spec  # noqa: E402
-from agentmem.store import segment  # noqa: E402
+from agentmem.store.files import segment  # noqa: E402
 
 INTERVALS = (256, 512, 1024, 2048, 4096, 8192)
 _QWEN3_NEXT = {
@@ -86,18 +87,32 @@ def bytes_of(spec: KVCacheSpec) -> dict[str, Any]:
         {
             "interval": n,
             "state_bytes_per_token": round(spec.state_bytes / n, 1),
-            "over_sealed": round(spec.state_bytes / n / spec.sealed_bytes, 2) if spec.sealed_bytes else None,
+            "over_sealed": round(spec.state_bytes / n / spec.sealed_bytes, 2)
+            if spec.sealed_bytes
+            else None,
             "recomputed_mean": n // 2,
         }
         for n in INTERVALS
     ]
     chosen = -(-default_state_interval(spec) // spec.block_size) * spec.block_size
-    return {"sealed_bytes": spec.sealed_bytes, "state_bytes": spec.state_bytes, "default": chosen, "rows": rows}
+    return {
+        "sealed_bytes": spec.sealed_bytes,
+        "state_bytes": spec.state_bytes,
+        "default": chosen,
+        "rows": rows,
+    }
 
 
 def measured(repeats: int) -> dict[str, Any]:
-    """Times of a hybrid of Qwen3-Next's kinds on this machine: prefill, and a snapshot to disk and back."""
-    small = {"hidden_size": 512, "num_hidden_layers": 8, "moe_intermediate_size": 256, "intermediate_size": 1024}
+    """Times of a hybrid of Qwen3-Next's kinds on this machine: prefill, and a snapshot to disk and
+    back.
+    """
+    small = {
+        "hidden_size": 512,
+        "num_hidden_layers": 8,
+        "moe_intermediate_size": 256,
+        "intermediate_size": 1024,
+    }
     model = build(qwen3_next, _QWEN3_NEXT | small)
     mx.eval(model.parameters())
     runner = ModelRunner(model)
@@ -129,7 +144,9 @@ def round_trip(block: SealedBlock) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
@@ -141,8 +158,12 @@ def main() -> None:
             f"default every {figures['default']:,} tokens"
         )
         for row in figures["rows"]:
-            share = "" if row["over_sealed"] is None else f", {row['over_sealed']:.2f} of the sealed"
-            print(f"  every {row['interval']:>5}: {row['state_bytes_per_token']:>9,.1f} bytes a token{share}")
+            share = (
+                "" if row["over_sealed"] is None else f", {row['over_sealed']:.2f} of the sealed"
+            )
+            print(
+                f"  every {row['interval']:>5}: {row['state_bytes_per_token']:>9,.1f} bytes a token{share}"
+            )
     result["measured"] = measured(args.repeats)
     print(result["measured"])
     write_result(result, args.json)

@@ -1,9 +1,11 @@
-"""Many concurrent streams over HTTP, a third of them cut by the client at a random moment; then all must be quiet.
+"""Many concurrent streams over HTTP, a third of them cut by the client at a random moment; then all
+must be quiet.
 
-Each of 64 clients (--streams) opens one stream after another for --seconds: agents old and new, prompts short and long.
-A stream that was not cut must be complete: role, content, finish_reason, usage of exactly max_tokens, [DONE]. After the
-last one running, waiting and reserved bytes must return to zero, /health be ok, and the server hold no more file
-descriptors than after a warm-up of the same kind. The model is a tiny llama of random weights, whose tokens are words.
+Each of 64 clients (--streams) opens one stream after another for --seconds: agents old and new,
+prompts short and long. A stream that was not cut must be complete: role, content, finish_reason,
+usage of exactly max_tokens, [DONE]. After the last one running, waiting and reserved bytes must
+return to zero, /health be ok, and the server hold no more file descriptors than after a warm-up of
+the same kind. The model is a tiny llama of random weights, whose tokens are words.
 
     python benchmarks/streams.py --seconds 120 --json benchmarks/results/streams-tiny.json
 """
@@ -29,10 +31,20 @@ from prometheus_client.parser import text_string_to_metric_families
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 from machine import describe_machine, write_result
-from server_process import ServerProcess
-from tiny_model_dir import write_tiny_model
 
-SERVER_FLAGS = ("--block-size", "32", "--prefill-chunk", "64", "--max-running", "16", "--max-queue", "256")
+from support.server_process import ServerProcess
+from support.tiny_model_dir import write_tiny_model
+
+SERVER_FLAGS = (
+    "--block-size",
+    "32",
+    "--prefill-chunk",
+    "64",
+    "--max-running",
+    "16",
+    "--max-queue",
+    "256",
+)
 QUIET_S = 10.0  # within which everything must have returned to zero
 _PATIENCE_S = 60.0  # without a byte: longer than any queue here, and pings come every 5 s
 _ROOM = 600  # words of a conversation: longer ones start afresh
@@ -41,7 +53,9 @@ T = TypeVar("T")
 
 @dataclass
 class Answer:
-    """One streamed answer, as far as it came. `times`: arrival of each content chunk, time.perf_counter()."""
+    """One streamed answer, as far as it came. `times`: arrival of each content chunk,
+    time.perf_counter().
+    """
 
     times: list[float] = field(default_factory=list)
     text: str = ""
@@ -81,8 +95,11 @@ class StreamError(Exception):
     """A stream that was not an answer."""
 
 
-async def stream_chat(client: httpx.AsyncClient, body: dict[str, Any], cut_after: int | None = None) -> Answer:
-    """Ask for a stream and read it; with `cut_after` hang up after that many content chunks (0: at the headers).
+async def stream_chat(
+    client: httpx.AsyncClient, body: dict[str, Any], cut_after: int | None = None
+) -> Answer:
+    """Ask for a stream and read it; with `cut_after` hang up after that many content chunks (0: at
+    the headers).
 
     Raises StreamError and httpx.HTTPError.
     """
@@ -121,7 +138,9 @@ def report(result: dict[str, Any], failures: list[str], path: Path | None) -> No
 
 
 class Load:
-    """Clients that stream one answer after another until the time is over; what became of the streams is counted."""
+    """Clients that stream one answer after another until the time is over; what became of the
+    streams is counted.
+    """
 
     def __init__(self, url: str, *, streams: int, seconds: float, seed: int):
         self._url, self._streams, self._seconds = url, streams, seconds
@@ -133,7 +152,9 @@ class Load:
     async def run(self, progress: Callable[[str], None]) -> None:
         end = time.monotonic() + self._seconds
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
-        async with httpx.AsyncClient(base_url=self._url, timeout=_PATIENCE_S, limits=limits) as client:
+        async with httpx.AsyncClient(
+            base_url=self._url, timeout=_PATIENCE_S, limits=limits
+        ) as client:
             clients = [asyncio.create_task(self._client(client, end)) for _ in range(self._streams)]
             while time.monotonic() < end:
                 await asyncio.sleep(min(5.0, max(0.1, end - time.monotonic())))
@@ -147,15 +168,24 @@ class Load:
             except (StreamError, httpx.HTTPError) as e:
                 self.tally["failed"] += 1
                 self.errors.append(f"{type(e).__name__}: {e}")
-                await asyncio.sleep(0.5)  # a server that refuses everything is not asked at full speed
+                await asyncio.sleep(
+                    0.5
+                )  # a server that refuses everything is not asked at full speed
 
     async def _one(self, client: httpx.AsyncClient) -> None:
         rng = self._random
         agent = f"agent-{rng.randrange(self._streams * 5 // 4)}"  # some are asked twice at once
         messages, max_tokens = self._prompt(agent), rng.randint(8, 64)
-        body = {"messages": messages, "agent_id": agent, "seed": rng.randrange(1000), "ignore_eos": True}
+        body = {
+            "messages": messages,
+            "agent_id": agent,
+            "seed": rng.randrange(1000),
+            "ignore_eos": True,
+        }
         body["max_tokens"] = max_tokens
-        answer = await (self._cut(client, body) if rng.random() < 1 / 3 else stream_chat(client, body))
+        answer = await (
+            self._cut(client, body) if rng.random() < 1 / 3 else stream_chat(client, body)
+        )
         if answer is None:
             self.tally["cut"] += 1
             return
@@ -167,7 +197,9 @@ class Load:
         self._chats[agent] = [*messages, {"role": "assistant", "content": answer.text}]
 
     async def _cut(self, client: httpx.AsyncClient, body: dict[str, Any]) -> Answer | None:
-        """Hang up while it waits or prefills, or in the middle of the answer. None, unless the answer was faster."""
+        """Hang up while it waits or prefills, or in the middle of the answer. None, unless the
+        answer was faster.
+        """
         if self._random.random() < 2 / 3:
             await stream_chat(client, body, cut_after=self._random.randrange(body["max_tokens"]))
             return None
@@ -182,7 +214,10 @@ class Load:
         before = self._chats.get(agent, [])
         if sum(len(m["content"].split()) for m in before) > _ROOM or self._random.random() < 0.2:
             before = []
-        words = (f"w{self._random.randint(8, 255)}" for _ in range(self._random.randint(1, 30 if before else 300)))
+        words = (
+            f"w{self._random.randint(8, 255)}"
+            for _ in range(self._random.randint(1, 30 if before else 300))
+        )
         return [*before, {"role": "user", "content": " ".join(words)}]
 
 
@@ -191,17 +226,25 @@ class Outcome:
     seconds: float
     tally: dict[str, int]
     errors: list[str]
-    after: dict[str, float]  # running, waiting, restoring requests and reserved bytes, once all streams have ended
+    after: dict[
+        str, float
+    ]  # running, waiting, restoring requests and reserved bytes, once all streams have ended
     health: str
     open_files: tuple[int, int]  # of the server: after the warm-up, and at the end
 
     def failures(self) -> list[str]:
         found = [f"{n} x {error}" for error, n in Counter(self.errors).most_common(5)]
-        found += [f"after the last stream {name} is {value:g}" for name, value in self.after.items() if value != 0]
+        found += [
+            f"after the last stream {name} is {value:g}"
+            for name, value in self.after.items()
+            if value != 0
+        ]
         if self.health != "ok":
             found.append(f"/health says {self.health}")
         if self.open_files[1] > self.open_files[0]:
-            found.append("file descriptors of the server grew from {} to {}".format(*self.open_files))
+            found.append(
+                "file descriptors of the server grew from {} to {}".format(*self.open_files)
+            )
         if not self.tally.get("complete") or not self.tally.get("cut"):
             found.append(f"nothing was complete, or nothing cut: {self.tally}")
         return found
@@ -215,7 +258,9 @@ def run_streams(
     seed: int = 0,
     progress: Callable[[str], None] = lambda text: None,
 ) -> Outcome:
-    """Drive `server` (a tiny model with SERVER_FLAGS) with streams; the outcome's failures() must be empty."""
+    """Drive `server` (a tiny model with SERVER_FLAGS) with streams; the outcome's failures() must
+    be empty.
+    """
     warm_up = Load(server.url, streams=streams, seconds=min(5.0, seconds / 4), seed=seed + 1)
     asyncio.run(warm_up.run(progress))
     _quiet(server)
@@ -251,7 +296,9 @@ def _settled(read: Callable[[], T], holds: Callable[[T], bool]) -> T:
 def open_files(pid: int) -> int:
     if sys.platform == "linux":
         return len(os.listdir(f"/proc/{pid}/fd"))
-    return len(subprocess.run(["lsof", "-p", str(pid)], capture_output=True, text=True).stdout.splitlines())
+    return len(
+        subprocess.run(["lsof", "-p", str(pid)], capture_output=True, text=True).stdout.splitlines()
+    )
 
 
 @contextlib.contextmanager
@@ -265,11 +312,15 @@ def started(kv_budget: str) -> Iterator[ServerProcess]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--streams", type=int, default=64, help="open at once")
     parser.add_argument("--seconds", type=float, default=120.0)
     parser.add_argument(
-        "--kv-budget", default="24M", help="as of `agentmem serve`; default: 24M, so that streams queue"
+        "--kv-budget",
+        default="24M",
+        help="as of `agentmem serve`; default: 24M, so that streams queue",
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, help="where to write the result")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from agentmem.models.blas import load_fast_blas
+from agentmem.linux_cpu.blas import load_fast_blas
 
 HOME = Path(os.environ.get("AGENTMEM_TEST_HOME") or "~/.agentmem").expanduser()
 
@@ -21,7 +21,9 @@ if os.environ.get("AGENTMEM_TEST_DEVICE") == "cpu" and mx.default_device() != mx
     mx.set_default_device(mx.cpu)
     # the servers that tests start need it too: a sitecustomize.py there does the same
     cpu_device = str(Path(__file__).parent / "support" / "cpu_device")
-    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [cpu_device, os.environ.get("PYTHONPATH")]))
+    os.environ["PYTHONPATH"] = os.pathsep.join(
+        filter(None, [cpu_device, os.environ.get("PYTHONPATH")])
+    )
 
 # a shell's background jobs ignore Ctrl-C, and so would every process that a test starts
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -42,7 +44,7 @@ def demo_model_dir() -> Path:
 @pytest.fixture(scope="session")
 def model(tmp_path_factory) -> Path:
     """The directory of a tiny model."""
-    from tiny_model_dir import write_tiny_model
+    from support.tiny_model_dir import write_tiny_model
 
     return write_tiny_model(tmp_path_factory.mktemp("model") / "tiny")
 
@@ -50,12 +52,14 @@ def model(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def server(model, tmp_path_factory):
     """A real server on the tiny model, which is well in the end."""
-    from chat_http import FLAGS
-    from server_process import ServerProcess
+    from support.chat_http import FLAGS
+    from support.server_process import ServerProcess
 
     with ServerProcess(tmp_path_factory.mktemp("server") / "home", *FLAGS, model=model) as server:
         yield server
-        assert server.client.get(server.url.removesuffix("/v1") + "/health").json()["status"] == "ok"
+        assert (
+            server.client.get(server.url.removesuffix("/v1") + "/health").json()["status"] == "ok"
+        )
         assert server.stop() == 0
 
 
@@ -65,22 +69,23 @@ def refused(tmp_path, monkeypatch, capsys) -> Callable[..., str]:
 
     In this process, and without a look at the noise: a process of its own takes seconds to say it.
     """
-    from bench_process import FAULT
-
-    from agentmem import cli
     from agentmem.bench import session
+    from agentmem.cli.main import main
     from agentmem.cli_bench import common
+    from support.bench_process import FAULT
 
     for name in [name for name in os.environ if name.startswith("AGENTMEM_")]:
         monkeypatch.delenv(name)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     monkeypatch.setattr(session, "probe_ms", lambda: 1.0)
-    monkeypatch.setattr(common, "prepare_mlx", lambda home: None)  # the allocator stays as it is for other tests
+    monkeypatch.setattr(
+        common, "prepare_mlx", lambda home: None
+    )  # the allocator stays as it is for other tests
 
     def bench(*arguments: object) -> str:
         monkeypatch.setattr(sys, "argv", ["agentmem", "bench", *map(str, arguments)])
         with pytest.raises(SystemExit) as ended:
-            cli.main()
+            main()
         said = capsys.readouterr()
         assert (ended.value.code, said.out, len(said.err.splitlines())) == (FAULT, "", 1), said.err
         assert not list(tmp_path.glob("agentmem-bench-*/"))

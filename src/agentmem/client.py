@@ -23,7 +23,9 @@ class Client:
         """`url` with or without /v1."""
         self.url = url.rstrip("/").removesuffix("/v1")
         # a proxy of the environment's is for other machines
-        self._proxies = re.match(r"https?://(localhost|127\.[\d.]+|\[::1\])(:|/|$)", self.url) is None
+        self._proxies = (
+            re.match(r"https?://(localhost|127\.[\d.]+|\[::1\])(:|/|$)", self.url) is None
+        )
         self._headers = {"authorization": f"Bearer {api_key}"} if api_key else {}
 
     def call(self, method: str, path: str, **request: Any) -> dict[str, Any]:
@@ -34,14 +36,21 @@ class Client:
         except ValueError:
             found = None
         if not isinstance(found, dict):
-            raise RequestFailed(f"{self.url}{path} answered with no JSON object: is this an agentmem server?")
+            raise RequestFailed(
+                f"{self.url}{path} answered with no JSON object: is this an agentmem server?"
+            )
         return found
 
     def health(self) -> dict[str, Any]:
-        """What /health says, of a server that isn't healthy too. Errors as those of `call`; it waits 10 s at most."""
+        """What /health says, of a server that isn't healthy too. Errors as those of `call`; it
+        waits 10 s at most.
+        """
         try:
             response = httpx.get(
-                f"{self.url}/health", headers=self._headers, timeout=_HEALTH_SECONDS, trust_env=self._proxies
+                f"{self.url}/health",
+                headers=self._headers,
+                timeout=_HEALTH_SECONDS,
+                trust_env=self._proxies,
             )
             found = response.json() if response.status_code in (200, 503) else None
         except httpx.ConnectError:
@@ -50,12 +59,20 @@ class Client:
             raise StartupError(f"{self.url}: {type(e).__name__}: {e}") from None
         except ValueError:
             found = None
-        if not isinstance(found, dict) or not {"status", "errors"} <= found.keys():  # others have a status too
-            raise RequestFailed(f"{self.url}/health answered {response.status_code}: is this an agentmem server?")
+        if (
+            not isinstance(found, dict) or not {"status", "errors"} <= found.keys()
+        ):  # others have a status too
+            raise RequestFailed(
+                f"{self.url}/health answered {response.status_code}: is this an agentmem server?"
+            )
         return found
 
-    def events(self, method: str, path: str, **request: Any) -> Generator[dict[str, Any], None, None]:
-        """The JSON of a stream of server-sent events, as it comes. RequestFailed: also an error among them."""
+    def events(
+        self, method: str, path: str, **request: Any
+    ) -> Generator[dict[str, Any], None, None]:
+        """The JSON of a stream of server-sent events, as it comes. RequestFailed: also an error
+        among them.
+        """
         rest = b""
         with closing(self.stream(method, path, **request)) as chunks:
             for chunk in chunks:
@@ -64,7 +81,9 @@ class Client:
                     if line.startswith(b"data: {"):
                         event = json.loads(line.removeprefix(b"data: "))
                         if "error" in event:
-                            raise RequestFailed(event["error"]["message"], code=event["error"]["code"])
+                            raise RequestFailed(
+                                event["error"]["message"], code=event["error"]["code"]
+                            )
                         yield event
 
     def stream(self, method: str, path: str, **request: Any) -> Generator[bytes, None, None]:
@@ -72,7 +91,10 @@ class Client:
         try:
             with (
                 httpx.Client(
-                    base_url=self.url, headers=self._headers, timeout=_TIMEOUT, trust_env=self._proxies
+                    base_url=self.url,
+                    headers=self._headers,
+                    timeout=_TIMEOUT,
+                    trust_env=self._proxies,
                 ) as client,
                 client.stream(method, path, **request) as response,
             ):
@@ -83,7 +105,9 @@ class Client:
         except httpx.ConnectError:
             raise _nobody_at(self.url) from None
         except (httpx.RemoteProtocolError, httpx.ReadError):
-            raise StartupError(f"the server at {self.url} went away before its answer was whole") from None
+            raise StartupError(
+                f"the server at {self.url} went away before its answer was whole"
+            ) from None
         except (httpx.HTTPError, httpx.InvalidURL) as e:
             raise StartupError(f"{self.url}: {type(e).__name__}: {e}") from None
 

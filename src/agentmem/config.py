@@ -1,4 +1,6 @@
-"""Settings: CLI flag > AGENTMEM_* environment > --config file (TOML) > default. Each default is written once, here."""
+"""Settings: CLI flag > AGENTMEM_* environment > --config file (TOML) > default. Each default is
+written once, here.
+"""
 
 import os
 import tomllib
@@ -22,7 +24,9 @@ def parse_bytes(value: Any) -> Any:
     try:
         return int(float(text.removesuffix(unit)) * _UNITS[unit])
     except (KeyError, ValueError, OverflowError):
-        raise ValueError(f"{value!r} is not a size; write bytes, or a number with K, M, G or T, such as 8G") from None
+        raise ValueError(
+            f"{value!r} is not a size; write bytes, or a number with K, M, G or T, such as 8G"
+        ) from None
 
 
 def parse_share(value: Any) -> Any:
@@ -71,7 +75,8 @@ class Settings(BaseSettings):
     port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0 picks a free one")
     home: Path = Field(Path("~/.agentmem"), description="directory that holds models and stores")
     allowed_hosts: Annotated[list[str], NoDecode, BeforeValidator(_split_commas)] = Field(
-        default=[], description="further Host header values to accept (default: the listening address and localhost)"
+        default=[],
+        description="further Host header values to accept (default: the listening address and localhost)",
     )
     api_keys: Path | None = Field(
         None,
@@ -80,7 +85,8 @@ class Settings(BaseSettings):
     )
 
     kv_bits: Literal["4", "k5v3", "k5v4", "8", "16"] = Field(
-        "4", description="bits of a sealed block: 4, 8, 16 (the model's own dtype), k5v3 (keys 5, values 3) or k5v4"
+        "4",
+        description="bits of a sealed block: 4, 8, 16 (the model's own dtype), k5v3 (keys 5, values 3) or k5v4",
     )
     block_size: Annotated[int, AfterValidator(_multiple_of_32)] = Field(
         256, ge=32, le=2048, description="tokens a block"
@@ -92,10 +98,12 @@ class Settings(BaseSettings):
         "take as many bytes as the rest, 4096 at most)",
     )
     sharing: Literal["namespace", "agent"] = Field(
-        "namespace", description="who may share identical prefix blocks: agents of one namespace, or nobody"
+        "namespace",
+        description="who may share identical prefix blocks: agents of one namespace, or nobody",
     )
     attention: Literal["auto", "dequantized", "codes"] = Field(
-        "auto", description="what attention of running sequences reads; auto: measured once per model and device"
+        "auto",
+        description="what attention of running sequences reads; auto: measured once per model and device",
     )
     prefill_chunk: int = Field(512, ge=16, le=8192, description="prompt tokens a forward pass")
     max_itl_ms: float | None = Field(
@@ -104,17 +112,26 @@ class Settings(BaseSettings):
         description="longest gap in an answer that others' prefill may cause (default: that of the first 128 tokens)",
     )
     max_running: int = Field(8, ge=1, le=256, description="sequences decoded at once")
-    max_queue: int = Field(64, ge=1, le=10_000, description="requests waiting; one more is answered 429")
-    max_branches: int = Field(
-        4, ge=1, le=64, description="branches kept of one agent; the least recently used goes, the longest last"
+    max_queue: int = Field(
+        64, ge=1, le=10_000, description="requests waiting; one more is answered 429"
     )
-    max_context: int | None = Field(None, ge=16, description="prompt and answer, in tokens (default: the model's)")
+    max_branches: int = Field(
+        4,
+        ge=1,
+        le=64,
+        description="branches kept of one agent; the least recently used goes, the longest last",
+    )
+    max_context: int | None = Field(
+        None, ge=16, description="prompt and answer, in tokens (default: the model's)"
+    )
     date_session: float = Field(
         24.0,
         ge=0,
         description="hours after an agent's last request in which its prompts keep the chat template's date; 0: none",
     )
-    default_max_tokens: int = Field(2048, ge=1, description="answer tokens where a request names no limit")
+    default_max_tokens: int = Field(
+        2048, ge=1, description="answer tokens where a request names no limit"
+    )
     reasoning_alias: bool = Field(
         False, description="reasoning text as `reasoning` too, not only as `reasoning_content`"
     )
@@ -128,9 +145,13 @@ class Settings(BaseSettings):
         gt=0,
         description="of the process: above it idle caches go, then new requests get 503; a size, or a share of RAM",
     )
-    trace: Path | None = Field(None, description="file for a trace of every step and restore (Chrome trace events)")
+    trace: Path | None = Field(
+        None, description="file for a trace of every step and restore (Chrome trace events)"
+    )
     tail_delay: float = Field(
-        3.0, ge=0, description="seconds of rest after which an agent's tail is written, if write_amplification allows"
+        3.0,
+        ge=0,
+        description="seconds of rest after which an agent's tail is written, if write_amplification allows",
     )
     write_amplification: float = Field(
         1.25,
@@ -138,15 +159,25 @@ class Settings(BaseSettings):
         description="bytes written over bytes stored, of one conversation: above it tails wait for eviction or stop",
     )
     store_quota: BytesOrShare = Field(
-        0.2, gt=0, description="disk for all stores: a size, or a share of the disk; the least recently used leaves"
+        0.2,
+        gt=0,
+        description="disk for all stores: a size, or a share of the disk; the least recently used leaves",
     )
-    store_min_free: BytesOrShare = Field(1 << 30, ge=0, description="what the store leaves free on its disk")
-    encrypt: bool = Field(False, description="encrypt what is stored: AES-256-GCM, with a key for each agent")
+    store_min_free: BytesOrShare = Field(
+        1 << 30, ge=0, description="what the store leaves free on its disk"
+    )
+    encrypt: bool = Field(
+        False, description="encrypt what is stored: AES-256-GCM, with a key for each agent"
+    )
     key_file: Path | None = Field(
-        None, description="master key of --encrypt, 64 hex digits, made if need be (default: the macOS keychain)"
+        None,
+        description="master key of --encrypt, 64 hex digits, made if need be (default: the macOS keychain)",
     )
     grace: float = Field(
-        10.0, ge=0, allow_inf_nan=False, description="seconds that running answers get to finish at shutdown"
+        10.0,
+        ge=0,
+        allow_inf_nan=False,
+        description="seconds that running answers get to finish at shutdown",
     )
     max_body: Bytes = Field(8 << 20, ge=1024, description="largest request body, such as 8M")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="log level")
@@ -172,7 +203,9 @@ class Settings(BaseSettings):
 
 
 def load_settings(flags: dict[str, Any], config: Path | None = None) -> Settings:
-    """Merge the sources. Raises StartupError, in one line, that names the setting and what would be right."""
+    """Merge the sources. Raises StartupError, in one line, that names the setting and what would be
+    right.
+    """
     from_env = {name for name in Settings.model_fields if f"AGENTMEM_{name.upper()}" in os.environ}
     values = {k: v for k, v in _read_toml(config).items() if k not in from_env} if config else {}
     values |= {k: v for k, v in flags.items() if v is not None}

@@ -1,8 +1,12 @@
-"""The project's errors: one small tree, mapped to HTTP in server/app.py and to exit codes in cli.py."""
+"""The project's errors: one small tree, mapped to HTTP in server/app.py and to exit codes in
+cli.py.
+"""
 
 
 class AgentMemError(Exception):
-    """Base of every error that a user may see. `message` says what is wrong and what would be right."""
+    """Base of every error that a user may see. `message` says what is wrong and what would be
+    right.
+    """
 
     status = 500
     type = "server_error"
@@ -118,4 +122,6 @@ class StoreError(StartupError):
 
 
 class CorruptSegment(AgentMemError):
-    """A stored file that is missing, short, or fails its checksum. Never served; the caller re-prefills."""
+    """A stored file that is missing, short, or fails its checksum. Never served; the caller
+    re-prefills.
+    """

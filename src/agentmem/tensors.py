@@ -5,7 +5,15 @@ from dataclasses import dataclass
 
 import numpy as np
 
-ITEM_BYTES = {"I64": 8, "F32": 4, "U32": 4, "I32": 4, "F16": 2, "BF16": 2, "U8": 1}  # by dtype, in safetensors' names
+ITEM_BYTES = {
+    "I64": 8,
+    "F32": 4,
+    "U32": 4,
+    "I32": 4,
+    "F16": 2,
+    "BF16": 2,
+    "U8": 1,
+}  # by dtype, in safetensors' names
 
 
 @dataclass(frozen=True)
@@ -24,7 +32,8 @@ class HostTensor:
 def part_of(name: str) -> str:
     """The part of a block that a tensor belongs to; a part is kept and read as a whole.
 
-    "k0.packed", "v0.sinks": part "0", a stack of layers. "s1.0@137": part "@137", recurrent state after 137 tokens.
+    "k0.packed", "v0.sinks": part "0", a stack of layers. "s1.0@137": part "@137", recurrent state
+    after 137 tokens.
     """
     at = name.find("@")
     return name[at:] if at >= 0 else name.removeprefix("prefix.")[1:].partition(".")[0]

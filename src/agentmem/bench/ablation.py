@@ -20,13 +20,13 @@ from typing import Any, Literal
 
 import mlx.core as mx
 
+from ..chat.messages import Message
+from ..chat.renderer import ChatRenderer
 from ..config import Settings
 from ..engine.model_runner import ModelRunner
 from ..kvcache.calibrate import calibration_tokens
 from ..kvcache.quantize import CacheSpace
 from ..models.loading import LoadedModel
-from ..server.chat import ChatRenderer
-from ..server.messages import Message
 from .in_process import NAMESPACE, Reply, ask_engine, running_engine
 from .perplexity import production, score_windows
 from .prompts import Prompts
@@ -72,7 +72,9 @@ class Bench:
         """Settings on an empty directory."""
         for old in self.session.directory.iterdir():
             shutil.rmtree(old)
-        return self.settings.model_copy(update={"home": self.session.directory / "engine"} | changes)
+        return self.settings.model_copy(
+            update={"home": self.session.directory / "engine"} | changes
+        )
 
 
 Samples = dict[str, float]  # "MEASURE": one measurement
@@ -103,7 +105,10 @@ def quantization(bench: Bench, on: bool) -> Samples:
     with running_engine(settings, bench.loaded) as (engine, run):
         reply = run(ask_engine(engine, "agent", prompt))
     _check(reply, "warm")
-    return {"RAM of an agent at rest": agent.ram_bytes / 1e6, "first token after a restart": reply.stats.ttft_ms}
+    return {
+        "RAM of an agent at rest": agent.ram_bytes / 1e6,
+        "first token after a restart": reply.stats.ttft_ms,
+    }
 
 
 class _Unrotated(CacheSpace):
@@ -115,7 +120,9 @@ def rotation(bench: Bench, on: bool) -> Samples:
     """Against 16 bits. Keys are centred, sinks and the unfinished block full, either way."""
     exact = ModelRunner(bench.loaded.model, kv_bits="16", block_size=bench.settings.block_size)
     coded = ModelRunner(bench.loaded.model, kv_bits="4", block_size=bench.settings.block_size)
-    tokens = calibration_tokens(lambda text: bench.loaded.tokenizer.encode(text, add_special_tokens=False))
+    tokens = calibration_tokens(
+        lambda text: bench.loaded.tokenizer.encode(text, add_special_tokens=False)
+    )
     coded.use_centres(coded.calibrate(tokens), CacheSpace if on else _Unrotated)
     protocol = Protocol(bench.context, bench.context, bench.context)
     windows = cut_windows(bench.prompts.ids(bench.context + 1), protocol, [])
@@ -131,7 +138,9 @@ def batching(bench: Bench, on: bool) -> Samples:
     prompts = [bench.prompts.ids(bench.context // _BATCH) for _ in range(_BATCH)]
 
     async def together(max_tokens: int) -> list[Reply]:
-        asked = (ask_engine(engine, f"agent-{i}", prompt, max_tokens) for i, prompt in enumerate(prompts))
+        asked = (
+            ask_engine(engine, f"agent-{i}", prompt, max_tokens) for i, prompt in enumerate(prompts)
+        )
         return await asyncio.gather(*asked)
 
     with running_engine(settings, bench.loaded) as (engine, run):
@@ -148,7 +157,9 @@ def batching(bench: Bench, on: bool) -> Samples:
 
 
 def splice(bench: Bench, on: bool) -> Samples:
-    """Answers are sampled hot, so that some of their tokens are not those that a tokenizer makes of their text."""
+    """Answers are sampled hot, so that some of their tokens are not those that a tokenizer makes of
+    their text.
+    """
     renderer = ChatRenderer(bench.loaded.tokenizer, bench.loaded.max_context)
 
     async def converse() -> int:
@@ -206,7 +217,10 @@ def overlap(bench: Bench, on: bool) -> Samples:
             engine._core.restorer._store = _Blocking(engine._core.store)  # type: ignore[assignment]
         gaps = run(measure())
     mean = sum(gaps) / len(gaps)
-    return {"gap between tokens, mean": mean * 1e3, "gap between tokens, p95": gaps[int(len(gaps) * 0.95)] * 1e3}
+    return {
+        "gap between tokens, mean": mean * 1e3,
+        "gap between tokens, p95": gaps[int(len(gaps) * 0.95)] * 1e3,
+    }
 
 
 Measure = Callable[[Bench, bool], Samples]
@@ -218,11 +232,21 @@ COMPONENTS: dict[str, Measure] = {
     "splice": splice,
     "overlap": overlap,
 }
-_UNITS = {"RAM": "MB", "KL": "nats", "change": "%", "tokens": "tokens", f"{_BATCH} answers": "tokens/s"}  # else ms
+_UNITS = {
+    "RAM": "MB",
+    "KL": "nats",
+    "change": "%",
+    "tokens": "tokens",
+    f"{_BATCH} answers": "tokens/s",
+}  # else ms
 
 
-def measure(bench: Bench, components: list[str], passes: int, done: Callable[[], None]) -> Iterator[AblationRow]:
-    """Each component `passes` times on and off, in turns, both on the same prompts. `done` is told of each."""
+def measure(
+    bench: Bench, components: list[str], passes: int, done: Callable[[], None]
+) -> Iterator[AblationRow]:
+    """Each component `passes` times on and off, in turns, both on the same prompts. `done` is told
+    of each.
+    """
     persistence(bench, on=True)  # warm-up
     for component in components:
         samples: dict[str, tuple[list[float], list[float]]] = {}

@@ -1,8 +1,9 @@
 """How many resting agents a budget holds: bytes of one's cache by layer kind and by length.
 
-An agent rests at n tokens when nothing of it runs. In RAM it then has of every block the parts that going on from n
-needs (KVCacheSpec.needed), the unfinished block in full precision, and the recurrent state at n. A restore reads the
-same; the disk also keeps what windows have passed, and the state every `state_interval` tokens.
+An agent rests at n tokens when nothing of it runs. In RAM it then has of every block the parts that
+going on from n needs (KVCacheSpec.needed), the unfinished block in full precision, and the
+recurrent state at n. A restore reads the same; the disk also keeps what windows have passed, and
+the state every `state_interval` tokens.
 """
 
 from collections.abc import Sequence
@@ -28,17 +29,24 @@ class KindRow:
     attention_sinks: bool
     fp16_bytes_per_token: int
     sealed_bytes_per_token: int
-    fixed_bytes: int | None  # that it takes at most, however long a sequence is: sealed blocks of a window, a state
+    fixed_bytes: (
+        int | None
+    )  # that it takes at most, however long a sequence is: sealed blocks of a window, a state
 
 
 @dataclass(frozen=True)
 class Footprint:
-    """Bytes of one resting agent of `tokens` tokens; None where a model's cache can't be held that way."""
+    """Bytes of one resting agent of `tokens` tokens; None where a model's cache can't be held that
+    way.
+    """
 
     tokens: int
     fp16_all_layers: int | None  # keys and values of every layer at full length
-    fp16_windows: int  # windows and chunks alone where layers have them, as mlx-lm's Rotating- and ChunkedKVCache
-    paper_q4: int | None  # every layer at full length as plain 4-bit codes, a 16-bit scale and bias for each 64
+    # windows and chunks alone where layers have them, as mlx-lm's Rotating- and ChunkedKVCache
+    fp16_windows: int
+    paper_q4: (
+        int | None
+    )  # every layer at full length as plain 4-bit codes, a 16-bit scale and bias for each 64
     agentmem: int | None  # in RAM, and read by a restore
     agentmem_at_worst: int | None  # the same, the most with up to a block (or chunk) less
     agentmem_disk: int | None
@@ -67,8 +75,8 @@ class Capacity:
             "sealed_bytes_per_token_beyond_windows": beyond_windows(spec),
             "state_bytes": spec.state_bytes,
             "open_block_bytes": open_block_bytes(spec),
-            "unquantized": spec.unquantized_reason if spec.foreign is None else None,
-            "not_kept": spec.foreign.reason if spec.foreign else None,
+            "unquantized": spec.unquantized_reason if spec.opaque is None else None,
+            "not_kept": spec.opaque.reason if spec.opaque else None,
             "contexts": [_context_json(row, budget) for row in self.footprints],
         }
 
@@ -77,20 +85,27 @@ def _context_json(row: Footprint, budget: int) -> dict[str, Any]:
     result: dict[str, Any] = {"tokens": row.tokens}
     for name in COLUMNS:
         nbytes = getattr(row, name)
-        result[name] = None if nbytes is None else {"bytes": nbytes, "agents": agents(budget, nbytes)}
-    return result | {"agentmem_at_worst_bytes": row.agentmem_at_worst, "agentmem_disk_bytes": row.agentmem_disk}
+        result[name] = (
+            None if nbytes is None else {"bytes": nbytes, "agents": agents(budget, nbytes)}
+        )
+    return result | {
+        "agentmem_at_worst_bytes": row.agentmem_at_worst,
+        "agentmem_disk_bytes": row.agentmem_disk,
+    }
 
 
 def agents(budget: int, nbytes: int) -> int:
-    """Whole agents of `nbytes` each; a cache of no bytes fits as often as one likes, and counts as one byte."""
+    """Whole agents of `nbytes` each; a cache of no bytes fits as often as one likes, and counts as
+    one byte.
+    """
     return budget // max(nbytes, 1)
 
 
 def footprint(spec: KVCacheSpec, num_tokens: int) -> Footprint:
     """`spec.dtype` must be of 16 bits."""
     assert spec.dtype.size == FP16
-    if spec.foreign is not None:
-        own = spec.foreign.fixed_bytes + num_tokens * spec.foreign.token_bytes
+    if spec.opaque is not None:
+        own = spec.opaque.fixed_bytes + num_tokens * spec.opaque.token_bytes
         return Footprint(num_tokens, None, own, None, None, None, None)
     return Footprint(
         num_tokens,
@@ -106,9 +121,13 @@ def footprint(spec: KVCacheSpec, num_tokens: int) -> Footprint:
 def fp16_window_bytes(spec: KVCacheSpec, num_tokens: int) -> int:
     """As mlx-lm's caches after a step of decoding, the steps by which they grow aside.
 
-    For a few types (mistral3) mlx-lm makes caches that keep more than the window that the model masks.
+    For a few types (mistral3) mlx-lm makes caches that keep more than the window that the model
+    masks.
     """
-    kept = (min(num_tokens, layer.window or num_tokens) * _fp16_layer_bytes(layer) for layer in spec.layers)
+    kept = (
+        min(num_tokens, layer.window or num_tokens) * _fp16_layer_bytes(layer)
+        for layer in spec.layers
+    )
     return sum(kept) + spec.state_bytes
 
 
@@ -117,13 +136,17 @@ def _fp16_layer_bytes(layer: LayerSpec) -> int:
 
 
 def _paper_layer_bytes(layer: LayerSpec) -> int:
-    """Of one token: 0.28125 of FP16, where head dims are multiples of 64; others count as the next multiple."""
+    """Of one token: 0.28125 of FP16, where head dims are multiples of 64; others count as the next
+    multiple.
+    """
     padded = (-(-dim // QUANT_GROUP) * QUANT_GROUP for dim in layer.dims)
     return layer.num_kv_heads * sum(coded_bytes(dim, QUANT_GROUP, 4) for dim in padded)
 
 
 def rest_bytes(spec: KVCacheSpec, num_tokens: int) -> int:
-    """Of a resting agent in RAM. A second state, of the last prompt's end, may come on top until its block is full."""
+    """Of a resting agent in RAM. A second state, of the last prompt's end, may come on top until
+    its block is full.
+    """
     whole, tail = divmod(num_tokens, spec.block_size)
     total = tail * spec.dense_bytes + (spec.state_bytes if num_tokens else 0)
     sinks = min(spec.num_sinks, spec.block_size) if spec.bits is not None and whole else 0
@@ -137,9 +160,11 @@ def rest_bytes(spec: KVCacheSpec, num_tokens: int) -> int:
 
 
 def worst_rest_bytes(spec: KVCacheSpec, num_tokens: int) -> int:
-    """The most of `rest_bytes` over one block, or one chunk where layers are chunked, up to `num_tokens`.
+    """The most of `rest_bytes` over one block, or one chunk where layers are chunked, up to
+    `num_tokens`.
 
-    The unfinished block makes the difference, and that a chunk is let go of where the next one begins.
+    The unfinished block makes the difference, and that a chunk is let go of where the next one
+    begins.
     """
     chunks = [layer.window or 0 for layer in spec.layers if layer.kind == "chunked"]
     span = max(spec.block_size, *chunks, 1)

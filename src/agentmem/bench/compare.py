@@ -1,7 +1,8 @@
 """The same conversations over HTTP on several servers, in turn: A B, then B A.
 
-A conversation is cold on a server that was just started, goes on, is asked once more after a restart, and goes on
-after another one. Then several agents, whose prompts are cached, answer alone and at once.
+A conversation is cold on a server that was just started, goes on, is asked once more after a
+restart, and goes on after another one. Then several agents, whose prompts are cached, answer alone
+and at once.
 """
 
 import itertools
@@ -21,7 +22,12 @@ ANSWER = 16  # tokens, of a turn
 QUESTION = 24
 ROUNDS = 4  # of decoding, a pass: even, so that each server is first as often as the other
 _SHARED = 4  # tokens that any two prompts may have in common, such as <s>
-_TIERS = {"cold": "cold", "second_turn": "hot", "after_restart": "warm", "resumed": "warm"}  # agentmem's
+_TIERS = {
+    "cold": "cold",
+    "second_turn": "hot",
+    "after_restart": "warm",
+    "resumed": "warm",
+}  # agentmem's
 
 
 class CompareRow(Part):
@@ -29,11 +35,15 @@ class CompareRow(Part):
     context: int  # tokens asked for
     cold: Ttft
     second_turn: Ttft  # its answer and a new question on top
-    after_restart: Ttft | None  # the second turn once more; null for a server that was not started here
+    after_restart: (
+        Ttft | None
+    )  # the second turn once more; null for a server that was not started here
     resumed: Ttft | None  # restarted again, and a third turn on top
     prompt_tokens: dict[State, list[int]]  # by state, as the server counts
     cached_tokens: dict[State, list[int]]  # of these, as the server says
-    agentmem_over: dict[State, Spread] | None  # by state: agentmem's ttft_ms over this server's, of each pass
+    agentmem_over: (
+        dict[State, Spread] | None
+    )  # by state: agentmem's ttft_ms over this server's, of each pass
 
 
 class DecodeRow(Part):
@@ -41,7 +51,9 @@ class DecodeRow(Part):
     batch: int
     context: int  # tokens asked for
     tokens_per_s: Spread  # of all together, by round
-    agentmem_over: Spread | None  # by round: agentmem's tokens/s over this server's, right before or after
+    agentmem_over: (
+        Spread | None
+    )  # by round: agentmem's tokens/s over this server's, right before or after
 
 
 class CacheRow(Part):
@@ -50,7 +62,9 @@ class CacheRow(Part):
     server: str
     context: int
     bytes_per_token: float | None
-    sealed_bytes_per_token: float | None  # agentmem: of its whole blocks, less the unfinished one in full precision
+    sealed_bytes_per_token: (
+        float | None
+    )  # agentmem: of its whole blocks, less the unfinished one in full precision
     over_fp16: float | None  # of sealed ones where there are any
     source: str
 
@@ -60,7 +74,9 @@ class CompareResult(Result):
     servers: list[About]
     rows: list[CompareRow]
     decode: list[DecodeRow]
-    fp16_bytes_per_token: int | None  # of the model's keys and values; null where their layout is not known
+    fp16_bytes_per_token: (
+        int | None
+    )  # of the model's keys and values; null where their layout is not known
     cache: list[CacheRow]
 
 
@@ -94,7 +110,9 @@ class Workload:
 class Samples:
     """Of one server and context."""
 
-    answers: dict[State, list[Answer]] = field(default_factory=lambda: {state: [] for state in STATES})
+    answers: dict[State, list[Answer]] = field(
+        default_factory=lambda: {state: [] for state in STATES}
+    )
 
 
 @dataclass
@@ -134,7 +152,10 @@ def converse(
                 talk, of = talks[contender.name], samples[contender.name].answers
                 if question:
                     before = of["after_restart" if again else "cold"][-1].text
-                    talk.messages += [{"role": "assistant", "content": before}, {"role": "user", "content": question}]
+                    talk.messages += [
+                        {"role": "assistant", "content": before},
+                        {"role": "user", "content": question},
+                    ]
                 of[state].append(_turn(contender, talk, prompts, state))
             done(f"{context:,} tokens, {state.replace('_', ' ')}")
     return f"agent-{number}-{context}"
@@ -151,34 +172,53 @@ def _turn(contender: Contender, talk: Talk, prompts: Prompts, state: State) -> A
     answer = contender.ask(talk.agent, talk.messages, ANSWER)
     _check_count(contender, prompts, talk.messages, answer)
     if contender.name == AGENTMEM and answer.details["cache"] != _TIERS[state]:
-        raise BenchError(f"{state}: agentmem's cache was {answer.details['cache']}, not {_TIERS[state]}")
+        raise BenchError(
+            f"{state}: agentmem's cache was {answer.details['cache']}, not {_TIERS[state]}"
+        )
     if contender.start and state == "cold" and answer.cached_tokens > _SHARED:
-        raise BenchError(f"{contender.name} had {answer.cached_tokens} tokens of a new prompt cached")
+        raise BenchError(
+            f"{contender.name} had {answer.cached_tokens} tokens of a new prompt cached"
+        )
     return answer
 
 
-def _check_count(contender: Contender, prompts: Prompts, messages: Messages, answer: Answer) -> None:
-    """Exact for a prompt, for the same model; an answer's tokens may be others when they are read back."""
+def _check_count(
+    contender: Contender, prompts: Prompts, messages: Messages, answer: Answer
+) -> None:
+    """Exact for a prompt, for the same model; an answer's tokens may be others when they are read
+    back.
+    """
     if len(messages) == 1 and contender.name in (AGENTMEM, MLX_LM):
         prompts.check(messages, answer.prompt_tokens)
     elif abs(answer.prompt_tokens - (count := prompts.count(messages))) > ANSWER:
-        raise BenchError(f"{contender.name} counts {answer.prompt_tokens} prompt tokens, the tokenizer {count}")
+        raise BenchError(
+            f"{contender.name} counts {answer.prompt_tokens} prompt tokens, the tokenizer {count}"
+        )
 
 
 def decode(
     contenders: Sequence[Contender], prompts: Prompts, work: Workload, done: Callable[[str], None]
 ) -> dict[tuple[str, int, int], list[float]]:
-    """Tokens/s by server, context and batch, of agents whose prompts are cached. `done`: of each, in each round."""
+    """Tokens/s by server, context and batch, of agents whose prompts are cached. `done`: of each,
+    in each round.
+    """
     asked = {
-        n: [(f"decode-{n}-{i}", prompts.messages(n)) for i in range(work.batches[-1])] for n in work.decode_contexts
+        n: [(f"decode-{n}-{i}", prompts.messages(n)) for i in range(work.batches[-1])]
+        for n in work.decode_contexts
     }
-    for contender, (agent, messages) in itertools.product(contenders, itertools.chain(*asked.values())):
+    for contender, (agent, messages) in itertools.product(
+        contenders, itertools.chain(*asked.values())
+    ):
         contender.ask(agent, messages, 4)  # of one token alone, a server may hold back the text
     cells = list(itertools.product(work.decode_contexts, work.batches))
-    speeds: dict[tuple[str, int, int], list[float]] = {(c.name, *cell): [] for cell in cells for c in contenders}
+    speeds: dict[tuple[str, int, int], list[float]] = {
+        (c.name, *cell): [] for cell in cells for c in contenders
+    }
     for number, (n, batch) in itertools.product(range(ROUNDS * work.passes), cells):
         for contender in in_turn(contenders, number):
-            speeds[contender.name, n, batch].append(_at_once(contender, asked[n][:batch], work.answer_tokens))
+            speeds[contender.name, n, batch].append(
+                _at_once(contender, asked[n][:batch], work.answer_tokens)
+            )
             done(f"decode, {batch} at once over {n:,} tokens each")
     return speeds
 
@@ -192,7 +232,9 @@ def _at_once(contender: Contender, asked: Sequence[tuple[str, Messages]], tokens
 
 
 def rate_side_by_side(answers: Sequence[Answer]) -> float:
-    """Tokens/s of all together. Raises BenchError where less than half of an answer streamed beside all others."""
+    """Tokens/s of all together. Raises BenchError where less than half of an answer streamed beside
+    all others.
+    """
     if (least := min(shares(answers)[0])) < 0.5:
         raise BenchError(
             f"only {least:.0%} of an answer streamed beside all others: ask for longer ones, or fewer at once"

@@ -16,19 +16,31 @@ def rows(samples: dict[int, dict[str, Samples]]) -> list[CompareRow]:
     made = []
     for context, by_server in samples.items():
         times = {
-            name: {state: [a.ttft_ms for a in answers] for state, answers in of.answers.items() if answers}
+            name: {
+                state: [a.ttft_ms for a in answers]
+                for state, answers in of.answers.items()
+                if answers
+            }
             for name, of in by_server.items()
         }
         ours = times.get(AGENTMEM, {})
         for name, of in by_server.items():
             asked = {state: answers for state, answers in of.answers.items() if answers}
-            over = {state: spread(_pairs(ours[state], times[name][state]), 4) for state in asked if state in ours}
+            over = {
+                state: spread(_pairs(ours[state], times[name][state]), 4)
+                for state in asked
+                if state in ours
+            }
             row = CompareRow(
                 server=name,
                 context=context,
                 **{state: ttft(times[name][state]) if state in asked else None for state in STATES},  # type: ignore[arg-type]
-                prompt_tokens={state: [a.prompt_tokens for a in answers] for state, answers in asked.items()},
-                cached_tokens={state: [a.cached_tokens for a in answers] for state, answers in asked.items()},
+                prompt_tokens={
+                    state: [a.prompt_tokens for a in answers] for state, answers in asked.items()
+                },
+                cached_tokens={
+                    state: [a.cached_tokens for a in answers] for state, answers in asked.items()
+                },
                 agentmem_over=over if over and name != AGENTMEM else None,
             )
             made.append(row)
@@ -44,7 +56,13 @@ def decode_rows(samples: dict[tuple[str, int, int], list[float]]) -> list[Decode
     for (name, context, batch), speeds in samples.items():
         ours = samples.get((AGENTMEM, context, batch)) if name != AGENTMEM else None
         over = spread(_pairs(ours, speeds), 3) if ours else None
-        row = DecodeRow(server=name, batch=batch, context=context, tokens_per_s=spread(speeds), agentmem_over=over)
+        row = DecodeRow(
+            server=name,
+            batch=batch,
+            context=context,
+            tokens_per_s=spread(speeds),
+            agentmem_over=over,
+        )
         made.append(row)
     return made
 
@@ -58,7 +76,9 @@ def fp16_bytes(model: Path) -> int | None:
     return spec.dense_bytes or None
 
 
-def cache_row(contender: Contender, context: int, agent: str, model: Path, block_size: int) -> CacheRow:
+def cache_row(
+    contender: Contender, context: int, agent: str, model: Path, block_size: int
+) -> CacheRow:
     """Of `agent`, whose conversation has just been held."""
     fp16 = fp16_bytes(model)
     whole: float | None = None
@@ -70,7 +90,9 @@ def cache_row(contender: Contender, context: int, agent: str, model: Path, block
         source = "/v1/agents: ram_bytes over tokens"
     elif contender.name == MLX_LM and fp16:
         whole = float(fp16 * (2 if on_cpu() else 1))
-        source = f"computed: keys and values of all layers in {'float32' if on_cpu() else '16 bits'}"
+        source = (
+            f"computed: keys and values of all layers in {'float32' if on_cpu() else '16 bits'}"
+        )
     per_token = sealed or whole
     return CacheRow(
         server=contender.name,

@@ -1,4 +1,6 @@
-"""Who takes part in a comparison: agentmem, mlx-lm and llama.cpp, which are started, and servers that run already."""
+"""Who takes part in a comparison: agentmem, mlx-lm and llama.cpp, which are started, and servers
+that run already.
+"""
 
 import importlib.metadata
 import shlex
@@ -36,7 +38,9 @@ class About(Part):
 @dataclass
 class Contender:
     about: About
-    start: Callable[[], Server | Process] | None  # None: it runs already, and keeps what it has cached
+    start: (
+        Callable[[], Server | Process] | None
+    )  # None: it runs already, and keeps what it has cached
     body: dict[str, Any]  # of each request
     client: httpx.Client | None = None
     running: Server | Process | None = field(default=None, init=False)
@@ -58,17 +62,23 @@ class Contender:
             self.running = None
 
     def warm_up(self, text: str) -> None:
-        """Without a chat template where one's first tokens would stay cached, and the next prompt not be cold."""
+        """Without a chat template where one's first tokens would stay cached, and the next prompt
+        not be cold.
+        """
         assert self.client
         if self.name not in (MLX_LM, LLAMA_CPP):
             self.ask("warm-up", [{"role": "user", "content": text}], 2)
             return
-        response = self.client.post("/completions", json={"prompt": text, "max_tokens": 2, "temperature": 0})
+        response = self.client.post(
+            "/completions", json={"prompt": text, "max_tokens": 2, "temperature": 0}
+        )
         if response.status_code != 200:
             raise BenchError(f"{self.name}: {response.status_code} {response.text[:300]}")
 
     def ask(self, agent: str, messages: Messages, max_tokens: int) -> Answer:
-        """Greedy. The end of an answer is made unlikely where a server knows `logit_bias` or `ignore_eos`."""
+        """Greedy. The end of an answer is made unlikely where a server knows `logit_bias` or
+        `ignore_eos`.
+        """
         assert self.client
         of_agent: dict[str, Any] = {"agent_id": agent} if self.name == AGENTMEM else {}
         return ask(self.client, messages, max_tokens, **self.body, **of_agent)
@@ -86,14 +96,20 @@ class Place:
     agents: int  # most that are held at once
 
     def contenders(self, names: list[str]) -> list[Contender]:
-        """Of command line arguments that passed `check_names`; `restart` starts them. Raises StartupError."""
+        """Of command line arguments that passed `check_names`; `restart` starts them. Raises
+        StartupError.
+        """
         makers = {AGENTMEM: self._agentmem, MLX_LM: self._mlx_lm, LLAMA_CPP: self._llama_cpp}
         model, weights = self.model, "as in the model directory"
         if on_cpu() and {AGENTMEM, MLX_LM} & set(names):
-            model = write_float32(self.model, self.settings.home_dir, self.session.directory / "float32" / "model")
+            model = write_float32(
+                self.model, self.settings.home_dir, self.session.directory / "float32" / "model"
+            )
             weights = "dequantized to float32, one copy for agentmem and mlx-lm (the only dtype that is fast on a CPU)"
         return [
-            makers[name](model, weights, self._body()) if name in makers else _connected(name, self._body())
+            makers[name](model, weights, self._body())
+            if name in makers
+            else _connected(name, self._body())
             for name in names
         ]
 
@@ -131,7 +147,11 @@ class Place:
             weights=weights,
             preparation=preparation,
         )
-        return Contender(about, lambda: Process(self.session, command, self.session.directory / "mlx-lm.log"), body)
+        return Contender(
+            about,
+            lambda: Process(self.session, command, self.session.directory / "mlx-lm.log"),
+            body,
+        )
 
     def _llama_cpp(self, model: Path, weights: str, body: dict[str, Any]) -> Contender:
         """A slot for each agent, so that none loses its cache to another. Its defaults otherwise."""
@@ -145,29 +165,45 @@ class Place:
             weights=f"{self.gguf.name}, not those of the others",
             preparation=None,
         )
-        return Contender(about, lambda: Process(self.session, command, self.session.directory / "llama.log"), body)
+        return Contender(
+            about,
+            lambda: Process(self.session, command, self.session.directory / "llama.log"),
+            body,
+        )
 
 
 def check_names(names: list[str], gguf: Path | None) -> None:
     """Before any work. Raises StartupError."""
-    if LLAMA_CPP in names and (shutil.which("llama-server") is None or gguf is None or not gguf.is_file()):
-        raise StartupError("llama.cpp needs llama-server on the PATH, and a model of its own kind: --gguf FILE")
+    if LLAMA_CPP in names and (
+        shutil.which("llama-server") is None or gguf is None or not gguf.is_file()
+    ):
+        raise StartupError(
+            "llama.cpp needs llama-server on the PATH, and a model of its own kind: --gguf FILE"
+        )
     for name in names:
-        if name not in (AGENTMEM, MLX_LM, LLAMA_CPP) and not name.partition("=")[2].startswith(("http://", "https://")):
-            raise StartupError(f"{name}: name {AGENTMEM}, {MLX_LM}, {LLAMA_CPP}, or NAME=http://host:port/v1")
+        if name not in (AGENTMEM, MLX_LM, LLAMA_CPP) and not name.partition("=")[2].startswith(
+            ("http://", "https://")
+        ):
+            raise StartupError(
+                f"{name}: name {AGENTMEM}, {MLX_LM}, {LLAMA_CPP}, or NAME=http://host:port/v1"
+            )
     known = [name.partition("=")[0] for name in names]
     if len(set(known)) < len(known):
         raise StartupError(f"{', '.join(known)}: each server needs a name of its own")
 
 
 def _connected(argument: str, body: dict[str, Any]) -> Contender:
-    """One that runs already. The model it is asked for is the one it lists; of several, its default."""
+    """One that runs already. The model it is asked for is the one it lists; of several, its
+    default.
+    """
     name, _, url = argument.partition("=")
     client = connect(url, proxies=True)
     try:
         models = client.get("/models").json()["data"]
     except (httpx.HTTPError, ValueError, KeyError) as e:
-        raise StartupError(f"{name}: {url}/models does not answer: {type(e).__name__}: {e}") from None
+        raise StartupError(
+            f"{name}: {url}/models does not answer: {type(e).__name__}: {e}"
+        ) from None
     if len(models) == 1:
         body = body | {"model": models[0]["id"]}
     about = About(name=name, what=url, version=None, weights="its own", preparation=None)

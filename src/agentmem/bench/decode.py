@@ -1,8 +1,9 @@
-"""Decode steps of this process: ours over its 4-bit caches, beside mlx-lm's BatchGenerator over full-precision ones.
+"""Decode steps of this process: ours over its 4-bit caches, beside mlx-lm's BatchGenerator over
+full-precision ones.
 
-Caches hold random values (time does not depend on them), so that no length needs its prefill. Both take the same
-lengths and the same model, in turns. The join of a batch is in no figure: mlx-lm pads and copies all caches there, ours
-copies nothing.
+Caches hold random values (time does not depend on them), so that no length needs its prefill. Both
+take the same lengths and the same model, in turns. The join of a batch is in no figure: mlx-lm pads
+and copies all caches there, ours copies nothing.
 """
 
 import time
@@ -17,8 +18,8 @@ from ..config import Settings
 from ..engine.model_runner import ModelRunner
 from ..engine.startup import faster_attention
 from ..kvcache.block import SealedBlock, Snapshot, Tail
-from ..kvcache.cache import SequenceCache
 from ..kvcache.quantize import encode
+from ..kvcache.sequence import SequenceCache
 from ..models.loading import LoadedModel
 from .result import Part, Spread, spread
 
@@ -64,7 +65,11 @@ def why_not(runner: ModelRunner) -> str | None:
 
 def cases(limit: int) -> dict[str, list[int]]:
     """Those that a context of `limit` tokens holds."""
-    return {name: lengths for name, lengths in CASES.items() if max(lengths) + _STEPS + _FIRST_STEPS <= limit}
+    return {
+        name: lengths
+        for name, lengths in CASES.items()
+        if max(lengths) + _STEPS + _FIRST_STEPS <= limit
+    }
 
 
 def measure_decode(
@@ -81,7 +86,9 @@ def measure_decode(
                 times[i].extend(took)
                 mx.clear_cache()
             done()
-        ours, theirs = (_decode(len(lengths), t, size) for t, size in zip(times, sizes, strict=True))
+        ours, theirs = (
+            _decode(len(lengths), t, size) for t, size in zip(times, sizes, strict=True)
+        )
         row = DecodeRow(
             case=case,
             agentmem=ours,
@@ -106,16 +113,22 @@ def random_snapshot(runner: ModelRunner, length: int) -> Snapshot:
     for s, stack in enumerate(spec.stacks):
         layer = spec.layers[stack[0]]
         for i, (part, dim) in enumerate((("k", layer.k_dim), ("v", layer.v_dim))):
-            x = mx.random.normal((len(stack), layer.num_kv_heads, spec.block_size, dim)).astype(spec.dtype)
+            x = mx.random.normal((len(stack), layer.num_kv_heads, spec.block_size, dim)).astype(
+                spec.dtype
+            )
             if spec.bits is None:
                 block[f"{part}{s}.full"] = x
             else:
-                block |= {f"{part}{s}.{name}": a for name, a in encode(x, spec.bits[i])._asdict().items()}
+                block |= {
+                    f"{part}{s}.{name}": a for name, a in encode(x, spec.bits[i])._asdict().items()
+                }
             full[f"{part}{s}.full"] = mx.contiguous(x[:, :, : length % spec.block_size])
     mx.eval(block, full)
     rest = length % spec.block_size
     count = length // spec.block_size
-    blocks = tuple(SealedBlock(block).only(spec.needed(i, length)) for i in range(count))  # what no window sees is gone
+    blocks = tuple(
+        SealedBlock(block).only(spec.needed(i, length)) for i in range(count)
+    )  # what no window sees is gone
     return Snapshot(blocks, Tail(rest, full) if rest else None)
 
 
@@ -129,7 +142,7 @@ def _ours(runner: ModelRunner, lengths: list[int]) -> tuple[list[float], int]:
         began = time.perf_counter()
         logits, fresh = runner.decode(caches, tokens)
         sampled = logits.argmax(-1)
-        runner.settle([sampled], fresh)
+        runner.evaluate([sampled], fresh)
         tokens = cast(list[int], sampled.tolist())
         times.append((time.perf_counter() - began) * 1e3)
     nbytes = sum(a.nbytes for c in caches for a in c.arrays())
@@ -138,7 +151,9 @@ def _ours(runner: ModelRunner, lengths: list[int]) -> tuple[list[float], int]:
 
 
 def _theirs(runner: ModelRunner, lengths: list[int]) -> tuple[list[float], int]:
-    generator = BatchGenerator(runner.model, max_tokens=_FIRST_STEPS + _STEPS + 8, prefill_batch_size=len(lengths))
+    generator = BatchGenerator(
+        runner.model, max_tokens=_FIRST_STEPS + _STEPS + 8, prefill_batch_size=len(lengths)
+    )
     caches = [_full_precision(runner, n) for n in lengths]
     generator.insert([[5]] * len(lengths), caches=caches)
     del caches  # merged into one, they would stay beside it
@@ -158,7 +173,10 @@ def _full_precision(runner: ModelRunner, length: int) -> list[Any]:
     caches = make_prompt_cache(runner.model)
     for cache, layer in zip(caches, runner.spec.layers, strict=True):
         heads = (1, layer.num_kv_heads, length)
-        k, v = (mx.random.normal((*heads, dim)).astype(runner.spec.dtype) for dim in (layer.k_dim, layer.v_dim))
+        k, v = (
+            mx.random.normal((*heads, dim)).astype(runner.spec.dtype)
+            for dim in (layer.k_dim, layer.v_dim)
+        )
         cache.update_and_fetch(k, v)
     mx.eval([c.state for c in caches])
     return caches

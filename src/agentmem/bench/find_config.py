@@ -1,4 +1,6 @@
-"""The config.json of a model to look into, by name: a file, a directory, one of the built-in ones, a model."""
+"""The config.json of a model to look into, by name: a file, a directory, one of the built-in ones,
+a model.
+"""
 
 import json
 from pathlib import Path
@@ -15,7 +17,8 @@ def built_in_names() -> list[str]:
 
 
 def find(name: str, home: Path) -> Path:
-    """The config.json that `name` stands for: a file, a directory, a built-in, or a model as serve takes it.
+    """The config.json that `name` stands for: a file, a directory, a built-in, or a model as serve
+    takes it.
 
     Of a hub name that is not on this machine the config alone is downloaded. Raises ModelError.
     """
@@ -29,7 +32,9 @@ def find(name: str, home: Path) -> Path:
     try:
         return find_config(name, home)
     except ModelError as e:
-        raise ModelError(f"{e.message}; a config.json or one of {', '.join(built_in_names())} will do too") from None
+        raise ModelError(
+            f"{e.message}; a config.json or one of {', '.join(built_in_names())} will do too"
+        ) from None
 
 
 def read_config(path: Path) -> dict[str, Any]:

@@ -1,8 +1,10 @@
-"""Cleans up after a benchmark however it ended, by `kill -9` too: stops what it started, removes its directory.
+"""Cleans up after a benchmark however it ended, by `kill -9` too: stops what it started, removes
+its directory.
 
-`python -m agentmem.bench.guard DIRECTORY` reads "+PID" and "-PID", a line each: process groups that run and that have
-ended. When its input ends, those still running are killed and the directory is removed. It holds the benchmark's lock
-until then (inherited, so that the next benchmark waits for it).
+`python -m agentmem.bench.guard DIRECTORY` reads "+PID" and "-PID", a line each: process groups that
+run and that have ended. When its input ends, those still running are killed and the directory is
+removed. It holds the benchmark's lock until then (inherited, so that the next benchmark waits for
+it).
 """
 
 import os

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
 from ..config import Settings
+from ..engine.api import Finished, GenerateRequest, RequestStats, SamplingParams
 from ..engine.engine import Engine
-from ..engine.request import Finished, GenerateRequest, RequestStats, SamplingParams
 from ..models.loading import LoadedModel
 
 NAMESPACE = "default"
@@ -18,7 +18,9 @@ T = TypeVar("T")
 
 @contextmanager
 def running_engine(settings: Settings, loaded: LoadedModel) -> Iterator[tuple[Engine, "Run"]]:
-    """With what runs a coroutine: on one event loop, there until the engine, which calls it, has stopped."""
+    """With what runs a coroutine: on one event loop, there until the engine, which calls it, has
+    stopped.
+    """
     engine = Engine(settings, lambda: loaded)
     with asyncio.Runner() as runner:
         try:
@@ -48,7 +50,9 @@ class Reply:
     times: list[float]  # of perf_counter(), at each piece of text
 
 
-async def ask_engine(engine: Engine, agent: str, prompt: list[int], max_tokens: int = 1, **params: Any) -> Reply:
+async def ask_engine(
+    engine: Engine, agent: str, prompt: list[int], max_tokens: int = 1, **params: Any
+) -> Reply:
     """Greedy, unless `params` (of SamplingParams) say otherwise; exactly `max_tokens`."""
     params = {"temperature": 0.0, "ignore_eos": True} | params
     request = GenerateRequest(NAMESPACE, agent, prompt, SamplingParams(max_tokens, **params))

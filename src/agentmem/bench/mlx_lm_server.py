@@ -1,4 +1,5 @@
-"""mlx_lm.server over the BLAS and allocator of agentmem's own server, without which a CPU is 85 times slower.
+"""mlx_lm.server over the BLAS and allocator of agentmem's own server, without which a CPU is 85
+times slower.
 
 python -m agentmem.bench.mlx_lm_server HOME [OPTIONS OF mlx_lm.server]
 """
@@ -6,7 +7,7 @@ python -m agentmem.bench.mlx_lm_server HOME [OPTIONS OF mlx_lm.server]
 import sys
 from pathlib import Path
 
-from ..models.prepare import prepare_mlx
+from ..linux_cpu.prepare import prepare_mlx
 
 
 def main() -> None:

@@ -1,8 +1,10 @@
-"""Agents that fit, as the paper's table has it (arXiv 2603.04428), and the arithmetic that gives it.
+"""Agents that fit, as the paper's table has it (arXiv 2603.04428), and the arithmetic that gives
+it.
 
-Its rule is every layer at full length, 16 bits a value, or 0.28125 of that. Its "10.2 GB" is no single number: Gemma's
-row comes out with 10.2 GiB (24 agents of 432 MiB do not fit into 10,200 MiB), the other two rows with 10,200 MiB (70,
-not 72, agents of 144 MiB): so all 24 figures. Likewise its "3.4 GB" for 32K tokens of Gemma are 3.375 GiB, 3.62 GB.
+Its rule is every layer at full length, 16 bits a value, or 0.28125 of that. Its "10.2 GB" is no
+single number: Gemma's row comes out with 10.2 GiB (24 agents of 432 MiB do not fit into 10,200
+MiB), the other two rows with 10,200 MiB (70, not 72, agents of 144 MiB): so all 24 figures.
+Likewise its "3.4 GB" for 32K tokens of Gemma are 3.375 GiB, 3.62 GB.
 """
 
 from dataclasses import dataclass
@@ -33,7 +35,9 @@ PAPER_TABLE = (
 
 @dataclass(frozen=True)
 class PaperCell:
-    """One length of one model within `PaperRow.budget`: the paper's figures, and what its rule and ours give."""
+    """One length of one model within `PaperRow.budget`: the paper's figures, and what its rule and
+    ours give.
+    """
 
     tokens: int
     paper: tuple[int, int]  # agents in FP16, in Q4
@@ -46,7 +50,11 @@ def compare(row: PaperRow, spec: KVCacheSpec) -> list[PaperCell]:
     cells = []
     for tokens, fp16, q4 in zip(CONTEXTS, row.fp16, row.q4, strict=True):
         sizes = footprint(spec, tokens)
-        assert sizes.fp16_all_layers is not None and sizes.paper_q4 is not None and sizes.agentmem is not None
+        assert (
+            sizes.fp16_all_layers is not None
+            and sizes.paper_q4 is not None
+            and sizes.agentmem is not None
+        )
         rule = agents(row.budget, sizes.fp16_all_layers), agents(row.budget, sizes.paper_q4)
         cells.append(PaperCell(tokens, (fp16, q4), rule, agents(row.budget, sizes.agentmem)))
     return cells

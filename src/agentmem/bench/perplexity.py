@@ -1,8 +1,10 @@
-"""What fewer bits cost: the production cache at each precision against 16 bits, over windows of a text.
+"""What fewer bits cost: the production cache at each precision against 16 bits, over windows of a
+text.
 
-Each window starts an empty cache and is fed block by block as in serving. KL divergence is of the next token's
-distribution from that of 16 bits, a mean over all tokens scored; top-1 how often both have the same likeliest token.
-The interval of the change of perplexity is of 95 %, by Student's t over the windows. Nothing here is timed.
+Each window starts an empty cache and is fed block by block as in serving. KL divergence is of the
+next token's distribution from that of 16 bits, a mean over all tokens scored; top-1 how often both
+have the same likeliest token. The interval of the change of perplexity is of 95 %, by Student's t
+over the windows. Nothing here is timed.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -33,18 +35,25 @@ class PresetResult:
     kv_bits: str
     bytes_per_token: (
         float | None
-    )  # of a sealed token, sinks and snapshots of state aside; 16-bit values count 2 bytes on a CPU too
+        # of a sealed token, sinks and snapshots of state aside; 16-bit values count 2 bytes on a
+        # CPU too
+    )
     ratio_to_fp16: float | None
     ppl: float | None = None
     delta_percent: float | None = None  # of perplexity, against 16 bits
-    delta_ci95_percent: tuple[float, float] | None = None  # see delta_percent(); None for one window
+    # see delta_percent(); None for one window
+    delta_ci95_percent: tuple[float, float] | None = None
     kl: float | None = None  # nats a token
     top1: float | None = None  # share of tokens, 0 to 1
     unavailable: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         row = asdict(self)
-        return row if self.unavailable else {name: value for name, value in row.items() if name != "unavailable"}
+        return (
+            row
+            if self.unavailable
+            else {name: value for name, value in row.items() if name != "unavailable"}
+        )
 
 
 class _Sequence(Protocol):
@@ -71,35 +80,49 @@ def measure(
     block_size: int = 256,
     progress: Callable[[int], object] = lambda tokens: None,
 ) -> list[PresetResult]:
-    """Rows in the order of PRESETS, 16 bits always among them. `progress` gets tokens done, counted for each preset.
+    """Rows in the order of PRESETS, 16 bits always among them. `progress` gets tokens done, counted
+    for each preset.
 
-    All presets go through a window together, a block at a time, so that of logits one block's are in memory.
+    All presets go through a window together, a block at a time, so that of logits one block's are
+    in memory.
     """
-    ready, missing = _prepare(loaded, [p for p in PRESETS if p in presets or p == REFERENCE], block_size)
+    ready, missing = _prepare(
+        loaded, [p for p in PRESETS if p in presets or p == REFERENCE], block_size
+    )
     scores = score_windows([preset.begin for preset in ready], windows, block_size, progress)
     rows = [_result(preset, scores[0], of) for preset, of in zip(ready, scores, strict=True)]
     return rows + missing
 
 
-def _prepare(loaded: LoadedModel, names: list[str], block_size: int) -> tuple[list[_Preset], list[PresetResult]]:
+def _prepare(
+    loaded: LoadedModel, names: list[str], block_size: int
+) -> tuple[list[_Preset], list[PresetResult]]:
     """What can be measured, 16 bits first, and rows for what can't."""
     runners = {
-        n: ModelRunner(loaded.model, kv_bits=cast(KVBits, n), block_size=block_size) for n in names if n != PLAIN
+        n: ModelRunner(loaded.model, kv_bits=cast(KVBits, n), block_size=block_size)
+        for n in names
+        if n != PLAIN
     }
     quantized = [runner for runner in runners.values() if runner.spec.bits is not None]
     if quantized:
-        tokens = calibration_tokens(lambda text: loaded.tokenizer.encode(text, add_special_tokens=False))
+        tokens = calibration_tokens(
+            lambda text: loaded.tokenizer.encode(text, add_special_tokens=False)
+        )
         centres = quantized[0].calibrate(tokens)
         for runner in quantized:
             runner.use_centres(centres)
-    ready = [_Preset(name, production(runner), _sizes(runner.spec)) for name, runner in runners.items()]
+    ready = [
+        _Preset(name, production(runner), _sizes(runner.spec)) for name, runner in runners.items()
+    ]
     if PLAIN not in names:
         return ready, []
     try:
         mx.eval(loaded.model(mx.array([[0]]), cache=plain_cache(loaded.model)))
     except ModelError as e:
         return ready, [PresetResult(PLAIN, None, None, unavailable=e.message)]
-    sizes = _sizes(replace(runners[REFERENCE].spec, kv_bits="4"))  # the same codes and scales, of other numbers
+    sizes = _sizes(
+        replace(runners[REFERENCE].spec, kv_bits="4")
+    )  # the same codes and scales, of other numbers
     return [*ready, _Preset(PLAIN, lambda capacity: _plain(loaded.model), sizes)], []
 
 
@@ -125,7 +148,10 @@ def _plain(model: Any) -> _Sequence:
 def _sizes(spec: KVCacheSpec) -> tuple[float, float]:
     fp16 = spec.dense_bytes / spec.dtype.size * 2
     sealed = fp16 if spec.bits is None else spec.sealed_bytes
-    return sealed, sealed / fp16 if fp16 else 1.0  # a recurrent model keeps nothing of a single token
+    return (
+        sealed,
+        sealed / fp16 if fp16 else 1.0,
+    )  # a recurrent model keeps nothing of a single token
 
 
 def score_windows(
@@ -134,7 +160,9 @@ def score_windows(
     block_size: int,
     progress: Callable[[int], object] = lambda tokens: None,
 ) -> list[list[Score]]:
-    """For each way to begin a sequence its score in every window; the first is the reference of all."""
+    """For each way to begin a sequence its score in every window; the first is the reference of
+    all.
+    """
     by_window = [_score_window(begin, window, block_size, progress) for window in windows]
     return [list(scores) for scores in zip(*by_window, strict=True)]
 

@@ -1,8 +1,10 @@
-"""What an agent has after its server was stopped, or killed: time to the first token, tokens lost, the same answer.
+"""What an agent has after its server was stopped, or killed: time to the first token, tokens lost,
+the same answer.
 
-Over HTTP, streamed: a server answers a new prompt and ends, by SIGTERM, by SIGKILL some seconds after the answer, or by
-SIGKILL at once; the next one on the same store is asked the same prompt. Each ending in each pass has a store and a
-prompt of its own. Lost are the tokens that the second server prefills again, but for the last, which always is.
+Over HTTP, streamed: a server answers a new prompt and ends, by SIGTERM, by SIGKILL some seconds
+after the answer, or by SIGKILL at once; the next one on the same store is asked the same prompt.
+Each ending in each pass has a store and a prompt of its own. Lost are the tokens that the second
+server prefills again, but for the last, which always is.
 """
 
 import signal
@@ -24,7 +26,9 @@ _REST = 2.0  # s, besides the server's tail_delay
 
 
 class PersistenceRow(Part):
-    ending: Ending  # stop: SIGTERM; kill: SIGKILL, tail_delay and 2 s after the answer or right after its last token
+    # stop: SIGTERM; kill: SIGKILL, tail_delay and 2 s after the answer or right after its last
+    # token
+    ending: Ending
     prompt_tokens: int
     cold: Ttft
     restarted: Ttft  # the same prompt to the next server
@@ -69,7 +73,13 @@ class _Life(Part):
 
 
 def _live(
-    session: Session, settings: Settings, model: Path, home: Path, prompts: Prompts, context: int, ending: Ending
+    session: Session,
+    settings: Settings,
+    model: Path,
+    home: Path,
+    prompts: Prompts,
+    context: int,
+    ending: Ending,
 ) -> _Life:
     messages = prompts.messages(context)
     with Server(session, settings, model, home) as server:

@@ -1,4 +1,6 @@
-"""The cache to compare with: affine 4-bit codes as in the paper and in mlx-lm, nothing rotated, centred or kept."""
+"""The cache to compare with: affine 4-bit codes as in the paper and in mlx-lm, nothing rotated,
+centred or kept.
+"""
 
 from typing import Any
 
@@ -20,8 +22,8 @@ def _round_trip(x: mx.array) -> mx.array:
 class _PlainQ4:
     """Every token becomes what its codes stand for before anything attends to it.
 
-    The numbers of mlx-lm's QuantizedKVCache(group_size=64, bits=4), up to rounding; that one's attention is a scalar
-    loop on a CPU, and takes neither sliding windows nor sinks.
+    The numbers of mlx-lm's QuantizedKVCache(group_size=64, bits=4), up to rounding; that one's
+    attention is a scalar loop on a CPU, and takes neither sliding windows nor sinks.
     """
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
@@ -42,7 +44,9 @@ def plain_cache(model: Any) -> list[Any]:
     Raises ModelError, with the reason, where nothing can be quantized that way.
     """
     made = [_of_layer(cache) for cache in make_prompt_cache(model)]
-    if not any(isinstance(part, _PlainQ4) for cache in made for part in getattr(cache, "caches", (cache,))):
+    if not any(
+        isinstance(part, _PlainQ4) for cache in made for part in getattr(cache, "caches", (cache,))
+    ):
         raise ModelError("mlx-lm quantizes no layer of this model")
     return made
 

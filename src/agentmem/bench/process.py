@@ -17,7 +17,9 @@ _PATIENCE = 30.0  # s that a server may take to stop
 
 
 class Process:
-    """Started at once; returns when /health says 200. Its model may still be loading: the first request waits."""
+    """Started at once; returns when /health says 200. Its model may still be loading: the first
+    request waits.
+    """
 
     def __init__(self, session: Session, command: Sequence[str], log: Path):
         self._session, port = session, free_port()
@@ -25,7 +27,9 @@ class Process:
         self.client = connect(f"http://127.0.0.1:{port}/v1")
         while not self._is_healthy():
             if self.process.poll() is not None:
-                raise BenchError(f"{command[0]} ended with {self.process.returncode}: {last_line(log)}")
+                raise BenchError(
+                    f"{command[0]} ended with {self.process.returncode}: {last_line(log)}"
+                )
             time.sleep(0.05)
 
     def _is_healthy(self) -> bool:

@@ -1,4 +1,6 @@
-"""Result files to one HTML page that needs nothing else: tables, pictures, and the files themselves."""
+"""Result files to one HTML page that needs nothing else: tables, pictures, and the files
+themselves.
+"""
 
 import base64
 import importlib
@@ -42,7 +44,9 @@ class Section:
     json: str
 
 
-def section(file: str, result: dict[str, Any], shown: list[str | Table], plot: Plotter | None) -> Section:
+def section(
+    file: str, result: dict[str, Any], shown: list[str | Table], plot: Plotter | None
+) -> Section:
     """`shown`: what the command prints. Raises KeyError where the result is not whole."""
     return Section(
         name=result["benchmark"],
@@ -57,7 +61,9 @@ def section(file: str, result: dict[str, Any], shown: list[str | Table], plot: P
 
 
 def page(sections: list[Section]) -> str:
-    template = Environment(autoescape=True).from_string((files(__package__) / "report.html").read_text("utf-8"))
+    template = Environment(autoescape=True).from_string(
+        (files(__package__) / "report.html").read_text("utf-8")
+    )
     return template.render(sections=sections)
 
 
@@ -66,18 +72,25 @@ def _head(result: dict[str, Any]) -> dict[str, str]:
     settings = [f"{name} = {value}" for name, value in (result.get("settings") or {}).items()]
     versions = [f"agentmem {result['agentmem']}"] if "agentmem" in result else []
     if machine:
-        versions += [f"MLX {machine['mlx']}", f"mlx-lm {machine['mlx_lm']}", f"Python {machine['python']}"]
+        versions += [
+            f"MLX {machine['mlx']}",
+            f"mlx-lm {machine['mlx_lm']}",
+            f"Python {machine['python']}",
+        ]
     parts = {
         "model": result.get("model"),
         "settings": ", ".join(settings),
         "date": result.get("date") or machine.get("date"),
-        "machine": machine and f"{machine['cpu']}, {machine['cores']} cores, {machine['ram_gib']} GiB of RAM",
+        "machine": machine
+        and f"{machine['cpu']}, {machine['cores']} cores, {machine['ram_gib']} GiB of RAM",
         "system": machine and f"{machine['platform']}, {machine['device']}",
         "versions": ", ".join(versions),
         "passes": result.get("passes"),
         "spread": _spread(sorted(_widths(result))),
         "noise": noise
-        and "a fixed computation took {probe_before_ms:.0f} ms before, {probe_after_ms:.0f} after".format(**noise),
+        and "a fixed computation took {probe_before_ms:.0f} ms before, {probe_after_ms:.0f} after".format(
+            **noise
+        ),
     }
     return {name: str(value) for name, value in parts.items() if value}
 
@@ -101,10 +114,15 @@ def _spread(widths: list[float]) -> str | None:
 
 
 def _method(benchmark: str) -> list[str | list[str]]:
-    """The docstring of its module: paragraphs, and lists of lines such as "- ITEM" and "NAME   WHAT IT IS"."""
+    """The docstring of its module: paragraphs, and lists of lines such as "- ITEM" and "NAME   WHAT
+    IT IS".
+    """
     text = importlib.import_module(f".{benchmark}", __package__).__doc__
     assert text
-    return [_items(part) if re.match(_ITEM, part) else " ".join(part.split()) for part in text.strip().split("\n\n")]
+    return [
+        _items(part) if re.match(_ITEM, part) else " ".join(part.split())
+        for part in text.strip().split("\n\n")
+    ]
 
 
 _ITEM = r"- |\w+ {2,}"
@@ -112,7 +130,9 @@ _ITEM = r"- |\w+ {2,}"
 
 def _items(paragraph: str) -> list[str]:
     items = re.split(rf"\n(?={_ITEM})", paragraph)
-    return [" ".join(re.sub(r"^(\w+) {2,}", r"\1: ", item.removeprefix("- ")).split()) for item in items]
+    return [
+        " ".join(re.sub(r"^(\w+) {2,}", r"\1: ", item.removeprefix("- ")).split()) for item in items
+    ]
 
 
 def _warning(result: dict[str, Any]) -> str | None:

@@ -1,8 +1,10 @@
-"""How fast agents come back from disk, beside reading the same files and copying them once; and what a fork costs.
+"""How fast agents come back from disk, beside reading the same files and copying them once; and
+what a fork costs.
 
-In process: the engine evicts the agents, then prefetches them: their codes are read, verified and made into arrays,
-before a warm request makes its working copy of them. Once with the files in the system's cache, once without (Linux,
-where the directory is on a disk). One agent is computed, the others are imported from its export.
+In process: the engine evicts the agents, then prefetches them: their codes are read, verified and
+made into arrays, before a warm request makes its working copy of them. Once with the files in the
+system's cache, once without (Linux, where the directory is on a disk). One agent is computed, the
+others are imported from its export.
 """
 
 import asyncio
@@ -56,13 +58,22 @@ def measure(
 ) -> dict[str, Any]:
     """The result's own fields. `done` is told when the agents are there, and of each pass."""
     # each with files of its own, as agents have that are not copies
-    settings = settings.model_copy(update={"home": session.directory / "engine", "sharing": "agent"})
+    settings = settings.model_copy(
+        update={"home": session.directory / "engine", "sharing": "agent"}
+    )
     with running_engine(settings, loaded) as (engine, run):
-        return {"tokens": len(tokens)} | run(_measure(engine, settings.store_dir, tokens, agents, passes, done))
+        return {"tokens": len(tokens)} | run(
+            _measure(engine, settings.store_dir, tokens, agents, passes, done)
+        )
 
 
 async def _measure(
-    engine: Engine, store: Path, tokens: list[int], agents: int, passes: int, done: Callable[[], None]
+    engine: Engine,
+    store: Path,
+    tokens: list[int],
+    agents: int,
+    passes: int,
+    done: Callable[[], None],
 ) -> dict[str, Any]:
     await _build(engine, tokens, 1)
     await engine.evict_agent(NAMESPACE, _FIRST)
@@ -79,7 +90,9 @@ async def _measure(
         for source in _sources(store):
             for count, files in ((1, of_one), (agents, of_all)):
                 raw, restore = times.setdefault((source, count), ([], []))
-                for reading in (True, False) if number % 2 else (False, True):  # what comes second may find it easier
+                for reading in (
+                    (True, False) if number % 2 else (False, True)
+                ):  # what comes second may find it easier
                     _prepare(of_all, source)
                     if reading:
                         raw.append(_read_ms(files))
@@ -92,7 +105,11 @@ async def _measure(
         written += [] if nbytes is None else [nbytes]
         done()
     rows = [_row(source, n, of_one if n == 1 else of_all, *t) for (source, n), t in times.items()]
-    return {"rows": rows, "fork_ms": spread(forks), "fork_written_bytes": spread(written) if written else None}
+    return {
+        "rows": rows,
+        "fork_ms": spread(forks),
+        "fork_written_bytes": spread(written) if written else None,
+    }
 
 
 async def _build(engine: Engine, tokens: list[int], agents: int) -> None:
@@ -110,7 +127,12 @@ def _names(agents: int) -> list[str]:
 
 
 def _files(store: Path) -> list[Path]:
-    return [path for kind in ("blocks", "tails") for path in sorted(store.glob(f"*/{kind}/**/*")) if path.is_file()]
+    return [
+        path
+        for kind in ("blocks", "tails")
+        for path in sorted(store.glob(f"*/{kind}/**/*"))
+        if path.is_file()
+    ]
 
 
 def _sources(directory: Path) -> tuple[Source, ...]:
@@ -118,9 +140,17 @@ def _sources(directory: Path) -> tuple[Source, ...]:
     number = directory.stat().st_dev
     mounts = Path("/proc/self/mountinfo")
     device = f" {os.major(number)}:{os.minor(number)} "
-    lines = [line for line in mounts.read_text().splitlines() if device in line] if mounts.exists() else []
+    lines = (
+        [line for line in mounts.read_text().splitlines() if device in line]
+        if mounts.exists()
+        else []
+    )
     in_ram = any(" - tmpfs " in line for line in lines)
-    return ("system's cache", "disk") if hasattr(os, "posix_fadvise") and not in_ram else ("system's cache",)
+    return (
+        ("system's cache", "disk")
+        if hasattr(os, "posix_fadvise") and not in_ram
+        else ("system's cache",)
+    )
 
 
 def _prepare(files: list[Path], source: Source) -> None:
@@ -146,7 +176,9 @@ def _read_ms(files: list[Path]) -> float:
 async def _restore_ms(engine: Engine, agents: int) -> float:
     assert not any(agent.ram_bytes for agent in await engine.agents(NAMESPACE))
     began = time.perf_counter()
-    read = await asyncio.gather(*(engine.prefetch_agent(NAMESPACE, name) for name in _names(agents)))
+    read = await asyncio.gather(
+        *(engine.prefetch_agent(NAMESPACE, name) for name in _names(agents))
+    )
     took = (time.perf_counter() - began) * 1e3
     assert all(read), f"bytes read, by agent: {read}"
     return took
@@ -161,8 +193,14 @@ async def _fork(engine: Engine) -> tuple[float, int | None]:
     return took, None if before is None or after is None else after - before
 
 
-def _row(source: Source, agents: int, files: list[Path], raw: list[float], restore: list[float]) -> RestoreRow:
-    nbytes, of_raw, of_restore = sum(path.stat().st_size for path in files), spread(raw), spread(restore)
+def _row(
+    source: Source, agents: int, files: list[Path], raw: list[float], restore: list[float]
+) -> RestoreRow:
+    nbytes, of_raw, of_restore = (
+        sum(path.stat().st_size for path in files),
+        spread(raw),
+        spread(restore),
+    )
     return RestoreRow(
         source=source,
         agents=agents,

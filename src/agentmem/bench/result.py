@@ -1,4 +1,6 @@
-"""What a benchmark writes: the same head for all, then rows of its own. benchmarks/schemas/ has the JSON schemas."""
+"""What a benchmark writes: the same head for all, then rows of its own. benchmarks/schemas/ has the
+JSON schemas.
+"""
 
 import statistics
 from collections.abc import Sequence
@@ -24,7 +26,12 @@ class Spread(Part):
 
 def spread(values: Sequence[float], digits: int = 2) -> Spread:
     rounded = [round(v, digits) for v in values]
-    return Spread(median=round(statistics.median(values), digits), min=min(rounded), max=max(rounded), values=rounded)
+    return Spread(
+        median=round(statistics.median(values), digits),
+        min=min(rounded),
+        max=max(rounded),
+        values=rounded,
+    )
 
 
 class Ttft(Part):

@@ -30,7 +30,9 @@ class Said(Part):
 
     @property
     def where(self) -> str:
-        return f"{self.phase}, {self.turn}: {self.agent}" + (f", pass {self.run + 1}" if self.run else "")
+        return f"{self.phase}, {self.turn}: {self.agent}" + (
+            f", pass {self.run + 1}" if self.run else ""
+        )
 
 
 def judge(scenario: Scenario, documents: Mapping[str, str], said: Sequence[Said]) -> list[CheckRow]:
@@ -39,11 +41,19 @@ def judge(scenario: Scenario, documents: Mapping[str, str], said: Sequence[Said]
     for check in scenario.checks:
         within = f" ({', '.join(check.phases)})" if check.phases else ""
         for mode in dict.fromkeys(one.mode for one in said):
-            these = [one for one in said if one.mode == mode and (not check.phases or one.phase in check.phases)]
+            these = [
+                one
+                for one in said
+                if one.mode == mode and (not check.phases or one.phase in check.phases)
+            ]
             for name, good in _conditions(check, documents, these):
                 failed = [one.where for one in these if not good(one)]
                 passed = len(these) - len(failed)
-                rows.append(CheckRow(check=name + within, mode=mode, passed=passed, of=len(these), failed=failed))
+                rows.append(
+                    CheckRow(
+                        check=name + within, mode=mode, passed=passed, of=len(these), failed=failed
+                    )
+                )
     return rows
 
 
@@ -55,16 +65,25 @@ def _conditions(
         yield f"at least {least} characters", lambda one: len(one.answer.strip()) >= least
     if check.distinct_4grams is not None:
         share = check.distinct_4grams
-        yield f"distinct 4-grams at least {share:g}", lambda one: distinct_ngrams(one.answer) >= share
+        yield (
+            f"distinct 4-grams at least {share:g}",
+            lambda one: distinct_ngrams(one.answer) >= share,
+        )
     if check.differ:
         twice = _said_twice(said)
-        yield "differs from the other agents' answers", lambda one: (one.run, one.phase, one.answer) not in twice
+        yield (
+            "differs from the other agents' answers",
+            lambda one: (one.run, one.phase, one.answer) not in twice,
+        )
     if check.mentions == "document":
         own = own_words(documents)
         yield "a word of its document alone", lambda one: bool(_words(one.answer) & own[one.agent])
     elif check.mentions:
         any_of = {word.lower() for word in check.mentions}
-        yield f"mentions {', '.join(check.mentions)}", lambda one: any(word in one.answer.lower() for word in any_of)
+        yield (
+            f"mentions {', '.join(check.mentions)}",
+            lambda one: any(word in one.answer.lower() for word in any_of),
+        )
 
 
 def distinct_ngrams(text: str, n: int = 4) -> float:
@@ -90,4 +109,8 @@ def _words(text: str) -> set[str]:
 def _said_twice(said: Sequence[Said]) -> set[tuple[int, str, str]]:
     """Answers that two agents gave in the same phase of a run."""
     key = lambda one: (one.run, one.phase, one.answer)  # noqa: E731
-    return {of for of, group in groupby(sorted(said, key=key), key) if len({one.agent for one in group}) > 1}
+    return {
+        of
+        for of, group in groupby(sorted(said, key=key), key)
+        if len({one.agent for one in group}) > 1
+    }

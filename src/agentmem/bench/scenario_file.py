@@ -1,4 +1,5 @@
-"""A scenario in YAML: who takes part, what is said to whom in which phase, and what an answer must be like.
+"""A scenario in YAML: who takes part, what is said to whom in which phase, and what an answer must
+be like.
 
     description: one line
     compare: [persistent, restart, cold]        # what bench/scenario.py calls modes; default: the first two
@@ -16,8 +17,8 @@
     checks:                                     # of answers; each has one or more of these, for all phases or some
       - {phases: [interrogation], min_chars: 20, distinct_4grams: 0.5, differ: true, mentions: document}
 
-`hear` puts before the message what those agents answered since the phase began (`since: start`: since the beginning)
-and this one wasn't told yet.
+`hear` puts before the message what those agents answered since the phase began (`since: start`:
+since the beginning) and this one wasn't told yet.
 """
 
 from collections.abc import Iterator
@@ -69,9 +70,12 @@ class Phase(_Model):
 class Check(_Model):
     phases: list[str] | None = None  # all
     min_chars: int | None = Field(None, ge=1)
-    distinct_4grams: float | None = Field(None, gt=0, le=1)  # at least this share of sequences of four words
+    distinct_4grams: float | None = Field(
+        None, gt=0, le=1
+    )  # at least this share of sequences of four words
     differ: bool = False  # no two agents' answers of a phase are the same
-    mentions: Literal["document"] | list[str] | None = None  # a word of it that no other agent's has; or one of these
+    # a word of it that no other agent's has; or one of these
+    mentions: Literal["document"] | list[str] | None = None
 
 
 class Scenario(_Model):
@@ -87,7 +91,9 @@ class Scenario(_Model):
 
 
 def built_in() -> list[str]:
-    return sorted(f.name.removesuffix(".yaml") for f in _directory().iterdir() if f.name.endswith(".yaml"))
+    return sorted(
+        f.name.removesuffix(".yaml") for f in _directory().iterdir() if f.name.endswith(".yaml")
+    )
 
 
 def _directory() -> Any:
@@ -101,11 +107,15 @@ def read_scenario(name: str) -> tuple[Scenario, Path]:
     """
     path = Path(name)
     if name in built_in():
-        return parse(_directory().joinpath(f"{name}.yaml").read_text(encoding="utf-8"), name), Path()
+        return parse(
+            _directory().joinpath(f"{name}.yaml").read_text(encoding="utf-8"), name
+        ), Path()
     try:
         return parse(path.read_text(encoding="utf-8"), name), path.parent
     except OSError as e:
-        raise StartupError(f"{name}: {e.strerror}; there are {', '.join(built_in())}, or give a YAML file") from None
+        raise StartupError(
+            f"{name}: {e.strerror}; there are {', '.join(built_in())}, or give a YAML file"
+        ) from None
     except UnicodeDecodeError as e:
         raise StartupError(f"{name}: not UTF-8 text: {e}") from None
 
@@ -121,7 +131,9 @@ def parse(text: str, name: str) -> Scenario:
     except (yaml.YAMLError, RecursionError) as e:
         raise StartupError(f"{name}: not YAML: {' '.join(str(e).split())}") from None
     except (ValueError, AttributeError) as e:  # of the constructors of dates and numbers
-        raise StartupError(f"{name}: {e}: text that looks like a date or a number needs quotes") from None
+        raise StartupError(
+            f"{name}: {e}: text that looks like a date or a number needs quotes"
+        ) from None
     if not isinstance(data, dict):
         raise StartupError(f"{name}, line 1: must begin with a mapping: agents, phases")
     try:
@@ -131,7 +143,9 @@ def parse(text: str, name: str) -> Scenario:
     else:
         faults = list(_faults(scenario))
     if faults:
-        raise StartupError("; ".join(f"{name}, line {_line(root, at)}: {_field(at)}: {why}" for at, why in faults))
+        raise StartupError(
+            "; ".join(f"{name}, line {_line(root, at)}: {_field(at)}: {why}" for at, why in faults)
+        )
     return scenario
 
 
@@ -158,13 +172,20 @@ def _faults(scenario: Scenario) -> Iterator[tuple[Place, str]]:
         for name in check.phases or ():
             if name not in phases:
                 yield ("checks", i, "phases"), f"{name!r} is none of the phases"
-        asked = {t.agent for phase in scenario.phases if phase.name in (check.phases or phases) for t in phase.turns}
+        asked = {
+            t.agent
+            for phase in scenario.phases
+            if phase.name in (check.phases or phases)
+            for t in phase.turns
+        }
         if check.mentions == "document" and asked & without:
             yield ("checks", i, "mentions"), f"{', '.join(sorted(asked & without))} has no document"
 
 
 def _line(node: yaml.Node, place: Place) -> int:
-    """Where it is written, or what it would be in; steps that the file doesn't have (names of types) are skipped."""
+    """Where it is written, or what it would be in; steps that the file doesn't have (names of
+    types) are skipped.
+    """
     line = node.start_mark.line
     for step in place:
         if isinstance(node, yaml.SequenceNode) and isinstance(step, int) and step < len(node.value):
@@ -178,4 +199,6 @@ def _line(node: yaml.Node, place: Place) -> int:
 
 
 def _field(place: Place) -> str:
-    return "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in place).lstrip(".")
+    return "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in place).lstrip(
+        "."
+    )

@@ -77,7 +77,9 @@ class Times:
     restart: dict[tuple[str, str], list[float]] = field(default_factory=lambda: defaultdict(list))
 
 
-def phase_rows(scenario: Scenario, modes: Sequence[str], turns: Sequence[TurnRow], times: Times) -> list[PhaseRow]:
+def phase_rows(
+    scenario: Scenario, modes: Sequence[str], turns: Sequence[TurnRow], times: Times
+) -> list[PhaseRow]:
     by: dict[tuple[str, str], list[TurnRow]] = {}
     for turn in turns:
         by.setdefault((turn.mode, turn.phase), []).append(turn)
@@ -88,7 +90,9 @@ def phase_rows(scenario: Scenario, modes: Sequence[str], turns: Sequence[TurnRow
             if mode != "persistent" and "persistent" in modes:
                 row.over_persistent = _factor(by[mode, phase.name], by["persistent", phase.name])
             if phase.faster_than:
-                row.faster_than = {phase.faster_than: _factor(by[mode, phase.faster_than], by[mode, phase.name])}
+                row.faster_than = {
+                    phase.faster_than: _factor(by[mode, phase.faster_than], by[mode, phase.name])
+                }
             rows.append(row)
     return rows
 
@@ -127,7 +131,9 @@ def totals(modes: Sequence[str], turns: Sequence[TurnRow], times: Times) -> list
         once = [t for t in turns if (t.mode, t.run) == (mode, 0)]
         saves = None
         if mode != "persistent" and "persistent" in wall:
-            saves = round(1 - statistics.median(wall["persistent"]) / statistics.median(wall[mode]), 3)
+            saves = round(
+                1 - statistics.median(wall["persistent"]) / statistics.median(wall[mode]), 3
+            )
         total = Total(
             mode=mode,
             prompt_tokens=sum(t.prompt_tokens for t in once),
@@ -142,4 +148,7 @@ def totals(modes: Sequence[str], turns: Sequence[TurnRow], times: Times) -> list
 
 def _sums(times: Mapping[tuple[str, str], list[float]], mode: str) -> list[float]:
     """Over all phases, of each pass."""
-    return [sum(of) for of in zip(*(values for (m, _), values in times.items() if m == mode), strict=True)]
+    return [
+        sum(of)
+        for of in zip(*(values for (m, _), values in times.items() if m == mode), strict=True)
+    ]

@@ -1,4 +1,6 @@
-"""From logits to perplexity, divergence and agreement, and to what can be said of them from a few windows."""
+"""From logits to perplexity, divergence and agreement, and to what can be said of them from a few
+windows.
+"""
 
 import math
 from collections.abc import Sequence
@@ -18,7 +20,12 @@ class Score:
     agreed: int = 0  # the likeliest next token is the 16-bit cache's
 
     def __add__(self, other: "Score") -> "Score":
-        return Score(self.tokens + other.tokens, self.nll + other.nll, self.kl + other.kl, self.agreed + other.agreed)
+        return Score(
+            self.tokens + other.tokens,
+            self.nll + other.nll,
+            self.kl + other.kl,
+            self.agreed + other.agreed,
+        )
 
 
 def log_probabilities(logits: mx.array) -> mx.array:
@@ -30,18 +37,25 @@ def log_probabilities(logits: mx.array) -> mx.array:
 
 
 def score(reference: mx.array, log_probs: mx.array, targets: Sequence[int]) -> Score:
-    """Of n positions: log-probabilities [n, vocab] over the 16-bit cache and over another one, and what came next."""
+    """Of n positions: log-probabilities [n, vocab] over the 16-bit cache and over another one, and
+    what came next.
+    """
     kl = (mx.exp(reference) * (reference - log_probs)).sum()
     nll = -mx.take_along_axis(log_probs, mx.array(list(targets))[:, None], axis=-1).sum()
     agreed = (mx.argmax(reference, axis=-1) == mx.argmax(log_probs, axis=-1)).sum()
-    return Score(len(targets), cast(float, nll.item()), cast(float, kl.item()), cast(int, agreed.item()))
+    return Score(
+        len(targets), cast(float, nll.item()), cast(float, kl.item()), cast(int, agreed.item())
+    )
 
 
-def delta_percent(reference: Sequence[Score], scores: Sequence[Score]) -> tuple[float, tuple[float, float] | None]:
-    """Change of perplexity against `reference`, window by window the same tokens; percent, with a 95 % interval.
+def delta_percent(
+    reference: Sequence[Score], scores: Sequence[Score]
+) -> tuple[float, tuple[float, float] | None]:
+    """Change of perplexity against `reference`, window by window the same tokens; percent, with a
+    95 % interval.
 
-    The interval is Student's t over the windows' differences in log-perplexity, weighted by their tokens. A window is
-    the unit since tokens within one share a cache. None for a single window.
+    The interval is Student's t over the windows' differences in log-perplexity, weighted by their
+    tokens. A window is the unit since tokens within one share a cache. None for a single window.
     """
     total = sum(s.tokens for s in scores)
     weights = [s.tokens / total for s in scores]
@@ -60,7 +74,18 @@ def _percent(log_ratio: float) -> float:
     return 100 * math.expm1(log_ratio)
 
 
-_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)  # 1 to 10 degrees of freedom
+_T = (
+    12.706,
+    4.303,
+    3.182,
+    2.776,
+    2.571,
+    2.447,
+    2.365,
+    2.306,
+    2.262,
+    2.228,
+)  # 1 to 10 degrees of freedom
 
 
 def student_t(degrees: int) -> float:

@@ -35,8 +35,17 @@ class Server:
         self._session = session
         home.mkdir(parents=True, exist_ok=True)
         self.log = home / "server.log"
-        command = [sys.executable, "-m", "agentmem.cli", "serve", *_flags(settings), *flags]
-        command += ["--model", str(model), "--home", str(home), "--host", "127.0.0.1", "--port", "0"]
+        command = [sys.executable, "-m", "agentmem.cli.main", "serve", *_flags(settings), *flags]
+        command += [
+            "--model",
+            str(model),
+            "--home",
+            str(home),
+            "--host",
+            "127.0.0.1",
+            "--port",
+            "0",
+        ]
         environment = {k: v for k, v in os.environ.items() if k != "AGENTMEM_API_KEYS"}
         self.process = session.start(command, self.log, stdout=subprocess.PIPE, env=environment)
         assert self.process.stdout is not None
@@ -66,12 +75,16 @@ class Server:
         """Greedy, of exactly `max_tokens`."""
         answer = ask(self.client, messages, max_tokens, agent_id=agent, ignore_eos=True, **body)
         if (got := answer.usage["completion_tokens"]) != max_tokens:
-            raise BenchError(f"an answer of {got} tokens, not {max_tokens}: does the context hold them?")
+            raise BenchError(
+                f"an answer of {got} tokens, not {max_tokens}: does the context hold them?"
+            )
         return answer
 
     @contextmanager
     def threads(self) -> Iterator[ThreadPoolExecutor]:
-        """For requests at the same time. Where one fails, or the user interrupts, nobody waits for the others."""
+        """For requests at the same time. Where one fails, or the user interrupts, nobody waits for
+        the others.
+        """
         with ThreadPoolExecutor(_THREADS) as pool:
             try:
                 yield pool
@@ -132,7 +145,12 @@ def connect(url: str, *, proxies: bool = False) -> httpx.Client:
 
 
 def ask(
-    client: httpx.Client, messages: Messages, max_tokens: int, *, may_be_empty: bool = False, **body: Any
+    client: httpx.Client,
+    messages: Messages,
+    max_tokens: int,
+    *,
+    may_be_empty: bool = False,
+    **body: Any,
 ) -> Answer:
     """A whole greedy answer of any OpenAI-compatible server. Raises BenchError, httpx.HTTPError."""
     answer = [Answer(), *stream(client, messages, max_tokens, **body)][-1]
@@ -143,14 +161,18 @@ def ask(
     return answer
 
 
-def stream(client: httpx.Client, messages: Messages, max_tokens: int, **body: Any) -> Generator[Answer, None, None]:
+def stream(
+    client: httpx.Client, messages: Messages, max_tokens: int, **body: Any
+) -> Generator[Answer, None, None]:
     """The same, as it grows; who stops reading hangs up."""
     body = {"messages": messages, "max_tokens": max_tokens, "temperature": 0, "stream": True} | body
     body |= {"stream_options": {"include_usage": True}}
     answer = Answer()
     with client.stream("POST", "/chat/completions", json=body) as response:
         if response.status_code != 200:
-            raise BenchError(f"{response.url}: {response.status_code} {response.read().decode()[:300]}")
+            raise BenchError(
+                f"{response.url}: {response.status_code} {response.read().decode()[:300]}"
+            )
         for line in response.iter_lines():
             if line.startswith("data: {"):
                 _take(answer, json.loads(line[6:]), time.perf_counter() - answer.began)
@@ -158,21 +180,31 @@ def stream(client: httpx.Client, messages: Messages, max_tokens: int, **body: An
 
 
 def shares(answers: Sequence[Answer]) -> tuple[list[float], float]:
-    """Of each answer, what part of it came while all of them streamed; and the seconds that they did, 0 if never."""
+    """Of each answer, what part of it came while all of them streamed; and the seconds that they
+    did, 0 if never.
+    """
     streams = [[a.began + t for t in a.times] for a in answers]
     start, stop = max(times[0] for times in streams), min(times[-1] for times in streams)
-    return [sum(start < t <= stop for t in times) / len(times) for times in streams], max(0.0, stop - start)
+    return [sum(start < t <= stop for t in times) / len(times) for times in streams], max(
+        0.0, stop - start
+    )
 
 
 def tokens_per_s(answers: Sequence[Answer]) -> float | None:
-    """Of all together while all of them stream; None if they never do. A chunk counts as its answer's mean."""
+    """Of all together while all of them stream; None if they never do. A chunk counts as its
+    answer's mean.
+    """
     parts, seconds = shares(answers)
-    tokens = sum(part * a.usage["completion_tokens"] for part, a in zip(parts, answers, strict=True))
+    tokens = sum(
+        part * a.usage["completion_tokens"] for part, a in zip(parts, answers, strict=True)
+    )
     return float(tokens / seconds) if seconds else None
 
 
 def check_state(answer: Answer, state: str) -> None:
-    """Raises BenchError unless all of the prompt (or, cold, nothing) was cached: its last token never is."""
+    """Raises BenchError unless all of the prompt (or, cold, nothing) was cached: its last token
+    never is.
+    """
     cached = 0 if state == "cold" else answer.prompt_tokens - 1
     if answer.details["cache"] != state or answer.cached_tokens != cached:
         raise BenchError(
@@ -197,7 +229,15 @@ def _take(answer: Answer, chunk: dict[str, Any], moment: float) -> None:
 def _flags(settings: Settings) -> list[str]:
     """What was set apart from where it listens, whom it knows and what it serves."""
     flags = []
-    for name in settings.model_fields_set - {"model", "home", "host", "port", "api_keys", "allowed_hosts", "trace"}:
+    for name in settings.model_fields_set - {
+        "model",
+        "home",
+        "host",
+        "port",
+        "api_keys",
+        "allowed_hosts",
+        "trace",
+    }:
         value = getattr(settings, name)
         flag = "--" + name.replace("_", "-")
         if isinstance(value, bool):

@@ -1,4 +1,6 @@
-"""One benchmark run: alone on the machine, on a store of its own, and nothing left behind however it ends."""
+"""One benchmark run: alone on the machine, on a store of its own, and nothing left behind however
+it ends.
+"""
 
 import fcntl
 import os
@@ -30,7 +32,9 @@ class Interrupted(KeyboardInterrupt):
 
 
 class Session:
-    """What a benchmark may use: a directory, processes that don't outlive it, and a measure of the machine's calm."""
+    """What a benchmark may use: a directory, processes that don't outlive it, and a measure of the
+    machine's calm.
+    """
 
     def __init__(self, directory: Path, guard: IO[str], say: Callable[[str], None]):
         self.directory, self.say = directory, say
@@ -38,10 +42,14 @@ class Session:
         self._probes = [probe_ms()]
 
     def start(self, command: Sequence[str], log: Path, **options: Any) -> "subprocess.Popen[str]":
-        """A process in a group of its own, killed with the session. Its output goes to `log`, unless `options` say."""
+        """A process in a group of its own, killed with the session. Its output goes to `log`,
+        unless `options` say.
+        """
         with log.open("a") as file:
             options = {"stdout": file} | options
-            process = subprocess.Popen(command, stderr=file, text=True, start_new_session=True, **options)
+            process = subprocess.Popen(
+                command, stderr=file, text=True, start_new_session=True, **options
+            )
         self._tell("+", process.pid)
         return process
 
@@ -53,7 +61,9 @@ class Session:
         self._guard.flush()
 
     def cool_down(self) -> None:
-        """On a Mac, which slows down as it heats up: wait until a fixed computation takes what it took at first."""
+        """On a Mac, which slows down as it heats up: wait until a fixed computation takes what it
+        took at first.
+        """
         until = time.monotonic() + _COOL_DOWN
         while platform.system() == "Darwin" and time.monotonic() < until:
             if probe_ms() <= self._probes[0] * (1 + NOISE / 2):
@@ -61,7 +71,9 @@ class Session:
             time.sleep(5.0)
 
     def noise(self) -> dict[str, Any]:
-        """A fixed computation's time before and now; `quiet` is false where it moved by more than 10 %."""
+        """A fixed computation's time before and now; `quiet` is false where it moved by more than
+        10 %.
+        """
         self._probes.append(probe_ms())
         before, after = self._probes[0], self._probes[-1]
         change = after / before - 1
@@ -69,7 +81,12 @@ class Session:
             self.say(
                 f"warning: a fixed computation took {before:.0f} ms before and {after:.0f} ms after: not a quiet run"
             )
-        return {"probe_before_ms": before, "probe_after_ms": after, "change": change, "quiet": abs(change) <= NOISE}
+        return {
+            "probe_before_ms": before,
+            "probe_after_ms": after,
+            "change": change,
+            "quiet": abs(change) <= NOISE,
+        }
 
 
 def probe_ms() -> float:
@@ -103,7 +120,8 @@ def lock_file() -> Path:
 
 @contextmanager
 def bench_session(say: Callable[[str], None]) -> Iterator[Session]:
-    """Raises StartupError where another benchmark of this user runs. Ctrl-C, SIGTERM and SIGHUP end it cleanly.
+    """Raises StartupError where another benchmark of this user runs. Ctrl-C, SIGTERM and SIGHUP end
+    it cleanly.
 
     `say` shows a line of text to the user.
     """
@@ -112,7 +130,9 @@ def bench_session(say: Callable[[str], None]) -> Iterator[Session]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise StartupError("another benchmark is running on this machine: two would disturb each other") from None
+            raise StartupError(
+                "another benchmark is running on this machine: two would disturb each other"
+            ) from None
         with _interruptible(), _guarded(lock) as (directory, guard):
             yield Session(directory, guard, say)
     finally:
@@ -143,7 +163,9 @@ def _interruptible() -> Iterator[None]:
     def interrupt(number: int, frame: object) -> None:
         raise Interrupted
 
-    before = {number: signal.signal(number, interrupt) for number in (signal.SIGTERM, signal.SIGHUP)}
+    before = {
+        number: signal.signal(number, interrupt) for number in (signal.SIGTERM, signal.SIGHUP)
+    }
     try:
         yield
     finally:

@@ -1,11 +1,12 @@
 """Agents that arrive while others work, over HTTP.
 
-Meanwhile: C answers throughout, A prefills a long cold prompt, B's come back from disk one after the other. How long
-each B waits for its first token, beside alone; how much later A is done than without them; and the gaps between C's
-tokens while A prefills, the longest of which are one prefill chunk of A and a decode step.
+Meanwhile: C answers throughout, A prefills a long cold prompt, B's come back from disk one after
+the other. How long each B waits for its first token, beside alone; how much later A is done than
+without them; and the gaps between C's tokens while A prefills, the longest of which are one prefill
+chunk of A and a decode step.
 
-Pair: the paper's staggered arrivals. Two agents of one cold prompt each, the second 2 s after the first, beside one
-after the other.
+Pair: the paper's staggered arrivals. Two agents of one cold prompt each, the second 2 s after the
+first, beside one after the other.
 """
 
 import itertools
@@ -124,12 +125,25 @@ def measure(
 
 
 class _Scene:
-    """B's and C are the same agents in every pass; the others have new prompts and are forgotten after each round."""
+    """B's and C are the same agents in every pass; the others have new prompts and are forgotten
+    after each round.
+    """
 
     def __init__(
-        self, server: Server, prompts: Prompts, context: int, c_answer: int, samples: Samples, done: Callable[[], None]
+        self,
+        server: Server,
+        prompts: Prompts,
+        context: int,
+        c_answer: int,
+        samples: Samples,
+        done: Callable[[], None],
     ):
-        self._server, self._prompts, self._context, self._c_answer = server, prompts, context, c_answer
+        self._server, self._prompts, self._context, self._c_answer = (
+            server,
+            prompts,
+            context,
+            c_answer,
+        )
         self._samples, self._done = samples, done
         self._bs = {f"b{i}": prompts.messages(B_CONTEXT) for i in range(1, _NUM_B + 1)}
         self._c = prompts.messages(_C_CONTEXT)
@@ -184,14 +198,18 @@ class _Scene:
 
     def _talk(self, talks: threading.Event, enough: threading.Event) -> Answer:
         """C's answer, cut when A has its own."""
-        answers = stream(self._server.client, self._c, self._c_answer, agent_id="c", ignore_eos=True)
+        answers = stream(
+            self._server.client, self._c, self._c_answer, agent_id="c", ignore_eos=True
+        )
         with closing(answers):
             for answer in answers:
                 if answer.times:
                     talks.set()
                 if enough.is_set():
                     return answer
-        raise BenchError(f"C's answer of {self._c_answer} tokens ended before A's: ask for a shorter --context")
+        raise BenchError(
+            f"C's answer of {self._c_answer} tokens ended before A's: ask for a shorter --context"
+        )
 
     def _b(self, agent: str) -> Answer:
         answer = self._server.ask(agent, self._bs[agent], _ANSWER)
@@ -239,12 +257,18 @@ def _ended(answer: Answer) -> float:
 
 def _line(agent: str, answer: Answer, origin: float) -> Line:
     asked = answer.began - origin
-    return Line(agent=agent, asked_s=round(asked, 4), tokens_s=[round(asked + t, 4) for t in answer.times])
+    return Line(
+        agent=agent, asked_s=round(asked, 4), tokens_s=[round(asked + t, 4) for t in answer.times]
+    )
 
 
 def _gaps(values: list[float]) -> Gaps:
     values = sorted(values)
-    shown = {"median": statistics.median(values), "p99": values[int(len(values) * 0.99)], "max": values[-1]}
+    shown = {
+        "median": statistics.median(values),
+        "p99": values[int(len(values) * 0.99)],
+        "max": values[-1],
+    }
     return Gaps(**{name: round(ms, 2) for name, ms in shown.items()}, count=len(values))
 
 

@@ -1,8 +1,10 @@
-"""Time to first token of one prompt in the paper's three states: cold, warm (on disk) and hot (in RAM).
+"""Time to first token of one prompt in the paper's three states: cold, warm (on disk) and hot (in
+RAM).
 
-Over HTTP, streamed: per pass a server prefills every length (cold) and stops; another one on the same store is asked
-the same prompts (warm), and again at once (hot); then each is evicted to disk, and again warm and hot. In process: the
-same states of an engine, beside `model(chunk, cache)` over mlx-lm's own cache with nothing around it (bare).
+Over HTTP, streamed: per pass a server prefills every length (cold) and stops; another one on the
+same store is asked the same prompts (warm), and again at once (hot); then each is evicted to disk,
+and again warm and hot. In process: the same states of an engine, beside `model(chunk, cache)` over
+mlx-lm's own cache with nothing around it (bare).
 """
 
 import time
@@ -23,8 +25,11 @@ from .server import WARM_UP, Answer, Server, check_state
 from .session import Session
 
 STATES = ("cold", "warm", "hot")
-_REPEATS = 32  # times warm and hot, a pass: they are 5 ms apart, and answers alike swing by 15 (standard deviation)
-_REST = 0.05  # s before each: what the last one left to be written is no part of it. More, and waking adds 20 ms
+# times warm and hot, a pass: they are 5 ms apart, and answers alike swing by 15 (standard
+# deviation)
+_REPEATS = 32
+# s before each: what the last one left to be written is no part of it. More, and waking adds 20 ms
+_REST = 0.05
 _MAX_TOKENS = 2
 
 
@@ -58,7 +63,9 @@ class Samples:
     """ms, by state, of one length."""
 
     http: dict[str, list[float]] = field(default_factory=lambda: {state: [] for state in STATES})
-    engine: dict[str, list[float]] = field(default_factory=lambda: {state: [] for state in ("bare", *STATES)})
+    engine: dict[str, list[float]] = field(
+        default_factory=lambda: {state: [] for state in ("bare", *STATES)}
+    )
     prompt_tokens: int = 0
 
 

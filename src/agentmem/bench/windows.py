@@ -12,14 +12,17 @@ class Protocol:
     """How a corpus is scored, in tokens."""
 
     window: int = 2048  # fed into one cache
-    stride: int = 2048  # from one window's start to the next one's; only a window's last `stride` tokens are scored
+    # from one window's start to the next one's; only a window's last `stride` tokens are scored
+    stride: int = 2048
     tokens: int = 8192  # to score at least
 
     def __post_init__(self) -> None:
         if self.window < 2:
             raise StartupError(f"--window must be at least 2 tokens, is {self.window}")
         if not 1 <= self.stride <= self.window:
-            raise StartupError(f"--stride must be from 1 to --window ({self.window}), is {self.stride}")
+            raise StartupError(
+                f"--stride must be from 1 to --window ({self.window}), is {self.stride}"
+            )
         if self.tokens < 1:
             raise StartupError(f"--tokens must be at least 1, is {self.tokens}")
 
@@ -43,13 +46,15 @@ class Window:
 
 
 def cut_windows(tokens: list[int], protocol: Protocol, bos: list[int]) -> Iterator[Window]:
-    """Every token after the first is scored exactly once. Raises StartupError where there are too few.
+    """Every token after the first is scored exactly once. Raises StartupError where there are too
+    few.
 
     window 4, stride 2, no BOS:   inputs 0 1 2 3  targets 1 2 3 4, all scored
                                   inputs 2 3 4 5  targets 3 4 5 6, scored 5 6
 
-    `bos`: [] or the token that the model's sequences begin with. Models that know it are lost without, so it begins
-    each window too, as one of its tokens; the very first token of the corpus is scored then as well.
+    `bos`: [] or the token that the model's sequences begin with. Models that know it are lost
+    without, so it begins each window too, as one of its tokens; the very first token of the corpus
+    is scored then as well.
     """
     need = protocol.num_scored + 1 - len(bos)
     if len(tokens) < need:
@@ -62,7 +67,9 @@ def cut_windows(tokens: list[int], protocol: Protocol, bos: list[int]) -> Iterat
 
 
 def read_corpus(path: Path | None) -> tuple[str, str]:
-    """(name, text) of a file in UTF-8, by default of the help on Python's language that every Python carries."""
+    """(name, text) of a file in UTF-8, by default of the help on Python's language that every
+    Python carries.
+    """
     if path is None:
         from pydoc_data.topics import topics
 

@@ -1,8 +1,9 @@
 """What a conversation writes to disk, against what of it is there in the end.
 
-One agent talks to a server over HTTP, turn by turn, and rests after each long enough for its tail to be written, if it
-ever is before the server stops. Written: every byte of block and tail files; and, on Linux, all that the process gave
-to the disk, the manifest and its log included. Kept: the bytes of the files that are left.
+One agent talks to a server over HTTP, turn by turn, and rests after each long enough for its tail
+to be written, if it ever is before the server stops. Written: every byte of block and tail files;
+and, on Linux, all that the process gave to the disk, the manifest and its log included. Kept: the
+bytes of the files that are left.
 """
 
 import time
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..config import Settings
-from ..store.maintenance import store_stats, stores
+from ..store.upkeep.fsck import store_stats, stores
 from .machine import process_writes
 from .prompts import Prompts
 from .result import Part, Result
@@ -35,8 +36,12 @@ class WriteResult(Result):
     written_bytes: int
     kept_bytes: int
     amplification: float  # written over kept
-    process_bytes: int | None  # given to the disk by the whole process before it stopped; Linux only
-    bytes_per_token_halves: tuple[float, float]  # first and second half of the turns: equal if writing is incremental
+    process_bytes: (
+        int | None
+    )  # given to the disk by the whole process before it stopped; Linux only
+    bytes_per_token_halves: tuple[
+        float, float
+    ]  # first and second half of the turns: equal if writing is incremental
 
 
 def measure(
@@ -50,7 +55,9 @@ def measure(
 ) -> dict[str, Any]:
     """The result's own fields."""
     home = session.directory / "write"
-    settings = Settings(**settings.model_dump(include=settings.model_fields_set) | {"tail_delay": TAIL_DELAY})
+    settings = Settings(
+        **settings.model_dump(include=settings.model_fields_set) | {"tail_delay": TAIL_DELAY}
+    )
     with Server(session, settings, model, home) as server:
         before = process_writes(server.process.pid)
         rows = _converse(server, prompts, turns, tokens, done)
@@ -61,7 +68,10 @@ def measure(
     if not kept:
         raise BenchError("nothing was kept: is the disk full?")
     half = len(rows) // 2
-    halves = [round(sum(r.bytes for r in part) / sum(r.tokens for r in part), 1) for part in (rows[:half], rows[half:])]
+    halves = [
+        round(sum(r.bytes for r in part) / sum(r.tokens for r in part), 1)
+        for part in (rows[:half], rows[half:])
+    ]
     return {
         "rows": rows,
         "tokens": sum(row.tokens for row in rows),
@@ -73,7 +83,9 @@ def measure(
     }
 
 
-def _converse(server: Server, prompts: Prompts, turns: int, tokens: int, done: Callable[[], None]) -> list[WriteRow]:
+def _converse(
+    server: Server, prompts: Prompts, turns: int, tokens: int, done: Callable[[], None]
+) -> list[WriteRow]:
     messages: Messages = []
     rows, written, held = [], 0, 0
     for turn in range(1, turns + 1):
@@ -81,7 +93,9 @@ def _converse(server: Server, prompts: Prompts, turns: int, tokens: int, done: C
         answer = server.ask("agent", messages, _ANSWER)
         messages.append({"role": "assistant", "content": answer.text})
         time.sleep(REST)
-        now = server.client.get(server.url.removesuffix("/v1") + "/health").json()["store"]["bytes_written"]
+        now = server.client.get(server.url.removesuffix("/v1") + "/health").json()["store"][
+            "bytes_written"
+        ]
         total = answer.usage["total_tokens"]
         rows.append(WriteRow(turn=turn, tokens=total - held, bytes=now - written))
         written, held = now, total

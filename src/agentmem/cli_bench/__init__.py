@@ -15,7 +15,9 @@ from .throughput import throughput
 from .ttft import ttft
 from .write import write
 
-app = typer.Typer(no_args_is_help=True, help="Measure on this machine what the cache costs and gains.")
+app = typer.Typer(
+    no_args_is_help=True, help="Measure on this machine what the cache costs and gains."
+)
 _COMMANDS = (
     *(ttft, throughput, staggered, persistence, restore, write, ablation),
     *(compare, scenario, perplexity, capacity, report),

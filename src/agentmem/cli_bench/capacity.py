@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..cli_agents import console, size, table
+from ..cli.agents import console, size, table
 from ..config import Settings, load_settings, parse_bytes, parse_share, resolve
 from ..errors import StartupError
 from .common import Config, Home, JsonFile, Shown, check_writable
@@ -22,11 +22,18 @@ Models = Annotated[
         show_default=False,
     ),
 ]
-Budget = Annotated[str, typer.Option(help="RAM for caches: a size (10.2G is 10.2 GiB), or a share of this machine's")]
-Contexts = Annotated[str, typer.Option(help="tokens an agent has, comma-separated")]
-KVBits = Annotated[str | None, typer.Option(help="4, k5v4, 8 or 16, of agentmem's blocks (default: 4)")]
+Budget = Annotated[
+    str,
+    typer.Option(help="RAM for caches: a size (10.2G is 10.2 GiB), or a share of this machine's"),
+]
+PrefixCache = Annotated[str, typer.Option(help="tokens an agent has, comma-separated")]
+KVBits = Annotated[
+    str | None, typer.Option(help="4, k5v4, 8 or 16, of agentmem's blocks (default: 4)")
+]
 BlockSize = Annotated[int | None, typer.Option(help="tokens a block (default: 256)")]
-Paper = Annotated[bool, typer.Option("--paper", help="the paper's table beside ours; without a model always")]
+Paper = Annotated[
+    bool, typer.Option("--paper", help="the paper's table beside ours; without a model always")
+]
 _MAX_CONTEXT = 1 << 30
 _COLUMN_NAMES = ("FP16, all layers", "FP16, windows", "paper's Q4", "agentmem")
 
@@ -34,7 +41,7 @@ _COLUMN_NAMES = ("FP16, all layers", "FP16, windows", "paper's Q4", "agentmem")
 def capacity(
     models: Models = None,
     budget: Budget = "10.2G",
-    contexts: Contexts = "4k,8k,16k,32k,64k,128k",
+    contexts: PrefixCache = "4k,8k,16k,32k,64k,128k",
     kv_bits: KVBits = None,
     block_size: BlockSize = None,
     paper: Paper = False,
@@ -42,27 +49,32 @@ def capacity(
     home: Home = None,
     config: Config = None,
 ) -> None:
-    """How many agents fit into a budget, for any model; a config file is enough, no weights are read.
+    """How many agents fit into a budget, for any model; a config file is enough, no weights are
+    read.
 
-    Bytes of a resting agent: FP16 with all layers at full length, FP16 with windows as mlx-lm's own caches keep them,
-    the paper's Q4 (all layers at full length), and agentmem (in RAM, and what a restore reads; at worst: the most up to
-    that length, with an unfinished block or a full chunk). A running agent's working copy comes on top.
+    Bytes of a resting agent: FP16 with all layers at full length, FP16 with windows as mlx-lm's own
+    caches keep them, the paper's Q4 (all layers at full length), and agentmem (in RAM, and what a
+    restore reads; at worst: the most up to that length, with an unfinished block or a full chunk).
+    A running agent's working copy comes on top.
 
-    Built-ins: deepseek-coder-v2-lite, deepseek-v3, gemma-3-12b, gpt-oss-20b, llama-3.1-8b, llama-4-scout,
-    qwen3-next-80b-a3b.
+    Built-ins: deepseek-coder-v2-lite, deepseek-v3, gemma-3-12b, gpt-oss-20b, llama-3.1-8b,
+    llama-4-scout, qwen3-next-80b-a3b.
 
-    JSON: {"budget_bytes", "models": [{"model", "layers": [{"kind", "layers", ...}], "contexts": [{"tokens",
-    "fp16_all_layers": {"bytes", "agents"}, "fp16_windows", "paper_q4", "agentmem": the same,
-    "agentmem_at_worst_bytes", "agentmem_disk_bytes"}]}], "paper": [{"model", "budget_bytes", "contexts"}]}.
+    JSON: {"budget_bytes", "models": [{"model", "layers": [{"kind", "layers", ...}], "contexts":
+    [{"tokens", "fp16_all_layers": {"bytes", "agents"}, "fp16_windows", "paper_q4", "agentmem": the
+    same, "agentmem_at_worst_bytes", "agentmem_disk_bytes"}]}], "paper": [{"model", "budget_bytes",
+    "contexts"}]}.
     """
     settings = load_settings({"home": home, "kv_bits": kv_bits, "block_size": block_size}, config)
-    lengths = _contexts(contexts)
+    lengths = _prefix_cache(contexts)
     if json_file:
         check_writable(json_file)
     nbytes = _budget(budget)
     from ..bench.paper import PAPER_TABLE
 
-    rows = [_measure(name, lengths, settings) for name in models or [row.model for row in PAPER_TABLE]]
+    rows = [
+        _measure(name, lengths, settings) for name in models or [row.model for row in PAPER_TABLE]
+    ]
     comparison = _paper_rows(settings) if paper or not models else []
     for row in rows:
         _print_model(row, nbytes)
@@ -83,24 +95,31 @@ def tables(result: dict[str, Any]) -> list[Shown]:
     """Of a result file; the command itself shows more."""
     from ..bench.capacity import COLUMNS
 
-    shown: list[Shown] = [f"agents at rest in {size(result['budget_bytes'])}: bytes of one, and how many fit"]
+    shown: list[Shown] = [
+        f"agents at rest in {size(result['budget_bytes'])}: bytes of one, and how many fit"
+    ]
     for model in result["models"]:
         lines = table("tokens", *_COLUMN_NAMES)
         for cell in model["contexts"]:
             parts = (cell[column] for column in COLUMNS)
-            lines.add_row(f"{cell['tokens']:,}", *(f"{size(p['bytes'])}: {p['agents']:,}" if p else "-" for p in parts))
+            lines.add_row(
+                f"{cell['tokens']:,}",
+                *(f"{size(p['bytes'])}: {p['agents']:,}" if p else "-" for p in parts),
+            )
         shown += [model["model"], lines]
     return shown
 
 
-def _contexts(text: str) -> list[int]:
+def _prefix_cache(text: str) -> list[int]:
     """Ascending. "32k" is 32,768."""
     try:
         lengths = sorted({parse_bytes(part) for part in text.split(",") if part.strip()})
     except ValueError:
         lengths = []
     if not lengths or lengths[0] < 1 or lengths[-1] > _MAX_CONTEXT:
-        raise StartupError(f"--contexts {text!r}: write numbers of tokens from 1 to 1G, such as 4k,32k,128k")
+        raise StartupError(
+            f"--contexts {text!r}: write numbers of tokens from 1 to 1G, such as 4k,32k,128k"
+        )
     return lengths
 
 
@@ -123,7 +142,10 @@ def _measure(name: str, lengths: list[int], settings: Settings) -> "Capacity":
 
     found = read_config(find(name, settings.home_dir))
     spec = spec_of_config(
-        found, kv_bits=settings.kv_bits, block_size=settings.block_size, state_interval=settings.state_interval
+        found,
+        kv_bits=settings.kv_bits,
+        block_size=settings.block_size,
+        state_interval=settings.state_interval,
     )
     return Capacity(name, found["model_type"], spec, tuple(footprint(spec, n) for n in lengths))
 
@@ -134,7 +156,13 @@ def _paper_rows(settings: Settings) -> list[dict[str, Any]]:
     rows = []
     for row in PAPER_TABLE:
         cells = compare(row, _measure(row.model, [], settings).spec)
-        rows.append({"model": row.model, "budget_bytes": row.budget, "contexts": [asdict(cell) for cell in cells]})
+        rows.append(
+            {
+                "model": row.model,
+                "budget_bytes": row.budget,
+                "contexts": [asdict(cell) for cell in cells],
+            }
+        )
     return rows
 
 
@@ -142,15 +170,24 @@ def _print_model(row: "Capacity", budget: int) -> None:
     from ..bench.capacity import COLUMNS, agents, kinds, open_block_bytes
 
     spec = row.spec
-    print(f"{row.model} ({row.model_type}): agents at rest in {size(budget)} ({budget / 2**30:.4g} GiB)")
-    if spec.foreign:
-        print(f"mlx-lm's own caches, nothing is kept after an answer: {spec.foreign.reason}")
+    print(
+        f"{row.model} ({row.model_type}): agents at rest in {size(budget)} ({budget / 2**30:.4g} GiB)"
+    )
+    if spec.opaque:
+        print(f"mlx-lm's own caches, nothing is kept after an answer: {spec.opaque.reason}")
     else:
         _print_kinds(kinds(spec))
-        print(f"each with up to {size(open_block_bytes(spec))} for the unfinished block, in full precision")
+        print(
+            f"each with up to {size(open_block_bytes(spec))} for the unfinished block, in full precision"
+        )
         if spec.unquantized_reason:
             print(f"not quantized: {spec.unquantized_reason}")
-    lines = table("tokens", *(part for name in _COLUMN_NAMES for part in (name, "agents")), "at worst", "on disk")
+    lines = table(
+        "tokens",
+        *(part for name in _COLUMN_NAMES for part in (name, "agents")),
+        "at worst",
+        "on disk",
+    )
     for cell in row.footprints:
         parts = []
         for column in COLUMNS:
@@ -167,10 +204,22 @@ def _print_kinds(rows: list["KindRow"]) -> None:
     for row in rows:
         dims = f"{row.k_dim}" if row.k_dim == row.v_dim else f"{row.k_dim}/{row.v_dim}"
         shape = f"{row.num_kv_heads} x {dims}" if row.k_dim else "-"
-        per_token = (f"{row.fp16_bytes_per_token:,}", f"{row.sealed_bytes_per_token:,}") if row.k_dim else ("-", "-")
-        kind = row.kind + (f" {row.window:,}" if row.window else "") + (", sinks" if row.attention_sinks else "")
+        per_token = (
+            (f"{row.fp16_bytes_per_token:,}", f"{row.sealed_bytes_per_token:,}")
+            if row.k_dim
+            else ("-", "-")
+        )
+        kind = (
+            row.kind
+            + (f" {row.window:,}" if row.window else "")
+            + (", sinks" if row.attention_sinks else "")
+        )
         lines.add_row(
-            kind, str(row.layers), shape, *per_token, "-" if row.fixed_bytes is None else size(row.fixed_bytes)
+            kind,
+            str(row.layers),
+            shape,
+            *per_token,
+            "-" if row.fixed_bytes is None else size(row.fixed_bytes),
         )
     console().print(lines)
 

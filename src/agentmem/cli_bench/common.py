@@ -15,10 +15,10 @@ import typer
 from rich.table import Table
 
 from ..bench import plot as plots
-from ..cli_agents import console, progress_bar
+from ..cli.agents import console, progress_bar
 from ..config import Settings, load_settings
 from ..errors import ModelError, StartupError
-from ..models.prepare import prepare_mlx
+from ..linux_cpu.prepare import prepare_mlx
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -27,12 +27,25 @@ if TYPE_CHECKING:
     from ..bench.session import Session
     from ..models.loading import LoadedModel
 
-Model = Annotated[str | None, typer.Option(help="'demo', a directory with an MLX model, or a hub name (default: demo)")]
-Corpus = Annotated[Path | None, typer.Option(help="text file in UTF-8 (default: the text of pydoc_data.topics)")]
-Plot = Annotated[Path | None, typer.Option(help="draw it there, as PNG, SVG or PDF", metavar="FILE")]
-Home = Annotated[Path | None, typer.Option(help="directory that holds models (default: ~/.agentmem)")]
-Config = Annotated[Path | None, typer.Option("--config", help="TOML file with settings, see configs/")]
-JsonFile = Annotated[Path | None, typer.Option("--json", help="write the result there", metavar="FILE")]
+Model = Annotated[
+    str | None,
+    typer.Option(help="'demo', a directory with an MLX model, or a hub name (default: demo)"),
+]
+Corpus = Annotated[
+    Path | None, typer.Option(help="text file in UTF-8 (default: the text of pydoc_data.topics)")
+]
+Plot = Annotated[
+    Path | None, typer.Option(help="draw it there, as PNG, SVG or PDF", metavar="FILE")
+]
+Home = Annotated[
+    Path | None, typer.Option(help="directory that holds models (default: ~/.agentmem)")
+]
+Config = Annotated[
+    Path | None, typer.Option("--config", help="TOML file with settings, see configs/")
+]
+JsonFile = Annotated[
+    Path | None, typer.Option("--json", help="write the result there", metavar="FILE")
+]
 Passes = Annotated[int, typer.Option(min=1, help="passes over all rows; a figure is their median")]
 Shown = str | Table
 
@@ -77,8 +90,16 @@ class Run:
 
         machine = describe_machine()
         skip = {"home", "config", "model"}
-        told = {name: str(getattr(self.settings, name)) for name in self.settings.model_fields_set - skip}
-        head = {"model": self.settings.model, "settings": told, "machine": machine, "date": machine.pop("date")}
+        told = {
+            name: str(getattr(self.settings, name))
+            for name in self.settings.model_fields_set - skip
+        }
+        head = {
+            "model": self.settings.model,
+            "settings": told,
+            "machine": machine,
+            "date": machine.pop("date"),
+        }
         return head | {"passes": passes, "noise": self.session.noise()}
 
 
@@ -95,7 +116,9 @@ class Shared:
 
     @contextmanager
     def run(self, **flags: Any) -> Iterator[Run]:
-        """Settings, files that can be written, a model that is here, an empty directory, and nobody else measuring."""
+        """Settings, files that can be written, a model that is here, an empty directory, and nobody
+        else measuring.
+        """
         settings = load_settings({"model": self.model, "home": self.home} | flags, self.config)
         for file in filter(None, (self.json_file, self.plot)):
             check_writable(file)
@@ -110,9 +133,14 @@ class Shared:
             plots.check_plot(self.plot)
         model = find_local(settings.model, settings.home_dir)
         if model is None:
-            raise ModelError(f"model {settings.model!r} is not on this machine: agentmem pull {settings.model}")
+            raise ModelError(
+                f"model {settings.model!r} is not on this machine: agentmem pull {settings.model}"
+            )
         check_room(settings)
-        with progress_bar() as progress, bench_session(partial(progress.console.print, markup=False)) as session:
+        with (
+            progress_bar() as progress,
+            bench_session(partial(progress.console.print, markup=False)) as session,
+        ):
             try:
                 yield Run(session, settings, model.resolve(), progress, self.corpus)
             except httpx.TransportError as e:
@@ -120,7 +148,8 @@ class Shared:
 
 
 def benchmark(command: Callable[..., Any]) -> Callable[..., None]:
-    """Give a command the options of Shared in place of its `shared`, --plot if bench.plot has a `plot_NAME`.
+    """Give a command the options of Shared in place of its `shared`, --plot if bench.plot has a
+    `plot_NAME`.
 
     What it returns, a Result or a dict, is written, shown by `tables` of its module, and drawn.
     """
@@ -132,13 +161,19 @@ def benchmark(command: Callable[..., Any]) -> Callable[..., None]:
     def run(**values: Any) -> None:
         shared = Shared(**{p.name: values.pop(p.name) for p in options})
         result = command(shared, **values)
-        text = json.dumps(result, indent=2) if isinstance(result, dict) else result.model_dump_json(indent=2)
+        text = (
+            json.dumps(result, indent=2)
+            if isinstance(result, dict)
+            else result.model_dump_json(indent=2)
+        )
         if shared.json_file:
             try:
                 shared.json_file.write_text(text + "\n", encoding="utf-8")
             except OSError as e:
                 print(text)
-                raise StartupError(f"{shared.json_file}: {e.strerror}; the result is on stdout") from None
+                raise StartupError(
+                    f"{shared.json_file}: {e.strerror}; the result is on stdout"
+                ) from None
         show(*tables(name, result))
         if draw and shared.plot:
             draw(json.loads(text), shared.plot)
@@ -164,9 +199,14 @@ def show(*lines: Shown) -> None:
 def numbers(text: str, option: str, least: int = 1) -> list[int]:
     """ "256,1k" to [256, 1024], in rising order. StartupError names `option`."""
     try:
-        found = {int(float(part[:-1]) * 1024) if part[-1:] in "kK" else int(part) for part in text.split(",")}
+        found = {
+            int(float(part[:-1]) * 1024) if part[-1:] in "kK" else int(part)
+            for part in text.split(",")
+        }
     except (ValueError, OverflowError):
-        raise StartupError(f"{option} {text}: write whole numbers, comma-separated, such as 256,1k,2048") from None
+        raise StartupError(
+            f"{option} {text}: write whole numbers, comma-separated, such as 256,1k,2048"
+        ) from None
     if not found or min(found) < least:
         raise StartupError(f"{option} {text}: each must be at least {least}")
     return sorted(found)
@@ -177,4 +217,6 @@ def check_writable(file: Path) -> None:
     if not file.parent.is_dir():
         raise StartupError(f"{file}: can't be written: {file.parent} is no directory")
     if file.is_dir() or not os.access(file if file.exists() else file.parent, os.W_OK):
-        raise StartupError(f"{file}: can't be written: {'it is a directory' if file.is_dir() else 'no permission'}")
+        raise StartupError(
+            f"{file}: can't be written: {'it is a directory' if file.is_dir() else 'no permission'}"
+        )

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..cli_agents import table
+from ..cli.agents import table
 from ..errors import StartupError
 from .common import Passes, Run, Shared, Shown, benchmark, numbers
 
@@ -18,13 +18,21 @@ if TYPE_CHECKING:
 
 Servers = Annotated[
     list[str] | None,
-    typer.Argument(help="agentmem, mlx-lm, llama.cpp, NAME=http://host:port/v1 (default: agentmem mlx-lm)"),
+    typer.Argument(
+        help="agentmem, mlx-lm, llama.cpp, NAME=http://host:port/v1 (default: agentmem mlx-lm)"
+    ),
 ]
-Contexts = Annotated[str, typer.Option(help="lengths of a conversation's first prompt in tokens, comma-separated")]
+PrefixCache = Annotated[
+    str, typer.Option(help="lengths of a conversation's first prompt in tokens, comma-separated")
+]
 Batches = Annotated[str, typer.Option(help="agents that answer at once, comma-separated")]
-DecodeContexts = Annotated[str, typer.Option(help="tokens of each of these agents' prompts, comma-separated")]
+DecodeContexts = Annotated[
+    str, typer.Option(help="tokens of each of these agents' prompts, comma-separated")
+]
 AnswerTokens = Annotated[int, typer.Option(min=8, help="tokens of each of their answers")]
-Gguf = Annotated[Path | None, typer.Option(help="model file for llama-server, which has to be on the PATH")]
+Gguf = Annotated[
+    Path | None, typer.Option(help="model file for llama-server, which has to be on the PATH")
+]
 
 Cells = dict[str, float | None]  # by server
 
@@ -33,23 +41,25 @@ Cells = dict[str, float | None]  # by server
 def compare(
     shared: Shared,
     servers: Servers = None,
-    contexts: Contexts = "256,1000",
+    contexts: PrefixCache = "256,1000",
     batches: Batches = "1,4",
     decode_contexts: DecodeContexts = "300,1000",
     answer_tokens: AnswerTokens = 48,
     passes: Passes = 3,
     gguf: Gguf = None,
 ) -> "CompareResult":
-    """The same conversations on several servers, in turn: time to first token, decode speed, bytes of cache.
+    """The same conversations on several servers, in turn: time to first token, decode speed, bytes
+    of cache.
 
-    agentmem, mlx-lm (mlx_lm.server of this environment) and llama.cpp are started, and restarted in between; others
-    run already. On a CPU agentmem and mlx-lm load one float32 copy of the model and the same BLAS. States: cold;
-    second_turn (an answer and a question on top); after_restart (the same request again, to a server that was stopped
-    and started); resumed (so again, and a third turn).
+    agentmem, mlx-lm (mlx_lm.server of this environment) and llama.cpp are started, and restarted in
+    between; others run already. On a CPU agentmem and mlx-lm load one float32 copy of the model and
+    the same BLAS. States: cold; second_turn (an answer and a question on top); after_restart (the
+    same request again, to a server that was stopped and started); resumed (so again, and a third
+    turn).
 
-    JSON: {"servers", "rows": [{"server", "context", "cold": {"ttft_ms"}, "second_turn", "after_restart", "resumed",
-    "agentmem_over", ...}], "decode": [{"server", "batch", "context", "tokens_per_s", "agentmem_over"}],
-    "cache": [{"server", ...}]}.
+    JSON: {"servers", "rows": [{"server", "context", "cold": {"ttft_ms"}, "second_turn",
+    "after_restart", "resumed", "agentmem_over", ...}], "decode": [{"server", "batch", "context",
+    "tokens_per_s", "agentmem_over"}], "cache": [{"server", ...}]}.
     """
     names = servers or ["agentmem", "mlx-lm"]
     lengths, sizes = numbers(contexts, "--contexts"), numbers(batches, "--batches")
@@ -61,25 +71,34 @@ def compare(
         check_names(names, gguf)
         work = Workload(lengths, sizes, decode_lengths, answer_tokens, passes)
         if work.most_tokens > (limit := run.max_context):
-            raise StartupError(f"that takes {work.most_tokens} tokens; the model's context holds {limit}")
+            raise StartupError(
+                f"that takes {work.most_tokens} tokens; the model's context holds {limit}"
+            )
         place = Place(run.session, run.settings, run.model, gguf, work.most_tokens, work.agents)
         return _measure(run, place, names, work, run.prompts())
 
 
-def _measure(run: Run, place: "Place", names: list[str], work: "Workload", prompts: "Prompts") -> "CompareResult":
+def _measure(
+    run: Run, place: "Place", names: list[str], work: "Workload", prompts: "Prompts"
+) -> "CompareResult":
     from ..bench import compare as bench
     from ..bench import compare_rows as made
 
     task = run.progress.add_task("preparing", total=len(names) * work.steps)
     done = lambda what: run.progress.update(task, advance=1, description=what)  # noqa: E731
     contenders = place.contenders(names)
-    samples = {n: {name: bench.Samples() for name in (c.name for c in contenders)} for n in work.contexts}
+    samples = {
+        n: {name: bench.Samples() for name in (c.name for c in contenders)} for n in work.contexts
+    }
     cache = []
     for number in range(work.passes):
         for n in work.contexts:
             agent = bench.converse(contenders, prompts, n, samples[n], done, number)
             if not number:
-                cache += [made.cache_row(c, n, agent, run.model, run.settings.block_size) for c in contenders]
+                cache += [
+                    made.cache_row(c, n, agent, run.model, run.settings.block_size)
+                    for c in contenders
+                ]
         run.session.cool_down()
     speeds = bench.decode(contenders, prompts, work, done)
     for contender in contenders:
@@ -113,14 +132,23 @@ def _lines(result: "CompareResult") -> Iterator[tuple[str, Cells, Cells]]:
     for context, group in groupby(result.rows, lambda row: row.context):
         of_context = list(group)
         for state in ("cold", "second_turn", "after_restart", "resumed"):
-            cells = {row.server: cell.ttft_ms if (cell := getattr(row, state)) else None for row in of_context}
+            cells = {
+                row.server: cell.ttft_ms if (cell := getattr(row, state)) else None
+                for row in of_context
+            }
             pairs = {row.server: (row.agentmem_over or {}).get(state) for row in of_context}
             over = {name: of.median if of else None for name, of in pairs.items()}
-            yield f"{state.replace('_', ' ')}, {context:,} tokens, ms to the first token", cells, over
+            yield (
+                f"{state.replace('_', ' ')}, {context:,} tokens, ms to the first token",
+                cells,
+                over,
+            )
     for (context, batch), decoded in groupby(result.decode, lambda row: (row.context, row.batch)):
         speeds = list(decoded)
         cells = {row.server: row.tokens_per_s.median for row in speeds}
-        over = {row.server: row.agentmem_over.median if row.agentmem_over else None for row in speeds}
+        over = {
+            row.server: row.agentmem_over.median if row.agentmem_over else None for row in speeds
+        }
         yield f"decode, {batch} at once over {context:,} tokens each, tokens/s", cells, over
     for context, held in groupby(result.cache, lambda row: row.context):
         rows = list(held)
@@ -129,7 +157,11 @@ def _lines(result: "CompareResult") -> Iterator[tuple[str, Cells, Cells]]:
         sealed = {r.server: r.sealed_bytes_per_token or r.bytes_per_token for r in rows}
         yield f"cache, {context:,} tokens, whole blocks alone, bytes a token", sealed, _over(sealed)
     if result.fp16_bytes_per_token:
-        yield "(in 16 bits)", dict.fromkeys((r.server for r in result.cache), float(result.fp16_bytes_per_token)), {}
+        yield (
+            "(in 16 bits)",
+            dict.fromkeys((r.server for r in result.cache), float(result.fp16_bytes_per_token)),
+            {},
+        )
 
 
 def _over(cells: Cells) -> Cells:

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..cli_agents import table
+from ..cli.agents import table
 from ..errors import StartupError
 from .common import Shared, Shown, benchmark
 
@@ -14,7 +14,10 @@ if TYPE_CHECKING:
     from ..models.loading import LoadedModel
 
 Presets = Annotated[
-    str, typer.Option(help="rows besides 16, comma-separated: 8, k5v4, k5v3, 4, or plain4, 4 bits as in mlx-lm")
+    str,
+    typer.Option(
+        help="rows besides 16, comma-separated: 8, k5v4, k5v3, 4, or plain4, 4 bits as in mlx-lm"
+    ),
 ]
 
 
@@ -24,16 +27,22 @@ def perplexity(
     window: Annotated[int, typer.Option(help="tokens fed into one cache")] = 2048,
     stride: Annotated[
         int | None,
-        typer.Option(help="tokens from window to window; a window's last STRIDE are scored (default: the window)"),
+        typer.Option(
+            help="tokens from window to window; a window's last STRIDE are scored (default: the window)"
+        ),
     ] = None,
-    tokens: Annotated[int, typer.Option(help="tokens to score at least; rounded up to whole windows")] = 8192,
+    tokens: Annotated[
+        int, typer.Option(help="tokens to score at least; rounded up to whole windows")
+    ] = 8192,
     kv_bits: Presets = "16,8,k5v4,4,plain4",
     block_size: Annotated[int | None, typer.Option(help="tokens a block (default: 256)")] = None,
 ) -> dict[str, Any]:
-    """What fewer bits cost in quality: perplexity, KL divergence and top-1 agreement against 16 bits.
+    """What fewer bits cost in quality: perplexity, KL divergence and top-1 agreement against 16
+    bits.
 
-    The cache is the server's own, fed block by block as in serving. The interval of dPPL is of 95 %, by Student's t
-    over the windows. The paper's protocol: --window 512 --stride 256 --tokens 7935.
+    The cache is the server's own, fed block by block as in serving. The interval of dPPL is of 95
+    %, by Student's t over the windows. The paper's protocol: --window 512 --stride 256 --tokens
+    7935.
     """
     with shared.run(block_size=block_size) as run:
         from ..bench import perplexity as bench
@@ -44,10 +53,14 @@ def perplexity(
         name, text = read_corpus(run.corpus)
         loaded = run.load()
         if protocol.window > loaded.max_context:
-            raise StartupError(f"--window {window} is more than the model's context of {loaded.max_context} tokens")
+            raise StartupError(
+                f"--window {window} is more than the model's context of {loaded.max_context} tokens"
+            )
         windows = list(cut_windows(_encode(loaded, text, protocol), protocol, _bos(loaded)))
         done = run.task("scoring", len(windows) * window * len(presets))
-        rows = bench.measure(loaded, windows, presets, block_size=run.settings.block_size, progress=done)
+        rows = bench.measure(
+            loaded, windows, presets, block_size=run.settings.block_size, progress=done
+        )
         return {"benchmark": "perplexity"} | _result(rows, run.settings.model, name, protocol)
 
 
@@ -55,7 +68,9 @@ def _presets(text: str, known: tuple[str, ...]) -> list[str]:
     """In the order of the table, 16 bits first: they are what the others are compared with."""
     asked = [part.strip() for part in text.split(",") if part.strip()]
     if unknown := [name for name in asked if name not in known]:
-        raise StartupError(f"--kv-bits {', '.join(unknown)}: not known; choose from {','.join(known)}")
+        raise StartupError(
+            f"--kv-bits {', '.join(unknown)}: not known; choose from {','.join(known)}"
+        )
     return [name for name in known if name in asked or name == "16"]
 
 
@@ -73,7 +88,9 @@ def _bos(loaded: "LoadedModel") -> list[int]:
     return [bos] if bos is not None and loaded.tokenizer.encode("")[:1] == [bos] else []
 
 
-def _result(rows: list["PresetResult"], model: str, corpus: str, protocol: "Protocol") -> dict[str, Any]:
+def _result(
+    rows: list["PresetResult"], model: str, corpus: str, protocol: "Protocol"
+) -> dict[str, Any]:
     from ..bench.machine import describe_machine
 
     machine = describe_machine()
@@ -94,15 +111,29 @@ def tables(result: dict[str, Any]) -> list[Shown]:
 
     rows = [PresetResult(**row) for row in result["presets"]]
     windows = 1 + (result["tokens"] - result["window"]) // result["stride"]
-    title = f"{result['model']}, {result['corpus']}, {result['tokens']:,} tokens in {windows} windows"
-    lines = table("kv bits", "ppl", "dPPL", "95 % interval", "KL", "top-1", "bytes/token", "of FP16")
+    title = (
+        f"{result['model']}, {result['corpus']}, {result['tokens']:,} tokens in {windows} windows"
+    )
+    lines = table(
+        "kv bits", "ppl", "dPPL", "95 % interval", "KL", "top-1", "bytes/token", "of FP16"
+    )
     for row in rows:
         if row.unavailable:
             lines.add_row(row.kv_bits, *["-"] * 7)
             continue
         ci = row.delta_ci95_percent
         interval = f"{ci[0]:+.2f} ... {ci[1]:+.2f} %" if ci else "-"
-        quality = f"{row.ppl:.3f}", f"{row.delta_percent:+.2f} %", interval, f"{row.kl:.5f}", f"{row.top1:.2%}"
-        lines.add_row(row.kv_bits, *quality, f"{row.bytes_per_token:,.0f}", f"{row.ratio_to_fp16:.3f}")
-    missing = [f"{row.kv_bits}: not available: {row.unavailable}" for row in rows if row.unavailable]
+        quality = (
+            f"{row.ppl:.3f}",
+            f"{row.delta_percent:+.2f} %",
+            interval,
+            f"{row.kl:.5f}",
+            f"{row.top1:.2%}",
+        )
+        lines.add_row(
+            row.kv_bits, *quality, f"{row.bytes_per_token:,.0f}", f"{row.ratio_to_fp16:.3f}"
+        )
+    missing = [
+        f"{row.kv_bits}: not available: {row.unavailable}" for row in rows if row.unavailable
+    ]
     return [title, lines, *missing]

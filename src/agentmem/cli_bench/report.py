@@ -12,12 +12,18 @@ from .common import check_writable, tables
 if TYPE_CHECKING:
     from ..bench.report import Plotter, Section
 
-Directory = Annotated[Path, typer.Argument(help="directory with result files (*.json)", metavar="DIR")]
-Output = Annotated[Path | None, typer.Option("--output", "-o", help="the page (default: DIR/report.html)")]
+Directory = Annotated[
+    Path, typer.Argument(help="directory with result files (*.json)", metavar="DIR")
+]
+Output = Annotated[
+    Path | None, typer.Option("--output", "-o", help="the page (default: DIR/report.html)")
+]
 
 
 def report(directory: Directory, output: Output = None) -> None:
-    """One self-contained HTML page of all result files in a directory, with pictures where matplotlib is installed."""
+    """One self-contained HTML page of all result files in a directory, with pictures where
+    matplotlib is installed.
+    """
     from importlib.util import find_spec
 
     from ..bench import plot as plots
@@ -37,10 +43,15 @@ def report(directory: Directory, output: Output = None) -> None:
         plot = getattr(plots, f"plot_{name}", None) if pictures else None
         sections.append(_section(file, result, plot))
     if not sections:
-        raise StartupError(f"{directory}: no results of agentmem bench there; write some with --json")
+        raise StartupError(
+            f"{directory}: no results of agentmem bench there; write some with --json"
+        )
     sections.sort(key=lambda of: [*RESULTS, *_OF_DICTS].index(of.name))
     output.write_text(page(sections), encoding="utf-8")
-    print(f"{output}: {len(sections)} results" + ("" if pictures else "; pip install 'agentmem[bench]' adds pictures"))
+    print(
+        f"{output}: {len(sections)} results"
+        + ("" if pictures else "; pip install 'agentmem[bench]' adds pictures")
+    )
 
 
 _OF_DICTS = ("perplexity", "capacity")  # whose files have no class
@@ -71,6 +82,8 @@ def _section(file: Path, result: dict[str, Any], plot: "Plotter | None") -> "Sec
     except ValidationError as e:
         first = e.errors()[0]
         where = ".".join(map(str, first["loc"]))
-        raise StartupError(f"{file}: not a whole result of agentmem bench {name}: {where}: {first['msg']}") from None
+        raise StartupError(
+            f"{file}: not a whole result of agentmem bench {name}: {where}: {first['msg']}"
+        ) from None
     except (KeyError, TypeError, IndexError, AttributeError, StartupError) as e:
         raise StartupError(f"{file}: not a whole result of agentmem bench {name}: {e!r}") from None

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, get_args
 
 import typer
 
-from ..cli_agents import table
+from ..cli.agents import table
 from ..errors import StartupError
 from .common import Passes, Shared, Shown, benchmark
 
@@ -15,9 +15,12 @@ if TYPE_CHECKING:
 
 Name = Annotated[str, typer.Argument(help="prisoner, routing, or a YAML file", show_default=False)]
 Compare = Annotated[
-    str | None, typer.Option(help="of persistent, restart and cold, comma-separated (default: the scenario's)")
+    str | None,
+    typer.Option(help="of persistent, restart and cold, comma-separated (default: the scenario's)"),
 ]
-Tokens = Annotated[int | None, typer.Option(min=16, help="of each document that is cut from the corpus")]
+Tokens = Annotated[
+    int | None, typer.Option(min=16, help="of each document that is cut from the corpus")
+]
 
 
 @benchmark
@@ -30,14 +33,16 @@ def scenario(
 ) -> "ScenarioResult":
     """Agents that work in phases, between which the server restarts.
 
-    persistent: agentmem as it is. restart: a server that keeps caches in RAM and loses them with its process. cold:
-    each turn is prefilled whole. Turns and texts are the same in all; time to first token is the client's, streamed.
+    persistent: agentmem as it is. restart: a server that keeps caches in RAM and loses them with
+    its process. cold: each turn is prefilled whole. Turns and texts are the same in all; time to
+    first token is the client's, streamed.
 
-    prisoner: a prisoner's dilemma, 4 agents, 25 turns in 5 phases. routing: 10 experts with an article each, primed,
-    asked after a restart, asked again. How to write one: benchmarks/scenarios/README.md.
+    prisoner: a prisoner's dilemma, 4 agents, 25 turns in 5 phases. routing: 10 experts with an
+    article each, primed, asked after a restart, asked again. How to write one:
+    benchmarks/scenarios/README.md.
 
-    JSON: {"rows": [{"phase": .., "mode": .., "ttft": {..}, "wall_s": {..}, "prefilled_tokens": ..}, ...],
-    "totals": [..], "answers_equal": true, "checks": [..], "turns": [..]}; the whole is in
+    JSON: {"rows": [{"phase": .., "mode": .., "ttft": {..}, "wall_s": {..}, "prefilled_tokens": ..},
+    ...], "totals": [..], "answers_equal": true, "checks": [..], "turns": [..]}; the whole is in
     benchmarks/schemas/scenario.json.
     """
     from ..bench.scenario_file import read_scenario
@@ -58,8 +63,17 @@ def scenario(
         for number in range(passes):
             plays = [bench.Play(cast, mode, number, answers, prompts) for mode in modes]
             for act, play in product(bench.acts(script.phases), plays):
-                run.progress.update(task, description=f"{play.mode}, {act[0].name}, pass {number + 1}")
-                play.act(act, run.session, run.settings, run.model, times, lambda: run.progress.advance(task))
+                run.progress.update(
+                    task, description=f"{play.mode}, {act[0].name}, pass {number + 1}"
+                )
+                play.act(
+                    act,
+                    run.session,
+                    run.settings,
+                    run.model,
+                    times,
+                    lambda: run.progress.advance(task),
+                )
                 run.session.cool_down()
             turns += [row for play in plays for row in play.rows]
         return bench.result_of(name, cast, modes, turns, times, run.head(passes))
@@ -68,7 +82,9 @@ def scenario(
 def _modes(text: str) -> "list[Mode]":
     from ..bench.scenario_file import Mode
 
-    modes: list[Mode] = [mode for part in text.split(",") for mode in get_args(Mode) if mode == part.strip()]
+    modes: list[Mode] = [
+        mode for part in text.split(",") for mode in get_args(Mode) if mode == part.strip()
+    ]
     if len(modes) < len(text.split(",")) or len(set(modes)) < len(modes):
         raise StartupError(f"--compare {text}: choose from {', '.join(get_args(Mode))}, each once")
     return modes
@@ -102,7 +118,9 @@ def tables(result: "ScenarioResult") -> list[Shown]:
     for total in result.totals:
         saves = "--" if total.persistent_saves is None else f"{total.persistent_saves:.0%}"
         times = (f"{total.wall_s.median:,.1f}", f"{total.restart_s.median:,.1f}")
-        lines.add_row(total.mode, f"{total.prompt_tokens:,}", f"{total.prefilled_tokens:,}", *times, saves)
+        lines.add_row(
+            total.mode, f"{total.prompt_tokens:,}", f"{total.prefilled_tokens:,}", *times, saves
+        )
     return [*shown, lines, *_said(result)]
 
 
@@ -110,11 +128,15 @@ def _said(result: "ScenarioResult") -> list[Shown]:
     """About the answers."""
     others = sum(not turn.same_answer for turn in result.turns)
     shown: list[Shown] = [
-        "All answers equal." if result.answers_equal else f"{others} answers differ from the first's."
+        "All answers equal."
+        if result.answers_equal
+        else f"{others} answers differ from the first's."
     ]
     for check in result.checks:
         failed = f"; not {', '.join(check.failed[:4])}" + (" ..." if len(check.failed) > 4 else "")
-        shown.append(f"{check.passed} of {check.of} {check.mode}: {check.check}{failed if check.failed else ''}")
+        shown.append(
+            f"{check.passed} of {check.of} {check.mode}: {check.check}{failed if check.failed else ''}"
+        )
     return shown
 
 

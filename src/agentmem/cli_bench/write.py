@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..cli_agents import size
+from ..cli.agents import size
 from ..errors import StartupError
 from .common import Shared, Shown, benchmark
 
@@ -20,15 +20,20 @@ def write(
 ) -> "WriteResult":
     """Write amplification: bytes that a conversation writes over the bytes that it keeps.
 
-    JSON: {"rows": [{"turn", "tokens", "bytes"}], "written_bytes", "kept_bytes", "amplification", ...}.
+    JSON: {"rows": [{"turn", "tokens", "bytes"}], "written_bytes", "kept_bytes", "amplification",
+    ...}.
     """
     with shared.run() as run:
         from ..bench import write as bench
 
         if tokens + 64 > (limit := run.max_context):
-            raise StartupError(f"--tokens {tokens} and an answer are more than the model's context of {limit} tokens")
+            raise StartupError(
+                f"--tokens {tokens} and an answer are more than the model's context of {limit} tokens"
+            )
         done = run.task("conversing", turns)
-        found = bench.measure(run.session, run.settings, run.model, run.prompts(), turns, tokens, done)
+        found = bench.measure(
+            run.session, run.settings, run.model, run.prompts(), turns, tokens, done
+        )
         return bench.WriteResult(**found, **run.head(1))
 
 
@@ -40,5 +45,7 @@ def tables(result: "WriteResult") -> list[Shown]:
         f"a token wrote {first:,.0f} bytes in the first half of the turns, {second:,.0f} in the second",
     ]
     if result.process_bytes is not None:
-        shown.append(f"the server gave the disk {size(result.process_bytes)} before it stopped, its database included")
+        shown.append(
+            f"the server gave the disk {size(result.process_bytes)} before it stopped, its database included"
+        )
     return shown

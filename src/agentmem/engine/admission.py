@@ -1,7 +1,8 @@
-"""How sequences get their caches and give them back: admitted when RAM allows, suspended when it runs out, left idle.
+"""How sequences get their caches and give them back: admitted when RAM allows, preempted when it
+runs out, left idle.
 
-A second request of an agent, while one runs, does not wait: it starts from what the agent's branches and the shared
-blocks hold when its prefill begins, on a branch of its own.
+A second request of an agent, while one runs, does not wait: it starts from what the agent's
+branches and the shared blocks hold when its prefill begins, on a branch of its own.
 """
 
 import logging
@@ -10,13 +11,13 @@ import time
 import numpy as np
 
 from ..errors import Busy
-from ..kvcache.working import STEP, capacity_for
-from .agent import Agent
-from .block_pool import OpenBlock
-from .explain import explain
-from .match import Match
+from ..kvcache.layers.working import STEP, capacity_for
+from ..prefix_cache.agent import Agent
+from ..prefix_cache.block_pool import CachedTail
+from ..prefix_cache.explain import explain
+from ..prefix_cache.match import Match
+from ..prefix_cache.resume import last_snapshot
 from .output import OutputStream
-from .reach import last_snapshot
 from .sampling import Sampler
 from .sequence import Sequence, Status
 from .startup import Core
@@ -32,9 +33,10 @@ class Admission:
 
     def __init__(self, core: Core):
         self._core, self._trace = core, core.trace
-        self.suspensions = 0  # since the start
+        self.preemptions = 0  # since the start
         self.short = False  # the most urgent of the queue waits for RAM
-        self._look_at = 0.0  # time.monotonic(); before, there is hardly more room than at the last look
+        # time.monotonic(); before, there is hardly more room than at the last look
+        self._look_at = 0.0
 
     @property
     def can_admit(self) -> bool:
@@ -70,13 +72,17 @@ class Admission:
         self._look_at = 0.0
 
     def look_up(self, seq: Sequence) -> None:
-        request, contexts = seq.request, self._core.contexts
-        own = contexts.match_whole(seq.kept, seq.tokens) if seq.kept is not None else None
-        seq.match = own or contexts.match(request.namespace, request.agent_id, seq.tokens)
+        request, prefix_cache = seq.request, self._core.prefix_cache
+        own = prefix_cache.match_whole(seq.kept, seq.tokens) if seq.kept is not None else None
+        seq.match = own or prefix_cache.match(request.namespace, request.agent_id, seq.tokens)
 
     def _growth(self) -> int:
         """Bytes that let all that hold a cache go on a while."""
-        return sum(self._core.budget.growth_bytes(seq.capacity) for seq in self._core.scheduler.active if seq.cache)
+        return sum(
+            self._core.budget.growth_bytes(seq.capacity)
+            for seq in self._core.scheduler.active
+            if seq.cache
+        )
 
     def _reserve(self, seq: Sequence, slack: int) -> bool:
         """Room for all tokens so far and what is to be read, with `slack` bytes left."""
@@ -109,43 +115,47 @@ class Admission:
     def _read(self, seq: Sequence, match: Match) -> None:
         """What `match` lacks, and go on if `seq` is restoring by the time it is there."""
         seq.reading, began = True, time.perf_counter()
-        self._core.contexts.hold_match(match)
+        self._core.prefix_cache.hold_match(match)
 
         def restored(nbytes: int, at: float) -> None:
             seq.reading = False
-            if not seq.suspended:
+            if not seq.preempted:
                 seq.restored_bytes += nbytes
-            self._trace.span("restore", began, max(began, at), agent=seq.request.agent_id, bytes=nbytes)
+            self._trace.span(
+                "restore", began, max(began, at), agent=seq.request.agent_id, bytes=nbytes
+            )
             if seq.status is Status.RESTORING:
                 self.look_up(seq)
                 if self._reserve(seq, 0):
                     self._restore_or_start(seq)
                 else:
                     self._requeue(seq)
-            self._core.contexts.release_match(match)
+            self._core.prefix_cache.release_match(match)
             self._look_at = 0.0
 
         self._core.restorer.restore(match, restored)
 
     def _start(self, seq: Sequence, match: Match) -> None:
-        contexts, saver = self._core.contexts, self._core.saver
+        prefix_cache, write_back = self._core.prefix_cache, self._core.write_back
         snapshot, seq.lineage = self._core.restorer.snapshot(match)
         seq.nodes, seq.match = list(match.nodes), None
-        contexts.hold(seq.nodes)
-        contexts.touch(match)
+        prefix_cache.hold(seq.nodes)
+        prefix_cache.touch(match)
         self._let_go(seq)
-        agent = contexts.agent(seq.request.namespace, seq.request.agent_id)
+        agent = prefix_cache.agent(seq.request.namespace, seq.request.agent_id)
         self._apply(seq, agent)
-        seq.branch = saver.claim_branch(agent, match, persist=not (seq.discard or agent.ephemeral))
-        saver.note(agent, seq.branch)
+        seq.branch = write_back.claim_branch(
+            agent, match, persist=not (seq.discard or agent.ephemeral)
+        )
+        write_back.note(agent, seq.branch)
         wanted = seq.request.checkpoint or seq.prompt_len - 1
         seq.cache = self._core.runner.new_cache(
             *(snapshot, seq.capacity),
             checkpoint_at=min(wanted, seq.prompt_len - 1),
-            last_state=last_snapshot(contexts.spec, seq.nodes),
+            last_state=last_snapshot(prefix_cache.spec, seq.nodes),
         )
         seq.cached_at_start = match.length
-        if not seq.suspended:
+        if not seq.preempted:
             seq.num_cached = match.length
             agent.explained = explain(agent, seq.tokens, match)
             seq.cause = agent.explained.cause
@@ -161,7 +171,7 @@ class Admission:
         request, known = seq.request, bool(agent.branches)
         if request.ephemeral is not None and not known:
             agent.ephemeral = request.ephemeral
-        if request.ttl is not None and not seq.suspended:
+        if request.ttl is not None and not seq.preempted:
             agent.ttl = request.ttl
 
     @staticmethod
@@ -171,26 +181,34 @@ class Admission:
             seq.status = Status.DECODE
 
     def look_again(self, seq: Sequence) -> bool:
-        """Before its first chunk: start from blocks that another request has sealed meanwhile, if there are any."""
+        """Before its first chunk: start from blocks that another request has sealed meanwhile, if
+        there are any.
+        """
         assert seq.cache is not None and seq.branch is not None
         if seq.cache.length > seq.cached_at_start:
             return False
-        match = self._core.contexts.match(seq.request.namespace, seq.request.agent_id, seq.tokens)
+        match = self._core.prefix_cache.match(
+            seq.request.namespace, seq.request.agent_id, seq.tokens
+        )
         if match.length < seq.cache.length + self._core.runner.spec.block_size or match.missing:
             return False
-        if not self._core.budget.make_room(self._core.budget.sharing_bytes(match), match.entries(), urgent=False):
+        if not self._core.budget.make_room(
+            self._core.budget.sharing_bytes(match), match.entries(), urgent=False
+        ):
             return False
-        self._core.contexts.hold(match.all_nodes)
-        self._core.contexts.release(seq.nodes)
-        self._core.saver.abandon(seq.branch)
+        self._core.prefix_cache.hold(match.all_nodes)
+        self._core.prefix_cache.release(seq.nodes)
+        self._core.write_back.abandon(seq.branch)
         self._start(seq, match)
-        self._core.contexts.release(match.all_nodes)
+        self._core.prefix_cache.release(match.all_nodes)
         return True
 
     # -- ahead of need
 
     def _prefetch(self) -> None:
-        """Read what the next in the queue matched, as far as that evicts nothing that any of them needs."""
+        """Read what the next in the queue matched, as far as that evicts nothing that any of them
+        needs.
+        """
         if self._core.budget.under_pressure:
             return
         queue = self._core.scheduler.upcoming()[:_PREFETCH]
@@ -210,34 +228,44 @@ class Admission:
     # -- RAM of the running
 
     def grow(self) -> None:
-        """Before a step: room for one more token of each that decodes, at the cost of the least urgent."""
+        """Before a step: room for one more token of each that decodes, at the cost of the least
+        urgent.
+        """
         for seq in list(self._core.scheduler.active):
-            while seq.cache is not None and seq.status is Status.DECODE and seq.cache.length >= seq.capacity:
+            while (
+                seq.cache is not None
+                and seq.status is Status.DECODE
+                and seq.cache.length >= seq.capacity
+            ):
                 if self._core.budget.make_room(self._core.budget.growth_bytes(seq.capacity), ()):
                     seq.capacity += STEP
                 else:
-                    self._suspend(self._core.scheduler.least_urgent())
+                    self._preempt(self._core.scheduler.least_urgent())
 
-    def _suspend(self, seq: Sequence) -> None:
+    def _preempt(self, seq: Sequence) -> None:
         """Give its RAM to others; it goes on from here when there is room again."""
-        log.info("suspended a request of agent %r after %d tokens: no RAM", seq.request.agent_id, seq.num_generated)
-        self.suspensions += 1
-        seq.suspended, branch = True, seq.branch
-        self._give_back(seq, suspended=True)
+        log.info(
+            "preempted a request of agent %r after %d tokens: no RAM",
+            seq.request.agent_id,
+            seq.num_generated,
+        )
+        self.preemptions += 1
+        seq.preempted, branch = True, seq.branch
+        self._give_back(seq, preempted=True)
         if branch is not None and branch.agent.branches.get(branch.id) is branch:
-            branch.in_use = branch.suspended = True
+            branch.in_use = branch.preempted = True
             seq.kept = branch
         self._requeue(seq)
 
     @staticmethod
     def _let_go(seq: Sequence) -> None:
         if seq.kept is not None:
-            seq.kept.in_use = seq.kept.suspended = False
+            seq.kept.in_use = seq.kept.preempted = False
             seq.kept = None
 
     def _requeue(self, seq: Sequence) -> None:
         seq.capacity, seq.status = 0, Status.WAITING
-        self._core.scheduler.suspend(seq)
+        self._core.scheduler.preempt(seq)
         self.look_up(seq)  # where it stands in the queue depends on it
 
     def leave(self, seq: Sequence) -> None:
@@ -247,36 +275,46 @@ class Admission:
         self._let_go(seq)
         self._give_back(seq)
 
-    def _give_back(self, seq: Sequence, *, suspended: bool = False) -> None:
+    def _give_back(self, seq: Sequence, *, preempted: bool = False) -> None:
         """What its cache holds becomes a branch of its agent; the working copy goes."""
-        contexts, cache, branch, nodes = self._core.contexts, seq.cache, seq.branch, seq.nodes
+        prefix_cache, cache, branch, nodes = (
+            self._core.prefix_cache,
+            seq.cache,
+            seq.branch,
+            seq.nodes,
+        )
         self._look_at = 0.0
         seq.cache = seq.branch = seq.match = None
         seq.nodes, seq.capacity = [], 0
         if cache is None or branch is None:
             return
         tokens = np.array(seq.tokens[: cache.length], dtype=np.uint32)
-        same = None if suspended else contexts.covering(branch, tokens)
+        same = None if preempted else prefix_cache.covering(branch, tokens)
         for node in nodes:
             node.last_used = time.time()
-        foreign = self._core.runner.spec.foreign is not None
-        if foreign or seq.discard or same is not None or cache.length == seq.cached_at_start:
-            contexts.thin(nodes)
-            contexts.release(nodes)
-            self._core.saver.abandon(branch)
+        opaque = self._core.runner.spec.opaque is not None
+        if opaque or seq.discard or same is not None or cache.length == seq.cached_at_start:
+            prefix_cache.drop_unneeded(nodes)
+            prefix_cache.release(nodes)
+            self._core.write_back.abandon(branch)
             if same is not None:
                 same.last_used = same.agent.last_used = time.time()
-            if foreign and not seq.discard:
-                contexts.enter(branch.agent)
+            if opaque and not seq.discard:
+                prefix_cache.enter(branch.agent)
         else:
-            tail, snapshot = OpenBlock(tokens[cache.num_sealed :], lineage=seq.lineage), cache.snapshot()
+            tail, snapshot = (
+                CachedTail(tokens[cache.num_sealed :], lineage=seq.lineage),
+                cache.snapshot(),
+            )
             if nodes and snapshot.tail is None:
-                contexts.add_states(nodes[-1], snapshot.blocks[-1])
-            self._core.saver.commit(branch, nodes, tail, snapshot.tail)
-            self._core.saver.note(branch.agent, branch)
+                prefix_cache.add_states(nodes[-1], snapshot.blocks[-1])
+            self._core.write_back.commit(branch, nodes, tail, snapshot.tail)
+            self._core.write_back.note(branch.agent, branch)
 
     def _note_progress(self) -> None:
-        """Where nothing runs that could give back RAM, give up unsaved caches after a while, then the request."""
+        """Where nothing runs that could give back RAM, give up unsaved caches after a while, then
+        the request.
+        """
         scheduler, budget = self._core.scheduler, self._core.budget
         if not self.short or scheduler.active:
             budget.short_since = None

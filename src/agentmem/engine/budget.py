@@ -1,7 +1,8 @@
 """RamBudget: what `--kv-budget` has left, counted by real bytes, and what must go to make room.
 
-Counted are blocks and tails in RAM, what is being read from disk, and for each running sequence the working copy it has
-room for, the blocks it will seal up to there, and the copy of its tail that it will leave.
+Counted are blocks and tails in RAM, what is being read from disk, and for each running sequence the
+working copy it has room for, the blocks it will seal up to there, and the copy of its tail that it
+will leave.
 """
 
 import logging
@@ -13,18 +14,18 @@ from types import MappingProxyType
 import mlx.core as mx
 
 from ..errors import StartupError
+from ..kvcache.layers.working import STEP, working_bytes
 from ..kvcache.quantize import sealed_bytes
-from ..kvcache.working import STEP, working_bytes
-from ..models.allocator import release_freed_memory
+from ..linux_cpu.allocator import release_freed_memory
+from ..prefix_cache.block_pool import Entry
+from ..prefix_cache.cache import PrefixCache
+from ..prefix_cache.match import Match
+from ..prefix_cache.restore import Restorer
+from ..prefix_cache.unneeded import STATES, UNSAVED_SNAPSHOTS, window_blocks
+from ..prefix_cache.write_back import WriteBack
 from ..store.agent_store import AgentStore
-from .block_pool import Entry
-from .contexts import Contexts
 from .footprint import process_footprint
-from .match import Match
-from .restore import Restorer
-from .save import Saver
 from .sequence import Sequence
-from .thin import STATES, UNSAVED_SNAPSHOTS, window_blocks
 
 log = logging.getLogger(__name__)
 _STUCK = 5.0  # s without room and without anything running, after which unsaved caches are given up
@@ -35,7 +36,9 @@ _SAVE_INTERVAL = 0.25  # s
 
 
 def _footprint_above(limit: float) -> int | None:
-    """The process's bytes if they are more than `limit`, also without the memory that is only kept for reuse."""
+    """The process's bytes if they are more than `limit`, also without the memory that is only kept
+    for reuse.
+    """
     if process_footprint() <= limit:
         return None
     mx.clear_cache()
@@ -49,45 +52,64 @@ class RamBudget:
         self,
         limit: int,
         memory_limit: int,
-        contexts: Contexts,
+        prefix_cache: PrefixCache,
         restorer: Restorer,
-        saver: Saver,
+        write_back: WriteBack,
         store: AgentStore,
         *,
         on_codes: bool,
         max_context: int,
         active: Callable[[], Iterable[Sequence]],
     ):
-        """`active`: the sequences that hold RAM or are about to. Raises StartupError: too small for any sequence."""
+        """`active`: the sequences that hold RAM or are about to. Raises StartupError: too small for
+        any sequence.
+        """
         self.limit, self.memory_limit = limit, memory_limit
-        self._contexts, self._restorer, self._saver, self._store = contexts, restorer, saver, store
-        self._spec, self._on_codes, self._active = contexts.spec, on_codes, active
-        self.short_since: float | None = None  # time.monotonic(): a request waits for RAM, and nothing runs
+        self._prefix_cache, self._restorer, self._write_back, self._store = (
+            prefix_cache,
+            restorer,
+            write_back,
+            store,
+        )
+        self._spec, self._on_codes, self._active = prefix_cache.spec, on_codes, active
+        # time.monotonic(): a request waits for RAM, and nothing runs
+        self.short_since: float | None = None
         self.under_pressure = False  # the process is near its memory limit
         self._saves_asked = 0.0
-        # the most that a tail takes: all of it dense, the block that it was cut from, and the states at two positions
-        spec = contexts.spec
+        # the most that a tail takes: all of it dense, the block that it was cut from, and the
+        # states at two positions
+        spec = prefix_cache.spec
         self._tail_bytes = spec.block_size * spec.dense_bytes + sealed_bytes(spec, spec.block_size)
         self._tail_bytes += 2 * spec.state_bytes
         self.max_context = self._largest(max_context)
         cut = self.max_context < max_context
-        self.why_max_context = f" (kv_budget, {limit:,} bytes of RAM, has no room for more)" if cut else ""
+        self.why_max_context = (
+            f" (kv_budget, {limit:,} bytes of RAM, has no room for more)" if cut else ""
+        )
 
-    def running_bytes(self, capacity: int, num_sealed: int = 0, held: Mapping[str, int] = _NOTHING_HELD) -> int:
+    def running_bytes(
+        self, capacity: int, num_sealed: int = 0, held: Mapping[str, int] = _NOTHING_HELD
+    ) -> int:
         """A sequence with room for `capacity` tokens, beside the first `num_sealed` blocks.
 
         `held`: of how many blocks that it has sealed itself each part is in RAM.
         """
         working = working_bytes(self._spec, capacity, on_codes=self._on_codes)
-        if self._spec.foreign is not None:
+        if self._spec.opaque is not None:
             return working
         return working + self._new_blocks_bytes(capacity, num_sealed, held) + self._tail_bytes
 
     def _new_blocks_bytes(self, capacity: int, num_sealed: int, held: Mapping[str, int]) -> int:
-        """What it will add to the pool: of layers with a window, and of snapshots, only so much at a time (thin.py)."""
+        """What it will add to the pool: of layers with a window, and of snapshots, only so much at
+        a time (unneeded.py).
+        """
         spec = self._spec
         num_new = max(0, capacity // spec.block_size - num_sealed)
-        nbytes = spec.num_sinks * spec.dense_bytes if num_new and not num_sealed and spec.bits is not None else 0
+        nbytes = (
+            spec.num_sinks * spec.dense_bytes
+            if num_new and not num_sealed and spec.bits is not None
+            else 0
+        )
         for s, stack in enumerate(spec.stacks):
             window, count = spec.layers[stack[0]].window, num_new
             if window is not None:
@@ -107,14 +129,18 @@ class RamBudget:
 
     @property
     def used_bytes(self) -> int:
-        return self._contexts.pool.nbytes + self.reserved_bytes
+        return self._prefix_cache.pool.nbytes + self.reserved_bytes
 
     def sharing_bytes(self, match: Match) -> int:
-        """What running sequences can count on less once another one holds `match`: what they sealed stays for it."""
+        """What running sequences can count on less once another one holds `match`: what they sealed
+        stays for it.
+        """
         if not (self._spec.windowed or self._spec.recurrent):
             return 0
         shared = {id(node) for node in match.nodes}
-        return sum(self._running_bytes(seq, shared) - self._running_bytes(seq) for seq in self._active())
+        return sum(
+            self._running_bytes(seq, shared) - self._running_bytes(seq) for seq in self._active()
+        )
 
     def _running_bytes(self, seq: Sequence, shared: Container[int] = ()) -> int:
         """`shared`: ids of nodes that another sequence is about to hold."""
@@ -125,42 +151,54 @@ class RamBudget:
         if not (self._spec.windowed or self._spec.recurrent):
             return self.running_bytes(seq.capacity, num_sealed)
         own = seq.nodes[seq.cached_at_start // self._spec.block_size :]
-        held = (part for n in own if n.refs == 1 and id(n) not in shared and n.data for part in n.data.parts)
+        held = (
+            part
+            for n in own
+            if n.refs == 1 and id(n) not in shared and n.data
+            for part in n.data.parts
+        )
         parts = Counter(STATES if part.startswith(STATES) else part for part in held)
         return self.running_bytes(seq.capacity, num_sealed, parts)
 
     def make_room(self, nbytes: int, kept: Iterable[Entry], *, urgent: bool = True) -> bool:
-        """Evict what is idle until `nbytes` more fit; False, and nothing evicted, if they can't now.
+        """Evict what is idle until `nbytes` more fit; False, and nothing evicted, if they can't
+        now.
 
-        `urgent`: a request can't go on without: what is not on disk yet is saved now, or given up if it can't be.
+        `urgent`: a request can't go on without: what is not on disk yet is saved now, or given up
+        if it can't be.
         """
-        contexts = self._contexts
+        prefix_cache = self._prefix_cache
         short = nbytes + self.used_bytes - self.limit
         if short <= 0:
             return True
         stay = self.in_use() | {id(e) for e in kept}
-        lost = contexts.pool.evict(short, stay, lossy=urgent and self._may_lose())
+        lost = prefix_cache.pool.evict(short, stay, lossy=urgent and self._may_lose())
         if lost is None and urgent:
             self._save_soon(short)
         for entry in lost or ():
-            log.warning("the cache of %d tokens left RAM unsaved: they will be prefilled again", len(entry.tokens))
-            contexts.lose(entry)
+            log.warning(
+                "the cache of %d tokens left RAM unsaved: they will be prefilled again",
+                len(entry.tokens),
+            )
+            prefix_cache.lose(entry)
         return lost is not None
 
     def evict_idle(self, nbytes: int) -> None:
         """Drop `nbytes` of what is on disk and in no one's use, or all of that."""
-        contexts = self._contexts
-        for entry in contexts.pool.evict(nbytes, self.in_use(), partly=True) or ():
-            contexts.lose(entry)
+        prefix_cache = self._prefix_cache
+        for entry in prefix_cache.pool.evict(nbytes, self.in_use(), partly=True) or ():
+            prefix_cache.lose(entry)
 
     def in_use(self) -> set[int]:
         """Ids of what active sequences work with, and of what pinned agents hold."""
-        pinned = (agent for agent in self._contexts.agents.values() if agent.pinned)
+        pinned = (agent for agent in self._prefix_cache.agents.values() if agent.pinned)
         held = (*(seq.entries() for seq in self._active()), *(agent.entries() for agent in pinned))
         return {id(entry) for entries in held for entry in entries}
 
     def relieve_process(self) -> str | None:
-        """Keep the process below `memory_limit` by evicting. Returns what to tell new requests if that won't do."""
+        """Keep the process below `memory_limit` by evicting. Returns what to tell new requests if
+        that won't do.
+        """
         footprint = _footprint_above(_EVICT_FROM * self.memory_limit)
         self.under_pressure = footprint is not None
         if footprint is None:
@@ -171,10 +209,14 @@ class RamBudget:
         footprint = _footprint_above(self.memory_limit)
         if footprint is None:
             return None
-        return f"the process takes {footprint:,} bytes, more than memory_limit ({self.memory_limit:,})"
+        return (
+            f"the process takes {footprint:,} bytes, more than memory_limit ({self.memory_limit:,})"
+        )
 
     def _may_lose(self) -> bool:
-        """Whether to give up caches that are not on disk: a store that can't write must not stop the serving."""
+        """Whether to give up caches that are not on disk: a store that can't write must not stop
+        the serving.
+        """
         stuck = self.short_since is not None and time.monotonic() - self.short_since > _STUCK
         return stuck or self._store.background_error is not None
 
@@ -183,7 +225,7 @@ class RamBudget:
         now = time.monotonic()
         if now - self._saves_asked > _SAVE_INTERVAL:
             self._saves_asked = now
-            self._saver.save_for_room(nbytes)
+            self._write_back.save_for_room(nbytes)
 
     def _largest(self, wanted: int) -> int:
         """Tokens of the longest sequence, of at most `wanted`, that fits with nothing else in RAM."""
@@ -198,8 +240,10 @@ class RamBudget:
         return min(capacity, wanted)
 
     def _alone_bytes(self, capacity: int) -> int:
-        """The most that a sequence takes: the tail and the windows that it starts from, and files' headers, on top."""
-        if (spec := self._spec).foreign is not None:
+        """The most that a sequence takes: the tail and the windows that it starts from, and files'
+        headers, on top.
+        """
+        if (spec := self._spec).opaque is not None:
             return self.running_bytes(capacity)
         blocks = capacity // spec.block_size + 1
         windows = ((s, spec.layers[stack[0]].window) for s, stack in enumerate(spec.stacks))

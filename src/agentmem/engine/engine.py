@@ -1,4 +1,6 @@
-"""The engine: one thread that makes every MLX call of inference, and the border that the event loop talks to."""
+"""The engine: one thread that makes every MLX call of inference, and the border that the event loop
+talks to.
+"""
 
 import asyncio
 import logging
@@ -15,24 +17,33 @@ import mlx.core as mx
 import numpy as np
 
 from .. import __version__
+from ..agent_key import check_agent_id
 from ..config import Settings
 from ..errors import AgentMemError, ContextLengthExceeded, EngineFailed, ShuttingDown, StartupError
 from ..kvcache.spec import describe
 from ..models.loading import LoadedModel
-from .cuts import Cuts
+from .agents.export import export_chunks, import_agent, read_archive
+from .agents.fork import Forks
+from .agents.lifecycle import Lifecycle
+from .api import (
+    AgentDetail,
+    AgentInfo,
+    Explanation,
+    Export,
+    Finished,
+    GenerateRequest,
+    TextDelta,
+)
 from .footprint import process_footprint
-from .lifecycle import Lifecycle
 from .loop import EngineLoop
-from .request import AgentDetail, AgentInfo, Explanation, Export, Finished, GenerateRequest, TextDelta, check_agent_id
 from .sequence import Event, Sequence
 from .startup import Core, build_core
-from .transfer import export_chunks, import_agent, read_archive
 
 log = logging.getLogger(__name__)
 
 
 class Engine:
-    """Start it, then use it from one event loop. See EngineAPI in request.py."""
+    """Start it, then use it from one event loop. See EngineAPI in api.py."""
 
     def __init__(self, settings: Settings, load: Callable[[], LoadedModel]):
         """`load` makes the model, on the engine thread."""
@@ -83,8 +94,24 @@ class Engine:
         return self._failure is not None
 
     def health(self) -> dict[str, Any]:
-        errors = [e for e in (self._failure, self._core.store.background_error, self._core_loop.memory_error) if e]
-        status = "failed" if self._failure else "stopping" if self._stopping else "degraded" if errors else "ok"
+        errors = [
+            e
+            for e in (
+                self._failure,
+                self._core.store.background_error,
+                self._core_loop.memory_error,
+            )
+            if e
+        ]
+        status = (
+            "failed"
+            if self._failure
+            else "stopping"
+            if self._stopping
+            else "degraded"
+            if errors
+            else "ok"
+        )
         return {
             "status": status,
             "errors": errors,
@@ -110,14 +137,14 @@ class Engine:
         return self._core_loop.metrics.text()
 
     def branch_tokens(self, namespace: str, agent_id: str) -> list[np.ndarray]:
-        return self._core.contexts.branch_tokens(namespace, agent_id)
+        return self._core.prefix_cache.branch_tokens(namespace, agent_id)
 
     def agent_times(self, namespace: str, agent_id: str) -> tuple[float, float] | None:
-        agent = self._core.contexts.agents.get((namespace, agent_id))
+        agent = self._core.prefix_cache.agents.get((namespace, agent_id))
         return (agent.created, agent.last_used) if agent else None
 
     async def agents(self, namespace: str) -> list[AgentInfo]:
-        return self._core.contexts.infos(namespace)
+        return self._core.prefix_cache.infos(namespace)
 
     async def delete_agent(self, namespace: str, agent_id: str) -> bool:
         return await self._perform(partial(self._lifecycle.delete, namespace, agent_id))
@@ -137,13 +164,19 @@ class Engine:
     async def evict_agent(self, namespace: str, agent_id: str) -> int:
         return await self._perform(partial(self._lifecycle.evict, namespace, agent_id))
 
-    async def fork_agent(self, namespace: str, agent_id: str, to: str, tokens: int | None) -> AgentDetail:
-        return await self._perform(partial(self._cuts.fork, namespace, agent_id, to, tokens))
+    async def fork_agent(
+        self, namespace: str, agent_id: str, to: str, tokens: int | None
+    ) -> AgentDetail:
+        return await self._perform(partial(self._forks.fork, namespace, agent_id, to, tokens))
 
-    async def truncate_agent(self, namespace: str, agent_id: str, tokens: int, held: int | None) -> AgentDetail:
-        return await self._perform(partial(self._cuts.truncate, namespace, agent_id, tokens, held))
+    async def truncate_agent(
+        self, namespace: str, agent_id: str, tokens: int, held: int | None
+    ) -> AgentDetail:
+        return await self._perform(partial(self._forks.truncate, namespace, agent_id, tokens, held))
 
-    async def explain_agent(self, namespace: str, agent_id: str, tokens: list[int] | None) -> Explanation | None:
+    async def explain_agent(
+        self, namespace: str, agent_id: str, tokens: list[int] | None
+    ) -> Explanation | None:
         return await self._perform(partial(self._lifecycle.explain, namespace, agent_id, tokens))
 
     async def agent_tokens(self, namespace: str, agent_id: str) -> list[int]:
@@ -153,11 +186,15 @@ class Engine:
         exported = await self._perform(partial(self._lifecycle.export, namespace, agent_id))
 
         def close() -> None:
-            self._core.store.unlink(exported.files).exception()  # what is left at shutdown goes at the next start
+            self._core.store.unlink(
+                exported.files
+            ).exception()  # what is left at shutdown goes at the next start
 
         return Export(export_chunks(self._core, exported), close)
 
-    async def import_agent(self, namespace: str, agent_id: str | None, file: IO[bytes]) -> AgentDetail:
+    async def import_agent(
+        self, namespace: str, agent_id: str | None, file: IO[bytes]
+    ) -> AgentDetail:
         archive = await asyncio.to_thread(read_archive, self._core, file)
         name = check_agent_id(agent_id or archive.about.get("agent_id"))
         await self._perform(partial(self._lifecycle.begin_import, namespace, name))
@@ -165,7 +202,9 @@ class Engine:
         try:
             imported = await asyncio.to_thread(import_agent, self._core, namespace, name, archive)
         finally:
-            detail = await self._perform(partial(self._lifecycle.end_import, namespace, name, imported))
+            detail = await self._perform(
+                partial(self._lifecycle.end_import, namespace, name, imported)
+            )
         return detail
 
     @property
@@ -192,7 +231,7 @@ class Engine:
         return self._core_loop.lifecycle
 
     @property
-    def _cuts(self) -> Cuts:
+    def _forks(self) -> Forks:
         return self._core_loop.cuts
 
     def begin_drain(self) -> None:
@@ -220,7 +259,9 @@ class Engine:
     def _run(self) -> None:
         try:
             with _mlx_thread():
-                self._loop = EngineLoop(build_core(self._settings, self._load, self._post), self._inbox)
+                self._loop = EngineLoop(
+                    build_core(self._settings, self._load, self._post), self._inbox
+                )
                 self._ready.set_result(self._loop.core)
                 self._run_loop(self._loop)
         except StartupError as e:
@@ -241,7 +282,9 @@ class Engine:
 
 @contextmanager
 def _mlx_thread() -> Iterator[None]:
-    """MLX keeps worker threads for each thread that used it; left behind, they abort the process at its exit."""
+    """MLX keeps worker threads for each thread that used it; left behind, they abort the process at
+    its exit.
+    """
     try:
         yield
     finally:

@@ -7,12 +7,15 @@ from pathlib import Path
 
 import mlx.core as mx
 
-_RUSAGE_INFO_V0 = 0  # <sys/resource.h>: uuid[16], then 64-bit fields, the eighth of them ri_phys_footprint
+# <sys/resource.h>: uuid[16], then 64-bit fields, the eighth of them ri_phys_footprint
+_RUSAGE_INFO_V0 = 0
 _PHYS_FOOTPRINT, _RUSAGE_SIZE = 16 + 7 * 8, 16 + 10 * 8
 
 
 def process_footprint() -> int:
-    """Bytes: phys_footprint on macOS (what Activity Monitor shows, GPU buffers included), else the resident set."""
+    """Bytes: phys_footprint on macOS (what Activity Monitor shows, GPU buffers included), else the
+    resident set.
+    """
     if sys.platform == "darwin":
         usage = ctypes.create_string_buffer(_RUSAGE_SIZE)
         if ctypes.CDLL(None).proc_pid_rusage(os.getpid(), _RUSAGE_INFO_V0, usage) != 0:
@@ -31,7 +34,9 @@ def physical_memory() -> int:
 
 
 def room_for_caches() -> int:
-    """Bytes that are free with the model loaded: of the GPU's recommended working set; on a CPU, of available RAM."""
+    """Bytes that are free with the model loaded: of the GPU's recommended working set; on a CPU, of
+    available RAM.
+    """
     info = mx.device_info()
     for name in ("max_recommended_working_set_size", "total_memory"):  # Metal, CUDA
         if mx.default_device() != mx.Device(mx.cpu) and name in info:

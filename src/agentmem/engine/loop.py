@@ -11,14 +11,14 @@ import mlx.core as mx
 
 from ..errors import AgentMemError, EngineFailed, MemoryPressure, ShuttingDown
 from ..kvcache.block import SealedBlock
-from ..metrics import Metrics
+from ..prefix_cache.block_pool import FRESH
+from ..prefix_cache.cache import ROOT
 from .admission import LOOK_INTERVAL, Admission
-from .block_pool import FRESH
-from .contexts import ROOT
-from .cuts import Cuts
+from .agents.fork import Forks
+from .agents.lifecycle import Lifecycle
+from .api import FinishReason, TextDelta
 from .figures import figures
-from .lifecycle import Lifecycle
-from .request import FinishReason, TextDelta
+from .metrics import Metrics
 from .scheduler import Step
 from .sequence import Sequence, Status
 from .startup import Core
@@ -34,10 +34,12 @@ class EngineLoop:
     def __init__(self, core: Core, inbox: "queue.SimpleQueue[Callable[[], None]]"):
         self.core, self._inbox = core, inbox
         self._admission = Admission(core)
-        self.lifecycle, self.cuts = Lifecycle(core), Cuts(core)
+        self.lifecycle, self.cuts = Lifecycle(core), Forks(core)
         self.ram_bytes = self.reserved_bytes = 0  # as they were between two steps
         self.memory_error: str | None = None
-        self.metrics = Metrics(lambda: figures(core, self._admission.suspensions, self.ram_bytes, self.reserved_bytes))
+        self.metrics = Metrics(
+            lambda: figures(core, self._admission.preemptions, self.ram_bytes, self.reserved_bytes)
+        )
         self._drain_deadline: float | None = None  # time.monotonic()
         self._watch_due = 0.0  # time.monotonic()
         self._last_prefill = 0.0  # time.perf_counter()
@@ -62,7 +64,9 @@ class EngineLoop:
                 return
 
     def run_failed(self) -> None:
-        """After an internal failure: answer every request with it, until drained. The store keeps what it has."""
+        """After an internal failure: answer every request with it, until drained. The store keeps
+        what it has.
+        """
         self._failed = True
         for seq in (*self.core.scheduler.active, *self.core.scheduler.waiting):
             seq.fail(_FAILED)
@@ -104,12 +108,14 @@ class EngineLoop:
     def drain(self, grace: float) -> None:
         if self._drain_deadline is None:
             self._drain_deadline = time.monotonic() + grace
-            for seq in [s for s in self.core.scheduler.waiting if not s.suspended]:
+            for seq in [s for s in self.core.scheduler.waiting if not s.preempted]:
                 self.core.scheduler.remove(seq)
                 seq.fail(ShuttingDown("the server is shutting down"))
 
     def _take_commands(self) -> None:
-        """Run what is in the inbox; with nothing else to do, wait for it or for the next tail to fall due."""
+        """Run what is in the inbox; with nothing else to do, wait for it or for the next tail to
+        fall due.
+        """
         timeout = self._idle_time()
         try:
             if timeout > 0:
@@ -133,14 +139,17 @@ class EngineLoop:
             return 0.02
         if self._admission.short or self.memory_error:
             return LOOK_INTERVAL
-        soon = min(self.core.saver.next_save - time.monotonic(), self.lifecycle.next_expiry() - time.time())
+        soon = min(
+            self.core.write_back.next_save - time.monotonic(),
+            self.lifecycle.next_expiry() - time.time(),
+        )
         return min(60.0, max(0.0, soon))
 
     def _watch_memory(self) -> None:
         """Save what rests; keep the process below `--memory-limit`."""
         now = time.monotonic()
-        if now >= self.core.saver.next_save:
-            self.core.saver.save_idle()
+        if now >= self.core.write_back.next_save:
+            self.core.write_back.save_idle()
         if now >= self._watch_due:
             self._watch_due = now + _WATCH_INTERVAL
             self.memory_error = self.core.budget.relieve_process()
@@ -149,13 +158,15 @@ class EngineLoop:
 
     def _note_bytes(self) -> None:
         self.reserved_bytes = self.core.budget.reserved_bytes
-        self.ram_bytes = self.core.contexts.pool.nbytes + self.reserved_bytes
+        self.ram_bytes = self.core.prefix_cache.pool.nbytes + self.reserved_bytes
 
     # -- schedule
 
     def _end_cancelled(self) -> None:
         for seq in [*self.core.scheduler.active, *self.core.scheduler.waiting]:
-            if seq.cancelled and seq.status is not Status.RESTORING:  # a restore ends by itself, soon
+            if (
+                seq.cancelled and seq.status is not Status.RESTORING
+            ):  # a restore ends by itself, soon
                 self._admission.leave(seq)
 
     def _end_prewarmed(self) -> None:
@@ -168,7 +179,11 @@ class EngineLoop:
         since = max(restorer.reading_since, self._last_prefill)
         reading_ms = (time.perf_counter() - since) * 1e3 if restorer.incoming_bytes else None
         step = self.core.scheduler.schedule(reading_ms)
-        if step is not None and step.prefill is not None and self._admission.look_again(step.prefill):
+        if (
+            step is not None
+            and step.prefill is not None
+            and self._admission.look_again(step.prefill)
+        ):
             step = self.core.scheduler.schedule(reading_ms)
         return step
 
@@ -186,14 +201,16 @@ class EngineLoop:
             for i, seq in enumerate(step.decode)
             if seq.sampler is not None
         ]
-        runner.settle(sampled, fresh)
+        runner.evaluate(sampled, fresh)
         self.core.scheduler.pace.saw_decode((time.perf_counter() - began) * 1e3)
         agents = [seq.request.agent_id for seq in step.decode]
         self.core.trace.span("decode", began, agents=agents, sealed=sum(map(len, fresh)))
         return [cast(int, token.item()) for token in sampled], fresh
 
     def _prefill(self, step: Step) -> None:
-        """After decode, so that whoever has just been restored need not wait for another one's chunk."""
+        """After decode, so that whoever has just been restored need not wait for another one's
+        chunk.
+        """
         seq = step.prefill
         if seq is None:
             return
@@ -224,7 +241,10 @@ class EngineLoop:
             seq.last_token = now
             assert seq.output is not None
             text, stopped = seq.output.feed(token)
-            full = seq.num_generated >= seq.request.params.max_tokens or len(seq.tokens) >= self.core.budget.max_context
+            full = (
+                seq.num_generated >= seq.request.params.max_tokens
+                or len(seq.tokens) >= self.core.budget.max_context
+            )
             if full and not stopped:
                 text += seq.output.finish()
             if text:
@@ -233,7 +253,7 @@ class EngineLoop:
                 self._finish(seq, "stop" if stopped else "length")
 
     def _finish(self, seq: Sequence, reason: FinishReason) -> None:
-        agent = self.core.contexts.agent(seq.request.namespace, seq.request.agent_id)
+        agent = self.core.prefix_cache.agent(seq.request.namespace, seq.request.agent_id)
         agent.requests += 1
         agent.hit_tokens += seq.num_cached
         self._admission.leave(seq)
@@ -245,24 +265,27 @@ class EngineLoop:
         if not blocks:
             return
         began = time.perf_counter()
-        contexts, size = self.core.contexts, self.core.runner.spec.block_size
-        scope = contexts.scope(seq.request.namespace, seq.request.agent_id)
+        prefix_cache, size = self.core.prefix_cache, self.core.runner.spec.block_size
+        scope = prefix_cache.scope(seq.request.namespace, seq.request.agent_id)
         assert seq.cache is not None and seq.branch is not None
         for block in blocks:
             index = len(seq.nodes)
             parent = seq.nodes[-1].key if seq.nodes else ROOT
             tokens = seq.tokens[index * size : (index + 1) * size]
-            node = contexts.seal(scope, parent, tokens, seq.lineage, block, ephemeral=seq.branch.agent.ephemeral)
+            node = prefix_cache.seal(
+                scope, parent, tokens, seq.lineage, block, ephemeral=seq.branch.agent.ephemeral
+            )
             seq.lineage = FRESH
             if node.data is not None and node.data is not block:
                 seq.cache.adopt(index, node.data)
-            contexts.hold([node])
+            prefix_cache.hold([node])
             seq.nodes.append(node)
-            # the state at the end of a block is only known to be wanted once nothing follows: it waits for the next
+            # the state at the end of a block is only known to be wanted once nothing follows: it
+            # waits for the next
             path = seq.nodes[:-1] if self.core.runner.spec.recurrent else list(seq.nodes)
             if path and not seq.discard:
-                self.core.saver.save_block(seq.branch, path)
-        contexts.thin(seq.nodes)
+                self.core.write_back.save_block(seq.branch, path)
+        prefix_cache.drop_unneeded(seq.nodes)
         self.core.trace.span("seal", began, agent=seq.request.agent_id, blocks=len(blocks))
 
     # -- stop
@@ -275,20 +298,27 @@ class EngineLoop:
         for seq in (*scheduler.active, *scheduler.waiting):
             if seq.status is not Status.RESTORING:
                 self._admission.leave(seq)
-                seq.fail(ShuttingDown("the server is shutting down: the answer was cut after the grace time"))
+                seq.fail(
+                    ShuttingDown(
+                        "the server is shutting down: the answer was cut after the grace time"
+                    )
+                )
         return not scheduler.active and not scheduler.waiting
 
     def _shut_down(self) -> None:
         """Save until all is on disk, or nothing more gets there."""
         before = -1
-        for agent in self.core.contexts.agents.values():
-            self.core.saver.note(agent, now=True)
-        while self.core.saver.save_idle(now=True):
+        for agent in self.core.prefix_cache.agents.values():
+            self.core.write_back.note(agent, now=True)
+        while self.core.write_back.save_idle(now=True):
             self.core.store.flush().result()
             self._run_posted()
             written = self.core.store.stats()["writes"]
             if written == before:
-                log.error("not everything could be saved: %s", self.core.store.background_error or "see above")
+                log.error(
+                    "not everything could be saved: %s",
+                    self.core.store.background_error or "see above",
+                )
                 break
             before = written
         self._close()

@@ -12,21 +12,30 @@ from ..errors import ModelError
 from ..kvcache.attention import TOLERANCE, install_seam, relative_error, verify_seam
 from ..kvcache.batch import BatchQuantizedKVCache
 from ..kvcache.block import SealedBlock, Snapshot
-from ..kvcache.cache import SequenceCache
 from ..kvcache.calibrate import key_centres
-from ..kvcache.foreign import ForeignCache
+from ..kvcache.layers.opaque import OpaqueCache
 from ..kvcache.quantize import CacheSpace
+from ..kvcache.sequence import SequenceCache
 from ..kvcache.spec import KVBits, KVCacheSpec
-from ..kvcache.trace import MODEL_ERRORS, all_fetched, foreign_spec, read_spec
+from ..kvcache.trace import MODEL_ERRORS, all_model_attends, opaque_spec, read_spec
 
-Cache = SequenceCache | ForeignCache
+Cache = SequenceCache | OpaqueCache
 
 
 class ModelRunner:
     """A loaded model behind the attention seam, and the caches it runs over."""
 
-    def __init__(self, model: Any, *, kv_bits: KVBits = "4", block_size: int = 256, state_interval: int | None = None):
-        """Install the seam, read the spec and check its numbers against mlx-lm's; see `spec.foreign` if they part."""
+    def __init__(
+        self,
+        model: Any,
+        *,
+        kv_bits: KVBits = "4",
+        block_size: int = 256,
+        state_interval: int | None = None,
+    ):
+        """Install the seam, read the spec and check its numbers against mlx-lm's; see `spec.opaque`
+        if they part.
+        """
         self.model = model
         install_seam(model)
         self.on_codes = False
@@ -39,8 +48,8 @@ class ModelRunner:
 
     def _understood(self, spec: KVCacheSpec) -> tuple[KVCacheSpec, bool]:
         """The spec that gives mlx-lm's logits, and whether a batch does too."""
-        reason, candidates = "", [spec, all_fetched(spec)]
-        for candidate in [c for c in candidates if c is not None and c.foreign is None]:
+        reason, candidates = "", [spec, all_model_attends(spec)]
+        for candidate in [c for c in candidates if c is not None and c.opaque is None]:
             plain = replace(candidate, kv_bits="16")
             try:
                 verify_seam(self.model, self._forwarder(plain), self.vocab_size)
@@ -48,8 +57,13 @@ class ModelRunner:
             except ModelError as e:
                 reason = reason or str(e)
             except MODEL_ERRORS as e:
-                reason = reason or f"its code does not work with caches other than its own ({type(e).__name__}: {e})"
-        return (spec if spec.foreign else foreign_spec(self.model, reason, spec.kv_bits, spec.block_size)), False
+                reason = (
+                    reason
+                    or f"its code does not work with caches other than its own ({type(e).__name__}: {e})"
+                )
+        return (
+            spec if spec.opaque else opaque_spec(self.model, reason, spec.kv_bits, spec.block_size)
+        ), False
 
     def _forwarder(self, plain: KVCacheSpec) -> Callable[[mx.array], mx.array]:
         cache = SequenceCache(plain, CacheSpace(plain))
@@ -57,7 +71,10 @@ class ModelRunner:
 
     def _batches(self, plain: KVCacheSpec) -> bool:
         """Whether the model takes a batch of sequences of unequal length."""
-        space, tokens = CacheSpace(plain), mx.array([[(7919 * i + 13) % self.vocab_size for i in range(12)]])
+        space, tokens = (
+            CacheSpace(plain),
+            mx.array([[(7919 * i + 13) % self.vocab_size for i in range(12)]]),
+        )
 
         def prefilled() -> list[SequenceCache]:
             caches = [SequenceCache(plain, space) for _ in range(2)]
@@ -88,22 +105,30 @@ class ModelRunner:
         last_state: int = 0,
     ) -> Cache:
         """See SequenceCache."""
-        if self.spec.foreign is not None:
-            return ForeignCache(make_prompt_cache(self.model))
+        if self.spec.opaque is not None:
+            return OpaqueCache(make_prompt_cache(self.model))
         return SequenceCache(
             *(self.spec, self._space, snapshot),
             capacity=capacity, on_codes=self.on_codes, checkpoint_at=checkpoint_at, last_state=last_state,
         )  # fmt: skip
 
-    def forward(self, tokens: mx.array, caches: Sequence[Cache]) -> tuple[mx.array, list[list[SealedBlock]]]:
-        """tokens [B, L] through the model; (logits [B, L, vocab], blocks that filled up), both lazy."""
+    def forward(
+        self, tokens: mx.array, caches: Sequence[Cache]
+    ) -> tuple[mx.array, list[list[SealedBlock]]]:
+        """tokens [B, L] through the model; (logits [B, L, vocab], blocks that filled up), both
+        lazy.
+        """
         return self._forward(self.spec, tokens, caches)
 
     def _forward(
         self, spec: KVCacheSpec, tokens: mx.array, caches: Sequence[Cache]
     ) -> tuple[mx.array, list[list[SealedBlock]]]:
-        if len(caches) > 1 and not (self.batchable and all(c.length or not spec.recurrent for c in caches)):
-            each = [self._forward(spec, tokens[b : b + 1], [cache]) for b, cache in enumerate(caches)]
+        if len(caches) > 1 and not (
+            self.batchable and all(c.length or not spec.recurrent for c in caches)
+        ):
+            each = [
+                self._forward(spec, tokens[b : b + 1], [cache]) for b, cache in enumerate(caches)
+            ]
             return mx.concatenate([logits for logits, _ in each]), [fresh for _, [fresh] in each]
         if not spec.stepwise or tokens.shape[1] == 1:
             return self._pass(spec, tokens, caches)
@@ -121,10 +146,10 @@ class ModelRunner:
     ) -> tuple[mx.array, list[list[SealedBlock]]]:
         [*ours] = [cache for cache in caches if isinstance(cache, SequenceCache)]
         if not ours:
-            [foreign] = caches
-            assert isinstance(foreign, ForeignCache)
-            logits = self.model(tokens, cache=foreign.caches)
-            return logits, [foreign.advance(tokens.shape[1])]
+            [opaque] = caches
+            assert isinstance(opaque, OpaqueCache)
+            logits = self.model(tokens, cache=opaque.caches)
+            return logits, [opaque.advance(tokens.shape[1])]
         batch = BatchQuantizedKVCache(spec, ours)
         logits = self.model(tokens, cache=batch.layers)
         return logits, batch.advance(tokens.shape[1])
@@ -135,20 +160,26 @@ class ModelRunner:
         mx.eval(cache.arrays(), [block.arrays for block in fresh])
         return fresh
 
-    def decode(self, caches: Sequence[Cache], tokens: Sequence[int]) -> tuple[mx.array, list[list[SealedBlock]]]:
-        """One token for each sequence: (logits [B, vocab], blocks that filled up), lazy: `settle` evaluates."""
+    def decode(
+        self, caches: Sequence[Cache], tokens: Sequence[int]
+    ) -> tuple[mx.array, list[list[SealedBlock]]]:
+        """One token for each sequence: (logits [B, vocab], blocks that filled up), lazy: `settle`
+        evaluates.
+        """
         logits, fresh = self.forward(mx.array(list(tokens))[:, None], caches)
         return logits[:, -1], fresh
 
     @staticmethod
-    def settle(sampled: list[mx.array], fresh: list[list[SealedBlock]]) -> None:
+    def evaluate(sampled: list[mx.array], fresh: list[list[SealedBlock]]) -> None:
         """Evaluate a decode step: the sampled tokens and what was sealed."""
         mx.eval(sampled, [block.arrays for blocks in fresh for block in blocks])
 
     def choose_attention(self, num_tokens: int = 2048) -> dict[str, float]:
-        """Time a decode step over `num_tokens` sealed tokens on codes and on their dequantized copy; use the faster.
+        """Time a decode step over `num_tokens` sealed tokens on codes and on their dequantized
+        copy; use the faster.
 
-        Returns {"dequantized": ms, "codes": ms}. One block, repeated, will do: time does not depend on values.
+        Returns {"dequantized": ms, "codes": ms}. One block, repeated, will do: time does not depend
+        on values.
         """
         if self.spec.bits is None:
             return {}
@@ -160,7 +191,7 @@ class ModelRunner:
             for _ in range(5):
                 began = time.perf_counter()
                 logits, fresh = self.decode([cache], [0])
-                self.settle([logits], fresh)
+                self.evaluate([logits], fresh)
                 runs.append((time.perf_counter() - began) * 1e3)
             times[name] = sorted(runs[1:])[1]
         self.on_codes = times["codes"] < times["dequantized"]
@@ -168,5 +199,7 @@ class ModelRunner:
 
     def _repeated_block(self, count: int) -> Snapshot:
         [first] = self.prefill(SequenceCache(self.spec, self._space), [0] * self.spec.block_size)
-        later = SealedBlock({name: a for name, a in first.arrays.items() if not name.endswith("sinks")})
+        later = SealedBlock(
+            {name: a for name, a in first.arrays.items() if not name.endswith("sinks")}
+        )
         return Snapshot((first, *[later] * (count - 1)))

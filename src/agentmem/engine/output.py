@@ -1,10 +1,12 @@
-"""From tokens to text: detokenize, end at stop tokens and stop strings, hold back what may be the start of one."""
+"""From tokens to text: detokenize, end at stop tokens and stop strings, hold back what may be the
+start of one.
+"""
 
 from typing import Any
 
 from mlx_lm.generate import TextStateMachine
 
-from .request import SamplingParams
+from .api import SamplingParams
 
 
 class OutputStream:
@@ -12,8 +14,12 @@ class OutputStream:
 
     def __init__(self, tokenizer: Any, params: SamplingParams):
         self._detokenizer = tokenizer.detokenizer
-        self._stop_ids = set(params.stop_token_ids) | (set() if params.ignore_eos else set(tokenizer.eos_token_ids))
-        machine = TextStateMachine({"normal": [(text, None) for text in params.stop]} if params.stop else None)
+        self._stop_ids = set(params.stop_token_ids) | (
+            set() if params.ignore_eos else set(tokenizer.eos_token_ids)
+        )
+        machine = TextStateMachine(
+            {"normal": [(text, None) for text in params.stop]} if params.stop else None
+        )
         self._state = machine.make_state()
         self.at_stop_string = False  # the answer ended
 

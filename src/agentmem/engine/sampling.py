@@ -1,17 +1,21 @@
-"""From logits to the next token: mlx-lm's samplers and processors, with random numbers of each sequence's own."""
+"""From logits to the next token: mlx-lm's samplers and processors, with random numbers of each
+sequence's own.
+"""
 
 import os
 
 import mlx.core as mx
 from mlx_lm.sample_utils import make_logits_processors, make_sampler
 
-from .request import SamplingParams
+from .api import SamplingParams
 
 _ALL_TOKENS = 1 << 30  # context size of a penalty that looks at the whole answer
 
 
 class Sampler:
-    """One sequence's sampler. The random numbers of its nth token depend on its seed and n, never on batchmates."""
+    """One sequence's sampler. The random numbers of its nth token depend on its seed and n, never
+    on batchmates.
+    """
 
     def __init__(self, params: SamplingParams, vocab_size: int):
         self._seed = int.from_bytes(os.urandom(8), "little") if params.seed is None else params.seed
@@ -23,8 +27,11 @@ class Sampler:
             top_k=params.top_k if params.top_k < vocab_size else 0,
         )
         self._processors = make_logits_processors(
-            logit_bias={token: bias for token, bias in params.logit_bias if token < vocab_size} or None,
-            repetition_penalty=None if params.repetition_penalty == 1 else params.repetition_penalty,
+            logit_bias={token: bias for token, bias in params.logit_bias if token < vocab_size}
+            or None,
+            repetition_penalty=None
+            if params.repetition_penalty == 1
+            else params.repetition_penalty,
             repetition_context_size=params.repetition_context_size,
         )
         self._answer_processors = make_logits_processors(

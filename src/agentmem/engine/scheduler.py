@@ -1,9 +1,11 @@
-"""Who takes part in the next step: all running sequences decode, and one of the others prefills a chunk.
+"""Who takes part in the next step: all running sequences decode, and one of the others prefills a
+chunk.
 
-Which one: the lowest `priority` number, then the shortest remaining prefill, less the time it has waited while others
-were served: a warm agent overtakes a cold one, and nobody starves. How much: a whole chunk while nobody decodes; else
-as much as keeps the gap between two tokens of the others within `max_itl_ms`, by what prefill and decode were last
-measured to take. Decode comes first: who has just been restored does not wait for another one's chunk.
+Which one: the lowest `priority` number, then the shortest remaining prefill, less the time it has
+waited while others were served: a warm agent overtakes a cold one, and nobody starves. How much: a
+whole chunk while nobody decodes; else as much as keeps the gap between two tokens of the others
+within `max_itl_ms`, by what prefill and decode were last measured to take. Decode comes first: who
+has just been restored does not wait for another one's chunk.
 """
 
 import time
@@ -11,11 +13,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from ..errors import Busy
+from ..prefix_cache.unneeded import Holder
 from .sequence import Sequence, Status
-from .thin import Holder
 
-_SHARED_CHUNK = 128  # where no max_itl_ms is set, a gap may last as long as this many tokens took at first
-_CHUNK_BESIDE_RESTORE = 32  # a read ends within milliseconds, and must not wait for a long chunk then
+# where no max_itl_ms is set, a gap may last as long as this many tokens took at first
+_SHARED_CHUNK = 128
+# a read ends within milliseconds, and must not wait for a long chunk then
+_CHUNK_BESIDE_RESTORE = 32
 _HOLD_PREFILL_MS = 100.0
 _MIN_CHUNK = 16  # below, a pass costs about as much as this many tokens anyway
 _NEWEST = 0.5  # weight of the newest measurement
@@ -34,7 +38,8 @@ class Pace:
     def __init__(self) -> None:
         self.decode_ms = 0.0  # a step
         self.prefill_ms = 0.0  # a token
-        self.first_prefill_ms = 0.0  # the first one measured: over a short context, so about the fastest
+        # the first one measured: over a short context, so about the fastest
+        self.first_prefill_ms = 0.0
 
     def saw_decode(self, ms: float) -> None:
         self.decode_ms += (ms - self.decode_ms) * (_NEWEST if self.decode_ms else 1.0)
@@ -42,14 +47,27 @@ class Pace:
     def saw_prefill(self, ms: float, num_tokens: int) -> None:
         if num_tokens >= _MIN_CHUNK:  # shorter ones say more of the pass than of its tokens
             self.first_prefill_ms = self.first_prefill_ms or ms / num_tokens
-            self.prefill_ms += (ms / num_tokens - self.prefill_ms) * (_NEWEST if self.prefill_ms else 1.0)
+            self.prefill_ms += (ms / num_tokens - self.prefill_ms) * (
+                _NEWEST if self.prefill_ms else 1.0
+            )
 
 
 class Scheduler:
     """`waiting` is the queue; `active` holds what has left it: restoring, prefilling, decoding."""
 
-    def __init__(self, *, max_running: int, max_queue: int, prefill_chunk: int, max_itl_ms: float | None = None):
-        self._max_running, self._max_queue, self._prefill_chunk = max_running, max_queue, prefill_chunk
+    def __init__(
+        self,
+        *,
+        max_running: int,
+        max_queue: int,
+        prefill_chunk: int,
+        max_itl_ms: float | None = None,
+    ):
+        self._max_running, self._max_queue, self._prefill_chunk = (
+            max_running,
+            max_queue,
+            prefill_chunk,
+        )
         self._max_itl_ms = max_itl_ms
         self.pace = Pace()
         self.waiting: list[Sequence] = []
@@ -57,7 +75,9 @@ class Scheduler:
 
     def add(self, seq: Sequence) -> None:
         if len(self.waiting) >= self._max_queue:
-            raise Busy(f"{len(self.waiting)} requests are waiting already (max_queue): try again later")
+            raise Busy(
+                f"{len(self.waiting)} requests are waiting already (max_queue): try again later"
+            )
         self.waiting.append(seq)
 
     def upcoming(self) -> list[Sequence]:
@@ -74,13 +94,15 @@ class Scheduler:
         self.waiting.remove(seq)
         self.active.append(seq)
 
-    def suspend(self, seq: Sequence) -> None:
+    def preempt(self, seq: Sequence) -> None:
         """Back into the queue, however full it is."""
         self.active.remove(seq)
         self.waiting.append(seq)
 
     def least_urgent(self) -> Sequence:
-        """Of those that hold a cache, the one to suspend: the highest `priority` number, the newest."""
+        """Of those that hold a cache, the one to preempt: the highest `priority` number, the
+        newest.
+        """
         holders = (seq for seq in self.active if seq.cache is not None)
         return max(holders, key=lambda seq: (seq.request.priority, seq.submitted))
 
@@ -99,13 +121,16 @@ class Scheduler:
         return any(s.status in (Status.DECODE, Status.PREFILL) for s in self.active)
 
     def schedule(self, reading_ms: float | None = None) -> Step | None:
-        """None: nothing can run now. `reading_ms`: how long caches have been read since the last prefill, if they are.
+        """None: nothing can run now. `reading_ms`: how long caches have been read since the last
+        prefill, if they are.
 
-        A read ends within a decode step or two, and what it brings is often just one more step from its first token:
-        where others decode, prefill waits for it, for a while.
+        A read ends within a decode step or two, and what it brings is often just one more step from
+        its first token: where others decode, prefill waits for it, for a while.
         """
         decode = tuple(s for s in self.active if s.status is Status.DECODE)
-        prefill = min((s for s in self.active if s.status is Status.PREFILL), key=self._urgency, default=None)
+        prefill = min(
+            (s for s in self.active if s.status is Status.PREFILL), key=self._urgency, default=None
+        )
         if not decode and prefill is None:
             return None
         if decode and reading_ms is not None and reading_ms < _HOLD_PREFILL_MS:
@@ -119,7 +144,8 @@ class Scheduler:
     def _chunk(self, seq: Sequence, *, shared: bool) -> int:
         assert seq.cache is not None
         at = seq.cache.length
-        # alone, up to a multiple of the chunk size: where a prefill began does not shift what follows
+        # alone, up to a multiple of the chunk size: where a prefill began does not shift what
+        # follows
         size = self._shared_chunk() if shared else self._prefill_chunk - at % self._prefill_chunk
         if any(s.status is Status.RESTORING for s in self.active):
             size = min(size, _CHUNK_BESIDE_RESTORE)

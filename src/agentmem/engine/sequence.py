@@ -6,15 +6,15 @@ from dataclasses import dataclass, field
 from enum import Enum, auto
 
 from ..errors import AgentMemError
-from ..kvcache.cache import SequenceCache
-from ..kvcache.foreign import ForeignCache
-from .agent import Branch
-from .block_pool import Entry, Node
-from .match import Match
+from ..kvcache.layers.opaque import OpaqueCache
+from ..kvcache.sequence import SequenceCache
+from ..prefix_cache.agent import Branch
+from ..prefix_cache.block_pool import CachedBlock, Entry
+from ..prefix_cache.match import Match
+from ..prefix_cache.unneeded import Holder
+from .api import CacheState, Cause, Finished, FinishReason, GenerateRequest, RequestStats, TextDelta
 from .output import OutputStream
-from .request import CacheState, Cause, Finished, FinishReason, GenerateRequest, RequestStats, TextDelta
 from .sampling import Sampler
-from .thin import Holder
 
 Event = TextDelta | Finished | AgentMemError
 
@@ -40,13 +40,13 @@ class Sequence:
     match: Match | None = None  # until the cache is made from it
     reading: bool = False  # what it matched is on its way from disk, perhaps ahead of need
     capacity: int = 0  # tokens that RAM is reserved for
-    cache: SequenceCache | ForeignCache | None = None
-    suspended: bool = False  # gave its RAM to others, at least once
+    cache: SequenceCache | OpaqueCache | None = None
+    preempted: bool = False  # gave its RAM to others, at least once
     kept: Branch | None = None  # what it had computed by then, while it waits to go on
     cached_at_start: int = 0  # tokens that `cache` began with
     num_cached: int = 0  # the same, when the sequence first left the queue
     branch: Branch | None = None
-    nodes: list[Node] = field(default_factory=list)  # of the sealed blocks, in order
+    nodes: list[CachedBlock] = field(default_factory=list)  # of the sealed blocks, in order
     lineage: bytes = b""  # of the open block, see contexts.block_key
     cause: Cause = "first"  # why no more was cached
     restored_bytes: int = 0
@@ -68,11 +68,14 @@ class Sequence:
 
     @property
     def num_to_prefill(self) -> int:
-        """Tokens not in the cache, but for the last: that is decode's next input, so that no prefill computes logits.
+        """Tokens not in the cache, but for the last: that is decode's next input, so that no
+        prefill computes logits.
 
         Before there is a cache, as many as matched when it was last looked up.
         """
-        have = self.cache.length if self.cache is not None else self.match.length if self.match else 0
+        have = (
+            self.cache.length if self.cache is not None else self.match.length if self.match else 0
+        )
         return len(self.tokens) - 1 - have
 
     def entries(self) -> Iterator[Entry]:

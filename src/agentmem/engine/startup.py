@@ -17,24 +17,25 @@ from ..kvcache import calibrate
 from ..kvcache.block import from_host, to_host
 from ..kvcache.spec import describe
 from ..models.loading import LoadedModel
-from ..store import segment
+from ..prefix_cache.cache import PrefixCache
+from ..prefix_cache.load import forget, load_index
+from ..prefix_cache.restore import Restorer
+from ..prefix_cache.write_back import WriteBack
 from ..store.agent_store import AgentStore
-from ..store.crypto import Vault, master_key
-from ..store.maintenance import collect_garbage
-from ..store.room import Limits
+from ..store.files import segment
+from ..store.files.crypto import Vault, master_key
+from ..store.upkeep.fsck import collect_garbage
+from ..store.upkeep.quota import Limits
+from ..transcripts.registry import MAX_DISK, TranscriptRegistry
 from .budget import RamBudget
-from .contexts import Contexts
 from .footprint import physical_memory, room_for_caches
-from .index import forget, load_index
 from .model_runner import ModelRunner
-from .restore import Restorer
-from .save import Saver
 from .scheduler import Scheduler
 from .trace import Trace
-from .transcripts import MAX_DISK, Transcripts
 
 log = logging.getLogger(__name__)
-CACHE_FORMAT = "2"  # rises when the meaning of a stored code changes: rotation, centring, quantization
+# rises when the meaning of a stored code changes: rotation, centring, quantization
+CACHE_FORMAT = "2"
 
 
 @dataclass(frozen=True)
@@ -43,20 +44,22 @@ class Core:
 
     model: LoadedModel
     runner: ModelRunner
-    contexts: Contexts
+    prefix_cache: PrefixCache
     restorer: Restorer
-    saver: Saver
+    write_back: WriteBack
     store: AgentStore
     scheduler: Scheduler
     budget: RamBudget
     trace: Trace
-    turns: Transcripts
+    turns: TranscriptRegistry
     post: Callable[[Callable[[], None]], None]  # runs a function on the engine thread
     fingerprint: str  # of what gives a stored byte its meaning: weights, cache layout, calibration
     vocab_size: int  # ids that the tokenizer knows; some models' logits are padded beyond
 
 
-def build_core(settings: Settings, load: Callable[[], LoadedModel], post: Callable[[Callable[[], None]], None]) -> Core:
+def build_core(
+    settings: Settings, load: Callable[[], LoadedModel], post: Callable[[Callable[[], None]], None]
+) -> Core:
     """Load everything. Raises StartupError. On the engine thread: MLX's streams belong to one."""
     model = load()
     runner = ModelRunner(
@@ -71,7 +74,9 @@ def build_core(settings: Settings, load: Callable[[], LoadedModel], post: Callab
         segment.make_private_dir(settings.store_dir)
         calibration = _calibrate(settings, model, runner, settings.store_dir / fingerprint)
     except OSError as e:
-        raise StoreError(f"can't use the store at {settings.store_dir}: {e}; use another --home") from None
+        raise StoreError(
+            f"can't use the store at {settings.store_dir}: {e}; use another --home"
+        ) from None
     trace = Trace(settings.trace)
     store = open_store(settings, fingerprint, calibration)
     try:
@@ -112,38 +117,40 @@ def _core(
         prefill_chunk=settings.prefill_chunk,
         max_itl_ms=settings.max_itl_ms,
     )
-    contexts = Contexts(
+    prefix_cache = PrefixCache(
         fingerprint=fingerprint.encode() + store.address_secret,
         spec=runner.spec,
         sharing=settings.sharing,
         max_branches=settings.max_branches,
         running=scheduler.holders,
     )
-    restorer = Restorer(contexts, store, post)
-    saver = Saver(
-        contexts,
+    restorer = Restorer(prefix_cache, store, post)
+    write_back = WriteBack(
+        prefix_cache,
         store,
         tail_delay=settings.tail_delay,
         write_amplification=settings.write_amplification,
         post=post,
     )
-    store.on_trim = lambda gone: post(lambda: forget(contexts, gone))
-    load_index(contexts, store)
+    store.on_trim = lambda gone: post(lambda: forget(prefix_cache, gone))
+    load_index(prefix_cache, store)
     budget = RamBudget(
         resolve(settings.kv_budget, room_for_caches()),
         resolve(settings.memory_limit, physical_memory()),
-        contexts,
+        prefix_cache,
         restorer,
-        saver,
+        write_back,
         store,
         on_codes=runner.on_codes,
         max_context=min(settings.max_context or model.max_context, model.max_context),
         active=lambda: scheduler.active,
     )
-    turns = Transcripts(store.turns, contexts.is_ephemeral, min(MAX_DISK, store.room_bytes // 4))
+    turns = TranscriptRegistry(
+        store.turns, prefix_cache.is_ephemeral, min(MAX_DISK, store.room_bytes // 4)
+    )
     vocab_size = min(runner.vocab_size, max(model.tokenizer.get_vocab().values()) + 1)
     return Core(
-        *(model, runner, contexts, restorer, saver, store, scheduler, budget),
+        *(model, runner, prefix_cache, restorer, write_back, store, scheduler, budget),
         *(trace, turns, post, fingerprint, vocab_size),
     )
 
@@ -157,7 +164,8 @@ def _fingerprint(weights_hash: str, spec_identity: str) -> str:
 
 
 def _calibrate(settings: Settings, model: LoadedModel, runner: ModelRunner, directory: Path) -> str:
-    """Give the runner its key centres and way of attention, from disk or by a calibration pass; returns their checksum.
+    """Give the runner its key centres and way of attention, from disk or by a calibration pass;
+    returns their checksum.
 
     Both decide the numbers that come out, so both are stored: a restart must not change them.
     """
@@ -166,8 +174,13 @@ def _calibrate(settings: Settings, model: LoadedModel, runner: ModelRunner, dire
     path = directory / "calibration.safetensors"
     found = _read_calibration(path)
     if found is None:
-        log.info("first start of this model with these settings: calibrating over %d tokens", calibrate.NUM_TOKENS)
-        tokens = calibrate.calibration_tokens(lambda text: model.tokenizer.encode(text, add_special_tokens=False))
+        log.info(
+            "first start of this model with these settings: calibrating over %d tokens",
+            calibrate.NUM_TOKENS,
+        )
+        tokens = calibrate.calibration_tokens(
+            lambda text: model.tokenizer.encode(text, add_special_tokens=False)
+        )
         centres = runner.calibrate(tokens)
         runner.use_centres(centres)
         attention = faster_attention(runner)
@@ -180,7 +193,9 @@ def _calibrate(settings: Settings, model: LoadedModel, runner: ModelRunner, dire
 
 
 def faster_attention(runner: ModelRunner) -> str:
-    """On a CPU the dequantized copy, by far (docs/architecture.md has the figures); elsewhere measured here."""
+    """On a CPU the dequantized copy, by far (docs/architecture.md has the figures); elsewhere
+    measured here.
+    """
     if mx.default_device() == mx.Device(mx.cpu):
         return "dequantized"
     runner.choose_attention()
@@ -192,7 +207,9 @@ def _checksum(centres: list[mx.array]) -> str:
 
 
 def _read_calibration(path: Path) -> tuple[list[mx.array], str] | None:
-    """None where there is none, or a damaged one: it is made again, and gives the same numbers on the same machine."""
+    """None where there is none, or a damaged one: it is made again, and gives the same numbers on
+    the same machine.
+    """
     try:
         tensors, metadata = segment.decode(path.read_bytes())
     except (FileNotFoundError, CorruptSegment):

@@ -1,4 +1,5 @@
-"""Trace: what the engine did when, as Chrome trace events (`--trace FILE`; open it in https://ui.perfetto.dev).
+"""Trace: what the engine did when, as Chrome trace events (`--trace FILE`; open it in
+https://ui.perfetto.dev).
 
 One event a line, times in us:
     {"name": "decode", "ph": "X", "ts": 1204.1, "dur": 48.0, "pid": 71, "tid": 0, "args": {"agents": ["alice", "bob"]}}

@@ -1,9 +1,11 @@
-"""The one seam between mlx-lm's model files and our caches, and attention over sealed blocks plus an open one.
+"""The one seam between mlx-lm's model files and our caches, and attention over sealed blocks plus
+an open one.
 
-mlx-lm's model files import `scaled_dot_product_attention` by name; it knows neither rotated caches nor sequences of
-unequal length. `install_seam` replaces that name in the modules of one loaded model by a function that hands the call
-to the cache object if it has an `attend` method, and to mlx-lm's own function otherwise. `verify_seam` then checks the
-model's numbers, so that a model whose attention we do not understand is refused instead of served wrongly.
+mlx-lm's model files import `scaled_dot_product_attention` by name; it knows neither rotated caches
+nor sequences of unequal length. `install_seam` replaces that name in the modules of one loaded
+model by a function that hands the call to the cache object if it has an `attend` method, and to
+mlx-lm's own function otherwise. `verify_seam` then checks the model's numbers, so that a model
+whose attention we do not understand is refused instead of served wrongly.
 """
 
 import sys
@@ -24,8 +26,12 @@ from .spec import LayerSpec, coded_shape
 
 _original = base.scaled_dot_product_attention
 ON_CPU = mx.default_device() == mx.Device(mx.cpu)
-FEW_QUERIES = 16  # up to here attention on codes reads them in place; beyond, it dequantizes them once for all queries
-Observer = Callable[[mx.array, mx.array, Any, Any, bool], None]  # keys, values, cache, mask, whether there are sinks
+# up to here attention on codes reads them in place; beyond, it dequantizes them once for all
+# queries
+FEW_QUERIES = 16
+Observer = Callable[
+    [mx.array, mx.array, Any, Any, bool], None
+]  # keys, values, cache, mask, whether there are sinks
 _observers: ContextVar[tuple[Observer, ...]] = ContextVar("observers", default=())  # of this thread
 
 
@@ -56,7 +62,9 @@ def observed(observer: Observer) -> Iterator[None]:
 
 
 def install_seam(model: Any) -> None:
-    """Route the attention of `model`'s modules through their cache objects, as far as it uses mlx-lm's. Idempotent."""
+    """Route the attention of `model`'s modules through their cache objects, as far as it uses
+    mlx-lm's. Idempotent.
+    """
     for name in {type(module).__module__ for _, module in model.named_modules()}:
         module = sys.modules[name]
         if getattr(module, "scaled_dot_product_attention", None) in (_original, _dispatch):
@@ -64,7 +72,8 @@ def install_seam(model: Any) -> None:
 
 
 def verify_seam(model: Any, forward: Callable[[mx.array], mx.array], vocab_size: int) -> None:
-    """Compare logits of `forward` (tokens [1, L] over an unquantized cache of ours) with those over mlx-lm's caches.
+    """Compare logits of `forward` (tokens [1, L] over an unquantized cache of ours) with those over
+    mlx-lm's caches.
 
     Raises ModelError.
     """
@@ -74,23 +83,35 @@ def verify_seam(model: Any, forward: Callable[[mx.array], mx.array], vocab_size:
         expected, got = model(part, cache=theirs), forward(part)
         error = relative_error(got, expected)
         if not error < TOLERANCE:
-            raise ModelError(f"the model's attention is not understood: logits differ by {error:.1%}")
+            raise ModelError(
+                f"the model's attention is not understood: logits differ by {error:.1%}"
+            )
 
 
-TOLERANCE = 0.02  # of the largest logit: 16-bit rounding stays under it; a wrong mask or scale does not
+# of the largest logit: 16-bit rounding stays under it; a wrong mask or scale does not
+TOLERANCE = 0.02
 
 
 def relative_error(got: mx.array, expected: mx.array) -> float:
     """Largest difference of two arrays of one shape, by the largest value; nan where either is."""
-    return cast(float, (mx.abs(expected - got).max() / mx.maximum(mx.abs(expected).max(), 1e-6)).item())
+    return cast(
+        float, (mx.abs(expected - got).max() / mx.maximum(mx.abs(expected).max(), 1e-6)).item()
+    )
 
 
 def attend_dense(
-    q: mx.array, k: mx.array, v: mx.array, scale: float, layer: LayerSpec, first: int, sinks: mx.array | None
+    q: mx.array,
+    k: mx.array,
+    v: mx.array,
+    scale: float,
+    layer: LayerSpec,
+    first: int,
+    sinks: mx.array | None,
 ) -> mx.array:
     """Causal attention of the last n positions, q [1, Hq, n, D].
 
-    k, v [1, H, T, D], T >= n, are those of positions `first` to `first` + T - 1: all that any of the queries sees.
+    k, v [1, H, T, D], T >= n, are those of positions `first` to `first` + T - 1: all that any of
+    the queries sees.
     """
     n, stop = q.shape[2], first + k.shape[2]
     mask: Any = "causal" if n > 1 else None
@@ -102,28 +123,39 @@ def attend_dense(
     return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=mask, sinks=sinks)
 
 
-def _attend_with_numpy(q: mx.array, k: mx.array, v: mx.array, scale: float, seen: mx.array | None) -> mx.array:
-    """Attention whose softmax NumPy computes, in place: on x86-64 the `exp` of MLX takes 12 ns, that of NumPy 0.5.
+def _attend_with_numpy(
+    q: mx.array, k: mx.array, v: mx.array, scale: float, seen: mx.array | None
+) -> mx.array:
+    """Attention whose softmax NumPy computes, in place: on x86-64 the `exp` of MLX takes 12 ns,
+    that of NumPy 0.5.
 
-    q [1, Hq, n, D], n > 1; k, v [1, H, T, D]; seen [n, T], bool; None: causal, the queries being the last n.
+    q [1, Hq, n, D], n > 1; k, v [1, H, T, D]; seen [n, T], bool; None: causal, the queries being
+    the last n.
     """
     _, heads_q, n, dim = q.shape
     rows = (q * scale).reshape(1, k.shape[1], -1, n, dim)
     scores = rows @ k[:, :, None].swapaxes(-1, -2)
     mx.eval(scores)
-    width = k.shape[2] if seen is not None else n  # columns, at the end, some of which some rows don't see
+    width = (
+        k.shape[2] if seen is not None else n
+    )  # columns, at the end, some of which some rows don't see
     hidden = ~np.array(seen) if seen is not None else np.triu(np.ones((n, n), bool), 1)
-    for weights in chain.from_iterable(np.array(scores, copy=False)[0]):  # views; one head's fit into the CPU's cache
+    for weights in chain.from_iterable(
+        np.array(scores, copy=False)[0]
+    ):  # views; one head's fit into the CPU's cache
         np.copyto(weights[:, -width:], -np.inf, where=hidden)
         weights -= weights.max(axis=-1, keepdims=True)
         np.exp(weights, out=weights)
-        # in float64, where rounding does not depend on how many columns there are, which is the chunk's business
+        # in float64, where rounding does not depend on how many columns there are, which is the
+        # chunk's business
         weights /= weights.sum(axis=-1, keepdims=True, dtype=np.float64).astype(np.float32)
     return (scores @ v[:, :, None]).reshape(1, heads_q, n, -1)
 
 
 def attend_row(row: mx.array, k: mx.array, v: mx.array) -> mx.array:
-    """Attention of one position over all of k, v [1, H, T, D]: row [1, H, Hq / H, 1, D], scaled; the same shape out."""
+    """Attention of one position over all of k, v [1, H, T, D]: row [1, H, Hq / H, 1, D], scaled;
+    the same shape out.
+    """
     weights = mx.softmax(row @ k[:, :, None].swapaxes(-1, -2), axis=-1, precise=True)
     return weights @ v[:, :, None]
 
@@ -151,12 +183,17 @@ def attend_codes(
 ) -> mx.array:
     """Causal attention that reads sealed codes in place.
 
-    q [1, Hq, n, D]: the last n positions, all in the open block. Codes [1, H, S, ...]: sealed tokens; the first
-    `k_first.shape[2]` of them are taken from k_first, v_first (full precision) instead. k_open, v_open [1, H, m, D]:
-    the open block, the queries' own keys included.
+    q [1, Hq, n, D]: the last n positions, all in the open block. Codes [1, H, S, ...]: sealed
+    tokens; the first `k_first.shape[2]` of them are taken from k_first, v_first (full precision)
+    instead. k_open, v_open [1, H, m, D]: the open block, the queries' own keys included.
     """
     _, heads_q, n, dim = q.shape
-    heads, first, sealed, m = k_open.shape[1], k_first.shape[2], k_codes.packed.shape[2], k_open.shape[2]
+    heads, first, sealed, m = (
+        k_open.shape[1],
+        k_first.shape[2],
+        k_codes.packed.shape[2],
+        k_open.shape[2],
+    )
     rows = (q * scale).reshape(1, heads, heads_q // heads * n, dim)
     padded, group = coded_shape(dim)
     on_codes = mx.quantized_matmul(
@@ -175,7 +212,9 @@ def attend_codes(
         on_open = masked.reshape(on_open.shape)
     scores = mx.concatenate([rows @ k_first.swapaxes(-1, -2), on_codes, on_open], axis=-1)
     weights = mx.softmax(scores, axis=-1, precise=True)
-    on_sealed = mx.concatenate([mx.zeros_like(weights[..., :first]), weights[..., first:sealed]], axis=-1)
+    on_sealed = mx.concatenate(
+        [mx.zeros_like(weights[..., :first]), weights[..., first:sealed]], axis=-1
+    )
     v_dim = v_open.shape[-1]
     out = mx.quantized_matmul(
         on_sealed,

@@ -1,16 +1,19 @@
-"""The idle forms of a cache: sealed blocks, the tail, and a snapshot of both. Immutable; arrays are evaluated.
+"""The idle forms of a cache: sealed blocks, the tail, and a snapshot of both. Immutable; arrays are
+evaluated.
 
-Worked example, block_size 256, SmolLM2 (30 equal layers, 3 KV heads, head dim 64, 4 bits), 600 tokens:
+Worked example, block_size 256, SmolLM2 (30 equal layers, 3 KV heads, head dim 64, 4 bits), 600
+tokens:
 
     blocks[0]  tokens   0..255   k0.packed [30, 3, 256, 8] uint32, k0.scales and k0.biases [30, 3, 256, 1] float16, the
                                  same for v0, and k0.sinks, v0.sinks [30, 3, 4, 64]: the first tokens as they are
     blocks[1]  tokens 256..511   the same without sinks
     tail       tokens 512..599   k0.full, v0.full [30, 3, 88, 64], in the model's dtype
 
-"0" is the index of a stack (layers of one kind and shape). A sliding-window layer's part of a block is there only as
-long as a sequence needs it. Recurrent state is there where a snapshot was taken: s0.1@137 [layers, ...] is the second
-array of state stack 0 after 137 tokens of the block. Where a block was cut inside, the tail starts with the codes it
-had: `tail.prefix` holds them, and they are never quantized again.
+"0" is the index of a stack (layers of one kind and shape). A sliding-window layer's part of a block
+is there only as long as a sequence needs it. Recurrent state is there where a snapshot was taken:
+s0.1@137 [layers, ...] is the second array of state stack 0 after 137 tokens of the block. Where a
+block was cut inside, the tail starts with the codes it had: `tail.prefix` holds them, and they are
+never quantized again.
 """
 
 from collections.abc import Container, Mapping, Sequence
@@ -31,14 +34,20 @@ TOKENS = 2  # the token axis of every array here
 
 
 def state_offset(name: str) -> int | None:
-    """Tokens of the block after which this snapshot of recurrent state was taken; None: it is no state."""
+    """Tokens of the block after which this snapshot of recurrent state was taken; None: it is no
+    state.
+    """
     _, at, offset = name.partition("@")
     return int(offset) if at else None
 
 
 def states_until(arrays: Arrays, num_tokens: int) -> Arrays:
     """The snapshots of recurrent state in the first `num_tokens` tokens of a block."""
-    return {n: a for n, a in arrays.items() if (offset := state_offset(n)) is not None and offset <= num_tokens}
+    return {
+        n: a
+        for n, a in arrays.items()
+        if (offset := state_offset(n)) is not None and offset <= num_tokens
+    }
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,12 +72,16 @@ class SealedBlock:
 
     def cut(self, num_tokens: int) -> "SealedBlock":
         """The first `num_tokens` tokens, codes as they are, without states."""
-        return SealedBlock({n: a[:, :, :num_tokens] for n, a in self.arrays.items() if state_offset(n) is None})
+        return SealedBlock(
+            {n: a[:, :, :num_tokens] for n, a in self.arrays.items() if state_offset(n) is None}
+        )
 
 
 @dataclass(frozen=True, eq=False)
 class Tail:
-    """The open block of a sequence: `prefix_len` tokens as codes (of a block that was cut), the others in full."""
+    """The open block of a sequence: `prefix_len` tokens as codes (of a block that was cut), the
+    others in full.
+    """
 
     num_tokens: int
     full: Arrays
@@ -140,14 +153,19 @@ class Snapshot:
 
 
 def compact(arrays: Arrays) -> Arrays:
-    """Evaluated copies of what may be views, so that a tail of a few tokens does not keep a whole buffer in RAM."""
+    """Evaluated copies of what may be views, so that a tail of a few tokens does not keep a whole
+    buffer in RAM.
+    """
     copies = {name: mx.contiguous(a) for name, a in arrays.items()}
     mx.eval(copies)
     return copies
 
 
 def concatenate_codes(blocks: Sequence[Mapping[str, mx.array]], name: str) -> Codes:
-    parts = (mx.concatenate([b[f"{name}.{field}"] for b in blocks], axis=TOKENS) for field in Codes._fields)
+    parts = (
+        mx.concatenate([b[f"{name}.{field}"] for b in blocks], axis=TOKENS)
+        for field in Codes._fields
+    )
     return Codes(*parts)
 
 
@@ -160,10 +178,18 @@ _NUMPY_DTYPES = {
 
 
 def to_host(arrays: Arrays) -> dict[str, HostTensor]:
-    """Evaluate, and hand out views of the memory that keep the arrays alive: nothing is copied. Engine thread only."""
-    raw = {n: mx.contiguous(a.view(mx.uint16) if a.dtype == mx.bfloat16 else a) for n, a in arrays.items()}
+    """Evaluate, and hand out views of the memory that keep the arrays alive: nothing is copied.
+    Engine thread only.
+    """
+    raw = {
+        n: mx.contiguous(a.view(mx.uint16) if a.dtype == mx.bfloat16 else a)
+        for n, a in arrays.items()
+    }
     mx.eval(raw)
-    return {n: HostTensor(STORABLE[a.dtype], a.shape, memoryview(cast(Any, raw[n]))) for n, a in arrays.items()}
+    return {
+        n: HostTensor(STORABLE[a.dtype], a.shape, memoryview(cast(Any, raw[n])))
+        for n, a in arrays.items()
+    }
 
 
 def copy_host(tensors: Mapping[str, HostTensor]) -> RawArrays:
@@ -176,7 +202,9 @@ def copy_host(tensors: Mapping[str, HostTensor]) -> RawArrays:
 
 def from_raw(raw: RawArrays) -> Arrays:
     """Engine thread only."""
-    arrays = {name: a.view(mx.bfloat16) if dtype == "BF16" else a for name, (dtype, a) in raw.items()}
+    arrays = {
+        name: a.view(mx.bfloat16) if dtype == "BF16" else a for name, (dtype, a) in raw.items()
+    }
     mx.eval(arrays)
     return arrays
 

@@ -1,19 +1,23 @@
-"""Key centres: per layer, KV head and channel the mean key over a short, fixed text. Computed once per model."""
+"""Key centres: per layer, KV head and channel the mean key over a short, fixed text. Computed once
+per model.
+"""
 
 from collections.abc import Callable
 from importlib.resources import files
 
 import mlx.core as mx
 
-from .cache import SequenceCache
 from .quantize import CacheSpace
+from .sequence import SequenceCache
 from .spec import KVCacheSpec
 
 NUM_TOKENS = 512
 
 
 def calibration_tokens(encode: Callable[[str], list[int]]) -> list[int]:
-    """512 tokens of the text that comes with the package (repeated where a tokenizer makes fewer of it)."""
+    """512 tokens of the text that comes with the package (repeated where a tokenizer makes fewer of
+    it).
+    """
     tokens = encode(files(__package__).joinpath("calibration.txt").read_text(encoding="utf-8"))
     return (tokens * -(-NUM_TOKENS // len(tokens)))[:NUM_TOKENS]
 
@@ -21,14 +25,19 @@ def calibration_tokens(encode: Callable[[str], list[int]]) -> list[int]:
 def key_centres(
     spec: KVCacheSpec, forward: Callable[[mx.array, SequenceCache], object], tokens: list[int]
 ) -> list[mx.array]:
-    """One [num_kv_heads, 1, k_dim] float32 centre per layer; [0] of recurrent ones. `forward` runs tokens [1, L].
+    """One [num_kv_heads, 1, k_dim] float32 centre per layer; [0] of recurrent ones. `forward` runs
+    tokens [1, L].
 
-    `spec` must be unquantized; the first tokens (attention sinks, whose keys are unlike all others) don't count.
+    `spec` must be unquantized; the first tokens (attention sinks, whose keys are unlike all others)
+    don't count.
     """
     cache = SequenceCache(spec, CacheSpace(spec))
     forward(mx.array([tokens]), cache)
     keys = cache.kept_keys()
-    centres = [_centre(keys[i], spec.num_sinks) if i in keys else mx.zeros(1) for i in range(len(spec.layers))]
+    centres = [
+        _centre(keys[i], spec.num_sinks) if i in keys else mx.zeros(1)
+        for i in range(len(spec.layers))
+    ]
     mx.eval(centres)
     return centres
 

@@ -1,9 +1,11 @@
-"""Keys and values to 4-bit codes and back: centre (keys), rotate, affine codes in groups along the head dim.
+"""Keys and values to 4-bit codes and back: centre (keys), rotate, affine codes in groups along the
+head dim.
 
-`q.k` is unchanged up to one constant per query when a vector is subtracted from every key, and unchanged when q and k
-are both rotated; values are rotated back once, after attention (QuaRot, arXiv 2404.00456). So everything the cache
-of a layer behind the attention seam holds, codes and full precision alike, lives in centred and rotated space ("cache
-space"). Of a layer whose model computes with what the cache returns, only the codes do.
+`q.k` is unchanged up to one constant per query when a vector is subtracted from every key, and
+unchanged when q and k are both rotated; values are rotated back once, after attention (QuaRot,
+arXiv 2404.00456). So everything the cache of a layer behind the attention seam holds, codes and
+full precision alike, lives in centred and rotated space ("cache space"). Of a layer whose model
+computes with what the cache returns, only the codes do.
 """
 
 from typing import NamedTuple
@@ -17,7 +19,8 @@ Stored = tuple[mx.array, ...]  # keys and values in one array, or apart: see `jo
 
 
 class Codes(NamedTuple):
-    """`mx.quantize`'s triple: packed uint32 [..., D * bits / 32], scales and biases [..., D / group], 16-bit.
+    """`mx.quantize`'s triple: packed uint32 [..., D * bits / 32], scales and biases [..., D /
+    group], 16-bit.
 
     D is the head dim, padded to whole groups.
     """
@@ -28,14 +31,18 @@ class Codes(NamedTuple):
 
 
 def sealed_bytes(spec: KVCacheSpec, num_tokens: int) -> int:
-    """Of the first `num_tokens` tokens of a sequence in sealed blocks, all layers and parts, the sinks included."""
+    """Of the first `num_tokens` tokens of a sequence in sealed blocks, all layers and parts, the
+    sinks included.
+    """
     sinks = min(num_tokens, spec.num_sinks) if spec.bits is not None else 0
     states = num_tokens // spec.state_interval * spec.state_bytes
     return num_tokens * spec.sealed_bytes + sinks * spec.dense_bytes + states
 
 
 def encode(x: mx.array, bits: int) -> Codes:
-    """Affine codes of x [..., D]. Scales are 16-bit whatever x is, so that 4 bits are 4.5 and not 5."""
+    """Affine codes of x [..., D]. Scales are 16-bit whatever x is, so that 4 bits are 4.5 and not
+    5.
+    """
     padded, group = coded_shape(x.shape[-1])
     if padded != x.shape[-1]:
         x = mx.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, padded - x.shape[-1])])
@@ -53,17 +60,21 @@ def decode(codes: Codes, bits: int, dtype: mx.Dtype, dim: int) -> mx.array:
 
 
 def join(k: mx.array, v: mx.array) -> Stored:
-    """k, v [B, H, L, D] as they are written to a working copy: ([B, 2 H, L, D],), or apart where their dims differ.
+    """k, v [B, H, L, D] as they are written to a working copy: ([B, 2 H, L, D],), or apart where
+    their dims differ.
 
-    One update instead of two, for each layer of each sequence: 4 % of a decode step of four on a CPU.
+    One update instead of two, for each layer of each sequence: 4 % of a decode step of four on a
+    CPU.
     """
     return (mx.concatenate([k, v], axis=1),) if k.shape[-1] == v.shape[-1] else (k, v)
 
 
 def hadamard(dim: int) -> mx.array:
-    """An orthonormal, symmetric matrix that mixes `dim` channels: Hadamard matrices along its diagonal. float32.
+    """An orthonormal, symmetric matrix that mixes `dim` channels: Hadamard matrices along its
+    diagonal. float32.
 
-    One of 64 stands for all groups where `dim` is a multiple of 64; else its pieces are powers of two, [dim, dim].
+    One of 64 stands for all groups where `dim` is a multiple of 64; else its pieces are powers of
+    two, [dim, dim].
     """
     if dim % ROTATION_GROUP == 0:
         return _hadamard(ROTATION_GROUP)
@@ -80,10 +91,13 @@ def _hadamard(size: int) -> mx.array:
 
 
 class CacheSpace:
-    """Moves queries, keys and values of each layer into cache space, and attention's output out of it."""
+    """Moves queries, keys and values of each layer into cache space, and attention's output out of
+    it.
+    """
 
     def __init__(self, spec: KVCacheSpec, key_centres: list[mx.array] | None = None):
-        """`key_centres`: per layer [num_kv_heads, 1, k_dim], or None for no centring; of recurrent layers anything.
+        """`key_centres`: per layer [num_kv_heads, 1, k_dim], or None for no centring; of recurrent
+        layers anything.
 
         Unquantized specs do nothing.
         """
@@ -99,7 +113,9 @@ class CacheSpace:
         mx.eval(list(self._rotations.values()), [c for c in self._centres if c is not None])
 
     def enter(self, layer: int, q: mx.array, k: mx.array, v: mx.array) -> tuple[mx.array, Stored]:
-        """q [B, Hq, L, Dk], k [B, H, L, Dk], v [B, H, L, Dv] rotated, keys centred first: q, and `join` of k and v."""
+        """q [B, Hq, L, Dk], k [B, H, L, Dk], v [B, H, L, Dv] rotated, keys centred first: q, and
+        `join` of k and v.
+        """
         if self.identity:
             return q, join(k, v)
         centre = self._centres[layer]
@@ -107,15 +123,21 @@ class CacheSpace:
             k = k - centre
         if k.shape[-1] != v.shape[-1]:
             return self._rotate(q), (self._rotate(k), self._rotate(v))
-        qkv = self._rotate(mx.concatenate([q, k, v], axis=1))  # one call for three: decode is bound by launches
+        qkv = self._rotate(
+            mx.concatenate([q, k, v], axis=1)
+        )  # one call for three: decode is bound by launches
         return qkv[:, : q.shape[1]], (qkv[:, q.shape[1] :],)
 
     def leave(self, out: mx.array) -> mx.array:
-        """Attention's output [B, Hq, L, Dv], back in the model's space: the rotation is its own inverse."""
+        """Attention's output [B, Hq, L, Dv], back in the model's space: the rotation is its own
+        inverse.
+        """
         return out if self.identity else self._rotate(out)
 
     def enter_part(self, layer: int, part: str, x: mx.array) -> mx.array:
-        """Keys (part "k") or values ("v") [1, H, n, D] of a layer that is fetched, on their way into codes."""
+        """Keys (part "k") or values ("v") [1, H, n, D] of a layer that is fetched, on their way
+        into codes.
+        """
         centre = self._centres[layer] if part == "k" else None
         return self._rotate(x if centre is None else x - centre)
 
@@ -132,8 +154,10 @@ class CacheSpace:
 
 
 def _may_centre(layer: LayerSpec) -> bool:
-    """Where sink logits join the softmax, a constant per query does not cancel; what is fetched gets it back."""
-    return layer.kind != "recurrent" and (layer.fetched or not layer.attention_sinks)
+    """Where sink logits join the softmax, a constant per query does not cancel; what is fetched
+    gets it back.
+    """
+    return layer.kind != "recurrent" and (layer.model_attends or not layer.attention_sinks)
 
 
 class LayerCodec:
@@ -146,7 +170,7 @@ class LayerCodec:
     def encode(self, part: str, x: mx.array) -> Codes:
         """`part` "k" or "v" of one block, x [1, H, n, D], as the running cache holds it."""
         assert self._spec.bits is not None
-        if self.layer.fetched:
+        if self.layer.model_attends:
             x = self._space.enter_part(self._index, part, x)
         return encode(x, self._spec.bits["kv".index(part)])
 
@@ -155,4 +179,4 @@ class LayerCodec:
         assert self._spec.bits is not None
         i = "kv".index(part)
         x = decode(codes, self._spec.bits[i], self._spec.dtype, self.layer.dims[i])
-        return self._space.leave_part(self._index, part, x) if self.layer.fetched else x
+        return self._space.leave_part(self._index, part, x) if self.layer.model_attends else x

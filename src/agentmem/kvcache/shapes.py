@@ -11,24 +11,39 @@ from .spec import KVCacheSpec, coded_shape
 Shapes = dict[str, tuple[str, tuple[int, ...]]]  # by name: dtype as in HostTensor, shape
 
 
-def block_shapes(spec: KVCacheSpec, num_tokens: int, parts: Collection[str], *, first: bool) -> Shapes:
-    """Of a sealed block, or of the first tokens of one, that has `parts`; `first`: of a sequence, so that it has sinks.
+def block_shapes(
+    spec: KVCacheSpec, num_tokens: int, parts: Collection[str], *, first: bool
+) -> Shapes:
+    """Of a sealed block, or of the first tokens of one, that has `parts`; `first`: of a sequence,
+    so that it has sinks.
 
     The stacks of layers that see everything must be there. Parts that there can't be are left out.
     """
     windows = [spec.layers[stack[0]].window for stack in spec.stacks]
     wanted = {s for s, window in enumerate(windows) if window is None or str(s) in parts}
-    stacks = _codes(spec, wanted, num_tokens, first) if spec.bits is not None else _full(spec, wanted, num_tokens)
+    stacks = (
+        _codes(spec, wanted, num_tokens, first)
+        if spec.bits is not None
+        else _full(spec, wanted, num_tokens)
+    )
     return stacks | _states(spec, num_tokens, parts)
 
 
-def tail_shapes(spec: KVCacheSpec, num_tokens: int, prefix_len: int, parts: Collection[str], *, first: bool) -> Shapes:
-    """Of a tail that starts with the codes of `prefix_len` tokens; of `parts`, those that are snapshots count."""
+def tail_shapes(
+    spec: KVCacheSpec, num_tokens: int, prefix_len: int, parts: Collection[str], *, first: bool
+) -> Shapes:
+    """Of a tail that starts with the codes of `prefix_len` tokens; of `parts`, those that are
+    snapshots count.
+    """
     stacks = {str(s) for s in range(len(spec.stacks))}
     full = _full(spec, range(len(spec.stacks)), num_tokens - prefix_len)
     prefix = block_shapes(spec, prefix_len, stacks, first=first) if prefix_len else {}
     shapes = {name: shape for name, shape in full.items() if math.prod(shape[1])}
-    return shapes | {f"prefix.{name}": shape for name, shape in prefix.items()} | _states(spec, num_tokens, parts)
+    return (
+        shapes
+        | {f"prefix.{name}": shape for name, shape in prefix.items()}
+        | _states(spec, num_tokens, parts)
+    )
 
 
 def _full(spec: KVCacheSpec, stacks: Iterable[int], num_tokens: int) -> Shapes:
@@ -37,7 +52,10 @@ def _full(spec: KVCacheSpec, stacks: Iterable[int], num_tokens: int) -> Shapes:
     for s in stacks:
         layer = spec.layers[spec.stacks[s][0]]
         for part, dim in zip("kv", layer.dims, strict=True):
-            shapes[f"{part}{s}.full"] = dtype, (len(spec.stacks[s]), layer.num_kv_heads, num_tokens, dim)
+            shapes[f"{part}{s}.full"] = (
+                dtype,
+                (len(spec.stacks[s]), layer.num_kv_heads, num_tokens, dim),
+            )
     return shapes
 
 

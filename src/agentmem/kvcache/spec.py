@@ -1,4 +1,6 @@
-"""KVCacheSpec: what a model's cache is made of, and what of it a sequence needs. trace.py reads it off a model."""
+"""KVCacheSpec: what a model's cache is made of, and what of it a sequence needs. trace.py reads it
+off a model.
+"""
 
 import math
 from dataclasses import dataclass
@@ -22,7 +24,9 @@ _BITS: dict[KVBits, tuple[int, int] | None] = {
 
 @cache
 def coded_shape(dim: int) -> tuple[int, int]:
-    """How a head of `dim` values is coded: (values, padded to whole groups; group that shares a scale and a bias)."""
+    """How a head of `dim` values is coded: (values, padded to whole groups; group that shares a
+    scale and a bias).
+    """
     padded = {group: -(-dim // group) * group for group in (QUANT_GROUP, 32)}
     group = min(padded, key=lambda g: coded_bytes(padded[g], g, 4))
     return padded[group], group
@@ -41,10 +45,14 @@ class LayerSpec:
     num_kv_heads: int = 0
     k_dim: int = 0
     v_dim: int = 0
-    window: int | None = None  # sliding: tokens that a token sees, itself included; chunked: tokens of a chunk
+    # sliding: tokens that a token sees, itself included; chunked: tokens of a chunk
+    window: int | None = None
     attention_sinks: bool = False  # the layer hands sink logits to its softmax (gpt-oss)
-    fetched: bool = False  # the model computes with what the cache returns, not by attention through the seam
-    state: tuple[tuple[tuple[int, ...], str], ...] = ()  # shape and dtype ("float32") of each array, batch of one
+    # the model computes with what the cache returns, not by attention through the seam
+    model_attends: bool = False
+    state: tuple[
+        tuple[tuple[int, ...], str], ...
+    ] = ()  # shape and dtype ("float32") of each array, batch of one
 
     @property
     def dims(self) -> tuple[int, int]:
@@ -52,7 +60,15 @@ class LayerSpec:
 
     @property
     def stack_key(self) -> tuple[object, ...]:
-        return self.kind, self.window, self.num_kv_heads, self.k_dim, self.v_dim, self.fetched, self.state
+        return (
+            self.kind,
+            self.window,
+            self.num_kv_heads,
+            self.k_dim,
+            self.v_dim,
+            self.model_attends,
+            self.state,
+        )
 
     def first_visible(self, position: int) -> int:
         """The earliest position whose key and value the token at `position` sees."""
@@ -64,8 +80,10 @@ class LayerSpec:
 
 
 @dataclass(frozen=True)
-class ForeignCaches:
-    """A model whose caches only mlx-lm's own classes can hold: correct, but nothing is kept after an answer."""
+class OpaqueCaches:
+    """A model whose caches only mlx-lm's own classes can hold: correct, but nothing is kept after
+    an answer.
+    """
 
     reason: str
     fixed_bytes: int  # of a running sequence's caches
@@ -74,16 +92,21 @@ class ForeignCaches:
 
 @dataclass(frozen=True)
 class KVCacheSpec:
-    """Shapes and precision of one model's cache. Layers of one kind and shape are stacked in one tensor."""
+    """Shapes and precision of one model's cache. Layers of one kind and shape are stacked in one
+    tensor.
+    """
 
     layers: tuple[LayerSpec, ...]
     dtype: mx.Dtype  # of keys and values as the model makes them
-    slots: tuple[int | tuple[int, ...], ...] = ()  # where `layers` belong in the list of caches that the model takes
+    slots: tuple[
+        int | tuple[int, ...], ...
+    ] = ()  # where `layers` belong in the list of caches that the model takes
     kv_bits: KVBits = "4"
     block_size: int = 256
     num_sinks: int = 4  # first tokens of a sequence, kept in full precision
-    foreign: ForeignCaches | None = None  # then there are no `layers`
-    state_interval: int = 2048  # tokens between two snapshots of recurrent state; a multiple of block_size
+    opaque: OpaqueCaches | None = None  # then there are no `layers`
+    # tokens between two snapshots of recurrent state; a multiple of block_size
+    state_interval: int = 2048
 
     @cached_property
     def bits(self) -> tuple[int, int] | None:
@@ -92,12 +115,16 @@ class KVCacheSpec:
 
     @cached_property
     def unquantized_reason(self) -> str | None:
-        """In words, why blocks stay in full precision although fewer bits were asked for; else None."""
+        """In words, why blocks stay in full precision although fewer bits were asked for; else
+        None.
+        """
         bits = _BITS[self.kv_bits]
         if bits is None:
             return None
         dims = sorted({dim for layer in self.layers for dim in layer.dims if dim})
-        no_gain = [d for d in dims if coded_bytes(*coded_shape(d), max(bits)) >= d * self.dtype.size]
+        no_gain = [
+            d for d in dims if coded_bytes(*coded_shape(d), max(bits)) >= d * self.dtype.size
+        ]
         if no_gain:
             return f"head dims {no_gain} are too small to take fewer bytes as codes: blocks keep the model's dtype"
         return None if dims else "no layer has keys and values"
@@ -105,7 +132,10 @@ class KVCacheSpec:
     @cached_property
     def dense_bytes(self) -> int:
         """Of one token in the model's dtype, all layers."""
-        return sum(layer.num_kv_heads * (layer.k_dim + layer.v_dim) for layer in self.layers) * self.dtype.size
+        return (
+            sum(layer.num_kv_heads * (layer.k_dim + layer.v_dim) for layer in self.layers)
+            * self.dtype.size
+        )
 
     @cached_property
     def sealed_bytes(self) -> int:
@@ -150,7 +180,12 @@ class KVCacheSpec:
     def position_in_stack(self) -> tuple[tuple[int, int], ...]:
         """For each layer: (index of its stack, or of its state stack, index within it)."""
         both = (self.stacks, self.state_stacks)
-        where = {layer: (s, i) for stacks in both for s, stack in enumerate(stacks) for i, layer in enumerate(stack)}
+        where = {
+            layer: (s, i)
+            for stacks in both
+            for s, stack in enumerate(stacks)
+            for i, layer in enumerate(stack)
+        }
         return tuple(where[i] for i in range(len(self.layers)))
 
     @cached_property
@@ -160,8 +195,10 @@ class KVCacheSpec:
 
     @cached_property
     def stepwise(self) -> bool:
-        """A forward pass must not cross a block boundary: recurrent state, and what is fetched, are of one position."""
-        return any(layer.kind == "recurrent" or layer.fetched for layer in self.layers)
+        """A forward pass must not cross a block boundary: recurrent state, and what is fetched, are
+        of one position.
+        """
+        return any(layer.kind == "recurrent" or layer.model_attends for layer in self.layers)
 
     @cached_property
     def windowed(self) -> bool:
@@ -171,13 +208,16 @@ class KVCacheSpec:
     @cached_property
     def lasting_parts(self) -> frozenset[str]:
         """Stacks of layers that see all of a sequence: what is needed of every block."""
-        return frozenset(str(s) for s, stack in enumerate(self.stacks) if self.layers[stack[0]].window is None)
+        return frozenset(
+            str(s) for s, stack in enumerate(self.stacks) if self.layers[stack[0]].window is None
+        )
 
     def needed(self, index: int, position: int) -> frozenset[str]:
-        """Parts (tensors.part_of) of block `index` that a sequence needs to go on from `position`, in it or after.
+        """Parts (tensors.part_of) of block `index` that a sequence needs to go on from `position`,
+        in it or after.
 
-        Whole stacks, as far as the next token sees into the block, all of them of a block that is cut inside; the
-        recurrent state at `position`, for the block that it lies in or ends.
+        Whole stacks, as far as the next token sees into the block, all of them of a block that is
+        cut inside; the recurrent state at `position`, for the block that it lies in or ends.
         """
         start, stop = index * self.block_size, (index + 1) * self.block_size
         cut = start < position < stop
@@ -199,7 +239,8 @@ MAX_STATE_INTERVAL = 4096
 
 
 def default_state_interval(spec: KVCacheSpec) -> int:
-    """Tokens between two snapshots of recurrent state: as many as take the bytes of one, 4096 at most.
+    """Tokens between two snapshots of recurrent state: as many as take the bytes of one, 4096 at
+    most.
 
     Measured by benchmarks/state_interval.py, see docs/architecture.md.
     """
@@ -208,12 +249,14 @@ def default_state_interval(spec: KVCacheSpec) -> int:
 
 def describe(spec: KVCacheSpec) -> str:
     """In words: what layers there are, and how each is kept."""
-    if spec.foreign is not None:
-        return f"mlx-lm's own, in full precision; nothing is kept after an answer: {spec.foreign.reason}"
+    if spec.opaque is not None:
+        return f"mlx-lm's own, in full precision; nothing is kept after an answer: {spec.opaque.reason}"
     kinds = ", ".join(_describe_stack(spec, stack) for stack in (*spec.stacks, *spec.state_stacks))
-    kept = {"16": "in the model's own type", "k5v3": "in 5 (keys) and 3 bits", "k5v4": "in 5 (keys) and 4 bits"}.get(
-        spec.kv_bits, f"in {spec.kv_bits} bits"
-    )
+    kept = {
+        "16": "in the model's own type",
+        "k5v3": "in 5 (keys) and 3 bits",
+        "k5v4": "in 5 (keys) and 4 bits",
+    }.get(spec.kv_bits, f"in {spec.kv_bits} bits")
     if spec.unquantized_reason:
         kept = f"in the model's own type ({spec.unquantized_reason})"
     blocks = [f"keys and values {kept}, {spec.sealed_bytes:,} bytes a token"] if spec.stacks else []

@@ -1,6 +1,8 @@
-"""Reads a model's KVCacheSpec off the cache objects that it makes, and off what it does with them in a traced pass.
+"""Reads a model's KVCacheSpec off the cache objects that it makes, and off what it does with them
+in a traced pass.
 
-Nothing is computed: MLX's arrays are lazy, and their shapes are enough. So it works on a model without weights too.
+Nothing is computed: MLX's arrays are lazy, and their shapes are enough. So it works on a model
+without weights too.
 """
 
 from collections.abc import Iterable
@@ -19,11 +21,24 @@ from mlx_lm.models.cache import (
 
 from .attention import observed
 from .block import STORABLE
-from .spec import ForeignCaches, KVBits, KVCacheSpec, LayerKind, LayerSpec, default_state_interval
+from .spec import KVBits, KVCacheSpec, LayerKind, LayerSpec, OpaqueCaches, default_state_interval
 
-# what a model's code may raise over caches that it was not written for; MLX's RuntimeErrors are of any cache
-MODEL_ERRORS = (AttributeError, TypeError, ValueError, LookupError, AssertionError, NameError, NotImplementedError)
-_LENGTHS = (1, 5, 1)  # tokens of the traced passes: the shortest start, a prompt, and a step of decoding
+# what a model's code may raise over caches that it was not written for; MLX's RuntimeErrors are of
+# any cache
+MODEL_ERRORS = (
+    AttributeError,
+    TypeError,
+    ValueError,
+    LookupError,
+    AssertionError,
+    NameError,
+    NotImplementedError,
+)
+_LENGTHS = (
+    1,
+    5,
+    1,
+)  # tokens of the traced passes: the shortest start, a prompt, and a step of decoding
 
 
 class Untraceable(Exception):
@@ -40,7 +55,7 @@ class _Use:
     others: int = 0  # times that something else did
     asked: int = 0  # for what it holds
     window: int | None = None  # of the mask that came with its attention
-    foreign_mask: bool = False
+    opaque_mask: bool = False
     sinks: bool = False
 
 
@@ -80,7 +95,9 @@ class _TracedKV(KVCache):
 class _Trace:
     slots: list[int | tuple[int, ...]] = field(default_factory=list)
     caches: list[Any] = field(default_factory=list)
-    masks: list[tuple[Any, int | None]] = field(default_factory=list)  # that were made, and for which window
+    masks: list[tuple[Any, int | None]] = field(
+        default_factory=list
+    )  # that were made, and for which window
 
     def stand_in(self, made: list[Any]) -> list[Any]:
         """Caches that note what is done with them, in the places of those that the model made."""
@@ -126,7 +143,7 @@ class _Trace:
     def _note_mask(self, cache: _TracedKV, mask: Any) -> None:
         windows = [window for made, window in self.masks if made is mask and made is not None]
         if isinstance(mask, mx.array) and not windows:
-            cache.use.foreign_mask = True
+            cache.use.opaque_mask = True
         elif isinstance(mask, mx.array):
             cache.use.window = windows[0]
 
@@ -134,9 +151,11 @@ class _Trace:
 def read_spec(
     model: Any, *, kv_bits: KVBits = "4", block_size: int = 256, state_interval: int | None = None
 ) -> KVCacheSpec:
-    """Trace a few tokens through `model`, its attention seam installed. `foreign` says what could not be read.
+    """Trace a few tokens through `model`, its attention seam installed. `opaque` says what could
+    not be read.
 
-    `state_interval`: tokens between two snapshots of recurrent state; None: see `default_state_interval`.
+    `state_interval`: tokens between two snapshots of recurrent state; None: see
+    `default_state_interval`.
     """
     try:
         spec = _traced_spec(model, kv_bits, block_size)
@@ -146,7 +165,7 @@ def read_spec(
         reason = str(e)
     except MODEL_ERRORS as e:
         reason = f"its code does not work with caches other than its own ({type(e).__name__}: {e})"
-    return foreign_spec(model, reason, kv_bits, block_size)
+    return opaque_spec(model, reason, kv_bits, block_size)
 
 
 def _traced_spec(model: Any, kv_bits: KVBits, block_size: int) -> KVCacheSpec:
@@ -166,7 +185,9 @@ def _traced_spec(model: Any, kv_bits: KVBits, block_size: int) -> KVCacheSpec:
     dtypes = {cache.new[0].dtype for cache in trace.caches if isinstance(cache, _TracedKV)}
     dtypes |= {cache.new[1].dtype for cache in trace.caches if isinstance(cache, _TracedKV)}
     if len(dtypes) > 1:
-        raise Untraceable(f"its keys and values are of different types: {', '.join(sorted(map(str, dtypes)))}")
+        raise Untraceable(
+            f"its keys and values are of different types: {', '.join(sorted(map(str, dtypes)))}"
+        )
     dtype = dtypes.pop() if dtypes else logits.dtype
     return KVCacheSpec(layers, dtype, tuple(trace.slots), kv_bits, block_size)
 
@@ -186,37 +207,56 @@ def _layer_spec(cache: Any) -> LayerSpec:
     if not values.shape[3]:
         raise Untraceable("a cache holds keys without values, the index of a sparse attention")
     walked = use.attended == 1 and not use.others and not use.asked
-    walked = walked and not (use.foreign_mask and cache.kind != "chunked")
+    walked = walked and not (use.opaque_mask and cache.kind != "chunked")
     window, kind = cache.window, cache.kind
     if walked and use.window is not None:
         window, kind = use.window, "sliding"
     if kind == "chunked" and not walked:
         raise Untraceable("it computes with a chunked cache by itself")
-    return LayerSpec(kind, keys.shape[1], keys.shape[3], values.shape[3], window, use.sinks, fetched=not walked)
+    return LayerSpec(
+        kind,
+        keys.shape[1],
+        keys.shape[3],
+        values.shape[3],
+        window,
+        use.sinks,
+        model_attends=not walked,
+    )
 
 
 def _agreed(start: LayerSpec, prompt: LayerSpec, step: LayerSpec) -> LayerSpec:
     """What all passes say; of masks only the prompt's can tell, as a single token needs none."""
     if prompt.kind == "recurrent":
         if not start == prompt == step:
-            raise Untraceable("a recurrent layer's state changes its shape with the number of tokens")
+            raise Untraceable(
+                "a recurrent layer's state changes its shape with the number of tokens"
+            )
         return prompt
-    if start.fetched or step.fetched:
-        return replace(prompt, fetched=True)
+    if start.model_attends or step.model_attends:
+        return replace(prompt, model_attends=True)
     return prompt
 
 
 def _latent(layer: LayerSpec) -> LayerSpec:
-    """MLA's way where what is cached is one latent vector for all heads (as "keys") and the keys' rotated part."""
-    is_latent = layer.kind == "global" and layer.fetched and layer.num_kv_heads == 1
+    """MLA's way where what is cached is one latent vector for all heads (as "keys") and the keys'
+    rotated part.
+    """
+    is_latent = layer.kind == "global" and layer.model_attends and layer.num_kv_heads == 1
     return replace(layer, kind="latent") if is_latent else layer
 
 
-def all_fetched(spec: KVCacheSpec) -> KVCacheSpec | None:
-    """The same with every layer of keys and values fetched, for a model whose attention is not plainly causal."""
-    if all(layer.fetched or layer.kind == "recurrent" for layer in spec.layers) or _any_chunked(spec.layers):
+def all_model_attends(spec: KVCacheSpec) -> KVCacheSpec | None:
+    """The same with every layer of keys and values fetched, for a model whose attention is not
+    plainly causal.
+    """
+    if all(
+        layer.model_attends or layer.kind == "recurrent" for layer in spec.layers
+    ) or _any_chunked(spec.layers):
         return None
-    layers = (layer if layer.kind == "recurrent" else replace(layer, fetched=True) for layer in spec.layers)
+    layers = (
+        layer if layer.kind == "recurrent" else replace(layer, model_attends=True)
+        for layer in spec.layers
+    )
     return replace(spec, layers=tuple(layers))
 
 
@@ -224,13 +264,15 @@ def _any_chunked(layers: Iterable[LayerSpec]) -> bool:
     return any(layer.kind == "chunked" for layer in layers)
 
 
-def foreign_spec(model: Any, reason: str, kv_bits: KVBits, block_size: int) -> KVCacheSpec:
-    """Of a model that keeps mlx-lm's own caches. Their bytes are taken from two lengths of a sequence."""
+def opaque_spec(model: Any, reason: str, kv_bits: KVBits, block_size: int) -> KVCacheSpec:
+    """Of a model that keeps mlx-lm's own caches. Their bytes are taken from two lengths of a
+    sequence.
+    """
     sizes = []
     for n in (8, 8 + 512):
         caches = make_prompt_cache(model)
         logits = model(mx.zeros((1, n), mx.int32), cache=caches)
         sizes.append(sum(cache.nbytes for cache in caches))
     per_token = -(-max(0, sizes[1] - sizes[0]) // 512)
-    foreign = ForeignCaches(reason, sizes[0], per_token)
-    return KVCacheSpec((), logits.dtype, (), kv_bits, block_size, foreign=foreign)
+    opaque = OpaqueCaches(reason, sizes[0], per_token)
+    return KVCacheSpec((), logits.dtype, (), kv_bits, block_size, opaque=opaque)

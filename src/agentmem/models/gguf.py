@@ -1,8 +1,9 @@
 """A llama-architecture GGUF file to an MLX model directory.
 
-Codes, scales and biases are taken as they are: nothing is dequantized or rounded on the way. Every file is written here
-byte by byte, without the libraries that could (safetensors, tokenizers), because their output changes between versions
-and the result is checked by a digest. Layout of a GGUF: github.com/ggml-org/ggml/blob/master/docs/gguf.md.
+Codes, scales and biases are taken as they are: nothing is dequantized or rounded on the way. Every
+file is written here byte by byte, without the libraries that could (safetensors, tokenizers),
+because their output changes between versions and the result is checked by a digest. Layout of a
+GGUF: github.com/ggml-org/ggml/blob/master/docs/gguf.md.
 """
 
 import json
@@ -35,18 +36,24 @@ _MODULES = {
 def convert_gguf(source: Path, target: Path) -> None:
     """Write config, weights, tokenizer and generation config into the directory `target`.
 
-    The same GGUF gives the same bytes on every machine. Raises ValueError for an architecture other than llama.
+    The same GGUF gives the same bytes on every machine. Raises ValueError for an architecture other
+    than llama.
     """
     loaded: Any = mx.load(str(source), return_metadata=True)
     arrays, metadata = loaded
     if metadata.get("general.architecture") != "llama":
-        raise ValueError(f"{source.name}: only GGUF files of the llama architecture can be converted")
+        raise ValueError(
+            f"{source.name}: only GGUF files of the llama architecture can be converted"
+        )
     tensors = {_mlx_name(name): _numpy(array) for name, array in arrays.items()}
     write_safetensors(target / "model.safetensors", tensors)
     _write_json(target / "config.json", _config(metadata, tensors))
     _write_json(target / "tokenizer.json", _tokenizer(metadata))
     _write_json(target / "tokenizer_config.json", _tokenizer_config(metadata))
-    _write_json(target / "generation_config.json", {"eos_token_id": metadata["tokenizer.ggml.eos_token_id"].item()})
+    _write_json(
+        target / "generation_config.json",
+        {"eos_token_id": metadata["tokenizer.ggml.eos_token_id"].item()},
+    )
 
 
 def _mlx_name(name: str) -> str:
@@ -57,12 +64,16 @@ def _mlx_name(name: str) -> str:
 
 
 def _numpy(array: mx.array) -> np.ndarray:
-    """Norm weights come as float32 and go to float16, like the scales, so that the model runs in one dtype."""
+    """Norm weights come as float32 and go to float16, like the scales, so that the model runs in
+    one dtype.
+    """
     return np.array(array.astype(mx.float16) if array.dtype == mx.float32 else array)
 
 
 def write_safetensors(path: Path, tensors: dict[str, np.ndarray]) -> None:
-    """Eight bytes with the header's length, the header as JSON, then the tensors in the order of their names."""
+    """Eight bytes with the header's length, the header as JSON, then the tensors in the order of
+    their names.
+    """
     dtypes = {"uint32": "U32", "float16": "F16"}
     header: dict[str, Any] = {"__metadata__": {"format": "mlx"}}
     end = 0
@@ -97,7 +108,9 @@ def _config(metadata: dict[str, Any], tensors: dict[str, np.ndarray]) -> dict[st
         "max_position_embeddings": read("context_length"),
         "rope_theta": read("rope.freq_base"),
         "rope_traditional": True,  # GGUF permutes the rows of Q and K to pair neighbouring channels
-        "rms_norm_eps": round(read("attention.layer_norm_rms_epsilon"), 12),  # a float32: 9.999999747e-06
+        "rms_norm_eps": round(
+            read("attention.layer_norm_rms_epsilon"), 12
+        ),  # a float32: 9.999999747e-06
         "tie_word_embeddings": "lm_head.weight" not in tensors,
         "torch_dtype": "float16",
         "bos_token_id": metadata["tokenizer.ggml.bos_token_id"].item(),
@@ -107,7 +120,9 @@ def _config(metadata: dict[str, Any], tensors: dict[str, np.ndarray]) -> dict[st
 
 
 def _quantization(tensors: dict[str, np.ndarray]) -> dict[str, Any]:
-    """mlx-lm's section: 4 bits for all, and an entry for each matrix of another width, read off the shapes."""
+    """mlx-lm's section: 4 bits for all, and an entry for each matrix of another width, read off the
+    shapes.
+    """
     section: dict[str, Any] = {"group_size": _GROUP_SIZE, "bits": 4}
     for name in sorted(tensors):
         module = name.removesuffix(".scales")
@@ -121,16 +136,31 @@ def _quantization(tensors: dict[str, np.ndarray]) -> dict[str, Any]:
 
 
 def _tokenizer(metadata: dict[str, Any]) -> dict[str, Any]:
-    """tokenizer.json as the `tokenizers` library reads it: byte-level BPE that splits numbers into digits."""
+    """tokenizer.json as the `tokenizers` library reads it: byte-level BPE that splits numbers into
+    digits.
+    """
     tokens = metadata["tokenizer.ggml.tokens"]
     types = metadata["tokenizer.ggml.token_type"].tolist()
-    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
-    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    flags = {
+        "single_word": False,
+        "lstrip": False,
+        "rstrip": False,
+        "normalized": False,
+        "special": True,
+    }
+    byte_level = {
+        "type": "ByteLevel",
+        "add_prefix_space": False,
+        "trim_offsets": True,
+        "use_regex": True,
+    }
     return {
         "version": "1.0",
         "truncation": None,
         "padding": None,
-        "added_tokens": [{"id": i, "content": tokens[i], **flags} for i, t in enumerate(types) if t == _CONTROL],
+        "added_tokens": [
+            {"id": i, "content": tokens[i], **flags} for i, t in enumerate(types) if t == _CONTROL
+        ],
         "normalizer": None,
         "pre_tokenizer": {
             "type": "Sequence",

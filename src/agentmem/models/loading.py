@@ -9,7 +9,12 @@ from typing import Any, TypeVar
 import mlx.core as mx
 import mlx.nn as nn
 from huggingface_hub import hf_hub_download, try_to_load_from_cache
-from huggingface_hub.errors import HTTPError, RevisionResolutionError, StrictDataclassError, XetDownloadError
+from huggingface_hub.errors import (
+    HTTPError,
+    RevisionResolutionError,
+    StrictDataclassError,
+    XetDownloadError,
+)
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import _download, dequantize_model, load_tokenizer
 from mlx_lm.utils import load_model as load_mlx_model
@@ -29,7 +34,9 @@ class LoadedModel:
     path: Path
     model: nn.Module  # evaluated; on a CPU in float32, elsewhere in its own dtypes
     tokenizer: TokenizerWrapper
-    config: dict[str, Any]  # config.json as it stands: `quantization` is of the file, not of a dequantized model
+    config: dict[
+        str, Any
+    ]  # config.json as it stands: `quantization` is of the file, not of a dequantized model
     max_context: int  # tokens
     weights_hash: str
 
@@ -82,8 +89,9 @@ def _directory(name: str, home: Path) -> Path | None:
 def load_model(name: str, home: Path, progress: Progress = print) -> LoadedModel:
     """Load model and tokenizer and evaluate the weights, on MLX's default device.
 
-    On a CPU only float32 is fast (bfloat16, float16 and quantized products are scalar loops), so there the weights
-    are dequantized. Raises ModelError, in one line, for a model that is missing, broken or of an unknown type.
+    On a CPU only float32 is fast (bfloat16, float16 and quantized products are scalar loops), so
+    there the weights are dequantized. Raises ModelError, in one line, for a model that is missing,
+    broken or of an unknown type.
     """
     path = resolve_model(name, home, progress)
     found = read_model_dir(path)
@@ -91,7 +99,9 @@ def load_model(name: str, home: Path, progress: Progress = print) -> LoadedModel
         progress(f"Loading {name} ({found.bytes / 1e9:.1f} GB) ...")
     model, tokenizer = _load(found)
     if mx.default_device().type == mx.DeviceType.cpu:
-        model.set_dtype(mx.float32)  # scales first, so that codes * scales is not rounded to float16 on the way
+        model.set_dtype(
+            mx.float32
+        )  # scales first, so that codes * scales is not rounded to float16 on the way
         dequantize_model(model)
     mx.eval(model.parameters())
     return LoadedModel(
@@ -112,7 +122,9 @@ _LOAD_ERRORS = (
 
 
 def _load(found: ModelDir) -> tuple[nn.Module, TokenizerWrapper]:
-    """mlx-lm's own loading; it never sets a wired limit (kernel panics are reported with one: mlx issue 3186)."""
+    """mlx-lm's own loading; it never sets a wired limit (kernel panics are reported with one: mlx
+    issue 3186).
+    """
     try:
         model, config = load_mlx_model(found.path, lazy=True)
         tokenizer = load_tokenizer(found.path, eos_token_ids=config.get("eos_token_id"))

@@ -1,4 +1,6 @@
-"""What an MLX model directory says about itself, read from config.json and the safetensors headers alone."""
+"""What an MLX model directory says about itself, read from config.json and the safetensors headers
+alone.
+"""
 
 import json
 import math
@@ -25,15 +27,21 @@ class ModelDir:
 
 
 def read_model_dir(path: Path) -> ModelDir:
-    """Check that a directory holds a whole MLX model. Raises ModelError, in one line, with what is wrong with it."""
+    """Check that a directory holds a whole MLX model. Raises ModelError, in one line, with what is
+    wrong with it.
+    """
     if not path.is_dir():
         raise ModelError(f"model {path}: no such directory")
     config = _read_config(path / "config.json")
     files = tuple(sorted(path.glob("*.safetensors")))
     missing = sorted(_indexed_files(path) - {file.name for file in files})
     if not files or missing:
-        raise ModelError(f"model {path}: {', '.join(missing) or 'model.safetensors'} is missing; download it again")
-    tensors = {name: entry for file in files for name, entry in read_safetensors_header(file).items()}
+        raise ModelError(
+            f"model {path}: {', '.join(missing) or 'model.safetensors'} is missing; download it again"
+        )
+    tensors = {
+        name: entry for file in files for name, entry in read_safetensors_header(file).items()
+    }
     return ModelDir(
         path=path,
         config=config,
@@ -57,9 +65,11 @@ def max_context(config: dict[str, Any]) -> int:
 
 
 def read_safetensors_header(path: Path) -> dict[str, dict[str, Any]]:
-    """Name to dtype, shape and data_offsets. Raises ModelError unless the file is as long as its header says.
+    """Name to dtype, shape and data_offsets. Raises ModelError unless the file is as long as its
+    header says.
 
-    MLX maps weights lazily, so a file cut short would otherwise show up in the middle of a forward pass.
+    MLX maps weights lazily, so a file cut short would otherwise show up in the middle of a forward
+    pass.
     """
     try:
         with path.open("rb") as file:
@@ -70,10 +80,20 @@ def read_safetensors_header(path: Path) -> dict[str, dict[str, Any]]:
             header = json.loads(file.read(length))
         header.pop("__metadata__", None)
         end = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
-    except (OSError, struct.error, ValueError, KeyError, TypeError, AttributeError, IndexError) as e:
+    except (
+        OSError,
+        struct.error,
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        IndexError,
+    ) as e:
         raise ModelError(f"model file {path} is broken ({e}); download it again") from None
     if size != end:
-        raise ModelError(f"model file {path} has {size} bytes, its header says {end}; download it again")
+        raise ModelError(
+            f"model file {path} has {size} bytes, its header says {end}; download it again"
+        )
     return header
 
 
@@ -81,7 +101,9 @@ def _read_config(path: Path) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ModelError(f"model {path.parent}: it has no config.json, so it is no MLX model directory") from None
+        raise ModelError(
+            f"model {path.parent}: it has no config.json, so it is no MLX model directory"
+        ) from None
     except (OSError, ValueError) as e:
         raise ModelError(f"model {path.parent}: config.json can't be read: {e}") from None
     if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
@@ -97,7 +119,9 @@ def _indexed_files(path: Path) -> set[str]:
     except FileNotFoundError:
         return set()
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
-        raise ModelError(f"model {path}: model.safetensors.index.json can't be read ({e})") from None
+        raise ModelError(
+            f"model {path}: model.safetensors.index.json can't be read ({e})"
+        ) from None
 
 
 def _quantization(config: dict[str, Any]) -> dict[str, Any]:
@@ -124,7 +148,9 @@ def _count_parameters(tensors: dict[str, dict[str, Any]], config: dict[str, Any]
 
 def _dtype(tensors: dict[str, dict[str, Any]], config: dict[str, Any]) -> str:
     """The commonest floating dtype by tensors, and the width of the codes where there are any."""
-    floating = [entry["dtype"] for entry in tensors.values() if entry["dtype"] in ("F16", "BF16", "F32")]
+    floating = [
+        entry["dtype"] for entry in tensors.values() if entry["dtype"] in ("F16", "BF16", "F32")
+    ]
     names = [max(sorted(set(floating)), key=floating.count)] if floating else []
     if bits := _quantization(config).get("bits"):
         names.append(f"{bits}-bit")

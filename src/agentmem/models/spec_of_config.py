@@ -12,32 +12,51 @@ from ..kvcache.attention import install_seam
 from ..kvcache.spec import KVBits, KVCacheSpec
 from ..kvcache.trace import read_spec
 
-_CONFIG_ERRORS = (ValueError, TypeError, KeyError, AttributeError, IndexError, RuntimeError, ArithmeticError)
+_CONFIG_ERRORS = (
+    ValueError,
+    TypeError,
+    KeyError,
+    AttributeError,
+    IndexError,
+    RuntimeError,
+    ArithmeticError,
+)
 
 
 def spec_of_config(
-    config: dict[str, Any], *, kv_bits: KVBits = "4", block_size: int = 256, state_interval: int | None = None
+    config: dict[str, Any],
+    *,
+    kv_bits: KVBits = "4",
+    block_size: int = 256,
+    state_interval: int | None = None,
 ) -> KVCacheSpec:
-    """The spec that loading the model in bfloat16 would give, as far as that can be told without computing.
+    """The spec that loading the model in bfloat16 would give, as far as that can be told without
+    computing.
 
-    What a load checks beyond, that logits agree with mlx-lm's own, needs weights. Raises ModelError for a config that
-    mlx-lm can't make a model of.
+    What a load checks beyond, that logits agree with mlx-lm's own, needs weights. Raises ModelError
+    for a config that mlx-lm can't make a model of.
     """
     try:
         model_class, args_class = _get_classes(config)
         model = model_class(args_class.from_dict(config))
         model.update(tree_map(_stand_in, model.parameters()))
         install_seam(model)
-        spec = read_spec(model, kv_bits=kv_bits, block_size=block_size, state_interval=state_interval)
+        spec = read_spec(
+            model, kv_bits=kv_bits, block_size=block_size, state_interval=state_interval
+        )
     except _CONFIG_ERRORS as e:
         raise ModelError(
             f"mlx-lm can't make a {config['model_type'][:80]} model of it: {type(e).__name__}: {_first_line(e)}"
         ) from e
-    return replace(spec, dtype=mx.bfloat16)  # a few models compute keys in float32, whatever their weights are
+    return replace(
+        spec, dtype=mx.bfloat16
+    )  # a few models compute keys in float32, whatever their weights are
 
 
 def _stand_in(parameter: mx.array) -> mx.array:
-    """Of the same shape, but one value in memory, so that even a model that computes while it is traced stays small."""
+    """Of the same shape, but one value in memory, so that even a model that computes while it is
+    traced stays small.
+    """
     of = mx.bfloat16 if mx.issubdtype(parameter.dtype, mx.floating) else parameter.dtype
     return mx.broadcast_to(mx.zeros((), of), parameter.shape)
 

@@ -13,10 +13,11 @@ _CHUNK = 8 << 20  # bytes a read
 
 
 def weights_hash(model: ModelDir, cache: Path) -> str:
-    """xxh3-128 over config.json and the whole content of every weight file; the tokenizer does not count.
+    """xxh3-128 over config.json and the whole content of every weight file; the tokenizer does not
+    count.
 
-    The hash of a file is remembered in `cache`/weights.json under its path, size, modification time and inode, so that
-    only a first start reads all weights.
+    The hash of a file is remembered in `cache`/weights.json under its path, size, modification time
+    and inode, so that only a first start reads all weights.
     """
     remembered = _read(cache / "weights.json")
     known = dict(remembered)
@@ -46,7 +47,9 @@ def _hash_file(path: Path) -> str:
 
 
 def _read(path: Path) -> dict[str, str]:
-    """What is remembered; nothing if the file is not there or not ours to read: then all is hashed again."""
+    """What is remembered; nothing if the file is not there or not ours to read: then all is hashed
+    again.
+    """
     try:
         known = json.loads(path.read_text())
     except (OSError, ValueError):

@@ -12,19 +12,23 @@ from starlette.responses import JSONResponse, Response
 
 from .. import __version__
 from ..config import Settings
-from ..engine.request import EngineAPI
+from ..engine.api import EngineAPI
 from ..errors import AgentMemError, Busy, Unauthorized
-from .agents import IMPORT_PATH, add_agent_routes
+from .api.agents import IMPORT_PATH, add_agent_routes
+from .api.chat_completions import ChatCompletions, check_model
+from .api.responses import add_response_routes
+from .api.wire import ChatCompletionRequest, error_body, validation_error_body
 from .auth import ApiKeyCheck, ApiKeys
-from .chat_completions import ChatCompletions, check_model
 from .middleware import BodyLimit, HostCheck, RequestId
-from .openai import ChatCompletionRequest, error_body, validation_error_body
-from .responses import add_response_routes
 
 
 def create_app(engine: EngineAPI, settings: Settings, keys: ApiKeys | None) -> FastAPI:
-    """The app that serves `engine`, which must outlive it, to whoever has one of `keys`; to all where it is None."""
-    app = FastAPI(title="agentmem", version=__version__, docs_url=None, redoc_url=None, redirect_slashes=False)
+    """The app that serves `engine`, which must outlive it, to whoever has one of `keys`; to all
+    where it is None.
+    """
+    app = FastAPI(
+        title="agentmem", version=__version__, docs_url=None, redoc_url=None, redirect_slashes=False
+    )
     app.add_middleware(BodyLimit, limit=settings.max_body, unlimited=(IMPORT_PATH,))
     app.add_middleware(ApiKeyCheck, keys=keys, on_error=_agentmem_error)
     hosts = ["localhost", "127.0.0.1", "::1", settings.host, *settings.allowed_hosts]
@@ -90,7 +94,9 @@ async def _validation_error(request: Request, exc: Exception) -> Response:
 
 
 async def _http_error(request: Request, exc: Exception) -> Response:
-    """Starlette's own: unknown routes (404), methods (405), and a body that FastAPI can't decode (400)."""
+    """Starlette's own: unknown routes (404), methods (405), and a body that FastAPI can't decode
+    (400).
+    """
     error = cast(HTTPException, exc)
     codes = {400: "invalid_body", 404: "not_found", 405: "method_not_allowed"}
     message = f"{error.detail} ({request.method} {request.url.path[:200]})"
@@ -103,8 +109,12 @@ async def _client_gone(request: Request, exc: Exception) -> Response:
 
 
 async def _unexpected(request: Request, exc: Exception) -> Response:
-    """Starlette raises `exc` again after this, and uvicorn logs its traceback. This runs outside of RequestId."""
+    """Starlette raises `exc` again after this, and uvicorn logs its traceback. This runs outside of
+    RequestId.
+    """
     body = error_body(
-        "The server had an internal error; its log says more.", type="server_error", code="internal_error"
+        "The server had an internal error; its log says more.",
+        type="server_error",
+        code="internal_error",
     )
     return JSONResponse(body, 500, {"x-request-id": request.scope["agentmem.request_id"]})

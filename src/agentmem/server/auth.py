@@ -16,12 +16,15 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from ..errors import StartupError, Unauthorized
 
-ApiKeys = dict[bytes, str]  # SHA-256 of a key: its namespace. How long a look-up takes says nothing of the keys
+ApiKeys = dict[
+    bytes, str
+]  # SHA-256 of a key: its namespace. How long a look-up takes says nothing of the keys
 OnError = Callable[[Request, Exception], Awaitable[Response]]
 
 
 def read_api_keys(path: Path | None) -> ApiKeys | None:
-    """Of a TOML file: `namespace = "key"` or `namespace = ["key", "sha256:HEX of a key"]`; None if there is no file.
+    """Of a TOML file: `namespace = "key"` or `namespace = ["key", "sha256:HEX of a key"]`; None if
+    there is no file.
 
     Raises StartupError, which names the entry and shows no key.
     """
@@ -31,7 +34,9 @@ def read_api_keys(path: Path | None) -> ApiKeys | None:
     try:
         with path.expanduser().open("rb") as file:
             if os.fstat(file.fileno()).st_mode & 0o077:
-                logging.getLogger(__name__).warning("%s is open to other users of this machine: chmod 600 it", path)
+                logging.getLogger(__name__).warning(
+                    "%s is open to other users of this machine: chmod 600 it", path
+                )
             entries = tomllib.load(file)
         for name, entry in entries.items():
             for key in entry if isinstance(entry, list) else [entry]:
@@ -46,12 +51,16 @@ def read_api_keys(path: Path | None) -> ApiKeys | None:
 
 def _digest(name: str, key: Any) -> bytes:
     if not 1 <= len(name) <= 64 or any(unicodedata.category(c) == "Cc" for c in name):
-        raise ValueError(f"{name[:65]!r}: a namespace has 1 to 64 characters and no control characters")
+        raise ValueError(
+            f"{name[:65]!r}: a namespace has 1 to 64 characters and no control characters"
+        )
     if isinstance(key, str) and (digest := re.fullmatch("sha256:([0-9a-fA-F]{64})", key)):
         return bytes.fromhex(digest[1])
     if isinstance(key, str) and re.fullmatch("(?!sha256:)[!-~]{16,}", key):
         return hashlib.sha256(key.encode()).digest()
-    raise ValueError(f"{name!r}: a key is a string of 16 or more ASCII characters without spaces, or sha256:HEX of one")
+    raise ValueError(
+        f"{name!r}: a key is a string of 16 or more ASCII characters without spaces, or sha256:HEX of one"
+    )
 
 
 def namespace_of(request: Request) -> str:
@@ -60,7 +69,9 @@ def namespace_of(request: Request) -> str:
 
 
 class ApiKeyCheck:
-    """Gives every request under /v1 its key's namespace; refuses what has no valid key before its body is read."""
+    """Gives every request under /v1 its key's namespace; refuses what has no valid key before its
+    body is read.
+    """
 
     def __init__(self, app: ASGIApp, keys: ApiKeys | None, on_error: OnError):
         """`keys` None: no key is needed, and all are in the namespace "default"."""
@@ -80,7 +91,9 @@ class ApiKeyCheck:
             return "default"
         given = {key for name, value in scope["headers"] if (key := _key(name, value))}
         if not given:
-            raise Unauthorized("This server needs an API key: Authorization: Bearer KEY, or x-api-key: KEY.")
+            raise Unauthorized(
+                "This server needs an API key: Authorization: Bearer KEY, or x-api-key: KEY."
+            )
         if len(given) > 1:
             raise Unauthorized("Two different API keys were given; send one.")
         if (digest := hashlib.sha256(given.pop()).digest()) not in self._keys:

@@ -8,10 +8,12 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from .openai import error_body
+from .api.wire import error_body
 
 _SANE_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
-_DRAIN = 64 << 20  # bytes of an oversized body that are read and dropped, so that the client gets to see the answer
+_DRAIN = (
+    64 << 20
+)  # bytes of an oversized body that are read and dropped, so that the client gets to see the answer
 
 
 class RequestId:
@@ -36,7 +38,9 @@ class RequestId:
 
 
 class HostCheck:
-    """Refuses Host headers that aren't ours, so that no web page reaches the server by rebinding its own name."""
+    """Refuses Host headers that aren't ours, so that no web page reaches the server by rebinding
+    its own name.
+    """
 
     def __init__(self, app: ASGIApp, allowed: Iterable[str]):
         self._app = app
@@ -60,7 +64,9 @@ def _bracketed(host: str) -> str:
 
 
 class BodyLimit:
-    """Reads the body, of at most `limit` bytes, before the app sees the request; answers 400 to a larger one."""
+    """Reads the body, of at most `limit` bytes, before the app sees the request; answers 400 to a
+    larger one.
+    """
 
     def __init__(self, app: ASGIApp, limit: int, unlimited: Collection[str] = ()):
         """`unlimited`: paths whose bodies their routes read, and limit, by themselves."""
@@ -72,7 +78,9 @@ class BodyLimit:
             return await self._app(scope, receive, send)
         headers = Headers(scope=scope)
         if int(headers.get("content-length", 0)) > self._limit and "expect" in headers:
-            return await self._refuse(scope, receive, send)  # the client waits for our word before it sends
+            return await self._refuse(
+                scope, receive, send
+            )  # the client waits for our word before it sends
         body, size, more = [], 0, True
         while more and size <= _DRAIN + self._limit:
             message = await receive()
@@ -94,6 +102,8 @@ class BodyLimit:
         await self._app(scope, replay, send)
 
     async def _refuse(self, scope: Scope, receive: Receive, send: Send) -> None:
-        message = f"The request body is larger than the limit of {self._limit} bytes (setting max_body)."
+        message = (
+            f"The request body is larger than the limit of {self._limit} bytes (setting max_body)."
+        )
         body = error_body(message, type="invalid_request_error", code="request_too_large")
         await JSONResponse(body, 400, headers={"connection": "close"})(scope, receive, send)

@@ -3,8 +3,8 @@
 from collections.abc import Iterable
 from typing import Any
 
-from .messages import ToolCall
-from .output_parser import Content, Part, Reasoning
+from ..chat.answer_parser import Content, Part, Reasoning
+from ..chat.messages import ToolCall
 
 
 def message_of(parts: Iterable[Part]) -> dict[str, Any]:
@@ -12,7 +12,10 @@ def message_of(parts: Iterable[Part]) -> dict[str, Any]:
     content = "".join(part.text for part in parts if isinstance(part, Content))
     reasoning = "".join(part.text for part in parts if isinstance(part, Reasoning))
     calls = [tool_call(part) for part in parts if isinstance(part, ToolCall)]
-    message: dict[str, Any] = {"role": "assistant", "content": content if content or not calls else None}
+    message: dict[str, Any] = {
+        "role": "assistant",
+        "content": content if content or not calls else None,
+    }
     if reasoning:
         message["reasoning_content"] = reasoning
     if calls:
@@ -21,4 +24,8 @@ def message_of(parts: Iterable[Part]) -> dict[str, Any]:
 
 
 def tool_call(call: ToolCall) -> dict[str, Any]:
-    return {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments_json}}
+    return {
+        "id": call.id,
+        "type": "function",
+        "function": {"name": call.name, "arguments": call.arguments_json},
+    }

@@ -1,4 +1,6 @@
-"""Requests that fill the cache and answer nothing: as one JSON object, or as a stream of how far they are."""
+"""Requests that fill the cache and answer nothing: as one JSON object, or as a stream of how far
+they are.
+"""
 
 import asyncio
 import json
@@ -9,31 +11,45 @@ from typing import Any
 from fastapi import Request
 from starlette.responses import JSONResponse, Response
 
-from ..engine.request import EngineAPI, Finished, GenerateRequest
+from ..engine.api import EngineAPI, Finished, GenerateRequest
 from ..errors import AgentMemError
-from .events import EventStream, unless_disconnected
-from .openai import error_body
+from .api.wire import error_body
+from .sse import EventStream, unless_disconnected
 
 _FIRST_WAIT = 2.0  # s; until then an error can still become an HTTP status
 _PING_INTERVAL = 5.0  # s between comments while there is nothing to say
-_FIGURES = ("prompt_tokens", "cache", "cached_tokens", "restored_bytes", "restore_ms", "prefill_ms", "queue_ms")
+_FIGURES = (
+    "prompt_tokens",
+    "cache",
+    "cached_tokens",
+    "restored_bytes",
+    "restore_ms",
+    "prefill_ms",
+    "queue_ms",
+)
 
 OnProgress = Callable[[int, int], None]  # tokens done, and in all; from any thread
 Work = Callable[[OnProgress | None], Awaitable[dict[str, Any]]]
 
 
-async def prefill(engine: EngineAPI, generate: GenerateRequest, on_progress: OnProgress | None) -> dict[str, Any]:
+async def prefill(
+    engine: EngineAPI, generate: GenerateRequest, on_progress: OnProgress | None
+) -> dict[str, Any]:
     """What it cost."""
     async for event in engine.generate(replace(generate, on_progress=on_progress)):
         if isinstance(event, Finished):
-            return {"agent_id": generate.agent_id, **{name: getattr(event.stats, name) for name in _FIGURES}}
+            return {
+                "agent_id": generate.agent_id,
+                **{name: getattr(event.stats, name) for name in _FIGURES},
+            }
     raise AssertionError("a request ends with Finished")
 
 
 async def answer(request: Request, work: Work, *, stream: bool) -> Response:
     """The result of `work`, which ends if the client goes away.
 
-    As a stream: events "progress" {"tokens", "total"}, then one "done" with the result, or an error.
+    As a stream: events "progress" {"tokens", "total"}, then one "done" with the result, or an
+    error.
     """
     if not stream:
         return JSONResponse(await unless_disconnected(request, _call(work)))

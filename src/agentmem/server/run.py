@@ -11,7 +11,7 @@ from collections.abc import Awaitable, Callable, Iterator
 import uvicorn
 
 from ..config import Settings
-from ..engine.request import EngineAPI
+from ..engine.api import EngineAPI
 from ..errors import StartupError
 from .app import create_app
 from .auth import ApiKeys, read_api_keys
@@ -19,19 +19,27 @@ from .auth import ApiKeys, read_api_keys
 _ANY = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # listening everywhere: an address to reach it at
 
 
-def serve(start_engine: Callable[[], Awaitable[EngineAPI]], settings: Settings, ready: Callable[[str], None]) -> int:
-    """Serve until SIGTERM or SIGINT; the exit code. `ready` is called with the URL once requests are accepted.
+def serve(
+    start_engine: Callable[[], Awaitable[EngineAPI]],
+    settings: Settings,
+    ready: Callable[[str], None],
+) -> int:
+    """Serve until SIGTERM or SIGINT; the exit code. `ready` is called with the URL once requests
+    are accepted.
 
-    Keys are read and the port is bound before `start_engine` is awaited, so that what is wrong there is found before a
-    model is loaded. The first signal lets running answers finish within `settings.grace` seconds, a second one drops
-    them; `engine.stop()` is awaited in any case. An engine that has failed ends it too, with exit code 1: whoever
-    supervises starts another, which has what is on disk. Raises StartupError.
+    Keys are read and the port is bound before `start_engine` is awaited, so that what is wrong
+    there is found before a model is loaded. The first signal lets running answers finish within
+    `settings.grace` seconds, a second one drops them; `engine.stop()` is awaited in any case. An
+    engine that has failed ends it too, with exit code 1: whoever supervises starts another, which
+    has what is on disk. Raises StartupError.
     """
     return asyncio.run(_serve(start_engine, settings, ready))
 
 
 async def _serve(
-    start_engine: Callable[[], Awaitable[EngineAPI]], settings: Settings, ready: Callable[[str], None]
+    start_engine: Callable[[], Awaitable[EngineAPI]],
+    settings: Settings,
+    ready: Callable[[str], None],
 ) -> int:
     keys = read_api_keys(settings.api_keys)
     with _bind(settings.host, settings.port) as sock:
@@ -49,7 +57,9 @@ async def _serve(
 
 
 class _Server(uvicorn.Server):
-    def __init__(self, engine: EngineAPI, settings: Settings, keys: ApiKeys | None, ready: Callable[[], None]):
+    def __init__(
+        self, engine: EngineAPI, settings: Settings, keys: ApiKeys | None, ready: Callable[[], None]
+    ):
         config = uvicorn.Config(
             create_app(engine, settings, keys),
             host=settings.host,
@@ -61,8 +71,10 @@ class _Server(uvicorn.Server):
             access_log=settings.log_level == "debug",
             proxy_headers=False,
             server_header=False,
-            timeout_keep_alive=30,  # above the 5 s after which clients drop an idle connection: they close first
-            timeout_graceful_shutdown=math.ceil(settings.grace) + 5,  # the engine cuts answers after the grace time
+            # above the 5 s after which clients drop an idle connection: they close first
+            timeout_keep_alive=30,
+            timeout_graceful_shutdown=math.ceil(settings.grace)
+            + 5,  # the engine cuts answers after the grace time
         )
         super().__init__(config)
         self._engine = engine
@@ -77,7 +89,9 @@ class _Server(uvicorn.Server):
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """Leaves signals to `on_signal`: uvicorn would raise them again at the end, for a non-zero exit code."""
+        """Leaves signals to `on_signal`: uvicorn would raise them again at the end, for a non-zero
+        exit code.
+        """
         yield
 
     async def on_tick(self, counter: int) -> bool:
@@ -101,7 +115,8 @@ def _bind(host: str, port: int) -> socket.socket:
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
         family, _, protocol, _, address = min(found, key=lambda info: info[0] != socket.AF_INET)
-        # with its protocol, or asyncio leaves TCP_NODELAY off, and each answer waits 40 ms for the client's ACK
+        # with its protocol, or asyncio leaves TCP_NODELAY off, and each answer waits 40 ms for the
+        # client's ACK
         sock = socket.socket(family, socket.SOCK_STREAM, protocol)
     except OSError as e:
         raise _cannot_listen(host, port, e) from e
@@ -118,7 +133,9 @@ def _cannot_listen(host: str, port: int, error: OSError) -> StartupError:
     if error.errno == errno.EADDRINUSE:
         return StartupError(f"port {port} is in use: choose another with --port")
     if error.errno == errno.EACCES:
-        return StartupError(f"port {port} is not open to this user: choose one above 1023 with --port")
+        return StartupError(
+            f"port {port} is not open to this user: choose one above 1023 with --port"
+        )
     return StartupError(f"can't listen on {host}: {error.strerror or error}")
 
 

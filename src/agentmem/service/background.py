@@ -32,7 +32,14 @@ class Background:
 
     def start(self) -> None:
         with open(self._files.log, "a", opener=_private) as log:
-            subprocess.Popen(COMMAND, stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd="/", start_new_session=True)
+            subprocess.Popen(
+                COMMAND,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                cwd="/",
+                start_new_session=True,
+            )
 
     def stop(self) -> None:
         pass  # whoever holds the locks is ended, see control.py

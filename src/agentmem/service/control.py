@@ -1,4 +1,6 @@
-"""What `agentmem service` does, whatever the kind: install, start until the model answers, stop, look, uninstall."""
+"""What `agentmem service` does, whatever the kind: install, start until the model answers, stop,
+look, uninstall.
+"""
 
 import os
 import sys
@@ -22,16 +24,25 @@ from .systemd import Systemd
 Kind = Launchd | Systemd | Background
 _STARTS_WITHIN = 15.0  # s: the supervisor, which loads nothing
 _SHOWN_LINES = 15  # of the log, where a start fails
-_OURS = ("serve.toml", "server.log", "server.lock", "supervisor.lock", "state.")  # not a key that a user put there
+_OURS = (
+    "serve.toml",
+    "server.log",
+    "server.lock",
+    "supervisor.lock",
+    "state.",
+)  # not a key that a user put there
 
 
 @dataclass(frozen=True)
 class Status:
-    """`pid` is the server's; `since` in Unix seconds, of its start; `restarts` since the supervisor's."""
+    """`pid` is the server's; `since` in Unix seconds, of its start; `restarts` since the
+    supervisor's.
+    """
 
     installed: str | None
     file: str | None
-    phase: str  # stopped, starting, ready, waiting (to start it again), stopping, orphaned (without supervisor)
+    # stopped, starting, ready, waiting (to start it again), stopping, orphaned (without supervisor)
+    phase: str
     healthy: bool
     pid: int | None = None
     supervisor_pid: int | None = None
@@ -46,7 +57,11 @@ class Service:
         self.files = service_files()
         description = Description(self.files, self._grace())
         self._stop_seconds = description.stop_seconds
-        self._kinds: tuple[Kind, ...] = (Launchd(description), Systemd(description), Background(description))
+        self._kinds: tuple[Kind, ...] = (
+            Launchd(description),
+            Systemd(description),
+            Background(description),
+        )
 
     def _grace(self) -> float:
         """Of the installed settings, be they broken by now."""
@@ -65,7 +80,9 @@ class Service:
 
     def refuse_if_running(self, *, force: bool) -> None:
         if self.running and not force:
-            raise StartupError("the service is installed and running: --force stops and replaces it")
+            raise StartupError(
+                "the service is installed and running: --force stops and replaces it"
+            )
 
     def check_installed(self) -> Kind:
         if (kind := self.installed) is None:
@@ -74,7 +91,9 @@ class Service:
         return kind
 
     def install(self, settings: Settings) -> Kind:
-        """Write what there is to write, for `settings` that have been checked. What was installed goes first."""
+        """Write what there is to write, for `settings` that have been checked. What was installed
+        goes first.
+        """
         self.uninstall()
         write_private(self.files.settings, render(settings))
         new = Service()  # with the new grace time
@@ -101,7 +120,9 @@ class Service:
         return kind
 
     def start(self, progress: Callable[[str], None]) -> str:
-        """The server's URL, once it answers. ServiceError: it ended before, or the supervisor did not come up."""
+        """The server's URL, once it answers. ServiceError: it ended before, or the supervisor did
+        not come up.
+        """
         kind = self.check_installed()
         if holder(self.files.supervisor) is not None:
             return self._wait_until_ready(progress)
@@ -119,7 +140,9 @@ class Service:
         while True:
             state = State.read(self.files.state)
             if state and (state.restarts > restarts or state.phase == "waiting"):
-                raise ServiceError(f"the server ended ({state.ended}) before it answered. {self._last_said()}")
+                raise ServiceError(
+                    f"the server ended ({state.ended}) before it answered. {self._last_said()}"
+                )
             if state and state.url and health(state.url):
                 return state.url
             if holder(self.files.supervisor) is None and time.monotonic() - began > _STARTS_WITHIN:
@@ -134,24 +157,37 @@ class Service:
         return f"Its log ({self.files.log}) ends with:{shown}" if shown else "Its log says nothing."
 
     def stop(self) -> bool:
-        """Whether there was something to stop: a server that lost its supervisor, too. Agents are saved first."""
+        """Whether there was something to stop: a server that lost its supervisor, too. Agents are
+        saved first.
+        """
         was_running = self.running
         if kind := self.installed:
             kind.stop()
-        deadline = time.monotonic() + self._stop_seconds  # for both: the supervisor hands SIGTERM on
+        deadline = (
+            time.monotonic() + self._stop_seconds
+        )  # for both: the supervisor hands SIGTERM on
         for lock in (self.files.supervisor, self.files.server):
             end(lock, max(0.0, deadline - time.monotonic()))
         return was_running
 
     def status(self) -> Status:
-        kind, supervisor, server = self.installed, holder(self.files.supervisor), holder(self.files.server)
+        kind, supervisor, server = (
+            self.installed,
+            holder(self.files.supervisor),
+            holder(self.files.server),
+        )
         name, file = (kind.name, str(kind.file)) if kind else (None, None)
         state = State.read(self.files.state)
         if supervisor is None and server is None:
             return Status(name, file, phase="stopped", healthy=False)
         if state is None:
             return Status(
-                name, file, phase="starting", healthy=False, pid=server or None, supervisor_pid=supervisor or None
+                name,
+                file,
+                phase="starting",
+                healthy=False,
+                pid=server or None,
+                supervisor_pid=supervisor or None,
             )
         return Status(
             name,
@@ -167,7 +203,9 @@ class Service:
         )
 
     def log(self, n: int, *, follow: bool) -> Iterator[str]:
-        """The last n lines; then, with `follow`, what is written from now on, through rotations, without end."""
+        """The last n lines; then, with `follow`, what is written from now on, through rotations,
+        without end.
+        """
         yield from self._log_lines(n)
         if not follow:
             return
@@ -184,11 +222,17 @@ class Service:
 
     def _log_lines(self, n: int) -> list[str]:
         """The last n of all logs that are kept, the newest first."""
-        paths = [self.files.log, *(self.files.log.with_name(f"{self.files.log.name}.{i + 1}") for i in range(OLD_LOGS))]
+        paths = [
+            self.files.log,
+            *(self.files.log.with_name(f"{self.files.log.name}.{i + 1}") for i in range(OLD_LOGS)),
+        ]
         lines: list[str] = []
         for path in paths:
             if path.exists() and len(lines) < n:
-                lines = path.read_text(errors="replace").splitlines(keepends=True)[len(lines) - n :] + lines
+                lines = (
+                    path.read_text(errors="replace").splitlines(keepends=True)[len(lines) - n :]
+                    + lines
+                )
         return lines
 
 
@@ -209,14 +253,20 @@ def health(url: str) -> dict[str, Any] | None:
 
 
 def check(settings: Settings) -> None:
-    """What can be known without starting a server: that it will not fail for its settings. Raises StartupError."""
+    """What can be known without starting a server: that it will not fail for its settings. Raises
+    StartupError.
+    """
     from ..models.loading import find_local
     from ..models.model_dir import read_model_dir
     from ..server.auth import read_api_keys
-    from ..store.crypto import KEY_VARIABLE
+    from ..store.files.crypto import KEY_VARIABLE
 
     read_api_keys(settings.api_keys)
     if (path := find_local(settings.model, settings.home_dir)) is not None:
         read_model_dir(path)
-    if settings.encrypt and settings.key_file is None and (sys.platform != "darwin" or KEY_VARIABLE in os.environ):
+    if (
+        settings.encrypt
+        and settings.key_file is None
+        and (sys.platform != "darwin" or KEY_VARIABLE in os.environ)
+    ):
         raise StartupError(f"--encrypt needs --key-file here: the service keeps no {KEY_VARIABLE}")

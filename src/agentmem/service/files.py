@@ -1,5 +1,5 @@
-"""What the service keeps in one directory, who runs it, and how it fares. Only the standard library is imported here:
-the supervisor stays small, and starts whatever else is broken.
+"""What the service keeps in one directory, who runs it, and how it fares. Only the standard library
+is imported here: the supervisor stays small, and starts whatever else is broken.
 
     ~/.agentmem/service/serve.toml       the server's settings
     ~/.agentmem/service/server.log       what server and supervisor print; server.log.1 to .3 are older
@@ -7,8 +7,9 @@ the supervisor stays small, and starts whatever else is broken.
     ~/.agentmem/service/server.lock      held while the server runs; its pid
     ~/.agentmem/service/state.json       what the supervisor knows of the server
 
-Locks are flock's, which go with their processes: a pid is believed only while its lock is held, so that one of another
-process, or of one long gone, does no harm. The server inherits its lock from the supervisor and outlives it with it.
+Locks are flock's, which go with their processes: a pid is believed only while its lock is held, so
+that one of another process, or of one long gone, does no harm. The server inherits its lock from
+the supervisor and outlives it with it.
 """
 
 import contextlib
@@ -67,7 +68,9 @@ class State:
 
     @classmethod
     def read(cls, path: Path) -> "State | None":
-        """None: no supervisor has written it yet, or one of another version has, or a power cut left half of it."""
+        """None: no supervisor has written it yet, or one of another version has, or a power cut
+        left half of it.
+        """
         try:
             return cls(**json.loads(path.read_text()))
         except (FileNotFoundError, ValueError, TypeError):
@@ -80,7 +83,9 @@ class State:
 
 
 def acquire(lock: Path, patience: float = 2.0) -> int:
-    """The open lock file, empty. Raises BlockingIOError if another process holds it for longer than `patience` s."""
+    """The open lock file, empty. Raises BlockingIOError if another process holds it for longer than
+    `patience` s.
+    """
     fd = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
     deadline = time.monotonic() + patience  # who asks for the holder has it for a moment
     while True:
@@ -115,7 +120,9 @@ def holder(lock: Path) -> int | None:
 
 
 def end(lock: Path, patience: float) -> None:
-    """End the process that holds a lock, if one does: SIGTERM, and SIGKILL after `patience` s. Raises ServiceError."""
+    """End the process that holds a lock, if one does: SIGTERM, and SIGKILL after `patience` s.
+    Raises ServiceError.
+    """
     for number, wait in ((signal.SIGTERM, patience), (signal.SIGKILL, 5.0)):
         deadline = time.monotonic() + wait
         told = False

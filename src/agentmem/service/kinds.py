@@ -1,4 +1,6 @@
-"""What the three kinds of service have in common: what is installed, and how their tools are called."""
+"""What the three kinds of service have in common: what is installed, and how their tools are
+called.
+"""
 
 import os
 import subprocess
@@ -46,6 +48,8 @@ def write_private(path: Path, text: str) -> None:
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     new = path.with_name(f"{path.name}.new")
     new.unlink(missing_ok=True)
-    with os.fdopen(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as file:
+    with os.fdopen(
+        os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8"
+    ) as file:
         file.write(text)
     new.replace(path)

@@ -25,7 +25,9 @@ _COMMENTS = {
 
 class Launchd:
     name = "launchd agent"
-    limits = "launchd runs it while you are logged in at the Mac's screen, and starts it at that login."
+    limits = (
+        "launchd runs it while you are logged in at the Mac's screen, and starts it at that login."
+    )
 
     def __init__(self, description: Description):
         self._description = description
@@ -37,7 +39,8 @@ class Launchd:
     def available(self) -> bool:
         """Not over SSH alone, where there is no session to run it in."""
         return (
-            shutil.which("launchctl") is not None and tool("launchctl", "print", _domain(), check=False).returncode == 0
+            shutil.which("launchctl") is not None
+            and tool("launchctl", "print", _domain(), check=False).returncode == 0
         )
 
     def text(self) -> str:
@@ -59,7 +62,9 @@ class Launchd:
             values["EnvironmentVariables"] = d.environment
         text = plistlib.dumps(values, sort_keys=False).decode()
         for key, comment in _COMMENTS.items():
-            text = text.replace(f"\n\t<key>{key}</key>", f"\n\t<!-- {comment} -->\n\t<key>{key}</key>")
+            text = text.replace(
+                f"\n\t<key>{key}</key>", f"\n\t<!-- {comment} -->\n\t<key>{key}</key>"
+            )
         return text
 
     def install(self) -> None:
@@ -82,7 +87,9 @@ class Launchd:
         deadline = time.monotonic() + self._description.stop_seconds + 5
         while _loaded():
             if time.monotonic() >= deadline:
-                raise ServiceError(f"launchctl bootout {_target()}: it is still there: {said.stderr.strip()}")
+                raise ServiceError(
+                    f"launchctl bootout {_target()}: it is still there: {said.stderr.strip()}"
+                )
             time.sleep(0.2)
 
 

@@ -14,7 +14,9 @@ _HEADER = """\
 
 def render(settings: Settings) -> str:
     """TOML of what was set, by flags, environment or a file: not of defaults. Paths are absolute."""
-    values = settings.model_dump(mode="json", include=settings.model_fields_set) | _absolute_paths(settings)
+    values = settings.model_dump(mode="json", include=settings.model_fields_set) | _absolute_paths(
+        settings
+    )
     lines = [
         f"\n# {Settings.model_fields[name].description}\n{name} = {_toml(value)}\n"
         for name, value in values.items()

@@ -1,10 +1,11 @@
-"""Keeps the server running and its log within bounds: what launchd and systemd start, and what `start` does elsewhere.
+"""Keeps the server running and its log within bounds: what launchd and systemd start, and what
+`start` does elsewhere.
 
     python -m agentmem.service.supervisor
 
-It starts `agentmem serve`, and again whenever that ends, after 0.5 s, then twice as long each time, 60 s at most. What
-the server prints goes through a pipe into the log, so that crashes of native code are in it too. SIGTERM goes on to
-the server, and the supervisor ends when that has.
+It starts `agentmem serve`, and again whenever that ends, after 0.5 s, then twice as long each time,
+60 s at most. What the server prints goes through a pipe into the log, so that crashes of native
+code are in it too. SIGTERM goes on to the server, and the supervisor ends when that has.
 """
 
 import asyncio
@@ -45,7 +46,9 @@ def main() -> int:
 
 
 def _open_log(files: ServiceFiles) -> logging.Logger:
-    handler = RotatingFileHandler(files.log, maxBytes=LOG_BYTES, backupCount=OLD_LOGS, encoding="utf-8")
+    handler = RotatingFileHandler(
+        files.log, maxBytes=LOG_BYTES, backupCount=OLD_LOGS, encoding="utf-8"
+    )
     log = logging.Logger("service")
     log.addHandler(handler)
     return log
@@ -99,7 +102,14 @@ class _Supervisor:
         lock = acquire(self._files.server)
         try:
             process = await asyncio.create_subprocess_exec(
-                *(sys.executable, "-m", "agentmem.cli", "serve", "--config", str(self._files.settings)),
+                *(
+                    sys.executable,
+                    "-m",
+                    "agentmem.cli.main",
+                    "serve",
+                    "--config",
+                    str(self._files.settings),
+                ),
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=asyncio.subprocess.PIPE,
                 stderr=asyncio.subprocess.STDOUT,
@@ -123,7 +133,9 @@ class _Supervisor:
 
     def _note(self, **changes: object) -> None:
         self._state = replace(self._state, **changes)  # type: ignore[arg-type]
-        with contextlib.suppress(OSError):  # on a full disk the server goes on, and so it is supervised
+        with contextlib.suppress(
+            OSError
+        ):  # on a full disk the server goes on, and so it is supervised
             self._state.write(self._files.state)
 
     def _say(self, text: str) -> None:
@@ -131,8 +143,12 @@ class _Supervisor:
 
 
 def _environment() -> dict[str, str]:
-    """The file has the settings, whoever's environment this is. A progress bar is a line of the log every 10 s."""
-    kept = {k: v for k, v in os.environ.items() if not k.startswith("AGENTMEM_") or k == "AGENTMEM_BLAS"}
+    """The file has the settings, whoever's environment this is. A progress bar is a line of the log
+    every 10 s.
+    """
+    kept = {
+        k: v for k, v in os.environ.items() if not k.startswith("AGENTMEM_") or k == "AGENTMEM_BLAS"
+    }
     return kept | {"TQDM_MININTERVAL": "10"}
 
 

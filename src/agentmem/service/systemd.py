@@ -38,7 +38,8 @@ WantedBy=default.target
 class Systemd:
     name = "systemd user unit"
     limits = (
-        "systemd runs it while you are logged in. To have it from boot on, and after logout: loginctl enable-linger"
+        "systemd runs it while you are logged in. To have it from boot on, and after logout: "
+        "loginctl enable-linger"
     )
 
     def __init__(self, description: Description):
@@ -50,11 +51,16 @@ class Systemd:
         return Path.home() / ".config" / "systemd" / "user" / UNIT
 
     def available(self) -> bool:
-        return shutil.which("systemctl") is not None and _systemctl("show-environment", check=False) == 0
+        return (
+            shutil.which("systemctl") is not None
+            and _systemctl("show-environment", check=False) == 0
+        )
 
     def text(self) -> str:
         d = self._description
-        environment = "".join(f"Environment={_quoted(f'{k}={v}')}\n" for k, v in d.environment.items())
+        environment = "".join(
+            f"Environment={_quoted(f'{k}={v}')}\n" for k, v in d.environment.items()
+        )
         return _TEXT.format(
             command=" ".join(_quoted(part) for part in COMMAND),
             stop_seconds=d.stop_seconds,

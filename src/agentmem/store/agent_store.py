@@ -1,7 +1,9 @@
-"""The store of one model: agents, their branches, and the blocks and tails that those are made of, on disk.
+"""The store of one model: agents, their branches, and the blocks and tails that those are made of,
+on disk.
 
-Every method may be called from any thread and returns at once. Writes are done in the order asked for, by one writer
-thread (writer.py), and a future resolves when its write is durable; reads run on a pool (reader.py).
+Every method may be called from any thread and returns at once. Writes are done in the order asked
+for, by one writer thread (writer.py), and a future resolves when its write is durable; reads run on
+a pool (reader.py).
 
 A failed write sets `background_error`, until a later one succeeds. Errors of futures:
   LeastRecentlyUsed  the store is full of what was used more recently: not written, and no error of the store
@@ -25,19 +27,19 @@ import numpy as np
 
 from ..errors import ShuttingDown
 from ..tensors import HostTensor
-from . import jobs, links, saves
-from .batch import Flush
-from .crypto import Vault
-from .links import Linked
-from .lock import announce, release
-from .opening import StoreFiles, opened
-from .reader import READERS, Catalog, Reader, read_segment
+from .files.crypto import Vault
+from .files.reader import READERS, Catalog, Reader, read_segment
+from .files.segment import Segment
 from .records import AgentRecord, FileRef, StoreIndex
-from .room import Limits
-from .segment import Segment
-from .trim import Trimmed
-from .turns import TurnTable
-from .writer import Writer
+from .upkeep.locks import announce, release
+from .upkeep.open import StoreFiles, opened
+from .upkeep.quota import Limits
+from .upkeep.trim import Trimmed
+from .writer import jobs, links, saves
+from .writer.batch import Flush
+from .writer.links import Linked
+from .writer.turns import TurnTable
+from .writer.writer import Writer
 
 MAX_BACKLOG_BYTES = 256 << 20
 
@@ -55,26 +57,40 @@ class AgentStore:
         unlock: Callable[[bool], Vault] | None = None,
         readers: int = READERS,
     ) -> "AgentStore":
-        """Open root/fingerprint, created if need be. Blocks made with another `meta` are dropped, all of them.
+        """Open root/fingerprint, created if need be. Blocks made with another `meta` are dropped,
+        all of them.
 
-        `unlock`: encrypt; gives the master key's vault, and is told whether a new master key may be made.
-        Raises StoreError: in use by another process, of a newer format, encrypted otherwise, or unreadable.
+        `unlock`: encrypt; gives the master key's vault, and is told whether a new master key may be
+        made. Raises StoreError: in use by another process, of a newer format, encrypted otherwise,
+        or unreadable.
         """
         with opened(root, fingerprint, meta, limits or Limits(), unlock) as files:
             return cls(files, max_backlog, readers)
 
     def __init__(self, files: StoreFiles, max_backlog: int, readers: int):
         """Use `open`."""
-        self._layout, self._manifest, self._lock, self._room = files.layout, files.manifest, files.lock, files.room
-        self.address_secret = files.address_secret  # goes into blocks' keys: their names on disk confirm no guess
+        self._layout, self._manifest, self._lock, self._room = (
+            files.layout,
+            files.manifest,
+            files.lock,
+            files.room,
+        )
+        self.address_secret = (
+            files.address_secret
+        )  # goes into blocks' keys: their names on disk confirm no guess
         self._closed = False
         self.on_trim: Callable[[Trimmed], None] = lambda _: None  # called on the writer's thread
         keys, manifest = files.keys, files.manifest
         block_keys = keys.block_keys() if keys else {}
         tail_keys = keys.tail_keys() if keys else {}
         self._index = manifest.index(block_keys, tail_keys)
-        blocks = {key: replace(ref, key=block_keys.get(key)) for key, ref in manifest.block_files().items()}
-        tails = {id: replace(ref, key=tail_keys.get(id)) for id, ref in manifest.tail_files().items()}
+        blocks = {
+            key: replace(ref, key=block_keys.get(key))
+            for key, ref in manifest.block_files().items()
+        }
+        tails = {
+            id: replace(ref, key=tail_keys.get(id)) for id, ref in manifest.tail_files().items()
+        }
         self._catalog = Catalog(blocks, tails)
         self._damaged_rows = manifest.damaged_rows
         self._writer = Writer(files, self._catalog, max_backlog, lambda gone: self.on_trim(gone))
@@ -99,14 +115,17 @@ class AgentStore:
         metadata: Mapping[str, str],
         last_used: float | None = None,
     ) -> Future[FileRef]:
-        """Store the block and make it the branch's head; a tail goes, as the block holds its tokens.
+        """Store the block and make it the branch's head; a tail goes, as the block holds its
+        tokens.
 
-        If the key is stored already, that block stays, and is the result. `last_used`: of the branch, Unix seconds;
-        None: now.
+        If the key is stored already, that block stays, and is the result. `last_used`: of the
+        branch, Unix seconds; None: now.
         """
         now = time.time() if last_used is None else last_used
         return self._writer.submit(
-            saves.SaveBlock(branch_id, namespace, agent, key, now, tokens, tensors, metadata, key, parent)
+            saves.SaveBlock(
+                branch_id, namespace, agent, key, now, tokens, tensors, metadata, key, parent
+            )
         )
 
     def save_tail(
@@ -122,25 +141,37 @@ class AgentStore:
     ) -> Future[FileRef]:
         """Make `head` the branch's head, and these its tokens after it."""
         now = time.time() if last_used is None else last_used
-        return self._writer.submit(saves.SaveTail(branch_id, namespace, agent, head, now, tokens, tensors, metadata))
+        return self._writer.submit(
+            saves.SaveTail(branch_id, namespace, agent, head, now, tokens, tensors, metadata)
+        )
 
     def save_branch(
         self, branch_id: str, namespace: str, agent: str, head: bytes | None, last_used: float
     ) -> Future[None]:
-        """Make `head`, a stored block, the branch's head, as after a fork or cut; another head's tail goes.
+        """Make `head`, a stored block, the branch's head, as after a fork or cut; another head's
+        tail goes.
 
         Blocks that no branch reaches any more stay until the next deletion, quarantine or open.
         """
         return self._writer.submit(saves.BranchJob(branch_id, namespace, agent, head, last_used))
 
     def fork_branch(
-        self, source: str, branch_id: str, namespace: str, agent: str, head: bytes | None, last_used: float
+        self,
+        source: str,
+        branch_id: str,
+        namespace: str,
+        agent: str,
+        head: bytes | None,
+        last_used: float,
     ) -> Future[int]:
-        """A branch with the head of `source`, and its tail if that still follows this head: bytes of the tail, or 0.
+        """A branch with the head of `source`, and its tail if that still follows this head: bytes
+        of the tail, or 0.
 
         Writes no file: the tail's gets a second name.
         """
-        return self._writer.submit(saves.ForkBranch(branch_id, namespace, agent, head, last_used, source))
+        return self._writer.submit(
+            saves.ForkBranch(branch_id, namespace, agent, head, last_used, source)
+        )
 
     def touch(self, agent: AgentRecord, branch_id: str | None = None) -> Future[None]:
         """Note an agent's and a branch's last use, and what else is known of the agent."""
@@ -151,8 +182,12 @@ class AgentStore:
         return self._writer.submit(jobs.MoveAgent(source, target))
 
     def link_files(self, blocks: list[bytes], branches: list[str]) -> Future[Linked]:
-        """Second names for files of blocks and tails, for `read_linked`; `unlink` ends it. NotFound if one is gone."""
-        return self._writer.submit(links.LinkFiles(self._layout.exports / uuid.uuid4().hex, blocks, branches))
+        """Second names for files of blocks and tails, for `read_linked`; `unlink` ends it. NotFound
+        if one is gone.
+        """
+        return self._writer.submit(
+            links.LinkFiles(self._layout.exports / uuid.uuid4().hex, blocks, branches)
+        )
 
     def unlink(self, linked: Linked) -> Future[None]:
         """Resolves when the second names are gone. What is left of them, the next open removes."""
@@ -188,8 +223,12 @@ class AgentStore:
 
     # Reads
 
-    def read_block(self, key: bytes, parts: Collection[str] | None = None) -> Future[dict[str, HostTensor]]:
-        """Tensors of these parts (tensors.part_of; None: of all), those that it has; no other part is read."""
+    def read_block(
+        self, key: bytes, parts: Collection[str] | None = None
+    ) -> Future[dict[str, HostTensor]]:
+        """Tensors of these parts (tensors.part_of; None: of all), those that it has; no other part
+        is read.
+        """
         return _closed() if self._closed else self._reader.read_block(key, parts)
 
     def read_tail(self, branch_id: str) -> Future[Segment]:
@@ -198,7 +237,9 @@ class AgentStore:
 
     @staticmethod
     def read_linked(linked: Linked, name: bytes | str) -> Segment:
-        """A block by its key, or a tail by its branch; on the caller's thread. Raises CorruptSegment."""
+        """A block by its key, or a tail by its branch; on the caller's thread. Raises
+        CorruptSegment.
+        """
         path, ref = linked[name]
         return read_segment(path, ref, b"block:" + name if isinstance(name, bytes) else b"tail")
 

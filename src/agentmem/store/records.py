@@ -5,7 +5,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-IMPORTS = "\x01import"  # namespace of agents that are being imported: what is left of one goes at the next open
+# namespace of agents that are being imported: what is left of one goes at the next open
+IMPORTS = "\x01import"
 
 
 @dataclass(frozen=True)
@@ -16,7 +17,9 @@ class BlockRecord:
     nbytes: int  # of the file
     checksum: bytes
     created: float  # Unix seconds
-    parts: Mapping[str, int] = field(default_factory=dict)  # bytes of each (tensors.part_of) in the file
+    parts: Mapping[str, int] = field(
+        default_factory=dict
+    )  # bytes of each (tensors.part_of) in the file
 
 
 @dataclass(frozen=True)
@@ -24,7 +27,9 @@ class TailRecord:
     tokens: np.ndarray  # uint32
     nbytes: int
     checksum: bytes
-    parts: Mapping[str, int] = field(default_factory=dict)  # of its snapshots ("@137"); stacks it always has, all
+    parts: Mapping[str, int] = field(
+        default_factory=dict
+    )  # of its snapshots ("@137"); stacks it always has, all
 
 
 @dataclass(frozen=True)
@@ -77,10 +82,14 @@ class FileRef:
     checksum: bytes
     generation: int = 0  # of a tail
     key: bytes | None = field(default=None, repr=False)  # of an encrypted file
-    parts: Mapping[str, int] = field(default_factory=dict)  # as in the block's or tail's record; of a saved file only
+    parts: Mapping[str, int] = field(
+        default_factory=dict
+    )  # as in the block's or tail's record; of a saved file only
 
 
 def written_in_last_hour(by_hour: Mapping[int, int], now: float) -> int:
-    """Of bytes by hour since 1970: this hour's, and of the one before the share that is less than an hour ago."""
+    """Of bytes by hour since 1970: this hour's, and of the one before the share that is less than
+    an hour ago.
+    """
     hour, into = int(now // 3600), now % 3600 / 3600
     return int(by_hour.get(hour, 0) + by_hour.get(hour - 1, 0) * (1 - into))

@@ -1,0 +1,203 @@
+"""An answer's text, as it comes, to what it is: reasoning, content, tool calls. Of no wire format."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from .markup import Edges, Markup, State
+from .messages import ToolCall
+
+# spans of an answer that are no calls, and are read again as text; then no more are looked for
+_MAX_UNREAD = 100
+
+
+@dataclass(frozen=True)
+class Reasoning:
+    text: str
+
+
+@dataclass(frozen=True)
+class Content:
+    text: str
+
+
+Part = Reasoning | Content | ToolCall
+
+
+class AnswerParser:
+    """Of one answer.
+
+    Reasoning begins only before anything else is said: a model that writes about <think> does not
+    think. Line breaks around reasoning and before tool calls are the template's, not part of a
+    text. What looks like a tool call and can't be read as one is content. No text is lost but what
+    marks the parts.
+    """
+
+    def __init__(
+        self,
+        markup: Markup,
+        tools: list[dict[str, Any]],
+        *,
+        in_reasoning: bool = False,
+        max_calls: int = 0,
+    ):
+        """`tools`: that may be called; with none, no calls are looked for. `in_reasoning`: the
+        prompt ends in it.
+
+        `max_calls`: further ones are left out; 0: there is no limit.
+        """
+        self._markup, self._tools, self._max_calls = markup, tools, max_calls
+        self._edges = markup.edges if tools else _without_calls(markup.edges)
+        self._state: State = "reasoning" if in_reasoning else markup.initial
+        self._before: State = self._state  # the tool call that is being read
+        self._texts = {"reasoning": _Trimmed(skip=True), "content": _Trimmed(skip=False)}
+        self._header = self._raw = ""  # before a part; of a tool call: its marker
+        self._call: list[str] = []  # and what follows that
+        self._held = ""  # that may be the beginning of a marker
+        self._parts: list[Part] = []
+        self.num_calls = self._num_unread = 0
+
+    def feed(self, text: str) -> list[Part]:
+        self._held += text
+        self._advance()
+        return self._take()
+
+    def finish(self, *, cut: bool = False) -> list[Part]:
+        """What was held back. `cut`: the answer ended before the model ended it."""
+        self._flush()
+        while self._state == "tool":
+            self._close_call("", readable=not (cut and self._edges.get("tool")))
+            self._advance()
+            self._flush()
+        if self._state == "header":
+            self._state = "content"
+            self._say(self._header)
+        for kind, trimmed in self._texts.items():
+            self._add(kind, trimmed.end())
+        return self._take()
+
+    def _advance(self) -> None:
+        while (found := self._next_marker()) is not None:
+            at, marker, state = found
+            before, self._held = self._held[:at], self._held[at + len(marker) :]
+            self._say(before)
+            self._enter(state, marker)
+        safe = len(self._held) - self._partial()
+        before, self._held = self._held[:safe], self._held[safe:]
+        self._say(before)
+
+    def _flush(self) -> None:
+        """What is held is no marker."""
+        self._say(self._held)
+        self._held = ""
+
+    def _next_marker(self) -> tuple[int, str, State] | None:
+        """The first marker in what is held, the longest of those that begin there: its place, text
+        and next state.
+        """
+        places = [
+            (self._held.find(text), -len(text), text, to)
+            for text, to in self._edges.get(self._state, ())
+        ]
+        found = min((place for place in places if place[0] >= 0), default=None)
+        if (
+            self._state == "start"
+            and self._held[: found[0] if found else len(self._held) - self._partial()].strip()
+        ):
+            self._state = "content"
+            return self._next_marker()
+        return (found[0], found[2], found[3]) if found else None
+
+    def _partial(self) -> int:
+        """How many characters at the end of what is held may be the beginning of a marker."""
+        markers = [text for text, _ in self._edges.get(self._state, ())]
+        longest = min(max(map(len, markers), default=1) - 1, len(self._held))
+        sizes = range(longest, 0, -1)
+        return next(
+            (n for n in sizes if any(text.startswith(self._held[-n:]) for text in markers)), 0
+        )
+
+    def _say(self, text: str) -> None:
+        if self._state == "tool":
+            self._call.append(text)
+        elif self._state == "header":
+            self._header += text
+        else:
+            kind = "reasoning" if self._state == "reasoning" else "content"
+            self._add(kind, self._texts[kind].feed(text, hold=bool(self._edges.get(self._state))))
+
+    def _enter(self, state: State, marker: str) -> None:
+        if self._state == "tool":
+            return self._close_call(marker, then=state)
+        if state == "tool":
+            self._before, self._raw, self._call = self._state, self._header + marker, []
+        elif self._state == "reasoning" or state == "reasoning":
+            for trimmed in self._texts.values():
+                trimmed.drop()
+        self._state, self._header = state, ""
+
+    def _close_call(self, marker: str, *, then: State = "start", readable: bool = True) -> None:
+        """The call as a part. One that can't be read is text: what follows its first marker is
+        looked at again.
+        """
+        call = "".join(self._call)
+        try:
+            if not readable:
+                raise ValueError("cut")
+            calls = self._markup.tool_calls(call, self._tools)
+        except ValueError:
+            self._state = "content" if self._before in ("start", "header") else self._before
+            self._say(self._raw)
+            self._held = call + marker + self._held
+            self._num_unread += 1
+            if self._num_unread == _MAX_UNREAD:  # a model that says <tool_call> over and over
+                self._edges = _without_calls(self._edges)
+            return
+        for trimmed in self._texts.values():
+            trimmed.drop()
+        room = self._max_calls - self.num_calls if self._max_calls else len(calls)
+        self._parts += calls[:room]
+        self.num_calls += len(calls[:room])
+        self._state = "header" if "header" in (then, self._before) else self._before
+
+    def _add(self, kind: str, text: str) -> None:
+        if text:
+            self._parts.append(Reasoning(text) if kind == "reasoning" else Content(text))
+
+    def _take(self) -> list[Part]:
+        parts, self._parts = self._parts, []
+        return parts
+
+
+def _without_calls(edges: Edges) -> Edges:
+    return {
+        state: tuple((text, to) for text, to in pairs if to != "tool")
+        for state, pairs in edges.items()
+    }
+
+
+class _Trimmed:
+    """A text without line breaks at its beginning, if so wanted; blanks at its end wait until it
+    goes on.
+    """
+
+    def __init__(self, *, skip: bool):
+        self._skip = skip
+        self._blank = ""
+
+    def feed(self, text: str, *, hold: bool) -> str:
+        text = self._blank + text
+        if self._skip:
+            text = text.lstrip("\n")
+        said = text.rstrip() if hold else text
+        self._blank = text[len(said) :]
+        self._skip = self._skip and not said
+        return said
+
+    def drop(self) -> None:
+        """Here something else stands between: blanks on both sides were its own."""
+        self._blank, self._skip = "", True
+
+    def end(self) -> str:
+        blank = "" if self._skip else self._blank
+        self._blank = ""
+        return blank

@@ -1,0 +1,148 @@
+"""A chat's tokens, in which nothing that a user, a tool or a system prompt writes is a special
+token.
+
+A text that reads like a special token's name is marked before the template sees it, by a character
+that no message holds. The rendered text is tokenized without the marks; of the special tokens found
+in it, those that were marked are spelled in ordinary tokens. What the assistant said is left as it
+is: there the names are its own tokens (<think>, say).
+"""
+
+import json
+import re
+from collections.abc import Iterable, Sequence
+from functools import cached_property
+from typing import Any
+
+from ..errors import InvalidRequest
+from .template import source_of
+from .token_bytes import TokenBytes
+
+_MARKS = range(0xE000, 0xF8FF)  # for private use
+_MARKERS = (
+    "think_start",
+    "think_end",
+    "tool_call_start",
+    "tool_call_end",
+)  # of mlx_lm's TokenizerWrapper
+
+
+class SpecialTokens:
+    """Of one tokenizer, an mlx_lm TokenizerWrapper."""
+
+    def __init__(self, tokenizer: Any, token_bytes: TokenBytes):
+        self._tokenizer, self._token_bytes = tokenizer, token_bytes
+        added = json.loads(tokenizer.backend_tokenizer.to_str())["added_tokens"]
+        self._added = {t["content"]: t["id"] for t in added}
+        markers = {getattr(tokenizer, name, None) for name in _MARKERS}
+        template = source_of(tokenizer)
+
+        def is_markup(name: str) -> bool:
+            """DeepSeek's roles and the tags around tools' results are not called special, but are
+            all the same.
+
+            Other added tokens are ordinary words: Gemma's are tags of HTML and runs of spaces.
+            """
+            return name in markers or (
+                bool(name.strip()) and (name in template or "|" in name or "｜" in name)
+            )
+
+        names = {t["content"] for t in added if t["special"] or is_markup(t["content"])}
+        self._names = sorted((name for name in names if len(name) > 1), key=len, reverse=True)
+
+    def tokens(
+        self, messages: Sequence[dict[str, Any]], generation_prompt: bool = True, /, **options: Any
+    ) -> list[int]:
+        """Of the rendered chat, up to where an answer begins. jinja2.TemplateError: the template
+        refuses it.
+
+        Without a generation prompt, up to where the last message ends.
+        """
+        mark = _unused((*_texts(messages), *_texts(options)))
+        if "tools" in options:
+            options["tools"] = _map_texts(options["tools"], lambda t: self._mark(t, mark))
+        marked = [
+            m if m["role"] == "assistant" else _map_text(m, lambda t: self._mark(t, mark))
+            for m in messages
+        ]
+        options |= {"add_generation_prompt": generation_prompt, "tokenize": False}
+        text = self._tokenizer.apply_chat_template(marked, **options)
+        return self._encode_marked(text, mark)
+
+    def encode(self, text: str) -> list[int]:
+        """A text in which special tokens' names are special tokens."""
+        tokens: list[int] = self._tokenizer.encode(text, add_special_tokens=False, verbose=False)
+        return tokens
+
+    def _encode_marked(self, text: str, mark: str) -> list[int]:
+        pieces = text.split(mark)
+        if len(pieces) == 1:
+            return self.encode(text)
+        starts, at = set(), 0
+        for piece in pieces[:-1]:
+            at += len(piece)
+            starts.add(at - 1)  # the mark stands behind the first character
+        plain = "".join(pieces)
+        found = [(m.start(), self._added[m.group()]) for m in self._pattern.finditer(plain)]
+        tokens = self.encode(plain)
+        if not self._token_bytes.is_known or [t for t in tokens if t in self._ids] != [
+            t for _, t in found
+        ]:
+            return [token for piece in pieces if piece for token in self.encode(piece)]
+        positions = iter(start for start, _ in found)
+        spelled = (
+            self._token_bytes.spell(t) if t in self._ids and next(positions) in starts else [t]
+            for t in tokens
+        )
+        return [token for several in spelled for token in several]
+
+    def _mark(self, text: str, mark: str) -> str:
+        for name in self._names:
+            text = text.replace(name, name[0] + mark + name[1:])
+        return text
+
+    @cached_property
+    def _ids(self) -> frozenset[int]:
+        return frozenset(self._added.values())
+
+    @cached_property
+    def _pattern(self) -> re.Pattern[str]:
+        """Added tokens in a text, as a tokenizer finds them: from the left, the longest."""
+        return re.compile(
+            "|".join(map(re.escape, sorted(self._added, key=len, reverse=True))) or r"(?!)"
+        )
+
+
+def _texts(value: Any) -> Iterable[str]:
+    """Every text in a message, however deep."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for key, inner in value.items():
+            yield from (*_texts(key), *_texts(inner))
+    elif isinstance(value, (list, tuple)):
+        for inner in value:
+            yield from _texts(inner)
+
+
+def _map_text(message: dict[str, Any], change: Any) -> dict[str, Any]:
+    """What a message says and who says so; its role is the template's business."""
+    return {k: change(v) if isinstance(v, str) and k != "role" else v for k, v in message.items()}
+
+
+def _map_texts(value: Any, change: Any) -> Any:
+    """With every text in it changed, however deep."""
+    if isinstance(value, str):
+        return change(value)
+    if isinstance(value, dict):
+        return {_map_texts(key, change): _map_texts(inner, change) for key, inner in value.items()}
+    return [_map_texts(inner, change) for inner in value] if isinstance(value, list) else value
+
+
+def _unused(texts: Iterable[str]) -> str:
+    used = set().union(*texts)
+    mark = next((chr(c) for c in _MARKS if chr(c) not in used), None)
+    if mark is None:
+        raise InvalidRequest(
+            "messages: they hold every character for private use; leave one out.", param="messages"
+        )
+    return mark

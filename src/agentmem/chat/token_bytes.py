@@ -1,0 +1,124 @@
+"""What each token of a vocabulary stands for, as bytes of the text that it decodes to.
+
+Known are byte-level BPE (Qwen, Llama 3, DeepSeek, gpt-oss, SmolLM ...) and SentencePiece with byte
+fallback (Gemma, Mistral, Llama 2 ...). Other tokenizers decode a token by what stands beside it, so
+that a text can't be cut there.
+"""
+
+import json
+import re
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+_SPACE = "\u2581"  # SentencePiece's
+_UNKNOWN = b"\xff"  # in no text
+_BYTE = re.compile(r"<0x([0-9A-F]{2})>")
+
+
+class TokenBytes:
+    """Of one tokenizer, an mlx_lm TokenizerWrapper or a transformers fast one."""
+
+    def __init__(self, tokenizer: Any):
+        backend = json.loads(tokenizer.backend_tokenizer.to_str())
+        vocabulary: dict[str, int] = tokenizer.get_vocab()
+        self._added = {t["content"]: t["id"] for t in backend["added_tokens"]}
+        self._names = {i: name for name, i in vocabulary.items() if name not in self._added}
+        self._to_bytes = _decoder(backend["decoder"])
+        self.atomic_ids = np.array(
+            sorted(self._added.values()), np.int64
+        )  # found in text by name, before all others
+
+    @property
+    def is_known(self) -> bool:
+        """Whether tokens decode to bytes one by one."""
+        return self._to_bytes is not None
+
+    def of_tokens(self, tokens: np.ndarray) -> tuple[bytes, np.ndarray]:
+        """Their bytes, and where each token's end: int64 [n]."""
+        at = np.minimum(tokens, len(self._table) - 1)
+        return b"".join(map(self._table.__getitem__, at.tolist())), np.cumsum(
+            self._lengths[at], dtype=np.int64
+        )
+
+    def spell(self, token: int) -> list[int]:
+        """A special token's name in ordinary tokens."""
+        rest, spelled = self._table[token], []
+        while rest:
+            piece = next(rest[:n] for n in range(len(rest), 0, -1) if rest[:n] in self._ordinary)
+            spelled.append(self._ordinary[piece])
+            rest = rest[len(piece) :]
+        return spelled
+
+    @cached_property
+    def _ordinary(self) -> dict[bytes, int]:
+        """By what they stand for. Every byte has a token of its own; where it has two, the one that
+        is no mere byte.
+        """
+        assert self._to_bytes is not None
+        names = sorted(
+            self._names.items(), key=lambda item: (_BYTE.fullmatch(item[1]) is None, item[0])
+        )
+        return {self._to_bytes(name): token for token, name in names}
+
+    @cached_property
+    def _lengths(self) -> np.ndarray:
+        return np.array([len(text) for text in self._table], np.int64)
+
+    @cached_property
+    def _table(self) -> list[bytes]:
+        """By token; the last one is for all tokens beyond."""
+        assert self._to_bytes is not None
+        table = [_UNKNOWN] * (max([*self._names, *self._added.values()], default=-1) + 2)
+        for token, name in self._names.items():
+            table[token] = self._to_bytes(name)
+        for content, token in self._added.items():
+            table[token] = content.encode()
+        return table
+
+
+def _decoder(spec: Any) -> Any:
+    """From a tokenizer's own description of its decoder: a function from a token's name to its
+    bytes, or None.
+    """
+    if spec is None:
+        return None
+    steps = spec["decoders"] if spec["type"] == "Sequence" else [spec]
+    kinds = [step["type"] for step in steps]
+    if kinds == ["ByteLevel"]:
+        return _byte_level
+    if (
+        "ByteFallback" in kinds
+        and kinds[0] == "Replace"
+        and not set(kinds) - {"Replace", "ByteFallback", "Fuse", "Strip"}
+    ):
+        return _sentence_piece
+    return None
+
+
+def _byte_level(name: str) -> bytes:
+    return b"".join(_BYTE_OF.get(c, c.encode()) for c in name)
+
+
+def _sentence_piece(name: str) -> bytes:
+    if found := _BYTE.fullmatch(name):
+        return bytes([int(found.group(1), 16)])
+    return name.replace(_SPACE, " ").encode()
+
+
+def _bytes_by_character() -> dict[str, bytes]:
+    """GPT-2's alphabet: printable Latin-1 stands for itself, the other bytes for the characters
+    from U+0100 on.
+    """
+    printable = [
+        *range(ord("!"), ord("~") + 1),
+        *range(ord("¡"), ord("¬") + 1),
+        *range(ord("®"), ord("ÿ") + 1),
+    ]
+    others = [b for b in range(256) if b not in printable]
+    characters = {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
+    return {c: bytes([b]) for c, b in characters.items()}
+
+
+_BYTE_OF = _bytes_by_character()

@@ -1,0 +1,103 @@
+"""Agents and their branches: what of their contexts is cached."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from ..engine.api import AgentInfo, Explanation, Tier
+from ..kvcache.spec import KVCacheSpec
+from ..store.records import AgentRecord
+from .block_pool import CachedBlock, CachedTail, Entry
+from .resume import missing
+
+
+@dataclass(eq=False)
+class Branch:
+    id: str
+    agent: "Agent"
+    nodes: list[CachedBlock] = field(default_factory=list)
+    tail: CachedTail = field(default_factory=CachedTail)
+    last_used: float = 0.0  # Unix seconds
+    in_use: bool = False  # a sequence continues it
+    preempted: bool = False  # that sequence waits for RAM: what is here may be saved and evicted
+    disk_head: bytes | None = None  # last block of the branch's row in the store
+    # time.monotonic() when what is not on disk is to be saved; None: all is
+    save_at: float | None = None
+    tail_bytes_written: int = 0  # of all its tails, one after the other
+    displaced: list[str] = field(
+        default_factory=list
+    )  # branches that leave the disk once all of this one is there
+
+    def tokens(self) -> np.ndarray:
+        return np.concatenate([*(n.tokens for n in self.nodes), self.tail.tokens])
+
+    def __len__(self) -> int:
+        per_node = len(self.nodes[0].tokens) if self.nodes else 0
+        return len(self.nodes) * per_node + len(self.tail.tokens)
+
+    @property
+    def head(self) -> bytes | None:
+        return self.nodes[-1].key if self.nodes else None
+
+    def tier(self, spec: KVCacheSpec) -> Tier:
+        """Hot: nothing that its end needs must be read."""
+        nodes, tail = list(self.nodes), self.tail
+        end = sum(len(n.tokens) for n in nodes) + len(tail.tokens)
+        return "warm" if missing(spec, nodes, tail if len(tail.tokens) else None, end) else "hot"
+
+
+@dataclass(eq=False)
+class Agent:
+    namespace: str
+    name: str
+    created: float
+    last_used: float
+    branches: dict[str, Branch] = field(default_factory=dict)
+    pinned: bool = False  # its caches stay in RAM and on disk
+    ttl: float | None = None  # seconds that it is kept after its last use
+    ephemeral: bool = False  # never written to disk
+    requests: int = 0
+    hit_tokens: int = 0  # of its prompts, that were cached
+    explained: Explanation | None = None  # of its last request
+    noted_at: float = 0.0  # time.monotonic() when the store was last told of its use
+
+    @property
+    def newest(self) -> Branch | None:
+        return max(list(self.branches.values()), key=lambda b: b.last_used, default=None)
+
+    def record(self) -> AgentRecord:
+        return AgentRecord(
+            *(self.namespace, self.name, self.created, self.last_used),
+            *(self.pinned, self.ttl, self.requests, self.hit_tokens),
+        )
+
+    def entries(self) -> Iterator[Entry]:
+        for branch in self.branches.values():
+            yield from branch.nodes
+            yield branch.tail
+
+
+def agent_info(agent: Agent, spec: KVCacheSpec) -> AgentInfo:
+    branches = list(agent.branches.values())
+    nodes = {n.key: n for b in branches for n in list(b.nodes)}.values()
+    held = [
+        data
+        for data in (*(n.data for n in nodes), *(b.tail.data for b in branches))
+        if data is not None
+    ]
+    return AgentInfo(
+        agent_id=agent.name,
+        tier=agent.newest.tier(spec) if agent.newest else "warm",
+        tokens=max((len(b) for b in branches), default=0),
+        branches=len(branches),
+        ram_bytes=sum(data.nbytes for data in held),
+        disk_bytes=sum(n.disk_bytes for n in nodes) + sum(b.tail.disk_bytes for b in branches),
+        created=agent.created,
+        last_used=agent.last_used,
+        pinned=agent.pinned,
+        ttl=agent.ttl,
+        ephemeral=agent.ephemeral,
+        requests=agent.requests,
+        hit_tokens=agent.hit_tokens,
+    )

@@ -1,0 +1,319 @@
+"""Agents, their branches, and the tree of blocks that the branches share: what is cached, and for
+whom.
+
+A branch is a path of nodes (sealed blocks) plus a tail (an open block). Nodes are keyed by content,
+so that branches, and agents of one namespace, hold one node together where their prefixes are the
+same. Engine thread only, except `infos`.
+"""
+
+import hashlib
+import time
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Literal
+from weakref import WeakValueDictionary
+
+import numpy as np
+
+from ..engine.api import AgentInfo
+from ..kvcache.block import SealedBlock, Tail, state_offset
+from ..kvcache.spec import KVCacheSpec
+from ..tensors import common_prefix
+from .agent import Agent, Branch, agent_info
+from .block_pool import FRESH, BlockPool, CachedBlock, CachedTail, Entry
+from .match import Match, matched, preference
+from .unneeded import Holder, drop_unneeded
+
+ROOT = b""
+
+
+def block_key(scope: bytes, parent: bytes, tokens: np.ndarray, lineage: bytes) -> bytes:
+    """Content address of a block: 32 bytes over who may share it, what came before, its tokens, and
+    how it came about.
+
+    `scope` holds namespace (or agent) and the fingerprint of model, quantization and calibration.
+    `lineage` is FRESH, or names the block and position at which this one was cut before it filled
+    up again: its first tokens are codes where a fresh block of the same tokens saw full precision,
+    so that the two must not stand in for each other.
+    """
+    digest = hashlib.blake2b(digest_size=32)
+    for part in (scope, parent, lineage, np.ascontiguousarray(tokens, dtype="<u4").tobytes()):
+        digest.update(len(part).to_bytes(8, "little"))
+        digest.update(part)
+    return digest.digest()
+
+
+class PrefixCache:
+    """The registry. It knows what is in RAM and on disk; prefix_cache/restore.py and
+    prefix_cache/write_back.py move it.
+    """
+
+    def __init__(
+        self,
+        *,
+        fingerprint: bytes,
+        spec: KVCacheSpec,
+        sharing: Literal["namespace", "agent"],
+        max_branches: int,
+        running: Callable[[], Iterable[Holder]] = tuple,
+    ):
+        """`running`: what the sequences of the moment hold."""
+        self._fingerprint, self.spec, self._running = fingerprint, spec, running
+        self._stacks = frozenset(map(str, range(len(spec.stacks))))
+        self._sharing, self._max_branches = sharing, max_branches
+        self.agents: dict[tuple[str, str], Agent] = {}
+        self._newcomers: WeakValueDictionary[tuple[str, str], Agent] = (
+            WeakValueDictionary()
+        )  # still without a branch
+        self.nodes: dict[bytes, CachedBlock] = {}
+        self._held: list[Match] = []  # that something waits for, other than a sequence
+        self.pool = BlockPool()
+
+    def scope(self, namespace: str, agent: str) -> bytes:
+        owner = [namespace] if self._sharing == "namespace" else [namespace, agent]
+        return self._fingerprint + repr(owner).encode()
+
+    def agent(self, namespace: str, name: str) -> Agent:
+        """The agent of that name; a new one is entered with its first branch."""
+        now, key = time.time(), (namespace, name)
+        agent = self.agents.get(key) or self._newcomers.get(key) or Agent(namespace, name, now, now)
+        if key not in self.agents:
+            self._newcomers[key] = agent
+        return agent
+
+    def enter(self, agent: Agent) -> Agent:
+        """Note that it was used; returns the one of that name, if there is another one by now."""
+        agent = self.agents.setdefault((agent.namespace, agent.name), agent)
+        agent.last_used = time.time()
+        return agent
+
+    def branches(self) -> Iterable[Branch]:
+        return (b for a in self.agents.values() for b in a.branches.values())
+
+    def match(self, namespace: str, agent: str, tokens: Sequence[int]) -> Match:
+        """The longest prefix of `tokens`, short of the last one, over the agent's branches, then
+        over shared nodes.
+        """
+        wanted = np.array(tokens[:-1], dtype=np.uint32)
+        if self.spec.opaque is not None:
+            return Match(self.spec)
+        known = self.agents.get((namespace, agent))
+        found = (
+            [self._match_branch(branch, wanted) for branch in known.branches.values()]
+            if known
+            else []
+        )
+        best = max(found, key=preference, default=Match(self.spec))
+        shared = self._match_shared(self.scope(namespace, agent), wanted)
+        return shared if shared.length > best.length else best
+
+    def prefix(self, branch: Branch, num_tokens: int) -> Match:
+        """The branch's first tokens, or fewer, if a sequence can't go on from there."""
+        return self._match_branch(branch, branch.tokens()[:num_tokens])
+
+    def match_whole(self, branch: Branch, tokens: Sequence[int]) -> Match | None:
+        """`branch`, if it still holds all of `tokens` but the last."""
+        wanted = np.array(tokens[:-1], dtype=np.uint32)
+        if branch.agent.branches.get(branch.id) is not branch:
+            return None
+        match = self._match_branch(branch, wanted)
+        return match if match.length == len(wanted) and match.extends else None
+
+    def _match_branch(self, branch: Branch, wanted: np.ndarray) -> Match:
+        return matched(
+            self.spec, branch.nodes, branch.tail, common_prefix(branch.tokens(), wanted), branch
+        )
+
+    def _match_shared(self, scope: bytes, wanted: np.ndarray) -> Match:
+        nodes: list[CachedBlock] = []
+        parent, size = ROOT, self.spec.block_size
+        for start in range(0, len(wanted) - size + 1, size):
+            node = self.nodes.get(block_key(scope, parent, wanted[start : start + size], FRESH))
+            if node is None:
+                break
+            nodes.append(node)
+            parent = node.key
+        return matched(self.spec, nodes, None, len(nodes) * size, None)
+
+    def new_branch(self, agent: Agent) -> Branch:
+        return Branch(uuid.uuid4().hex, agent)
+
+    def seal(
+        self,
+        scope: bytes,
+        parent: bytes,
+        tokens: Sequence[int],
+        lineage: bytes,
+        data: SealedBlock,
+        *,
+        ephemeral: bool = False,
+    ) -> CachedBlock:
+        """The node of a block that just filled up: the existing one of that key, or a new one. Not
+        held yet.
+
+        An existing node of which a stack is not in RAM can't be adopted without a read, so the
+        block gets a key of its own: a little space for never mixing two computations of one block.
+        """
+        array = np.array(tokens, dtype=np.uint32)
+        key = block_key(scope, parent, array, lineage)
+        found = self.nodes.get(key)
+        if found is not None and (found.data is None or not self._stacks <= found.data.parts):
+            key, found = block_key(scope, parent, array, lineage + uuid.uuid4().bytes), None
+        if found is None:
+            found = self.nodes[key] = CachedBlock(key, parent, array, discardable=ephemeral)
+            self.pool.put(found, data)
+        found.discardable = found.discardable and ephemeral
+        return found
+
+    def add_states(self, node: CachedBlock, block: SealedBlock) -> None:
+        """Keep what `block`, a running sequence's own, has more of recurrent state."""
+        had = node.data.arrays if node.data is not None else {}
+        more = {
+            name: a
+            for name, a in block.arrays.items()
+            if state_offset(name) is not None and name not in had
+        }
+        if more:
+            self.pool.add(node, more)
+
+    @staticmethod
+    def hold(nodes: Iterable[CachedBlock]) -> None:
+        now = time.time()
+        for node in nodes:
+            node.refs += 1
+            node.last_used = now
+
+    def hold_match(self, match: Match) -> None:
+        """Keep its nodes, and what of them comes into RAM for it, until `release_match`."""
+        self.hold(match.all_nodes)
+        self._held.append(match)
+
+    def release_match(self, match: Match) -> None:
+        self._held = [held for held in self._held if held is not match]
+        self.drop_unneeded(match.all_nodes)
+        self.release(match.all_nodes)
+
+    def drop_unneeded(self, path: Sequence[CachedBlock]) -> None:
+        """Let go of what nobody needs in RAM of the nodes of a path that starts at the root."""
+        drop_unneeded(self.spec, self.pool, path, self._holders())
+
+    def _holders(self) -> Iterator[Holder]:
+        for branch in self.branches():
+            yield branch.nodes, len(branch)
+        for match in self._held:
+            yield match.all_nodes, match.length
+        yield from self._running()
+
+    @staticmethod
+    def touch(match: Match) -> None:
+        """Note that what matched is used now."""
+        for entry in match.entries():
+            entry.last_used = time.time()
+
+    def set_tail(self, branch: Branch, tail: CachedTail, data: Tail | None = None) -> None:
+        """Replace the branch's tail; `data`: the new one's arrays."""
+        self.pool.drop(branch.tail)
+        branch.tail = tail
+        tail.last_used = time.time()
+        if data is not None:
+            self.pool.put(tail, data)
+
+    def release(self, nodes: Iterable[CachedBlock]) -> None:
+        for node in nodes:
+            node.refs -= 1
+            if node.refs == 0:
+                self.pool.drop(node)
+                if self.nodes.get(node.key) is node:
+                    del self.nodes[node.key]
+
+    def put_branch(self, branch: Branch) -> list[Branch]:
+        """Enter a branch that a sequence leaves, and drop what it displaces: its own prefixes, and
+        the oldest.
+
+        Returns the oldest; the prefixes are in `branch.displaced`. The branch must already hold its
+        nodes.
+        """
+        agent = branch.agent = self.enter(branch.agent)
+        branch.last_used = agent.last_used
+        agent.branches[branch.id] = branch
+        mine = branch.tokens()
+        gone = [
+            b
+            for b in agent.branches.values()
+            if b is not branch
+            and not b.in_use
+            and len(b) <= len(mine)
+            and common_prefix(b.tokens(), mine) == len(b)
+        ]
+        main = max(
+            agent.branches.values(), key=lambda b: (len(b), b.last_used)
+        )  # leaves after all side branches
+        idle = (b for b in agent.branches.values() if b not in gone and not b.in_use)
+        others = sorted(idle, key=lambda b: (b is main, b.last_used))
+        oldest = others[: max(0, len(others) - self._max_branches)]
+        for old in gone:
+            branch.displaced += [old.id, *old.displaced]
+        for old in gone + oldest:
+            self.drop_branch(old)
+        return oldest
+
+    def covering(self, branch: Branch, tokens: np.ndarray) -> Branch | None:
+        """Another branch of the agent that can be gone on from after `tokens`, as when a prompt was
+        sent again.
+        """
+        known = self.agents.get((branch.agent.namespace, branch.agent.name))
+        others = (b for b in known.branches.values() if b is not branch) if known else ()
+        return next(
+            (b for b in others if self._match_branch(b, tokens).length == len(tokens)), None
+        )
+
+    def drop_branch(self, branch: Branch) -> None:
+        branch.agent.branches.pop(branch.id, None)
+        self.set_tail(
+            branch, CachedTail()
+        )  # a read of the old one that is on its way finds no place
+        self.drop_unneeded(branch.nodes)
+        self.release(branch.nodes)
+
+    def is_ephemeral(self, namespace: str, name: str) -> bool:
+        """Whether there is such an agent, and it is never written to disk. From any thread."""
+        agent = self.agents.get((namespace, name))
+        return agent is not None and agent.ephemeral
+
+    def drop_agent(self, agent: Agent) -> None:
+        self.agents.pop((agent.namespace, agent.name), None)
+        for branch in list(agent.branches.values()):
+            self.drop_branch(branch)
+
+    def cut_at(self, bad: CachedBlock) -> None:
+        """A block turned out unreadable: every branch that holds it keeps what comes before."""
+        for branch in self.branches():
+            if bad in branch.nodes:
+                index = branch.nodes.index(bad)
+                self.release(branch.nodes[index:])
+                branch.nodes = branch.nodes[:index]
+                self.set_tail(branch, CachedTail())
+        if self.nodes.get(bad.key) is bad:
+            del self.nodes[bad.key]
+
+    def lose(self, entry: Entry) -> None:
+        """Its arrays are gone, and were never on disk."""
+        if isinstance(entry, CachedBlock):
+            self.cut_at(entry)
+        for branch in self.branches():
+            if branch.tail is entry:
+                branch.tail = CachedTail()
+
+    def branch_tokens(self, namespace: str, name: str) -> list[np.ndarray]:
+        """On any thread: a branch that moves on meanwhile may give ids of before and after, which
+        no one relies on.
+        """
+        agent = self.agents.get((namespace, name))
+        return [branch.tokens() for branch in list(agent.branches.values())] if agent else []
+
+    def infos(self, namespace: str) -> list[AgentInfo]:
+        return [
+            agent_info(a, self.spec)
+            for (owner, _), a in list(self.agents.items())
+            if owner == namespace
+        ]

@@ -1,0 +1,52 @@
+"""Why a prompt was cached as far as it was, and no further."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from ..engine.api import Cause, Explanation
+from ..tensors import common_prefix
+from .agent import Agent
+from .match import Match
+
+_SHOWN = 24  # tokens on each side of where two sequences part
+
+WORDS: dict[Cause, str] = {
+    "first": "The agent had nothing of its own cached; at most what others of the namespace have in common with it.",
+    "extended": "The prompt goes on from the end of what was cached: all of it was used.",
+    "repeated": "All of the prompt was cached, from an earlier request that began the same.",
+    "parted": "The prompt differs from everything that was cached, from this token on.",
+    "lost": "The prompt has more in common with what was asked before than is still there: it was evicted from a full "
+    "store, was never written, was damaged, or is of a model that keeps its state at some positions only.",
+}
+
+
+def explain(agent: Agent | None, tokens: Sequence[int], match: Match) -> Explanation:
+    """`tokens`: the prompt; `match`: what of it is used. Engine thread only."""
+    wanted = np.array(tokens[:-1], np.uint32)
+    branches = [branch.tokens() for branch in agent.branches.values()] if agent else []
+    nearest, n = np.empty(0, np.uint32), 0
+    for branch in branches:
+        common = common_prefix(branch, wanted)
+        if common > n or not len(nearest):
+            nearest, n = branch, common
+    return Explanation(
+        cause=_cause(match.length, n, len(nearest), len(wanted)),
+        prompt_tokens=len(tokens),
+        cached_tokens=match.length,
+        common_tokens=n,
+        branch_tokens=len(nearest),
+        before=wanted[max(0, n - _SHOWN) : n].tolist(),
+        branch=nearest[n : n + _SHOWN].tolist(),
+        prompt=list(tokens[n : n + _SHOWN]),
+    )
+
+
+def _cause(cached: int, common: int, branch: int, wanted: int) -> Cause:
+    if not branch:
+        return "first"
+    if cached < common:
+        return "lost"
+    if common == wanted:
+        return "repeated"
+    return "extended" if common == branch else "parted"

@@ -1,0 +1,74 @@
+"""What the store holds, entered among the agents; and what it lost."""
+
+import math
+from collections.abc import Iterable
+
+from ..store.agent_store import AgentStore
+from ..store.records import BlockRecord, BranchRecord
+from ..store.upkeep.trim import Trimmed
+from .agent import Agent, Branch
+from .block_pool import CachedBlock, CachedTail
+from .cache import ROOT, PrefixCache
+
+
+def load_index(prefix_cache: PrefixCache, store: AgentStore) -> None:
+    """Enter what the store's manifest names: every agent warm."""
+    index = store.index()
+    for a in index.agents:
+        prefix_cache.agents[a.namespace, a.name] = Agent(
+            *(a.namespace, a.name, a.created, a.last_used), pinned=a.pinned, ttl=a.ttl,
+            requests=a.requests, hit_tokens=a.hit_tokens,
+        )  # fmt: skip
+    enter(prefix_cache, index.branches, index.blocks)
+
+
+def enter(
+    prefix_cache: PrefixCache, branches: Iterable[BranchRecord], blocks: Iterable[BlockRecord]
+) -> None:
+    """Add branches that are on disk, each to its agent; `blocks` are all that they are made of."""
+    records = {r.key: r for r in blocks}
+    for b in branches:
+        agent = prefix_cache.agent(b.namespace, b.agent)
+        agent = prefix_cache.agents.setdefault((b.namespace, b.agent), agent)
+        branch = Branch(b.id, agent, last_used=b.last_used, disk_head=b.head)
+        key = b.head
+        while key:
+            record = records[key]
+            node = prefix_cache.nodes.get(key) or CachedBlock(
+                key,
+                record.parent or ROOT,
+                record.tokens,
+                disk_bytes=record.nbytes,
+                disk_parts=record.parts,
+            )
+            prefix_cache.nodes[key] = node
+            branch.nodes.append(node)
+            key = record.parent
+        branch.nodes.reverse()
+        prefix_cache.hold(branch.nodes)
+        if b.tail is not None:
+            branch.tail = CachedTail(
+                b.tail.tokens, disk_bytes=b.tail.nbytes, disk_parts=b.tail.parts
+            )
+        branch.agent.branches[branch.id] = branch
+
+
+def forget(prefix_cache: PrefixCache, gone: Trimmed) -> None:
+    """A full store let go of what was not used for longest: it stays only where it is in RAM."""
+    blocks, tails = set(gone.blocks), set(gone.tails)
+    for node in [prefix_cache.nodes[key] for key in blocks if key in prefix_cache.nodes]:
+        node.not_on_disk()
+        if node.data is None:
+            prefix_cache.cut_at(node)
+    for branch in list(prefix_cache.branches()):
+        if branch.id in tails:
+            branch.tail.not_on_disk()
+            if branch.tail.data is None:
+                prefix_cache.set_tail(branch, CachedTail())
+        if branch.disk_head in blocks or branch.id in tails:
+            branch.disk_head = None if branch.disk_head in blocks else branch.disk_head
+            branch.save_at = branch.save_at or math.inf  # when it leaves RAM, not before
+        if not len(branch) and not branch.in_use:
+            prefix_cache.drop_branch(branch)
+    for agent in [a for a in prefix_cache.agents.values() if not a.branches]:
+        prefix_cache.drop_agent(agent)

@@ -1,0 +1,77 @@
+"""Match: the longest prefix of a request's tokens that is cached, and can be gone on from."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from ..kvcache.spec import KVCacheSpec
+from .agent import Branch
+from .block_pool import CachedBlock, CachedTail, Entry
+from .resume import Missing, missing, resumable
+
+
+@dataclass(frozen=True)
+class Match:
+    """The longest reusable prefix: whole nodes, then part of one more node or of a tail."""
+
+    spec: KVCacheSpec
+    nodes: tuple[CachedBlock, ...] = ()
+    length: int = 0
+    source: Branch | None = None  # None: shared nodes only
+    # a sealed block of which the first tokens are kept, as codes
+    cut_node: CachedBlock | None = None
+    tail: CachedTail | None = None  # of which the first tokens are kept
+    extends: bool = False  # all of `source` is matched: the request continues it
+
+    @property
+    def open_len(self) -> int:
+        """Matched tokens after the whole nodes."""
+        return self.length - len(self.nodes) * self.spec.block_size
+
+    @property
+    def all_nodes(self) -> tuple[CachedBlock, ...]:
+        return self.nodes + ((self.cut_node,) if self.cut_node else ())
+
+    def entries(self) -> Iterator[Entry]:
+        yield from self.all_nodes
+        if self.tail is not None:
+            yield self.tail
+
+    @property
+    def missing(self) -> list[Missing]:
+        """What has to be read from disk."""
+        return missing(self.spec, self.all_nodes, self.tail, self.length)
+
+    @property
+    def missing_bytes(self) -> int:
+        return sum(what.nbytes for what in self.missing)
+
+
+def matched(
+    spec: KVCacheSpec,
+    nodes: Sequence[CachedBlock],
+    tail: CachedTail | None,
+    n: int,
+    source: Branch | None,
+) -> Match:
+    """The first `n` tokens of `nodes` and `tail`, or as many as a sequence can go on from."""
+    n = resumable(spec, nodes, tail, n)
+    whole = min(n // spec.block_size, len(nodes))
+    inside = n > whole * spec.block_size
+    sealed = whole < len(nodes)
+    return Match(
+        spec,
+        nodes=tuple(nodes[:whole]),
+        length=n,
+        source=source,
+        cut_node=nodes[whole] if inside and sealed else None,
+        tail=tail if inside and not sealed else None,
+        extends=source is not None and n == len(source),
+    )
+
+
+def preference(match: Match) -> tuple[int, bool, bool, str]:
+    """Longest first; then, by what a restart does not change, what is whole before what must be
+    cut.
+    """
+    assert match.source is not None
+    return match.length, match.cut_node is None, match.extends, match.source.id

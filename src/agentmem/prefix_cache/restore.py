@@ -1,0 +1,262 @@
+"""Restorer: brings what a request matched from disk into RAM."""
+
+import hashlib
+import os
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ..errors import CorruptSegment
+from ..kvcache.block import RawArrays, SealedBlock, Snapshot, Tail, copy_host, from_raw
+from ..store.agent_store import AgentStore
+from ..tensors import part_of
+from .block_pool import FRESH, CachedBlock, CachedTail, Entry
+from .cache import ROOT, PrefixCache
+from .match import Match
+from .resume import Missing, needs
+
+_LINEAGE_POSITION = 4  # bytes at the end of a lineage: the token position of the cut
+Arrived = Callable[[int, float], None]  # bytes, when (time.perf_counter())
+_NOTHING = SealedBlock({})
+
+
+def cut_lineage(node: CachedBlock, num_tokens: int) -> bytes:
+    """Lineage of the block that goes on from the first `num_tokens` of `node`."""
+    return node.key + num_tokens.to_bytes(_LINEAGE_POSITION, "little")
+
+
+def foreign_lineage(prefix_len: int) -> bytes:
+    """Lineage of an open block that came from outside: the block that it grows into never stands in
+    for another.
+    """
+    return os.urandom(32) + prefix_len.to_bytes(_LINEAGE_POSITION, "little")
+
+
+def tail_metadata(
+    head: bytes | None, tokens: np.ndarray, lineage: bytes, prefix_len: int
+) -> dict[str, str]:
+    """What a tail's file says beside its tensors; `head`: the block that it follows."""
+    return {
+        "lineage": lineage.hex(),
+        "prefix_len": str(prefix_len),
+        "identity": _tail_identity(head or ROOT, tokens),
+    }
+
+
+def _tail_identity(head: bytes, tokens: np.ndarray) -> str:
+    """Says which tail a file holds: a branch's file is replaced as the branch moves on."""
+    return hashlib.blake2b(
+        head + np.ascontiguousarray(tokens, "<u4").tobytes(), digest_size=16
+    ).hexdigest()
+
+
+@dataclass(eq=False)
+class _Read:
+    """One that is on its way."""
+
+    match: Match
+    entry: Entry
+    parts: frozenset[str]  # of a block
+    nbytes: int
+    waiting: list[Arrived]
+
+
+def _copy(
+    future: "Future[Any]", entry: Entry
+) -> tuple[RawArrays, Mapping[str, str]] | BaseException:
+    """What was read, as arrays, and a tail's metadata; or why not, to be raised on the engine
+    thread.
+    """
+    try:
+        tensors, metadata = (
+            (future.result(), {}) if isinstance(entry, CachedBlock) else future.result()
+        )
+        return copy_host(tensors), metadata
+    except BaseException as e:
+        return e
+
+
+class Restorer:
+    """Engine thread only; the store's futures come back through `post`, which runs a function on
+    that thread.
+    """
+
+    def __init__(
+        self,
+        prefix_cache: PrefixCache,
+        store: AgentStore,
+        post: Callable[[Callable[[], None]], None],
+    ):
+        self._prefix_cache, self._store, self._spec, self._post = (
+            prefix_cache,
+            store,
+            prefix_cache.spec,
+            post,
+        )
+        self.restored_bytes = 0  # since the start
+        self.incoming_bytes = 0  # being read
+        self.reading_since = 0.0  # time.perf_counter(), while there are any
+        self._reads: dict[int, list[_Read]] = {}  # by id of the entry
+
+    def restore(self, match: Match, done: Arrived, only: Entry | None = None) -> None:
+        """Read what `match` lacks, then call done: the caller matches again, over what there is by
+        then.
+
+        `done` gets the bytes read and when the last were there (time.perf_counter()). The caller
+        holds the match meanwhile. A bad block or tail is quarantined and forgotten. `only`: read no
+        more than of this.
+        """
+        total, left = 0, 0
+
+        def arrived(nbytes: int, at: float) -> None:
+            nonlocal total, left
+            total, left = total + nbytes, left - 1
+            if not left:
+                done(total, at)
+
+        if not self.incoming_bytes:
+            self.reading_since = time.perf_counter()
+        wanted = [what for what in match.missing if only is None or what.entry is only]
+        reads = [read for what in wanted for read in self._reads_of(match, what)]
+        left = len(reads)
+        for read in reads:
+            read.waiting.append(arrived)
+        if not reads:  # it has left RAM and was never on disk
+            self._post(lambda: done(0, time.perf_counter()))
+
+    def _reads_of(self, match: Match, what: Missing) -> list[_Read]:
+        """Each part is read once, however many wait for it."""
+        entry, parts = what.entry, what.parts
+        on_their_way = self._reads.get(id(entry), [])
+        if isinstance(entry, CachedTail):
+            return on_their_way or [self._read(match, entry, parts)]
+        shared = [read for read in on_their_way if read.parts & parts]
+        left = parts.intersection(entry.disk_parts).difference(*(read.parts for read in shared))
+        return shared + ([self._read(match, entry, left)] if left else [])
+
+    def _read(self, match: Match, entry: Entry, parts: frozenset[str]) -> _Read:
+        read = _Read(match, entry, parts, Missing(entry, parts).nbytes, [])
+        self._reads.setdefault(id(entry), []).append(read)
+        self.incoming_bytes += read.nbytes
+
+        def copied(future: "Future[Any]") -> None:
+            """On the reader's thread, so that decode goes on."""
+            result, at = _copy(future, entry), time.perf_counter()
+            self._post(lambda: self._arrived(read, result, at))
+
+        if isinstance(entry, CachedBlock):
+            future: Future[Any] = self._store.read_block(entry.key, parts)
+        else:
+            assert match.source is not None
+            future = self._store.read_tail(match.source.id)
+        future.add_done_callback(copied)
+        return read
+
+    def _arrived(self, read: _Read, result: Any, at: float) -> None:
+        self.incoming_bytes -= read.nbytes
+        taken = self._take_in(read, result)
+        self.restored_bytes += taken
+        reads = self._reads[id(read.entry)]
+        reads.remove(read)
+        if not reads:
+            del self._reads[id(read.entry)]
+        for arrived in read.waiting:
+            arrived(taken, at)
+
+    def _take_in(self, read: _Read, result: Any) -> int:
+        """Put what was read in its place, unless it is there, or the place is gone, by now; returns
+        its bytes.
+        """
+        entry = read.entry
+        if isinstance(result, CorruptSegment):
+            if isinstance(entry, CachedBlock) and entry.data is not None and not entry.disk_bytes:
+                return 0  # let go of meanwhile, but for what is in RAM: that is no damage
+            there = (
+                read.parts <= entry.data.parts
+                if isinstance(entry, CachedBlock) and entry.data
+                else entry.data is not None
+            )
+            if not there:
+                self._quarantine(read.match, entry)
+            return 0
+        if isinstance(result, BaseException):
+            raise result
+        raw, metadata = result
+        if isinstance(entry, CachedBlock):
+            return self._take_in_parts(read, entry, raw)
+        return self._take_in_tail(read.match, entry, raw, metadata)
+
+    def _take_in_parts(self, read: _Read, node: CachedBlock, raw: RawArrays) -> int:
+        have = node.data or _NOTHING
+        if not read.parts <= have.parts | {part_of(name) for name in raw}:
+            self._quarantine(read.match, node)
+            return 0
+        arrays = from_raw(
+            {name: array for name, array in raw.items() if part_of(name) not in have.parts}
+        )
+        self._prefix_cache.pool.add(node, arrays)
+        node.last_used = time.time()
+        return SealedBlock(arrays).nbytes
+
+    def _take_in_tail(
+        self, match: Match, tail: CachedTail, raw: RawArrays, metadata: Mapping[str, str]
+    ) -> int:
+        assert match.source is not None
+        if tail.data is not None or match.source.tail is not tail:
+            return 0
+        head = match.nodes[-1].key if match.nodes else ROOT
+        if metadata["identity"] != _tail_identity(head, tail.tokens):
+            self._quarantine(match, tail)
+            return 0
+        tail.lineage = bytes.fromhex(metadata["lineage"])
+        data = Tail.from_arrays(
+            from_raw(raw), len(tail.tokens), int(metadata["prefix_len"]), self._spec
+        )
+        self._prefix_cache.pool.put(tail, data)
+        tail.last_used = time.time()
+        return data.nbytes
+
+    def _quarantine(self, match: Match, entry: Entry) -> None:
+        """Unless the block was sealed again, or the branch got another tail, while the read was on
+        its way.
+        """
+        if isinstance(entry, CachedBlock):
+            if self._prefix_cache.nodes.get(entry.key) is entry:
+                self._store.quarantine_block(entry.key)
+                self._prefix_cache.cut_at(entry)
+        elif match.source is not None and match.source.tail is entry:
+            self._store.quarantine_tail(match.source.id)
+            self._prefix_cache.set_tail(match.source, CachedTail())
+
+    def snapshot(self, match: Match) -> tuple[Snapshot, bytes]:
+        """What the matched prefix looks like as a cache, all of it in RAM; and the lineage of its
+        open block.
+        """
+        assert not match.missing
+        tail, lineage = self.open_block(match)
+        wanted = needs(self._spec, len(match.nodes), match.length)
+        blocks = (
+            (node.data or _NOTHING).only(parts)
+            for node, parts in zip(match.nodes, wanted, strict=True)
+        )
+        return Snapshot(tuple(blocks), tail), lineage
+
+    def open_block(self, match: Match) -> tuple[Tail | None, bytes]:
+        """What follows the matched whole blocks, and its lineage; what that is cut from is in RAM."""
+        n = match.open_len
+        if match.cut_node is not None:
+            assert match.cut_node.data is not None
+            return Tail.of_cut_block(match.cut_node.data, n, self._spec), cut_lineage(
+                match.cut_node, n
+            )
+        if match.tail is None:
+            return None, FRESH
+        assert match.tail.data is not None
+        lineage = match.tail.lineage
+        if lineage and n < match.tail.data.prefix_len:
+            lineage = lineage[:-_LINEAGE_POSITION] + n.to_bytes(_LINEAGE_POSITION, "little")
+        return match.tail.data.cut(n), lineage

@@ -1,0 +1,108 @@
+"""From which positions a sequence can go on, and what must be in RAM for that.
+
+Worked example, blocks of 256, one layer that sees all and one that slides over 300 tokens: part "0"
+is needed of every block, part "1" only of blocks that the next token sees into. A sequence of 2,048
+tokens goes on with "0" of all eight blocks and "1" of the last two; where "1" of block 5 is gone,
+it can't go on from 1,700, but from 2,048 it can.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from ..kvcache.spec import KVCacheSpec
+from .block_pool import CachedBlock, CachedTail, Entry
+
+_NONE: frozenset[str] = frozenset()
+
+
+def needs(spec: KVCacheSpec, count: int, position: int) -> list[frozenset[str]]:
+    """By block, of the first `count` ones: what `spec.needed` says. Blocks far from the end all
+    need the same.
+    """
+    found: list[frozenset[str]] = []
+    while len(found) < count and (not found or found[-1] != spec.lasting_parts):
+        found.append(spec.needed(count - len(found) - 1, position))
+    return [spec.lasting_parts] * (count - len(found)) + found[::-1]
+
+
+@dataclass(frozen=True)
+class Missing:
+    """Parts of a block that are not in RAM; of a tail, which is read as a whole, no parts are
+    named.
+    """
+
+    entry: Entry
+    parts: frozenset[str]
+
+    @property
+    def nbytes(self) -> int:
+        """On disk."""
+        if isinstance(self.entry, CachedBlock):
+            return sum(self.entry.disk_parts.get(part, 0) for part in self.parts)
+        return self.entry.disk_bytes
+
+
+def resumable(
+    spec: KVCacheSpec, nodes: Sequence[CachedBlock], tail: CachedTail | None, n: int
+) -> int:
+    """The largest position, at most `n`, from which a sequence over `nodes` and then `tail` can go
+    on.
+
+    What that takes may be in RAM or on disk. `n` is at most the tokens of both.
+    """
+    if not (spec.windowed or spec.recurrent):
+        return n
+    candidates = _snapshots(spec, nodes, tail, n) if spec.recurrent else _ends(spec, n)
+    return next((p for p in candidates if _can_resume(spec, nodes, p)), 0)
+
+
+def _ends(spec: KVCacheSpec, n: int) -> Iterator[int]:
+    """`n`, and block boundaries before it: within a block a lower position needs all that a higher
+    one does.
+    """
+    if n > 0:
+        yield n
+        yield from range((n - 1) // spec.block_size * spec.block_size, 0, -spec.block_size)
+
+
+def _snapshots(
+    spec: KVCacheSpec, nodes: Sequence[CachedBlock], tail: CachedTail | None, n: int
+) -> Iterator[int]:
+    """Positions at which there is a snapshot of recurrent state, the last one first."""
+    path: list[Entry] = [*nodes, *([tail] if tail is not None else [])]
+    for index in range(min(len(path), -(-n // spec.block_size)) - 1, -1, -1):
+        offsets = (int(part[1:]) for part in path[index].there if part.startswith("@"))
+        positions = (index * spec.block_size + offset for offset in offsets)
+        yield from sorted((p for p in positions if p <= n), reverse=True)
+
+
+def last_snapshot(spec: KVCacheSpec, nodes: Sequence[CachedBlock]) -> int:
+    """Position of the last snapshot of recurrent state in `nodes`; 0 if there is none."""
+    return (
+        next(_snapshots(spec, nodes, None, len(nodes) * spec.block_size), 0)
+        if spec.recurrent
+        else 0
+    )
+
+
+def _can_resume(spec: KVCacheSpec, nodes: Sequence[CachedBlock], position: int) -> bool:
+    """Of a tail, `position` is one that it has a snapshot of, if it needs one."""
+    wanted = needs(spec, min(len(nodes), -(-position // spec.block_size)), position)
+    # the last ones need most, so a failure is found soon
+    return all(wanted[i] <= nodes[i].there for i in range(len(wanted) - 1, -1, -1))
+
+
+def missing(
+    spec: KVCacheSpec, nodes: Sequence[CachedBlock], tail: CachedTail | None, position: int
+) -> list[Missing]:
+    """What is not in RAM, for a sequence that goes on from `position`, in `tail` or at the end of
+    `nodes`.
+    """
+    lacking = [
+        Missing(node, parts)
+        for node, wanted in zip(nodes, needs(spec, len(nodes), position), strict=True)
+        if (parts := wanted - (_NONE if node.data is None else node.data.parts))
+    ]
+    if tail is not None and tail.data is None:
+        lacking.append(Missing(tail, _NONE))
+    return lacking

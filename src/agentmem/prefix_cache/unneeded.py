@@ -1,0 +1,78 @@
+"""Thinning: of a block in RAM, only what somebody needs of it stays.
+
+A layer with a window sees the end of a context only, and a snapshot of recurrent state serves one
+position. So an agent that rests has the stacks of layers that see everything of all its blocks, and
+the others of the last few. The rest is read from disk where a context is cut; what is never written
+is gone.
+"""
+
+from collections.abc import Iterable, Sequence
+
+from ..kvcache.spec import KVCacheSpec
+from .block_pool import BlockPool, CachedBlock
+
+Holder = tuple[
+    Sequence[CachedBlock], int
+]  # a path from the root, and the position from which it is to be continued
+UNSAVED_BLOCKS = 8  # beyond a window, that keep its layers' parts while they wait for the disk
+UNSAVED_SNAPSHOTS = 2
+STATES = "@"  # how parts that are snapshots of recurrent state begin
+
+
+def window_blocks(spec: KVCacheSpec, window: int) -> int:
+    """Blocks of an unsaved path, from its end, that keep the parts of layers with this window."""
+    return -(-window // spec.block_size) + UNSAVED_BLOCKS
+
+
+def drop_unneeded(
+    spec: KVCacheSpec, pool: BlockPool, path: Sequence[CachedBlock], holders: Iterable[Holder]
+) -> None:
+    """Let go of the parts that no holder needs of the path's nodes.
+
+    What is not on disk yet keeps those of its last blocks as well: the disk may be slower than a
+    prefill, but the bytes of a save that waits are not to grow with the context.
+    """
+    if not (spec.windowed or spec.recurrent):
+        return
+    needed, snapshots = _needed(spec, path, holders), 0
+    for i in range(len(path) - 1, -1, -1):
+        node = path[i]
+        if node.data is None:
+            continue
+        if not (node.disk_bytes or node.discardable):
+            needed[i] |= _recent(spec, len(path) - i)
+            states = sorted(
+                (p for p in node.data.parts if p.startswith(STATES)), key=lambda p: -int(p[1:])
+            )
+            states = states[: UNSAVED_SNAPSHOTS - snapshots]
+            snapshots += len(states)
+            needed[i].update(states)
+        pool.keep(node, needed[i])
+
+
+def _recent(spec: KVCacheSpec, from_end: int) -> set[str]:
+    """Stacks that stay in the block that is the `from_end`-th last of an unsaved path."""
+    windows = (spec.layers[stack[0]].window for stack in spec.stacks)
+    return {
+        str(s) for s, w in enumerate(windows) if w is None or from_end <= window_blocks(spec, w)
+    }
+
+
+def _needed(
+    spec: KVCacheSpec, path: Sequence[CachedBlock], holders: Iterable[Holder]
+) -> list[set[str]]:
+    """Parts that holders need of each node of the path."""
+    needed = [set(spec.lasting_parts) for _ in path]
+    for nodes, position in holders:
+        for i in range(_shared(path, nodes) - 1, -1, -1):
+            parts = spec.needed(i, position)
+            needed[i] |= parts
+            if parts <= spec.lasting_parts:  # what comes before needs no more
+                break
+    return needed
+
+
+def _shared(a: Sequence[CachedBlock], b: Sequence[CachedBlock]) -> int:
+    """Nodes at the beginning that are the same."""
+    n = min(len(a), len(b))
+    return next((i for i in range(n) if a[i] is not b[i]), n)

@@ -1,0 +1,281 @@
+"""WriteBack: brings what sequences seal, and what rests, to disk."""
+
+import math
+import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future
+from typing import Any
+
+from ..errors import NotFound
+from ..kvcache.block import Tail, to_host
+from ..store.agent_store import AgentStore
+from ..store.upkeep.quota import LeastRecentlyUsed
+from .agent import Agent, Branch
+from .block_pool import CachedBlock, CachedTail, Entry
+from .cache import PrefixCache
+from .match import Match
+from .restore import tail_metadata
+
+_RETRY = 1.0  # s after a save that was asked for, or failed
+_RETRY_BROKEN = 5.0  # s, while the store can't write
+_NOTE_INTERVAL = 5.0  # s between two notes of an agent's use
+_SOONEST = 0.01  # s between two looks at what rests
+
+
+class WriteBack:
+    """Engine thread only; the store's futures come back through `post`, which runs a function on
+    that thread.
+    """
+
+    def __init__(
+        self,
+        prefix_cache: PrefixCache,
+        store: AgentStore,
+        *,
+        tail_delay: float,
+        write_amplification: float,
+        post: Callable[[Callable[[], None]], None],
+    ):
+        self._prefix_cache, self._store, self._post = prefix_cache, store, post
+        self._tail_delay, self._write_amplification = tail_delay, write_amplification
+        self.next_save = 0.0  # time.monotonic() when `save_idle` is due
+
+    def claim_branch(self, agent: Agent, match: Match, *, persist: bool) -> Branch:
+        """The branch that a sequence will leave: the one it continues, else a new one that pins
+        what it shares.
+        """
+        self._share(match.nodes, agent)
+        source = match.source
+        if (
+            source is not None
+            and match.extends
+            and not source.in_use
+            and source.id in agent.branches
+        ):
+            source.in_use = True
+            return source
+        branch = self._prefix_cache.new_branch(agent)
+        branch.in_use = True
+        if match.nodes and persist:
+            self._save_path(branch, list(match.nodes))
+        return branch
+
+    @staticmethod
+    def _share(nodes: Iterable[CachedBlock], agent: Agent) -> None:
+        """What an agent that is written uses is not expendable, whoever made it."""
+        for node in nodes:
+            node.discardable = node.discardable and agent.ephemeral
+
+    def save_block(self, branch: Branch, nodes: list[CachedBlock]) -> None:
+        """Queue the last of `nodes`, a branch's path so far; if it is stored already, only the
+        branch moves on.
+        """
+        node, agent = nodes[-1], branch.agent
+        if node.saving is not None or agent.ephemeral:
+            return
+        if node.disk_bytes or node.data is None:
+            future = self._store.save_branch(
+                branch.id, agent.namespace, agent.name, node.key, self._used(branch)
+            )
+            future.add_done_callback(
+                lambda f: self._post(lambda: self._path_saved(branch, nodes, f))
+            )
+            return
+        tensors, parent = to_host(node.data.arrays), node.parent or None
+        saving = node.saving = self._store.save_block(
+            *(branch.id, agent.namespace, agent.name, node.key, parent, node.tokens, tensors, {}),
+            last_used=self._used(branch),
+        )
+        saving.add_done_callback(lambda f: self._post(lambda: self._block_saved(branch, nodes, f)))
+
+    def commit(
+        self, branch: Branch, nodes: list[CachedBlock], tail: CachedTail, data: Tail | None
+    ) -> None:
+        """A sequence ends: its branch takes over its nodes (already held) and its tail."""
+        before, branch.nodes = branch.nodes, nodes
+        self._prefix_cache.release(before)
+        tail.discardable = branch.agent.ephemeral
+        self._prefix_cache.set_tail(branch, tail, data)
+        branch.in_use = False
+        branch.save_at = time.monotonic() + self._tail_delay
+        self.next_save = min(self.next_save, branch.save_at)
+        self.enter(branch)
+        self._prefix_cache.drop_unneeded(nodes)
+
+    def enter(self, branch: Branch) -> None:
+        """Among its agent's branches; those that are too many by now go from disk, too."""
+        for old in self._prefix_cache.put_branch(branch):
+            self._delete(old.id, *old.displaced)
+
+    def _delete(self, *branch_ids: str) -> None:
+        for branch_id in branch_ids:
+            self._store.delete_branch(branch_id)
+
+    def abandon(self, branch: Branch) -> None:
+        """A sequence ends with nothing to keep."""
+        branch.in_use = False
+        if branch.save_at is not None:
+            self.next_save = min(self.next_save, branch.save_at)
+        if branch.id not in branch.agent.branches:
+            self._store.delete_branch(branch.id)
+
+    def save_idle(self, *, now: bool = False) -> bool:
+        """Save what rested for `tail_delay` s; `now`: all that is not on disk. Whether something is
+        left to save.
+        """
+        clock = time.monotonic()
+        self.next_save = math.inf
+        for branch in list(self._prefix_cache.branches()):
+            if branch.save_at is None or (branch.in_use and not branch.preempted):
+                continue
+            if now or branch.save_at <= clock:
+                self.save_rest(branch, forced=now)
+            if branch.save_at is not None:
+                self.next_save = min(self.next_save, max(branch.save_at, clock + _SOONEST))
+        return self.next_save < math.inf
+
+    def save_for_room(self, nbytes: int) -> None:
+        """Save idle caches, the least recently used first, until at least `nbytes` of RAM can be
+        given back.
+        """
+        idle = (
+            b
+            for b in self._prefix_cache.branches()
+            if b.save_at is not None and (b.preempted or not b.in_use)
+        )
+        for branch in sorted(idle, key=lambda b: b.last_used):
+            if nbytes <= 0:
+                return
+            self.save_rest(branch, forced=True)
+            entries: list[Entry] = [*branch.nodes, branch.tail]
+            nbytes -= sum(entry.data.nbytes for entry in entries if entry.data is not None)
+            if branch.save_at is not None:
+                self.next_save = min(self.next_save, branch.save_at)
+
+    def save_rest(self, branch: Branch, *, forced: bool) -> None:
+        """Queue a branch's unsaved blocks, root first, and its tail. Looked at again until all of
+        it is on disk.
+
+        Unless `forced`, a tail waits for its branch to leave RAM where writing it now is likely to
+        be in vain.
+        """
+        blocks_saved = all(n.disk_bytes for n in branch.nodes) and branch.disk_head == branch.head
+        tail_saved = branch.tail.data is None or branch.tail.disk_bytes > 0
+        if branch.agent.ephemeral or (blocks_saved and tail_saved):
+            branch.save_at = None
+            self._delete(*branch.displaced)
+            branch.displaced = []
+            return
+        branch.save_at = time.monotonic() + (
+            _RETRY_BROKEN if self._store.background_error else _RETRY
+        )
+        self._save_path(branch, branch.nodes)
+        if not tail_saved and branch.tail.saving is None:
+            if forced or self._pays(branch):
+                self.save_tail(branch)
+            elif blocks_saved:
+                branch.save_at = math.inf
+
+    def _pays(self, branch: Branch) -> bool:
+        """Whether the tails of a branch, each replaced by the next turn, stay a small part of what
+        it writes.
+
+        With blocks B, the tail t and earlier tails w, all of it written, (B + t + w) / (B + t)
+        bytes are written for each that stays; once t is replaced too, (B + t + w) / B.
+        """
+        assert branch.tail.data is not None
+        tail, stored = branch.tail.data.nbytes, sum(node.disk_bytes for node in branch.nodes)
+        return branch.tail_bytes_written + tail <= (self._write_amplification - 1) * (stored + tail)
+
+    def unsaved_tokens(self, branch: Branch) -> int:
+        """What a crash would cost: blocks on disk count for a branch once its row there reaches
+        them.
+        """
+        keys, reached = [node.key for node in branch.nodes], branch.disk_head
+        while reached and reached not in keys:  # a running sequence has moved the row on
+            node = self._prefix_cache.nodes.get(reached)
+            reached = node.parent if node else None
+        there = keys.index(reached) + 1 if reached else 0
+        entries: list[Entry] = [
+            *branch.nodes[:there],
+            *([branch.tail] if there == len(keys) else []),
+        ]
+        return len(branch) - sum(len(entry.tokens) for entry in entries if entry.disk_bytes)
+
+    def note(
+        self, agent: Agent, branch: Branch | None = None, *, now: bool = False
+    ) -> "Future[None] | None":
+        """Tell the store that the agent is used, every few seconds, or `now`; what comes of it, if
+        it is told.
+        """
+        clock = time.monotonic()
+        known = (
+            self._prefix_cache.agents.get((agent.namespace, agent.name)) is agent
+            and not agent.ephemeral
+        )
+        if not known or (not now and clock - agent.noted_at < _NOTE_INTERVAL):
+            return None
+        agent.noted_at = clock
+        return self._store.touch(agent.record(), branch.id if branch else None)
+
+    def _save_path(self, branch: Branch, nodes: list[CachedBlock]) -> None:
+        for i, node in enumerate(nodes, start=1):
+            if not node.disk_bytes or i == len(nodes):
+                self.save_block(branch, nodes[:i])
+
+    def save_tail(self, branch: Branch) -> None:
+        tail, agent = branch.tail, branch.agent
+        assert tail.data is not None
+        metadata = tail_metadata(branch.head, tail.tokens, tail.lineage, tail.data.prefix_len)
+        tensors = to_host(tail.data.to_arrays())
+        branch.tail_bytes_written += tail.data.nbytes
+        tail.saving = self._store.save_tail(
+            *(branch.id, agent.namespace, agent.name, branch.head, tail.tokens, tensors, metadata),
+            last_used=self._used(branch),
+        )
+        nodes = branch.nodes
+        tail.saving.add_done_callback(
+            lambda f: self._post(lambda: self._tail_saved(branch, nodes, tail, f))
+        )
+
+    @staticmethod
+    def _used(branch: Branch) -> float:
+        """Unix seconds: a full store keeps what was used last."""
+        return time.time() if branch.in_use and not branch.preempted else branch.last_used
+
+    def _block_saved(self, branch: Branch, nodes: list[CachedBlock], future: "Future[Any]") -> None:
+        nodes[-1].saving = None
+        if future.exception() is None:
+            nodes[-1].saved(future.result())
+        self._left_out(branch, nodes[-1], future)
+        self._path_saved(branch, nodes, future)
+        self._prefix_cache.drop_unneeded(nodes)
+
+    def _tail_saved(
+        self, branch: Branch, nodes: list[CachedBlock], tail: CachedTail, future: "Future[Any]"
+    ) -> None:
+        tail.saving = None
+        if future.exception() is None:
+            tail.saved(future.result())
+        self._left_out(branch, tail, future)
+        self._path_saved(branch, nodes, future)
+
+    @staticmethod
+    def _left_out(branch: Branch, entry: Entry, future: "Future[Any]") -> None:
+        """A full store has no room for what was used longest ago: it stays while RAM lasts."""
+        if isinstance(future.exception(), LeastRecentlyUsed):
+            entries: list[Entry] = [entry, *branch.nodes, branch.tail]
+            for unsaved in [e for e in entries if not e.disk_bytes]:
+                unsaved.discardable = True
+            if not branch.in_use or branch.preempted:
+                branch.save_at = None
+
+    def _path_saved(self, branch: Branch, nodes: list[CachedBlock], future: "Future[Any]") -> None:
+        if future.exception() is None:
+            branch.disk_head = nodes[-1].key if nodes else None
+        elif isinstance(future.exception(), NotFound):
+            # part of the path was deleted with another agent: save it again, when the branch's turn
+            # comes
+            for node in nodes:
+                if node.data is not None:
+                    node.not_on_disk()

@@ -1,0 +1,230 @@
+"""/v1/agents: what can be done to agents, and with their caches. /v1/store/gc."""
+
+import asyncio
+import os
+import tempfile
+from dataclasses import asdict
+from functools import partial
+from typing import IO, Any
+
+from fastapi import FastAPI, Request
+from pydantic import Field, model_validator
+from starlette.responses import Response, StreamingResponse
+from starlette.types import Receive, Scope, Send
+
+from ...agent_key import check_agent_id
+from ...chat.renderer import ChatRenderer
+from ...config import Settings
+from ...engine.api import (
+    AgentDetail,
+    EngineAPI,
+    Export,
+    GenerateRequest,
+    SamplingParams,
+)
+from ...errors import AgentNotFound, InvalidRequest, StoreFailed
+from ...transcripts.fork import copy_transcript, cut_transcript
+from ..auth import namespace_of
+from ..prefill import answer, prefill
+from .chat_completions import days_of
+from .context import add_context_routes
+from .explain import add_explain_routes
+from .wire import ChatMessage, TemplateInput, Text, Wire, chat_messages
+
+IMPORT_PATH = "/v1/agents/import"  # its body is a file: read as it comes
+
+
+class ForkBody(Wire):
+    to: Text  # the new agent's id
+    tokens: int | None = None  # how many of the first; null: all
+
+
+class TruncateBody(Wire):
+    """One of the two: how many tokens, or how many messages, to keep."""
+
+    tokens: int | None = Field(default=None, ge=1)
+    messages: int | None = Field(default=None, ge=1)
+
+    @model_validator(mode="after")
+    def _one(self) -> "TruncateBody":
+        if (self.tokens is None) == (self.messages is None):
+            raise ValueError("give either tokens or messages")
+        return self
+
+
+class TTLBody(Wire):
+    seconds: float | None = Field(gt=0, allow_inf_nan=False)  # after the last use; null: for good
+
+
+class PrewarmBody(TemplateInput):
+    messages: list[ChatMessage] = Field(min_length=1)
+    stream: bool | None = None  # how far it is, see prefill.py
+
+
+def add_agent_routes(
+    app: FastAPI, engine: EngineAPI, renderer: ChatRenderer, settings: Settings
+) -> None:
+    add_context_routes(app, engine, renderer, settings)
+    add_explain_routes(
+        app, engine, renderer, settings
+    )  # before what would take its path for an agent's id
+
+    @app.get("/v1/agents")
+    async def list_agents(request: Request) -> dict[str, Any]:
+        agents = await engine.agents(namespace_of(request))
+        return {"object": "list", "data": [asdict(agent) for agent in agents]}
+
+    @app.post(IMPORT_PATH)
+    async def import_agent(request: Request, agent_id: str | None = None) -> dict[str, Any]:
+        """The body is an archive; `agent_id` (in the query) its new name, by default the one it
+        had.
+        """
+        name = None if agent_id is None else check_agent_id(agent_id)
+        try:
+            with tempfile.TemporaryFile(
+                dir=settings.home_dir
+            ) as file:  # it has no name: nothing is left of it
+                await _receive(request, file, engine.import_limit)
+                return _shown(await engine.import_agent(namespace_of(request), name, file))
+        except OSError as e:
+            raise StoreFailed(f"The archive could not be put on disk: {e.strerror}.") from e
+
+    @app.get("/v1/agents/{agent_id:path}")
+    async def show_agent(agent_id: str, request: Request) -> dict[str, Any]:
+        return _shown(await engine.agent(namespace_of(request), agent_id))
+
+    @app.delete("/v1/agents/{agent_id:path}")
+    async def delete_agent(agent_id: str, request: Request) -> dict[str, Any]:
+        if not await engine.delete_agent(namespace_of(request), agent_id):
+            raise AgentNotFound(agent_id)
+        return {"agent_id": agent_id, "deleted": True}
+
+    _add_memory_routes(app, engine, renderer, settings)
+    _add_copy_routes(app, engine, renderer)
+
+    @app.post("/v1/store/gc")
+    async def collect_garbage() -> dict[str, Any]:
+        return {"freed_bytes": await engine.collect_garbage()}
+
+
+def _add_memory_routes(
+    app: FastAPI, engine: EngineAPI, renderer: ChatRenderer, settings: Settings
+) -> None:
+    """Where an agent's cache is, and for how long."""
+
+    @app.post("/v1/agents/{agent_id:path}/pin")
+    async def pin_agent(agent_id: str, request: Request) -> dict[str, Any]:
+        await engine.pin_agent(namespace_of(request), agent_id, True)
+        return {"agent_id": agent_id, "pinned": True}
+
+    @app.post("/v1/agents/{agent_id:path}/unpin")
+    async def unpin_agent(agent_id: str, request: Request) -> dict[str, Any]:
+        await engine.pin_agent(namespace_of(request), agent_id, False)
+        return {"agent_id": agent_id, "pinned": False}
+
+    @app.post("/v1/agents/{agent_id:path}/ttl")
+    async def set_ttl(agent_id: str, body: TTLBody, request: Request) -> dict[str, Any]:
+        await engine.set_agent_ttl(namespace_of(request), agent_id, body.seconds)
+        return {"agent_id": agent_id, "ttl": body.seconds}
+
+    @app.post("/v1/agents/{agent_id:path}/evict")
+    async def evict_agent(agent_id: str, request: Request) -> dict[str, Any]:
+        return {
+            "agent_id": agent_id,
+            "freed_bytes": await engine.evict_agent(namespace_of(request), agent_id),
+        }
+
+    @app.post("/v1/agents/{agent_id:path}/prefetch")
+    async def prefetch_agent(agent_id: str, request: Request) -> dict[str, Any]:
+        restored = await engine.prefetch_agent(namespace_of(request), agent_id)
+        if restored is None:
+            raise AgentNotFound(agent_id)
+        return {"agent_id": agent_id, "restored_bytes": restored}
+
+    @app.post("/v1/agents/{agent_id:path}/prewarm", response_model=None)
+    async def prewarm_agent(agent_id: str, body: PrewarmBody, request: Request) -> Response:
+        """Prefill these messages as a request would, and answer nothing."""
+        agent_id, namespace = check_agent_id(agent_id), namespace_of(request)
+        branches, days = (
+            engine.branch_tokens(namespace, agent_id),
+            days_of(engine, settings, namespace, agent_id),
+        )
+        tokens = await renderer.render(
+            chat_messages(body.messages), branches, **body.given(), days=days
+        )
+        generate = GenerateRequest(namespace, agent_id, tokens, SamplingParams(max_tokens=0))
+        return await answer(request, partial(prefill, engine, generate), stream=bool(body.stream))
+
+
+def _add_copy_routes(app: FastAPI, engine: EngineAPI, renderer: ChatRenderer) -> None:
+    """What an agent holds: forked, cut, taken away."""
+
+    @app.post("/v1/agents/{agent_id:path}/fork")
+    async def fork_agent(agent_id: str, body: ForkBody, request: Request) -> dict[str, Any]:
+        to = check_agent_id(body.to, "to")
+        forked = await engine.fork_agent(namespace_of(request), agent_id, to, body.tokens)
+        if body.tokens is None:
+            await copy_transcript(engine, namespace_of(request), agent_id, to)
+        return _shown(forked)
+
+    @app.post("/v1/agents/{agent_id:path}/truncate")
+    async def truncate_agent(agent_id: str, body: TruncateBody, request: Request) -> dict[str, Any]:
+        namespace, keep, held = namespace_of(request), body.tokens, None
+        if keep is None:
+            assert body.messages is not None
+            tokens = await engine.agent_tokens(namespace, agent_id)
+            keep, held = await _messages_end(renderer, tokens, body.messages), len(tokens)
+        branches = engine.branch_tokens(namespace, agent_id)
+        cut = await engine.truncate_agent(namespace, agent_id, keep, held)
+        await cut_transcript(engine, renderer, namespace, agent_id, keep, branches)
+        return _shown(cut)
+
+    @app.post("/v1/agents/{agent_id:path}/export", response_class=Response)
+    async def export_agent(agent_id: str, request: Request) -> Response:
+        """The agent in one file, see store/files/archive.py."""
+        return _Archive(await engine.export_agent(namespace_of(request), agent_id))
+
+
+class _Archive(StreamingResponse):
+    """Whatever ends the response, the files that it reads from are let go."""
+
+    def __init__(self, export: Export):
+        headers = {"content-disposition": 'attachment; filename="agent.agentmem"'}
+        super().__init__(export.chunks, media_type="application/x-tar", headers=headers)
+        self._export = export
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            await asyncio.to_thread(self._export.close)
+
+
+async def _messages_end(renderer: ChatRenderer, tokens: list[int], keep: int) -> int:
+    """Where the first `keep` messages end, in tokens."""
+    starts = await renderer.message_starts(tokens)
+    if keep > len(starts):
+        message = f"messages must be 1 to {len(starts)}: that is how many the cache holds."
+        raise InvalidRequest(message, param="messages")
+    return len(tokens) if keep == len(starts) else starts[keep]
+
+
+async def _receive(request: Request, file: IO[bytes], limit: int) -> None:
+    size = 0
+    async for chunk in request.stream():
+        size += len(chunk)
+        if size > limit:
+            message = f"The archive is larger than the {limit:,} bytes that the store has room for."
+            raise InvalidRequest(message, param="file", code="request_too_large")
+        await asyncio.to_thread(file.write, chunk)
+    if not size:
+        raise InvalidRequest("The body is empty; send the file that export gave.", param="file")
+    file.seek(0, os.SEEK_SET)
+
+
+def _shown(detail: AgentDetail) -> dict[str, Any]:
+    return {
+        "object": "agent",
+        **asdict(detail.agent),
+        "branches": [asdict(branch) for branch in detail.branches],
+    }

@@ -1,0 +1,143 @@
+"""A Responses answer as it grows: its output items, and the events that tell of each change."""
+
+import json
+import time
+from collections.abc import Iterator
+from typing import Any
+
+from ...chat.answer_parser import Part, Reasoning
+from ...chat.messages import ToolCall
+from ...errors import AgentMemError, Busy
+
+_KINDS = {  # of text: the prefix of the item's id, the type of its part, the name of its events
+    "reasoning": ("rs", "reasoning_text", "reasoning_text"),
+    "message": ("msg", "output_text", "output_text"),
+}
+
+
+class GrowingResponse:
+    """Every method gives the events, ready to be sent."""
+
+    def __init__(self, response: dict[str, Any]):
+        """`response`: the answer's object, but for status and output."""
+        self.body = {**response, "status": "in_progress", "output": [], "usage": None}
+        self._number = -1
+        self._open: dict[str, Any] | None = None  # the item that grows
+        self._kind = ""
+
+    def begin(self) -> Iterator[str]:
+        for name in ("created", "in_progress"):
+            yield self._event(name, response=self.body)
+
+    def add(self, part: Part) -> Iterator[str]:
+        if isinstance(part, ToolCall):
+            yield from self._close()
+            yield from self._call(part)
+            return
+        kind = "reasoning" if isinstance(part, Reasoning) else "message"
+        if self._open is None or kind != self._kind:
+            yield from self._close()
+            yield from self._begin_text(kind)
+        assert self._open is not None
+        self._open["content"][0]["text"] += part.text
+        yield self._event(
+            f"{_KINDS[kind][2]}.delta", **self._place, delta=part.text, **self._logprobs
+        )
+
+    def finish(self, *, cut: bool, usage: dict[str, Any]) -> Iterator[str]:
+        """The last item is whole, or cut; `end` has the last event."""
+        yield from self._close("incomplete" if cut else "completed")
+        self.body |= {
+            "status": "incomplete" if cut else "completed",
+            "usage": usage,
+            "completed_at": time.time(),
+        }
+        if cut:
+            self.body |= {
+                "incomplete_details": {"reason": "max_output_tokens"},
+                "completed_at": None,
+            }
+
+    def end(self) -> str:
+        return self._event(self.body["status"], response=self.body)
+
+    def fail(self, error: AgentMemError) -> str:
+        code = (
+            "rate_limit_exceeded"
+            if isinstance(error, Busy) and error.status == 429
+            else "server_error"
+        )
+        if error.code == "context_length_exceeded":
+            code = error.code
+        self.body |= {"status": "failed", "error": {"code": code, "message": error.message}}
+        return self._event("failed", response=self.body)
+
+    def _begin_text(self, kind: str) -> Iterator[str]:
+        prefix, part_type, _ = _KINDS[kind]
+        item: dict[str, Any] = {
+            "id": self._id(prefix),
+            "type": kind,
+            "status": "in_progress",
+            "content": [],
+        }
+        more: dict[str, Any] = {"summary": []} if kind == "reasoning" else {"role": "assistant"}
+        item |= more
+        self.body["output"].append(item)
+        self._open, self._kind = item, kind
+        yield self._event("output_item.added", output_index=self._index, item=item)
+        part = {"type": part_type, "text": ""} | (
+            {"annotations": [], **self._logprobs} if kind == "message" else {}
+        )
+        item["content"].append(part)
+        yield self._event("content_part.added", **self._place, part=part)
+
+    def _close(self, status: str = "completed") -> Iterator[str]:
+        if self._open is None:
+            return
+        item, name = self._open, _KINDS[self._kind][2]
+        part = item["content"][0]
+        yield self._event(f"{name}.done", **self._place, text=part["text"], **self._logprobs)
+        yield self._event("content_part.done", **self._place, part=part)
+        item["status"] = status
+        yield self._event("output_item.done", output_index=self._index, item=item)
+        self._open = None
+
+    def _call(self, call: ToolCall) -> Iterator[str]:
+        item = {
+            "id": self._id("fc"),
+            "type": "function_call",
+            "status": "in_progress",
+            "call_id": call.id,
+        }
+        item |= {"name": call.name, "arguments": ""}
+        self.body["output"].append(item)
+        place = {"output_index": self._index, "item_id": item["id"]}
+        yield self._event("output_item.added", output_index=self._index, item=item)
+        item |= {"arguments": call.arguments_json, "status": "completed"}
+        yield self._event("function_call_arguments.delta", **place, delta=call.arguments_json)
+        yield self._event(
+            "function_call_arguments.done", **place, name=call.name, arguments=call.arguments_json
+        )
+        yield self._event("output_item.done", output_index=self._index, item=item)
+
+    @property
+    def _index(self) -> int:
+        return len(self.body["output"]) - 1
+
+    @property
+    def _place(self) -> dict[str, Any]:
+        assert self._open is not None
+        return {"item_id": self._open["id"], "output_index": self._index, "content_index": 0}
+
+    @property
+    def _logprobs(self) -> dict[str, Any]:
+        return {"logprobs": []} if self._kind == "message" else {}
+
+    def _id(self, prefix: str) -> str:
+        return f"{prefix}_{self.body['id'].removeprefix('resp_')}{len(self.body['output']):02x}"
+
+    def _event(self, event: str, /, **fields: Any) -> str:
+        self._number += 1
+        payload = {"type": f"response.{event}", "sequence_number": self._number, **fields}
+        text = json.dumps(payload, ensure_ascii=False, separators=(",", ":"))
+        return f"event: response.{event}\ndata: {text}\n\n"

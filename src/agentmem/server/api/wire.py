@@ -1,0 +1,302 @@
+"""OpenAI's chat wire format: what a request may hold, and the shape of an error.
+
+A parameter that promises something about the output is either honoured or refused (`Only`). One
+that promises nothing about it (who asks, how to bill, where to cache) is accepted and not looked
+at.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, NoReturn
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    GetCoreSchemaHandler,
+    GetJsonSchemaHandler,
+    WithJsonSchema,
+    model_validator,
+)
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema, PydanticCustomError, core_schema
+
+from ...chat.messages import Message, normalise
+from ...chat.tools import function_tools
+
+MAX_MESSAGES = 10_000  # of a request: they are checked on the event loop
+_MAX_STOPS, _LONGEST_STOP = 16, 1000  # strings, characters
+_ECHO = 200  # characters of the client's own text (field names) that an error repeats
+
+
+def _unsupported(what: str) -> NoReturn:
+    raise PydanticCustomError("unsupported_parameter", "{what}", {"what": what})
+
+
+@dataclass(frozen=True, init=False, eq=False)  # else typing takes Only(0) and Only(False) for one
+class Only:
+    """Annotates a field whose feature isn't there: null and `allowed` pass, anything else is
+    refused.
+    """
+
+    allowed: tuple[Any, ...]
+
+    def __init__(self, *allowed: Any):
+        object.__setattr__(self, "allowed", allowed)
+
+    def check(self, value: Any) -> Any:
+        if value is not None and not any(
+            type(value) is type(a) and value == a for a in self.allowed
+        ):
+            use = f", or use {' or '.join(map(repr, self.allowed))}" if self.allowed else ""
+            _unsupported(f"this is not supported by this server; leave it out{use}")
+        return value
+
+    def __get_pydantic_core_schema__(
+        self, source: Any, handler: GetCoreSchemaHandler
+    ) -> CoreSchema:
+        return core_schema.no_info_before_validator_function(self.check, handler(source))
+
+    def __get_pydantic_json_schema__(
+        self, schema: CoreSchema, handler: GetJsonSchemaHandler
+    ) -> JsonSchemaValue:
+        return {"enum": [None, *self.allowed]}
+
+
+def _encodable(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError as e:
+        raise ValueError(f"not valid Unicode: lone surrogate at character {e.start}") from None
+    return text
+
+
+Text = Annotated[str, AfterValidator(_encodable)]
+
+
+def _known_role(role: Any) -> Any:
+    if role == "function":
+        _unsupported("messages of role 'function' are not supported by this server; use 'tool'")
+    return role
+
+
+def check_tool_choice(choice: Any) -> Any:
+    if choice not in (None, "none", "auto"):
+        _unsupported(
+            "this server can't make the model call a tool; leave it out, or use 'auto' or 'none'"
+        )
+    return choice
+
+
+def _arguments(arguments: Any) -> Any:
+    if not isinstance(arguments, str | dict):
+        raise ValueError("must be a JSON object, as such or in a string")
+    return arguments
+
+
+def _stop_list(stop: Any) -> Any:
+    return [stop] if isinstance(stop, str) else stop
+
+
+def _token_ids(bias: dict[str, float] | None) -> dict[str, float] | None:
+    for key in bias or {}:
+        if not (key.isascii() and key.isdigit() and len(key) < 10):
+            raise ValueError('every key must be a token id, such as "50256"')
+    return bias
+
+
+class Wire(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class FunctionCall(Wire):
+    name: Annotated[Text, Field(min_length=1)]
+    arguments: Annotated[
+        Any, BeforeValidator(_arguments), WithJsonSchema({"type": ["string", "object"]})
+    ]
+
+
+class ToolCallBody(Wire):
+    id: Text
+    type: Literal["function"] = "function"
+    function: FunctionCall
+    index: int | None = None  # of a delta, which a client put together
+
+
+_CONTENT_SCHEMA = {
+    "type": ["string", "array", "null"],
+    "items": {"type": "object", "required": ["type", "text"]},
+}
+
+
+class ChatMessage(Wire):
+    role: Annotated[
+        Literal["system", "developer", "user", "assistant", "tool"], BeforeValidator(_known_role)
+    ]
+    content: Annotated[Any, WithJsonSchema(_CONTENT_SCHEMA)] = None
+    name: Text | None = None
+    tool_calls: list[ToolCallBody] | None = None
+    tool_call_id: Text | None = None
+    reasoning_content: Text | None = None
+    reasoning: Text | None = None
+    # what a client sends back of an earlier answer, where it holds nothing
+    refusal: Annotated[Any, Only()] = None
+    audio: Annotated[Any, Only()] = None
+    function_call: Annotated[Any, Only()] = None
+    annotations: Annotated[Any, Only([])] = None
+
+
+def chat_messages(messages: Sequence[ChatMessage]) -> list[Message]:
+    """In the form that the renderer takes. InvalidRequest names what can't be read."""
+    return normalise([message.model_dump() for message in messages])
+
+
+class AgentLife(Wire):
+    """What a request says of how long its agent is kept."""
+
+    ttl: float | None = Field(
+        default=None, gt=0, allow_inf_nan=False
+    )  # s that it is kept after its last use
+    ephemeral: bool | None = None  # a new agent is never written to disk
+
+
+class AgentOptions(AgentLife):
+    """The field `agentmem` of a request: what it says of its agent."""
+
+    continue_: bool | None = Field(
+        default=None, alias="continue"
+    )  # the transcript holds what was said before
+    turn: Text | None = None  # where to continue, by default the newest
+
+    @model_validator(mode="after")
+    def _where(self) -> "AgentOptions":
+        if self.turn is not None and not self.continue_:
+            raise ValueError("turn says where to continue: it needs continue, true")
+        return self
+
+
+class TemplateInput(Wire):
+    """What a prompt depends on, besides its messages."""
+
+    tools: list[Any] | None = None
+    chat_template_kwargs: dict[Text, Any] | None = Field(default=None, max_length=1000)
+
+    def given(self) -> dict[str, Any]:
+        """As ChatRenderer.render takes it. InvalidRequest names what can't be read."""
+        return {"tools": function_tools(self.tools), "options": self.chat_template_kwargs}
+
+
+class StreamOptions(Wire):
+    include_usage: bool | None = None
+    include_obfuscation: Annotated[Any, Only(False)] = None
+
+
+class ChatCompletionRequest(TemplateInput):
+    """The body of POST /v1/chat/completions. Null means the default everywhere."""
+
+    model: Text = "default"
+    messages: list[ChatMessage] = Field(min_length=1, max_length=MAX_MESSAGES)
+    agent_id: Text | None = None
+    agentmem: AgentOptions | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+
+    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    top_k: Annotated[int, Field(ge=-1)] | None = None
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    repetition_penalty: Annotated[float, Field(gt=0)] | None = None
+    repetition_context_size: Annotated[int, Field(ge=1)] | None = None
+    presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    logit_bias: Annotated[
+        dict[str, Annotated[float, Field(ge=-100, le=100)]] | None, AfterValidator(_token_ids)
+    ] = None
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
+    stop: Annotated[
+        list[Annotated[Text, Field(min_length=1, max_length=_LONGEST_STOP)]] | None,
+        Field(max_length=_MAX_STOPS),
+        BeforeValidator(_stop_list),
+    ] = None
+    ignore_eos: bool | None = None
+    priority: Annotated[int, Field(ge=-1000, le=1000)] | None = None
+
+    # promise nothing about the output
+    user: str | None = None
+    metadata: dict[str, Any] | None = None
+    store: bool | None = None
+    service_tier: str | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+    prompt_cache_options: dict[str, Any] | None = None
+    prompt_cache_retention: str | None = None
+
+    tool_choice: Annotated[
+        Any, BeforeValidator(check_tool_choice), WithJsonSchema({"enum": [None, "none", "auto"]})
+    ] = None
+    parallel_tool_calls: bool | None = None
+
+    # would promise something that isn't there
+    n: Annotated[Any, Only(1)] = None
+    functions: Annotated[Any, Only([])] = None
+    function_call: Annotated[Any, Only("none", "auto")] = None
+    response_format: Annotated[Any, Only({"type": "text"})] = None
+    logprobs: Annotated[Any, Only(False)] = None
+    top_logprobs: Annotated[Any, Only(0)] = None
+    modalities: Annotated[Any, Only(["text"])] = None
+    audio: Annotated[Any, Only()] = None
+    prediction: Annotated[Any, Only()] = None
+    reasoning_effort: Annotated[Any, Only()] = None
+    verbosity: Annotated[Any, Only()] = None
+    moderation: Annotated[Any, Only()] = None
+    web_search_options: Annotated[Any, Only()] = None
+
+
+def error_body(
+    message: str, *, type: str, param: str | None = None, code: str | None = None
+) -> dict[str, Any]:
+    """OpenAI's error shape. Text of the client's that isn't valid Unicode is escaped: the body must
+    be valid UTF-8.
+    """
+
+    def clean(text: str | None) -> str | None:
+        return text and text.encode(errors="backslashreplace").decode()
+
+    return {"error": {"message": clean(message), "type": type, "param": clean(param), "code": code}}
+
+
+_CODES = {
+    "extra_forbidden": "unknown_parameter",
+    "missing": "missing_required_parameter",
+    "unsupported_parameter": "unsupported_parameter",
+    "json_invalid": "invalid_json",
+}
+
+
+def validation_error_body(problem: Any) -> dict[str, Any]:
+    """The error for one of pydantic's problems, as FastAPI reports it (`loc` starts with "body")."""
+    path = [str(key)[:_ECHO] for key in problem["loc"][1:]]
+    kind, message = problem["type"], problem["msg"].removeprefix("Value error, ")
+    code = _CODES.get(kind, "invalid_type" if kind.endswith("_type") else "invalid_value")
+    if kind == "json_invalid":
+        return error_body(
+            f"The body is not valid JSON: {problem['ctx']['error']} at character {path[0]}",
+            type="invalid_request_error",
+            code=code,
+        )
+    if not path:
+        if kind != "value_error":  # that is one of ours, about several fields
+            message = (
+                "The body must be a JSON object, with the header content-type: application/json"
+            )
+        return error_body(message, type="invalid_request_error", code=code)
+    param = ".".join(path)
+    if kind == "extra_forbidden":
+        message = "unknown parameter; this server refuses what it does not honour"
+    if kind == "missing":
+        message = "missing, but required"
+    return error_body(f"{param}: {message}", type="invalid_request_error", param=param, code=code)

@@ -1,0 +1,112 @@
+"""Opening the directory of a store: lock it, bring manifest and files into line, make it fit."""
+
+import re
+import sqlite3
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from ...errors import StoreError
+from ..files.crypto import Vault
+from ..files.layout import Layout
+from ..files.segment import make_private_dir
+from ..keys import FileKeys
+from ..manifest.manifest import Manifest
+from ..manifest.schema import Damaged
+from .locks import acquire, release
+from .quota import Limits, Quota
+from .reconcile import open_manifest, reconcile
+from .trim import trim
+
+_PATIENCE = 1.0  # s; `agentmem store stats` holds the lock for a moment, to see whether anyone does
+_ENCRYPTION = "encryption"  # in the manifest's meta: a value that only the same master key gives
+
+
+@dataclass(frozen=True)
+class StoreFiles:
+    layout: Layout
+    manifest: Manifest
+    lock: int  # file descriptor
+    keys: FileKeys | None  # where the store is encrypted
+    room: Quota
+    address_secret: bytes
+
+
+@contextmanager
+def opened(
+    root: Path,
+    fingerprint: str,
+    meta: dict[str, str],
+    limits: Limits,
+    unlock: Callable[[bool], Vault] | None,
+) -> Iterator[StoreFiles]:
+    """As AgentStore.open. What it gives is closed at the end only if that raises; disk errors
+    become StoreError.
+    """
+    assert re.fullmatch(r"[0-9A-Za-z][0-9A-Za-z._-]*", fingerprint), fingerprint
+    layout = Layout(Path(root) / fingerprint)
+    with ExitStack() as undo:
+        try:
+            make_private_dir(layout.root)
+            lock = acquire(layout, patience=_PATIENCE)
+            undo.callback(release, lock)
+            for directory in (layout.blocks, layout.tails, layout.quarantine):
+                make_private_dir(directory)
+            manifest = open_manifest(layout)
+            undo.callback(manifest.close)
+            vault = _unlock(layout, manifest, unlock)
+            with manifest.transaction():
+                if manifest.meta() | {_ENCRYPTION: ""} != meta | {_ENCRYPTION: ""}:
+                    manifest.forget_blocks()
+                manifest.set_meta(meta | _encryption(vault))
+            keys = FileKeys(vault, manifest) if vault else None
+            reconcile(layout, manifest, keys)
+            room = _fit(layout, manifest, keys, limits)
+            secret = vault.derive(b"content addresses") if vault else b""
+            yield StoreFiles(layout, manifest, lock, keys, room, secret)
+        except (OSError, sqlite3.Error, Damaged) as e:
+            raise StoreError(
+                f"can't open the store at {layout.root}: {e}; to start empty, move it away"
+            ) from e
+        undo.pop_all()
+
+
+def _unlock(
+    layout: Layout, manifest: Manifest, unlock: Callable[[bool], Vault] | None
+) -> Vault | None:
+    """Raises StoreError if what is stored can't be read that way."""
+    stored = manifest.meta().get(_ENCRYPTION)
+    empty = not manifest.parents() and not manifest.tail_files() and not manifest.turn_bytes()
+    if unlock is None:
+        if manifest.is_sealed() or (stored and not empty):
+            raise StoreError(f"the store at {layout.root} is encrypted: start with --encrypt")
+        return None
+    vault = unlock(empty or not stored)
+    if stored != vault.check.hex() and FileKeys(vault, manifest).block_keys():
+        return vault  # it opens what is there: the note of it is damaged
+    if not empty and stored is None:
+        raise StoreError(
+            f"the store at {layout.root} holds caches in the clear: delete that directory, or use another --home, "
+            "and start with --encrypt again"
+        )
+    if not empty and stored != vault.check.hex():
+        raise StoreError(
+            f"the store at {layout.root} is encrypted with another master key: give the right one"
+        )
+    return vault
+
+
+def _fit(layout: Layout, manifest: Manifest, keys: FileKeys | None, limits: Limits) -> Quota:
+    """What is over a quota that was lowered goes."""
+    room = Quota(layout.root, layout.manifest, limits)
+    if room.over_quota == 0:
+        return room
+    with manifest.transaction():
+        trim(manifest, room.over_quota)
+    reconcile(layout, manifest, keys)
+    return Quota(layout.root, layout.manifest, limits)
+
+
+def _encryption(vault: Vault | None) -> dict[str, str]:
+    return {_ENCRYPTION: vault.check.hex()} if vault else {}

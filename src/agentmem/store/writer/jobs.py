@@ -1,0 +1,127 @@
+"""Jobs on what is stored: note its use, rename, delete, put aside."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ..records import AgentRecord
+from ..upkeep.reconcile import empty_quarantine, trim_quarantine
+from .batch import Batch, Job, require_unicode
+
+
+@dataclass(eq=False)
+class Touch(Job):
+    """Note what was used, and what was changed of an agent. An agent that holds nothing yet is
+    entered.
+    """
+
+    agent: AgentRecord
+    branch_id: str | None = None
+
+    def __post_init__(self) -> None:
+        require_unicode(self.agent.namespace, self.agent.name)
+
+    def record(self, batch: Batch) -> None:
+        batch.manifest.put_agent(self.agent)
+        if self.branch_id is not None:
+            batch.manifest.touch_branch(self.branch_id, self.agent.last_used)
+
+
+@dataclass(eq=False)
+class MoveAgent(Job):
+    """Put an agent under another name, all of it at once."""
+
+    alone = True
+    source: tuple[str, str]  # namespace, name
+    target: tuple[str, str]
+
+    def __post_init__(self) -> None:
+        require_unicode(*self.source)
+        require_unicode(*self.target)
+
+    def record(self, batch: Batch) -> None:
+        batch.manifest.move_agent(self.source, self.target, batch.keys)
+
+
+@dataclass(eq=False)
+class DeleteBranch(Job):
+    alone = True
+    branch_id: str
+
+    def record(self, batch: Batch) -> None:
+        batch.manifest.delete_branch(self.branch_id)
+        batch.branches.add(self.branch_id)
+        batch.delete_unreachable()
+
+
+@dataclass(eq=False)
+class DeleteAgent(Job):
+    alone = True
+    namespace: str
+    agent: str
+
+    def __post_init__(self) -> None:
+        require_unicode(self.namespace, self.agent)
+
+    def record(self, batch: Batch) -> bool:
+        branches = batch.manifest.delete_agent(self.namespace, self.agent)
+        batch.branches.update(branches or ())
+        batch.delete_unreachable()
+        return branches is not None
+
+    def committed(self, batch: Batch) -> None:
+        batch.manifest.truncate_wal()
+        batch.room.shrank(empty_quarantine(batch.layout))  # whose they were is not known any more
+        batch.dirs.add(batch.layout.quarantine)
+
+
+@dataclass(eq=False)
+class CollectGarbage(Job):
+    alone = True
+
+    def record(self, batch: Batch) -> None:
+        batch.delete_unreachable()
+
+    def committed(self, batch: Batch) -> None:
+        batch.room.shrank(empty_quarantine(batch.layout))
+        batch.manifest.truncate_wal()
+        batch.room.count_manifest()
+
+
+@dataclass(eq=False)
+class QuarantineBlock(Job):
+    alone = True
+    key: bytes
+
+    def record(self, batch: Batch) -> None:
+        if batch.manifest.block_file(self.key) is None:
+            return
+        parent = batch.manifest.parent(self.key)
+        branches = batch.manifest.branches_through(self.key)
+        for branch_id in branches:
+            batch.manifest.cut_branch(branch_id, parent)
+        batch.branches.update(branches)
+        batch.blocks.add(self.key)
+        batch.delete_unreachable()
+
+    def committed(self, batch: Batch) -> None:
+        if self.key in batch.blocks:
+            batch.move_to_quarantine(batch.layout.block(self.key))
+            batch.room.shrank(trim_quarantine(batch.layout))
+
+
+@dataclass(eq=False)
+class QuarantineTail(Job):
+    alone = True
+    branch_id: str
+    path: Path | None = field(default=None, init=False)
+
+    def record(self, batch: Batch) -> None:
+        if tail := batch.manifest.tail_file(self.branch_id):
+            self.path = batch.layout.tail(self.branch_id, tail.generation)
+        batch.manifest.clear_tail(self.branch_id)
+        batch.branches.add(self.branch_id)
+
+    def committed(self, batch: Batch) -> None:
+        if self.path:
+            batch.move_to_quarantine(self.path)
+            batch.room.shrank(trim_quarantine(batch.layout))

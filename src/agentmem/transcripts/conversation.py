@@ -1,0 +1,148 @@
+"""Where a request stands in its agent's transcript: what was said before it, and the turn that it
+leaves.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from starlette.requests import Request
+
+from ..errors import NotFound, StoreFailed
+from .registry import TranscriptRegistry
+from .turns import Kind, Messages, Turn, TurnTree, canonical, copies, new_turn
+
+
+class TranscriptNotFound(NotFound):
+    code = "transcript_not_found"
+
+
+@dataclass(eq=False)
+class Conversation:
+    turns: TranscriptRegistry
+    namespace: str
+    agent_id: str
+    tree: TurnTree | None  # None: nothing was said before, and no turn is left
+    new: Messages  # that the request sent
+    parent: Turn | None = None
+    resumed: bool = False  # the request goes on from `parent`; else it sent all that was said
+    from_newest: bool = False  # which was the newest turn
+    keep: bool = True  # leave a turn
+    ephemeral: bool = False
+    tools: list[dict[str, Any]] = field(default_factory=list)
+    # a system message before all that was said, of this request alone
+    instructions: str | None = None
+
+    @property
+    def messages(self) -> Messages:
+        """All that the model is to see."""
+        before = self.tree.messages(self.parent) if self.tree else []
+        return [*system(self.instructions), *before, *self.new]
+
+    async def finish(
+        self, kind: Kind, answer: Messages, turn_id: str | None = None, **more: Any
+    ) -> str | None:
+        """Leave a turn; its id. None: nothing is to be left, or the agent was deleted, or the store
+        can't be read.
+        """
+        if self.tree is None or not self.keep:
+            return None
+        try:
+            tree = await self.turns.loaded(self.namespace, self.agent_id, self.tree)
+        except StoreFailed:  # /health has it; the answer is there all the same
+            return None
+        parent, known = (self.parent, 0) if self.resumed else tree.longest_prefix(self.new)
+        about = {"instructions": self.instructions or None, "tools": self.tools or None, **more}
+        turn = new_turn(
+            kind, parent, [*self.new[known:], *answer], turn_id, about=_news(tree, parent, about)
+        )
+        told = self._told_meanwhile(tree)
+        added = [turn, *copies(told, turn)]
+        kept = self.turns.add(self.namespace, self.agent_id, tree, added, ephemeral=self.ephemeral)
+        self.turns.drop(self.namespace, self.agent_id, tree, told[::-1])
+        return turn.id if kept else None
+
+    def _told_meanwhile(self, tree: TurnTree) -> list[Turn]:
+        """What was appended while the answer was written comes after it."""
+        path = tree.path(tree.newest)
+        before = next(
+            (i for i, turn in enumerate(path) if self.parent and turn.id == self.parent.id), None
+        )
+        told = path[before + 1 :] if self.from_newest and before is not None else []
+        return told if all(turn.kind == "context" for turn in told) else []
+
+
+def system(instructions: str | None) -> Messages:
+    return [{"role": "system", "content": instructions}] if instructions else []
+
+
+def inherited(tree: TurnTree, turn: Turn | None, name: str) -> Any:
+    """What the nearest turn up the path from `turn` tells about itself under a name; else None."""
+    return next(
+        (step.about[name] for step in reversed(tree.path(turn)) if name in step.about), None
+    )
+
+
+def _news(tree: TurnTree, parent: Turn | None, about: dict[str, Any]) -> dict[str, Any]:
+    """Without tools and instructions that are its parent's: they are long."""
+    same = [
+        name
+        for name in ("instructions", "tools")
+        if (inherited(tree, parent, name) or None) == (about[name] or None)
+    ]
+    return {name: value for name, value in about.items() if name not in same}
+
+
+def begin(
+    turns: TranscriptRegistry, namespace: str, agent_id: str, messages: Messages, *, keep: bool
+) -> Conversation:
+    """Of a request that says all that was said before. `keep`: whether it leaves a turn."""
+    return Conversation(
+        turns, namespace, agent_id, turns.open(namespace, agent_id) if keep else None, messages
+    )
+
+
+async def resume(
+    turns: TranscriptRegistry,
+    namespace: str,
+    agent_id: str,
+    new: Messages,
+    turn_id: str | None,
+    *,
+    retried: bool,
+) -> Conversation:
+    """Of a request that goes on from a turn of the agent, by default its newest. Raises NotFound,
+    StoreFailed.
+
+    `retried`: the client may have sent the request before; if it left a turn then, that one is not
+    gone on from.
+    """
+    tree = await turns.tree(namespace, agent_id)
+    async with tree.appending:  # what is being appended is said before
+        parent = tree.newest if turn_id is None else tree.turns.get(turn_id)
+    if parent is None or parent.hidden:
+        missing = f"Agent {agent_id[:200]!r} has no transcript to go on from"
+        if turn_id is not None:
+            missing = f"Agent {agent_id[:200]!r} has no turn {turn_id[:200]!r}"
+        raise TranscriptNotFound(f"{missing}; send all messages.", param="agentmem.continue")
+    if retried and turn_id is None and parent.kind != "context" and _starts_with(parent.items, new):
+        parent = tree.turns[parent.parent] if parent.parent else None
+    tools = inherited(tree, parent, "tools") or []
+    conversation = Conversation(
+        turns, namespace, agent_id, tree, new, parent, resumed=True, tools=tools
+    )
+    conversation.from_newest = turn_id is None
+    if parent is not None:
+        tree.continued[conversation] = parent.id
+    return conversation
+
+
+def is_retried(request: Request) -> bool:
+    """Whether the SDKs of OpenAI and Anthropic send it again, after an error or when no answer
+    came.
+    """
+    count = request.headers.get("x-stainless-retry-count", "0")
+    return count.isdigit() and int(count) > 0
+
+
+def _starts_with(items: Messages, new: Messages) -> bool:
+    return [canonical(item) for item in items[: len(new)]] == [canonical(item) for item in new]
