@@ -31,7 +31,7 @@ from agentmem.kvcache.block import SealedBlock, Snapshot, from_host, to_host
 from agentmem.kvcache.quantize import CacheSpace, join
 from agentmem.kvcache.sequence import SequenceCache
 from agentmem.kvcache.spec import KVCacheSpec
-from agentmem.models.spec_of_config import spec_of_config
+from agentmem.kvcache.spec_of_config import spec_of_config
 from agentmem.store.files import segment
 from agentmem.store.files.segment_file import read_file
 from support import zoo

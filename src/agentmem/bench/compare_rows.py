@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from ..errors import ModelError
-from ..models.spec_of_config import spec_of_config
+from ..kvcache.spec_of_config import spec_of_config
 from .compare import STATES, CacheRow, CompareRow, DecodeRow, Samples
 from .contenders import AGENTMEM, MLX_LM, Contender
 from .find_config import read_config

@@ -148,7 +148,7 @@ def _check_model(settings: Settings) -> Iterator[Check]:
 def _check_cache(settings: Settings, config: dict[str, Any]) -> Check:
     """Which kinds of layers the model has, and what of their caches is kept, and in how many bits."""
     from ..kvcache.spec import describe
-    from ..models.spec_of_config import spec_of_config
+    from ..kvcache.spec_of_config import spec_of_config
 
     try:
         spec = spec_of_config(

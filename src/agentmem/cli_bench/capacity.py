@@ -138,7 +138,7 @@ def _budget(text: str) -> int:
 def _measure(name: str, lengths: list[int], settings: Settings) -> "Capacity":
     from ..bench.capacity import Capacity, footprint
     from ..bench.find_config import find, read_config
-    from ..models.spec_of_config import spec_of_config
+    from ..kvcache.spec_of_config import spec_of_config
 
     found = read_config(find(name, settings.home_dir))
     spec = spec_of_config(

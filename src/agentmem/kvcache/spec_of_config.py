@@ -8,9 +8,9 @@ from mlx.utils import tree_map
 from mlx_lm.utils import _get_classes  # all that is public wants a directory with weights
 
 from ..errors import ModelError
-from ..kvcache.attention import install_seam
-from ..kvcache.spec import KVBits, KVCacheSpec
-from ..kvcache.trace import read_spec
+from .attention import install_seam
+from .spec import KVBits, KVCacheSpec
+from .trace import read_spec
 
 _CONFIG_ERRORS = (
     ValueError,
