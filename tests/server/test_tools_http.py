@@ -32,13 +32,13 @@ ARGUMENTS = '{"city": "Zürich"}'
 class Engine(FakeEngine):
     """Says `text`, in pieces of `size`, and ends for `reason`."""
 
-    text, size, reason, at_stop_string, max_context = "", 7, "stop", False, 10_000
+    text, size, reason, stop_string, max_context = "", 7, "stop", None, 10_000
 
     async def generate(self, request):
         self.words = [self.text[i : i + self.size] for i in range(0, len(self.text), self.size)]
         async for event in super().generate(request):
             yield (
-                Finished(self.reason, event.stats, self.at_stop_string)
+                Finished(self.reason, event.stats, self.stop_string)
                 if isinstance(event, Finished)
                 else event
             )
@@ -190,7 +190,7 @@ def test_markup_that_is_no_call_is_given_back_as_text(engine, ask, stream):
     assert (answer.finish_reason, answer.message.content) == ("length", engine.text)
 
 
-@pytest.mark.parametrize("cut", [{"reason": "length"}, {"at_stop_string": True}])
+@pytest.mark.parametrize("cut", [{"reason": "length"}, {"stop_string": "\n\n"}])
 def test_half_a_call_is_no_call_whatever_cut_it(engine, ask, stream, cut):
     """GLM's parser makes a call of half a one, without the arguments that are missing."""
     plain, marks = chat_tokenizer(QWEN3)._tokenizer, (glm47.tool_call_start, glm47.tool_call_end)
@@ -203,7 +203,7 @@ def test_half_a_call_is_no_call_whatever_cut_it(engine, ask, stream, cut):
     assert (choice.message.tool_calls, choice.message.content) == (None, engine.text)
     assert choice.finish_reason == engine.reason
     assert "".join(d.get("content") or "" for d in deltas(stream(tools=[TOOL]))) == engine.text
-    engine.reason, engine.at_stop_string = "stop", False
+    engine.reason, engine.stop_string = "stop", None
     assert ask(tools=[TOOL]).choices[0].message.tool_calls[0].function.name == "weather"
 
 

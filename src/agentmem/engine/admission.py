@@ -74,7 +74,7 @@ class Admission:
     def look_up(self, seq: Sequence) -> None:
         request, prefix_cache = seq.request, self._core.prefix_cache
         own = prefix_cache.match_whole(seq.kept, seq.tokens) if seq.kept is not None else None
-        seq.match = own or prefix_cache.match(request.namespace, request.agent_id, seq.tokens)
+        seq.match = own or prefix_cache.match(request.namespace, request.agent_id, seq.reusable)
 
     def _growth(self) -> int:
         """Bytes that let all that hold a cache go on a while."""
@@ -157,7 +157,7 @@ class Admission:
         seq.cached_at_start = match.length
         if not seq.preempted:
             seq.num_cached = match.length
-            agent.explained = explain(agent, seq.tokens, match)
+            agent.explained = explain(agent, seq.tokens, match, scored=seq.num_to_score > 0)
             seq.cause = agent.explained.cause
         if seq.output is None:
             seq.sampler = Sampler(seq.request.params, self._core.vocab_size)
@@ -188,7 +188,7 @@ class Admission:
         if seq.cache.length > seq.cached_at_start:
             return False
         match = self._core.prefix_cache.match(
-            seq.request.namespace, seq.request.agent_id, seq.tokens
+            seq.request.namespace, seq.request.agent_id, seq.reusable
         )
         if match.length < seq.cache.length + self._core.runner.spec.block_size or match.missing:
             return False

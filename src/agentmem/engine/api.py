@@ -29,6 +29,9 @@ class SamplingParams:
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
+    # log probabilities of each token of the answer, and of as many of the likeliest; None: of none
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None  # the same of the prompt, all of which is prefilled then
 
 
 @dataclass(frozen=True)
@@ -47,11 +50,27 @@ class GenerateRequest:
 
 
 @dataclass(frozen=True)
+class TokenLogprob:
+    """The model's own log probability of a token: before bias, penalties and temperature."""
+
+    token: int
+    logprob: float
+    top: tuple[tuple[int, float], ...]  # the likeliest tokens in its place, the first one first
+
+
+@dataclass(frozen=True)
 class TextDelta:
+    """A piece of the answer.
+
+    `logprobs` come where they were asked for: first, in pieces without text, those of the prompt's
+    tokens but for its first one; then one for each token of the answer, the one that ended it too.
+    """
+
     text: str
+    logprobs: tuple[TokenLogprob, ...] = ()
 
 
-Cause = Literal["first", "extended", "repeated", "parted", "lost"]
+Cause = Literal["first", "extended", "repeated", "parted", "lost", "scored"]
 
 
 @dataclass(frozen=True)
@@ -93,14 +112,14 @@ class RequestStats:
 class Finished:
     reason: FinishReason
     stats: RequestStats
-    at_stop_string: bool = False
+    stop_string: str | None = None  # which ended the answer, if one did
 
     @property
     def cut(self) -> bool:
         """The model had not ended the answer: what it was about to say, a tool call perhaps, is not
         whole.
         """
-        return self.reason == "length" or self.at_stop_string
+        return self.reason == "length" or self.stop_string is not None
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ import queue
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
+from dataclasses import replace
 from typing import Any, cast
 
 import mlx.core as mx
@@ -16,8 +17,9 @@ from ..prefix_cache.cache import ROOT
 from .admission import LOOK_INTERVAL, Admission
 from .agents.fork import Forks
 from .agents.lifecycle import Lifecycle
-from .api import FinishReason, TextDelta
+from .api import FinishReason, TextDelta, TokenLogprob
 from .figures import figures
+from .logprobs import Logprobs, log_probabilities
 from .metrics import Metrics
 from .scheduler import Step
 from .sequence import Sequence, Status
@@ -189,10 +191,14 @@ class EngineLoop:
 
     # -- run
 
-    def _decode(self, step: Step) -> tuple[list[int], list[list[SealedBlock]]]:
-        """Returns the token sampled for each decoding sequence and the blocks each sealed."""
+    def _decode(
+        self, step: Step
+    ) -> tuple[list[int], list[list[SealedBlock]], list[TokenLogprob | None]]:
+        """Return for each decoding sequence the token sampled, the blocks sealed, and the token's
+        log probability, if the sequence asks for it.
+        """
         if not step.decode:
-            return [], []
+            return [], [], []
         runner, began = self.core.runner, time.perf_counter()
         caches = [seq.cache for seq in step.decode if seq.cache is not None]
         logits, fresh = runner.decode(caches, [seq.tokens[-1] for seq in step.decode])
@@ -201,11 +207,29 @@ class EngineLoop:
             for i, seq in enumerate(step.decode)
             if seq.sampler is not None
         ]
-        runner.evaluate(sampled, fresh)
+        asking, logprobs = self._logprobs(step, logits, sampled)
+        runner.evaluate(sampled, fresh, logprobs)
         self.core.scheduler.pace.saw_decode((time.perf_counter() - began) * 1e3)
         agents = [seq.request.agent_id for seq in step.decode]
         self.core.trace.span("decode", began, agents=agents, sealed=sum(map(len, fresh)))
-        return [cast(int, token.item()) for token in sampled], fresh
+        told: list[TokenLogprob | None] = [None] * len(sampled)
+        if logprobs is not None:
+            for i, logprob in zip(asking, logprobs.rows(), strict=True):
+                num_top = step.decode[i].request.params.logprobs
+                told[i] = replace(logprob, top=logprob.top[:num_top])
+        return [cast(int, token.item()) for token in sampled], fresh, told
+
+    def _logprobs(
+        self, step: Step, logits: mx.array, sampled: list[mx.array]
+    ) -> tuple[list[int], Logprobs | None]:
+        """Return which rows of a step ask for log probabilities, and theirs, lazy."""
+        wanted = [seq.request.params.logprobs for seq in step.decode]
+        asking = [i for i, num_top in enumerate(wanted) if num_top is not None]
+        if not asking:
+            return [], None
+        rows = logits[mx.array(asking), : self.core.vocab_size]
+        tokens = mx.concatenate([sampled[i] for i in asking])
+        return asking, log_probabilities(rows, tokens, max(wanted[i] or 0 for i in asking))
 
     def _prefill(self, step: Step) -> None:
         """After decode, so that whoever has just been restored need not wait for another one's
@@ -216,7 +240,7 @@ class EngineLoop:
             return
         assert seq.cache is not None
         at, began = seq.cache.length, time.perf_counter()
-        fresh = self.core.runner.prefill(seq.cache, seq.tokens[at : at + step.chunk])
+        fresh = self._prefill_chunk(seq, at, at + step.chunk)
         self._last_prefill = time.perf_counter()
         took_ms = (self._last_prefill - began) * 1e3
         seq.served_ms += took_ms
@@ -227,10 +251,35 @@ class EngineLoop:
             seq.request.on_progress(seq.cache.length, seq.prompt_len)
         self._admission.prefilled_maybe(seq)
 
+    def _prefill_chunk(self, seq: Sequence, start: int, end: int) -> list[SealedBlock]:
+        """Return the blocks that filled up; tell the prompt's log probabilities if they are wanted."""
+        runner = self.core.runner
+        assert seq.cache is not None
+        if not seq.num_to_score:
+            return runner.prefill(seq.cache, seq.tokens[start:end])
+        fresh, scored = runner.prefill_scored(
+            seq.cache,
+            seq.tokens[start:end],
+            seq.tokens[start + 1 : end + 1],
+            num_top=seq.request.params.prompt_logprobs or 0,
+            vocab_size=self.core.vocab_size,
+        )
+        # after a preemption some may have been told before
+        if news := scored[max(0, seq.num_scored - start) :]:
+            seq.num_scored += len(news)
+            seq.emit(TextDelta("", tuple(news)))
+        return fresh
+
     # -- commit
 
-    def _commit(self, step: Step, sampled: list[int], fresh: list[list[SealedBlock]]) -> None:
-        for seq, token, blocks in zip(step.decode, sampled, fresh, strict=True):
+    def _commit(
+        self,
+        step: Step,
+        sampled: list[int],
+        fresh: list[list[SealedBlock]],
+        logprobs: list[TokenLogprob | None],
+    ) -> None:
+        for seq, token, blocks, logprob in zip(step.decode, sampled, fresh, logprobs, strict=True):
             self._sealed(seq, blocks)
             seq.tokens.append(token)
             now = time.perf_counter()
@@ -247,8 +296,8 @@ class EngineLoop:
             )
             if full and not stopped:
                 text += seq.output.finish()
-            if text:
-                seq.emit(TextDelta(text))
+            if text or logprob is not None:
+                seq.emit(TextDelta(text, (logprob,) if logprob is not None else ()))
             if stopped or full:
                 self._finish(seq, "stop" if stopped else "length")
 

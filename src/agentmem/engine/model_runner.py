@@ -18,8 +18,11 @@ from ..kvcache.quantize import CacheSpace
 from ..kvcache.sequence import SequenceCache
 from ..kvcache.spec import KVBits, KVCacheSpec
 from ..kvcache.trace import MODEL_ERRORS, all_model_attends, opaque_spec, read_spec
+from .api import TokenLogprob
+from .logprobs import Logprobs, log_probabilities
 
 Cache = SequenceCache | OpaqueCache
+_LOGITS_BYTES = 64 << 20  # of one pass whose logits are all wanted, in float32
 
 
 class ModelRunner:
@@ -160,6 +163,32 @@ class ModelRunner:
         mx.eval(cache.arrays(), [block.arrays for block in fresh])
         return fresh
 
+    def prefill_scored(
+        self,
+        cache: Cache,
+        tokens: Sequence[int],
+        following: Sequence[int],
+        *,
+        num_top: int,
+        vocab_size: int,
+    ) -> tuple[list[SealedBlock], list[TokenLogprob]]:
+        """Append `tokens` as `prefill` does; return the log probabilities of what follows each too.
+
+        `following`: a token for each of them; `vocab_size`: ids that count. A pass is over few
+        tokens, since logits are large.
+        """
+        step = max(1, _LOGITS_BYTES // (4 * self.vocab_size))
+        sealed: list[SealedBlock] = []
+        scored: list[TokenLogprob] = []
+        for at in range(0, len(tokens), step):
+            logits, [fresh] = self.forward(mx.array([list(tokens[at : at + step])]), [cache])
+            wanted = mx.array(list(following[at : at + step]))
+            logprobs = log_probabilities(logits[0, :, :vocab_size], wanted, num_top)
+            mx.eval(cache.arrays(), [block.arrays for block in fresh], logprobs.arrays)
+            sealed += fresh
+            scored += logprobs.rows()
+        return sealed, scored
+
     def decode(
         self, caches: Sequence[Cache], tokens: Sequence[int]
     ) -> tuple[mx.array, list[list[SealedBlock]]]:
@@ -170,9 +199,12 @@ class ModelRunner:
         return logits[:, -1], fresh
 
     @staticmethod
-    def evaluate(sampled: list[mx.array], fresh: list[list[SealedBlock]]) -> None:
-        """Evaluate a decode step: the sampled tokens and what was sealed."""
-        mx.eval(sampled, [block.arrays for blocks in fresh for block in blocks])
+    def evaluate(
+        sampled: list[mx.array], fresh: list[list[SealedBlock]], logprobs: Logprobs | None = None
+    ) -> None:
+        """Evaluate a decode step: the sampled tokens, what was sealed, and log probabilities."""
+        more = logprobs.arrays if logprobs is not None else []
+        mx.eval(sampled, [block.arrays for blocks in fresh for block in blocks], more)
 
     def choose_attention(self, num_tokens: int = 2048) -> dict[str, float]:
         """Time a decode step over `num_tokens` sealed tokens on codes and on their dequantized

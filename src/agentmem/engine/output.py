@@ -17,11 +17,10 @@ class OutputStream:
         self._stop_ids = set(params.stop_token_ids) | (
             set() if params.ignore_eos else set(tokenizer.eos_token_ids)
         )
-        machine = TextStateMachine(
-            {"normal": [(text, None) for text in params.stop]} if params.stop else None
-        )
-        self._state = machine.make_state()
-        self.at_stop_string = False  # the answer ended
+        self._stops = {f"stop {i}": text for i, text in enumerate(params.stop)}
+        edges = {"normal": [(text, state) for state, text in self._stops.items()]}
+        self._state = TextStateMachine(edges | {state: [] for state in self._stops}).make_state()
+        self.stop_string: str | None = None  # at which the answer ended
 
     def feed(self, token: int) -> tuple[str, bool]:
         """(text that is safe to send, whether the answer ends here)."""
@@ -40,6 +39,6 @@ class OutputStream:
         return text + held
 
     def _advance(self, text: str) -> tuple[str, bool]:
-        self._state, safe, state = TextStateMachine.step(self._state, text)
-        self.at_stop_string = state is None
-        return safe, self.at_stop_string
+        self._state, segments = TextStateMachine.split(self._state, text)
+        self.stop_string = self._stops.get(self._state[0])
+        return segments[0][1], self.stop_string is not None

@@ -48,6 +48,7 @@ class Sequence:
     branch: Branch | None = None
     nodes: list[CachedBlock] = field(default_factory=list)  # of the sealed blocks, in order
     lineage: bytes = b""  # of the open block, see contexts.block_key
+    num_scored: int = 0  # tokens of the prompt, from its second on, whose log probability was told
     cause: Cause = "first"  # why no more was cached
     restored_bytes: int = 0
     served_ms: float = 0.0  # that its own prefill took
@@ -65,6 +66,21 @@ class Sequence:
     @property
     def num_generated(self) -> int:
         return len(self.tokens) - self.prompt_len
+
+    @property
+    def num_to_score(self) -> int:
+        """Tokens of the prompt whose log probabilities are wanted and not told yet."""
+        if self.request.params.prompt_logprobs is None:
+            return 0
+        return self.prompt_len - 1 - self.num_scored
+
+    @property
+    def reusable(self) -> list[int]:
+        """Tokens that may come from a cache, and one more.
+
+        Where the logits of a prompt are wanted, its tokens have to be computed.
+        """
+        return self.tokens[: self.num_scored + 1] if self.num_to_score else self.tokens
 
     @property
     def num_to_prefill(self) -> int:
@@ -116,8 +132,7 @@ class Sequence:
 
     def finish(self, reason: FinishReason) -> None:
         self.status = Status.FINISHED
-        at_stop_string = self.output is not None and self.output.at_stop_string
-        self.emit(Finished(reason, self.stats(), at_stop_string))
+        self.emit(Finished(reason, self.stats(), self.output.stop_string if self.output else None))
 
     def fail(self, error: AgentMemError) -> None:
         self.status = Status.FINISHED

@@ -18,11 +18,17 @@ WORDS: dict[Cause, str] = {
     "parted": "The prompt differs from everything that was cached, from this token on.",
     "lost": "The prompt has more in common with what was asked before than is still there: it was evicted from a full "
     "store, was never written, was damaged, or is of a model that keeps its state at some positions only.",
+    "scored": "Log probabilities of the prompt were asked for, which takes a prefill of all of it.",
 }
 
 
-def explain(agent: Agent | None, tokens: Sequence[int], match: Match) -> Explanation:
-    """`tokens`: the prompt; `match`: what of it is used. Engine thread only."""
+def explain(
+    agent: Agent | None, tokens: Sequence[int], match: Match, *, scored: bool = False
+) -> Explanation:
+    """`tokens`: the prompt; `match`: what of it is used; `scored`: its log probabilities are wanted.
+
+    Engine thread only.
+    """
     wanted = np.array(tokens[:-1], np.uint32)
     branches = [branch.tokens() for branch in agent.branches.values()] if agent else []
     nearest, n = np.empty(0, np.uint32), 0
@@ -31,7 +37,7 @@ def explain(agent: Agent | None, tokens: Sequence[int], match: Match) -> Explana
         if common > n or not len(nearest):
             nearest, n = branch, common
     return Explanation(
-        cause=_cause(match.length, n, len(nearest), len(wanted)),
+        cause="scored" if scored else _cause(match.length, n, len(nearest), len(wanted)),
         prompt_tokens=len(tokens),
         cached_tokens=match.length,
         common_tokens=n,
