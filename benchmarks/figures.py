@@ -1,12 +1,13 @@
-"""The figures in README.md and docs/, each from a result file.
+"""The figures and pictures in README.md and docs/, each from a result file.
 
 What stands between `<!-- figures: NAME -->` and `<!-- /figures -->` is made from
-figures/NAME.md.j2. A template gets `result("FILE.json")`, a parsed file of results/, and
-`link("FILE.json")`, a link to it, which it owes the reader for every file that it reads.
-tests/bench/test_figures.py checks both, and that no measured figure stands elsewhere.
+figures/NAME.md.j2, and a picture such as docs/ttft.svg from figures/ttft.svg.j2. A template gets
+`result("FILE.json")`, a parsed file of results/, and `link("FILE.json")`, a link to it, which a
+page owes its reader for every file that it reads. tests/bench/test_figures.py checks both, and
+that no measured figure stands elsewhere.
 
     python benchmarks/figures.py            # writes all blocks anew
-    python benchmarks/figures.py --check    # writes nothing, exits with 1 where a block is not up to date
+    python benchmarks/figures.py --check    # writes nothing; exits with 1 where one is stale
 """
 
 import argparse
@@ -14,6 +15,7 @@ import json
 import os
 import re
 import sys
+import textwrap
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 ROOT = Path(__file__).parent.parent
 TEMPLATES, RESULTS = ROOT / "benchmarks/figures", ROOT / "benchmarks/results"
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PICTURES = [ROOT / "docs/ttft.svg"]
 BLOCK = re.compile(r"(<!-- figures: ([\w-]+) -->\n?)(.*?)(<!-- /figures -->)", re.DOTALL)
 
 
@@ -31,7 +34,7 @@ class Block:
     """One rendered template, and which files it used."""
 
     page: Path
-    name: str
+    template: str  # its file in figures/
     read: set[str] = field(default_factory=set)
     linked: set[str] = field(default_factory=set)
     text: str = ""
@@ -43,30 +46,31 @@ class Block:
         return found
 
     def link(self, file: str) -> str:
-        """With a word of warning where the machine was not quiet."""
+        """Return a link to a file, with a word of warning where the machine was not quiet."""
         self.linked.add(file)
         noise = self.result(file).get("noise")
         disturbed = ", not a quiet run" if noise and not noise["quiet"] else ""
         return f"[{file}]({os.path.relpath(RESULTS / file, self.page.parent)}){disturbed}"
 
 
-def render(page: Path, name: str) -> Block:
+def render(page: Path, template: str) -> Block:
+    """Make what `template` says of the result files, with links as they are on `page`."""
     environment = Environment(
         loader=FileSystemLoader(TEMPLATES),
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {
-        "n": number,
-        "x": lambda ratio, digits=1: f"{ratio:.{digits}f}x",
-        "size": size,
-    }
-    block = Block(page, name)
-    template = environment.get_template(f"{name}.md.j2")
-    rendered = template.render(result=block.result, link=block.link).strip()
+    environment.filters |= {"n": number, "x": factor, "size": size}
+    block = Block(page, template)
+    source = environment.get_template(template)
+    rendered = source.render(result=block.result, link=block.link).strip()
     block.text = re.sub(r"\n{3,}", "\n\n", rendered)
     return block
+
+
+def factor(ratio: float, digits: int = 1) -> str:
+    return f"{ratio:.{digits}f}x"
 
 
 def number(value: float, digits: int = 0) -> str:
@@ -74,21 +78,38 @@ def number(value: float, digits: int = 0) -> str:
 
 
 def size(nbytes: float) -> str:
-    """In powers of ten."""
-    unit, per = next(
-        (u, p) for u, p in (("GB", 1e9), ("MB", 1e6), ("KB", 1e3), ("B", 1)) if nbytes >= 0.9995 * p
-    )
+    """Format bytes in powers of ten."""
+    units = (("GB", 1e9), ("MB", 1e6), ("KB", 1e3), ("B", 1))
+    unit, per = next((unit, per) for unit, per in units if nbytes >= 0.9995 * per)
     return f"{nbytes / per:.1f} GB" if unit == "GB" else f"{nbytes / per:.0f} {unit}"
 
 
 def rewritten(page: Path) -> str:
-    """Its text with all blocks anew. One that begins and ends within a line stays within it."""
+    """Return a picture anew, or a page's text with all blocks anew.
+
+    A block that begins and ends within a line stays within it; prose of any other is wrapped.
+    """
+    if page.suffix == ".svg":
+        return render(page, f"{page.name}.j2").text + "\n"
 
     def anew(found: re.Match[str]) -> str:
-        text, end = render(page, found[2]).text, "\n" if found[1].endswith("\n") else ""
-        return found[1] + (text if end else " ".join(text.split())) + end + found[4]
+        text = render(page, f"{found[2]}.md.j2").text
+        if not found[1].endswith("\n"):
+            return found[1] + " ".join(text.split()) + found[4]
+        return found[1] + "\n".join(map(wrapped, text.splitlines())) + "\n" + found[4]
 
     return BLOCK.sub(anew, page.read_text(encoding="utf-8"))
+
+
+def wrapped(line: str) -> str:
+    """Wrap a paragraph that is one line; a table's rows stay whole."""
+    if line.startswith("|"):
+        return line
+    return textwrap.fill(line, width=100, break_long_words=False, break_on_hyphens=False)
+
+
+def written(page: Path) -> str:
+    return page.read_text(encoding="utf-8") if page.exists() else ""
 
 
 def main() -> None:
@@ -97,12 +118,11 @@ def main() -> None:
     )
     parser.add_argument("--check", action="store_true", help="write nothing")
     check = parser.parse_args().check
-    stale = [page for page in PAGES if rewritten(page) != page.read_text(encoding="utf-8")]
+    stale = [page for page in (*PAGES, *PICTURES) if rewritten(page) != written(page)]
     for page in stale:
         if check:
-            print(
-                f"{page.relative_to(ROOT)}: figures are not those of the result files: python benchmarks/figures.py"
-            )
+            name = page.relative_to(ROOT)
+            print(f"{name}: not as the result files have it: python benchmarks/figures.py")
         else:
             page.write_text(rewritten(page), encoding="utf-8")
             print(f"{page.relative_to(ROOT)}: written")

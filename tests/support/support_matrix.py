@@ -1,7 +1,6 @@
-"""docs/models.md: what agentmem makes of every model type of the installed mlx-lm. Run it to write
-the file.
-"""
+"""docs/models.md: what agentmem makes of every model type of mlx-lm. Run it to write the file."""
 
+import textwrap
 from collections import Counter
 from importlib.metadata import version
 from pathlib import Path
@@ -13,21 +12,33 @@ from support.zoo import ALIASES, INCONSISTENT, MODEL_TYPES, UNBUILDABLE, tiny
 DOCUMENT = Path(__file__).parents[2] / "docs" / "models.md"
 _HEAD = """# Models
 
-Every model type of mlx-lm {version}, built tiny with random weights by its own classes and run by
-`tests/kvcache/test_architectures.py`, which checks for each row: with `--kv-bits 16` the logits are
-mlx-lm's; after a restore they are bit-identical to never having been away; alone and in a batch
-they are the same; attention on 4-bit codes equals attention on their dequantized copy. Written by
-`PYTHONPATH=tests python -m support.support_matrix`.
+Which models of mlx-lm {version} keep an agent's context, and how. Where the last column says no,
+answers are right, but every request prefills its whole prompt.
 
-- **Layers**, read off the cache objects that the model makes and a traced pass: *global* sees all tokens, *sliding*
-  and *chunked* a window (only that much is kept in RAM and read back), *latent* is MLA's compressed vector,
-  *recurrent* a state of fixed size (SSM, gated delta rule, convolution, linear attention) that is kept in full
-  precision at some positions. *+ sinks*: with learned attention sinks.
-- **Cache**: in how many bits sealed blocks are kept with `--kv-bits 4`; recurrent state is never quantized.
-- **Attention**: *blocks* is computed by agentmem, over codes or their dequantized copy; *model* by the model's own code
-  over what the cache returns, which is the same numbers.
-- **Decode**: *batched*, or *one by one* where the model's code takes no batch of sequences of unequal length.
-- **Reuse**: whether an agent's context is kept at all. Without reuse answers are right, but every request prefills.
+Every model type is built tiny with random weights by its own classes and run by
+`tests/kvcache/test_architectures.py`, which checks for each row:
+
+- With `--kv-bits 16` the logits are mlx-lm's.
+- After a restore they are bit-identical to never having been away.
+- Alone and in a batch they are the same.
+- Attention on 4-bit codes equals attention on their dequantized copy.
+
+The columns:
+
+- **layers**, read off the cache objects that the model makes and a traced pass: *global* sees all
+  tokens; *sliding* and *chunked* see a window, and only that much is kept in RAM and read back;
+  *latent* is MLA's compressed vector; *recurrent* is a state of fixed size (SSM, gated delta rule,
+  convolution, linear attention) that is kept in full precision at some positions; *+ sinks*: with
+  learned attention sinks.
+- **cache**: in how many bits sealed blocks are kept with `--kv-bits 4`; recurrent state is never
+  quantized.
+- **attention**: *blocks* is computed by agentmem, over codes or their dequantized copy; *model* is
+  computed by the model's own code over what the cache returns, which is the same numbers.
+- **decode**: *batched*, or *one by one* where the model's code takes no batch of sequences of
+  unequal length.
+- **reuse**: whether an agent's context is kept at all.
+
+Written by `PYTHONPATH=tests python -m support.support_matrix`.
 
 | model_type | layers | cache | attention | decode | reuse |
 |---|---|---|---|---|---|
@@ -45,8 +56,18 @@ def _row(model_type: str) -> str:
     spec, mark = runner.spec, "[^own]" if model_type in INCONSISTENT else ""
     decode = "batched" if runner.batchable else "one by one"
     if spec.opaque is not None:
-        return f"| {model_type} | not known | mlx-lm's own | model | {decode} | no: {spec.opaque.reason} |"
-    return f"| {model_type}{mark} | {_layers(spec)} | {_cache(spec)} | {_attention(spec)} | {decode} | yes |"
+        cells = [
+            model_type,
+            "not known",
+            "mlx-lm's own",
+            "model",
+            decode,
+            f"no: {spec.opaque.reason}",
+        ]
+    else:
+        name = f"{model_type}{mark}"
+        cells = [name, _layers(spec), _cache(spec), _attention(spec), decode, "yes"]
+    return f"| {' | '.join(cells)} |"
 
 
 def _layers(spec: KVCacheSpec) -> str:
@@ -74,10 +95,15 @@ def _attention(spec: KVCacheSpec) -> str:
 
 
 def _notes() -> str:
-    unbuilt = "".join(f"- {name}: {reason}\n" for name, reason in sorted(UNBUILDABLE.items()))
+    reasons = [f"- {name}: {reason}" for name, reason in sorted(UNBUILDABLE.items())]
+    unbuilt = "".join(_wrapped(reason, "  ") + "\n" for reason in reasons)
     own = "; ".join(f"{name} {reason}" for name, reason in sorted(INCONSISTENT.items()))
     own = f"[^own]: mlx-lm's own logits depend on the chunks that a prompt comes in: {own}."
-    return f"\n{own}\n\nNot built here:\n\n{unbuilt}"
+    return f"\n{_wrapped(own, '    ')}\n\nNot built here:\n\n{unbuilt}"
+
+
+def _wrapped(text: str, indent: str) -> str:
+    return textwrap.fill(text, width=100, subsequent_indent=indent, break_on_hyphens=False)
 
 
 if __name__ == "__main__":
