@@ -3,6 +3,7 @@
 import re
 import tomllib
 from pathlib import Path
+from typing import get_args
 
 import figures
 import pytest
@@ -11,6 +12,7 @@ from typer.main import get_command
 
 from agentmem.cli.main import app as cli
 from agentmem.config import Settings, load_settings
+from agentmem.engine.api import Cause
 from agentmem.server.app import create_app
 from agentmem.server.auth import read_api_keys
 from support.fake_engine import FakeEngine
@@ -106,6 +108,16 @@ def test_the_routes_are_all_there_and_no_others(tmp_path):
             elif path.islower():  # `pin`, `unpin`: a sibling
                 told.add(f"{last.rpartition('/')[0]}/{path}")
     assert told == served
+
+
+def test_the_causes_are_all_there():
+    causes = re.findall(r"^\| `(\w+)` \|", section("docs/api.md", "| cause |"), re.MULTILINE)
+    assert causes == list(get_args(Cause))
+
+
+def section(page: str, head: str) -> str:
+    """Return a table from its first words on."""
+    return (ROOT / page).read_text().partition(head)[2].partition("\n\n")[0]
 
 
 def commands(page: Path) -> list[str]:
