@@ -33,7 +33,7 @@ class FakeEngine:
     is one.
     """
 
-    model_name, max_context, why_max_context, status = "org/tiny", 64, "", "ok"
+    model_name, max_context, why_max_context, vocab_size, status = "org/tiny", 64, "", 8, "ok"
     words, delay, first_delay, error, failed = ("Hello", " wörld"), 0.0, 0.0, None, False
 
     def __init__(self, **options):

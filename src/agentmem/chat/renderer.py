@@ -16,6 +16,7 @@ from .special_tokens import SpecialTokens
 from .splice import Spliced, splice
 from .template import ChatTemplate
 from .token_bytes import TokenBytes
+from .token_texts import TokenTexts
 
 _LONGEST_HEADER = 64  # tokens by which a template asks for an answer
 
@@ -72,12 +73,27 @@ class ChatRenderer:
             raise ContextLengthExceeded(len(tokens), self._max_context, self._why_max)
         return tokens
 
-    async def text_tokens(self, text: str, branches: Sequence[np.ndarray] = ()) -> list[int]:
-        """Of a text that is rendered already; `branches` as in `render`."""
+    async def text_tokens(
+        self, text: str, branches: Sequence[np.ndarray] = (), *, begins: bool = False
+    ) -> list[int]:
+        """Return the tokens of a text that is rendered already; `branches` as in `render`.
+
+        `begins`: the tokens begin as the model's prompts do, with what its tokenizer puts before
+        a text (a BOS token, say), unless the text begins so itself.
+        """
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(
             self._thread,
-            lambda: splice(self._token_bytes, self._plain.encode(text), branches).tokens,
+            lambda: (
+                splice(self._token_bytes, self._plain.encode(text, begins=begins), branches).tokens
+            ),
+        )
+
+    async def token_texts(self) -> TokenTexts:
+        """Return what tells the text of token after token."""
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(
+            self._thread, TokenTexts, self._tokenizer, self._token_bytes
         )
 
     async def before_answer(

@@ -68,9 +68,14 @@ class SpecialTokens:
         text = self._tokenizer.apply_chat_template(marked, **options)
         return self._encode_marked(text, mark)
 
-    def encode(self, text: str) -> list[int]:
-        """A text in which special tokens' names are special tokens."""
-        tokens: list[int] = self._tokenizer.encode(text, add_special_tokens=False, verbose=False)
+    def encode(self, text: str, *, begins: bool = False) -> list[int]:
+        """Return the tokens of a text in which special tokens' names are special tokens.
+
+        `begins`: with what the tokenizer adds to a whole text, unless the text begins so itself.
+        """
+        bos = self._tokenizer.bos_token
+        add = begins and (bos is None or not text.startswith(bos))
+        tokens: list[int] = self._tokenizer.encode(text, add_special_tokens=add, verbose=False)
         return tokens
 
     def _encode_marked(self, text: str, mark: str) -> list[int]:

@@ -169,6 +169,7 @@ class EngineAPI(Protocol):
     model_name: str
     max_context: int  # prompt and answer, in tokens
     why_max_context: str  # what sets it, if not the model
+    vocab_size: int  # every token of a prompt is below
     tokenizer: Any  # mlx_lm TokenizerWrapper
     turns: TranscriptRegistry  # what was said
 

@@ -63,6 +63,7 @@ class Engine:
         self.model_name = self._core.model.name
         self.max_context = self._core.budget.max_context
         self.why_max_context = self._core.budget.why_max_context
+        self.vocab_size = self._core.vocab_size
         self.tokenizer = self._core.model.tokenizer
         self.turns = self._core.turns
 
