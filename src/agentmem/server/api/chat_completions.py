@@ -20,7 +20,7 @@ from ...chat.messages import ToolCall
 from ...chat.render import render
 from ...chat.renderer import ChatRenderer
 from ...config import Settings
-from ...engine.api import EngineAPI, Finished, GenerateRequest, RequestStats, SamplingParams
+from ...engine.api import EngineAPI, Finished, GenerateRequest, RequestStats
 from ...errors import AgentMemError, NotFound
 from ...transcripts.conversation import Conversation, begin, is_retried, resume
 from ..auth import namespace_of
@@ -33,10 +33,6 @@ FIRST_EVENT_WAIT = 2.0  # s; until then an error can still become an HTTP status
 PING_INTERVAL = 5.0  # s between comments while a stream has nothing to say
 PING = ": ping\n\n"
 DONE = "data: [DONE]\n\n"
-_SAME_NAME = (  # in the body and in SamplingParams
-    *("temperature", "top_p", "min_p", "repetition_penalty", "repetition_context_size"),
-    *("presence_penalty", "frequency_penalty"),
-)
 
 
 class ChatCompletions:
@@ -106,7 +102,7 @@ class ChatCompletions:
         ]
         limits = limits or [self._settings.default_max_tokens]
         max_tokens = min(*limits, self._engine.max_context - len(tokens))
-        params = sampling_params(body, max_tokens)
+        params = body.sampling_params(max_tokens)
         agent = body.agentmem or AgentOptions()
         return GenerateRequest(
             *(namespace, agent_id, tokens, params),
@@ -169,22 +165,6 @@ def check_model(name: str, served: str) -> None:
     if name not in (served, served.rstrip("/").rpartition("/")[2], "default"):
         message = f"The model {name[:200]!r} does not exist; this server has {served!r}, also known as 'default'."
         raise NotFound(message, param="model", code="model_not_found")
-
-
-def sampling_params(body: ChatCompletionRequest, max_tokens: int) -> SamplingParams:
-    """What the body says; SamplingParams' defaults for the rest, with `max_tokens` already fit to
-    the context.
-    """
-    said = {name: value for name in _SAME_NAME if (value := getattr(body, name)) is not None}
-    return SamplingParams(
-        max_tokens=max_tokens,
-        top_k=max(body.top_k or 0, 0),
-        logit_bias=tuple((int(token), bias) for token, bias in (body.logit_bias or {}).items()),
-        seed=None if body.seed is None else body.seed % 2**64,
-        stop=tuple(body.stop or ()),
-        ignore_eos=bool(body.ignore_eos),
-        **said,
-    )
 
 
 def _usage(stats: RequestStats) -> dict[str, Any]:

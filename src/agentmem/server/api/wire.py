@@ -25,8 +25,18 @@ from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
 from ...chat.messages import Message, normalise
 from ...chat.tools import function_tools
+from ...engine.api import SamplingParams
 
 MAX_MESSAGES = 10_000  # of a request: they are checked on the event loop
+_SAME_NAME = (  # in the body and in SamplingParams
+    "temperature",
+    "top_p",
+    "min_p",
+    "repetition_penalty",
+    "repetition_context_size",
+    "presence_penalty",
+    "frequency_penalty",
+)
 _MAX_STOPS, _LONGEST_STOP = 16, 1000  # strings, characters
 _ECHO = 200  # characters of the client's own text (field names) that an error repeats
 
@@ -193,18 +203,9 @@ class StreamOptions(Wire):
     include_obfuscation: Annotated[Any, Only(False)] = None
 
 
-class ChatCompletionRequest(TemplateInput):
-    """The body of POST /v1/chat/completions. Null means the default everywhere."""
+class SamplingInput(Wire):
+    """How an answer's tokens are chosen, and where it ends."""
 
-    model: Text = "default"
-    messages: list[ChatMessage] = Field(min_length=1, max_length=MAX_MESSAGES)
-    agent_id: Text | None = None
-    agentmem: AgentOptions | None = None
-    stream: bool | None = None
-    stream_options: StreamOptions | None = None
-
-    max_tokens: Annotated[int, Field(ge=1)] | None = None
-    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     top_k: Annotated[int, Field(ge=-1)] | None = None
@@ -223,6 +224,37 @@ class ChatCompletionRequest(TemplateInput):
         BeforeValidator(_stop_list),
     ] = None
     ignore_eos: bool | None = None
+
+    def sampling_params(self, max_tokens: int) -> SamplingParams:
+        """Return what the body says, with SamplingParams' defaults for the rest.
+
+        `max_tokens` already fits the context.
+        """
+        same = {name: getattr(self, name) for name in _SAME_NAME}
+        biases = (self.logit_bias or {}).items()
+        return SamplingParams(
+            max_tokens=max_tokens,
+            top_k=max(self.top_k or 0, 0),
+            logit_bias=tuple((int(token), bias) for token, bias in biases),
+            seed=None if self.seed is None else self.seed % 2**64,
+            stop=tuple(self.stop or ()),
+            ignore_eos=bool(self.ignore_eos),
+            **{name: value for name, value in same.items() if value is not None},
+        )
+
+
+class ChatCompletionRequest(TemplateInput, SamplingInput):
+    """The body of POST /v1/chat/completions. Null means the default everywhere."""
+
+    model: Text = "default"
+    messages: list[ChatMessage] = Field(min_length=1, max_length=MAX_MESSAGES)
+    agent_id: Text | None = None
+    agentmem: AgentOptions | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+
+    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     priority: Annotated[int, Field(ge=-1000, le=1000)] | None = None
 
     # promise nothing about the output
