@@ -30,6 +30,7 @@ from agentmem.kvcache.block import SealedBlock, to_host  # noqa: E402
 from agentmem.kvcache.spec import KVCacheSpec, default_state_interval  # noqa: E402
 from agentmem.kvcache.trace import read_spec  # noqa: E402
 from agentmem.store.files import segment  # noqa: E402
+from agentmem.tensors import is_state, part_of  # noqa: E402
 
 INTERVALS = (256, 512, 1024, 2048, 4096, 8192)
 _QWEN3_NEXT = {
@@ -135,7 +136,7 @@ def measured(repeats: int) -> dict[str, Any]:
 
 def round_trip(block: SealedBlock) -> float:
     """ms to write a snapshot durably and read it back."""
-    states = {n: a for n, a in block.arrays.items() if "@" in n}
+    states = {n: a for n, a in block.arrays.items() if is_state(part_of(n))}
     with tempfile.TemporaryDirectory() as directory:
         path, began = Path(directory, "state"), time.perf_counter()
         segment.write_durable(path, bytes(segment.encode(to_host(states), {})))

@@ -21,9 +21,10 @@ from ..prefix_cache.block_pool import Entry
 from ..prefix_cache.cache import PrefixCache
 from ..prefix_cache.match import Match
 from ..prefix_cache.restore import Restorer
-from ..prefix_cache.unneeded import STATES, UNSAVED_SNAPSHOTS, window_blocks
+from ..prefix_cache.unneeded import UNSAVED_SNAPSHOTS, window_blocks
 from ..prefix_cache.write_back import WriteBack
 from ..store.agent_store import AgentStore
+from ..tensors import is_state, stack_part
 from .footprint import process_footprint
 from .sequence import Sequence
 
@@ -33,6 +34,7 @@ _EVICT_FROM, _EVICT_TO = 0.95, 0.9  # of the memory limit
 _FILE_HEADER = 4096  # bytes, at most
 _NOTHING_HELD: Mapping[str, int] = MappingProxyType({})
 _SAVE_INTERVAL = 0.25  # s
+_STATES = "states"  # what all snapshots of recurrent state are counted as
 
 
 def _footprint_above(limit: float) -> int | None:
@@ -92,7 +94,8 @@ class RamBudget:
     ) -> int:
         """A sequence with room for `capacity` tokens, beside the first `num_sealed` blocks.
 
-        `held`: of how many blocks that it has sealed itself each part is in RAM.
+        `held`: of how many blocks that it has sealed itself each part is in RAM, snapshots of
+        recurrent state together as _STATES.
         """
         working = working_bytes(self._spec, capacity, on_codes=self._on_codes)
         if self._spec.opaque is not None:
@@ -113,9 +116,11 @@ class RamBudget:
         for s, stack in enumerate(spec.stacks):
             window, count = spec.layers[stack[0]].window, num_new
             if window is not None:
-                count = min(num_new, max(0, window_blocks(spec, window) + 1 - held.get(str(s), 0)))
+                count = min(
+                    num_new, max(0, window_blocks(spec, window) + 1 - held.get(stack_part(s), 0))
+                )
             nbytes += count * spec.block_size * spec.stack_bytes[s]
-        return nbytes + max(0, UNSAVED_SNAPSHOTS - held.get(STATES, 0)) * spec.state_bytes
+        return nbytes + max(0, UNSAVED_SNAPSHOTS - held.get(_STATES, 0)) * spec.state_bytes
 
     def growth_bytes(self, capacity: int) -> int:
         """Of the next step from `capacity` tokens."""
@@ -157,7 +162,7 @@ class RamBudget:
             if n.refs == 1 and id(n) not in shared and n.data
             for part in n.data.parts
         )
-        parts = Counter(STATES if part.startswith(STATES) else part for part in held)
+        parts = Counter(_STATES if is_state(part) else part for part in held)
         return self.running_bytes(seq.capacity, num_sealed, parts)
 
     def make_room(self, nbytes: int, kept: Iterable[Entry], *, urgent: bool = True) -> bool:

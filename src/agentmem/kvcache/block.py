@@ -24,7 +24,7 @@ from typing import Any, cast
 import mlx.core as mx
 import numpy as np
 
-from ..tensors import HostTensor, part_of
+from ..tensors import HostTensor, TensorName, part_of, stack_part
 from .quantize import Codes
 from .spec import KVCacheSpec
 
@@ -33,20 +33,12 @@ RawArrays = dict[str, tuple[str, mx.array]]  # dtype as in HostTensor, array
 TOKENS = 2  # the token axis of every array here
 
 
-def state_offset(name: str) -> int | None:
-    """Tokens of the block after which this snapshot of recurrent state was taken; None: it is no
-    state.
-    """
-    _, at, offset = name.partition("@")
-    return int(offset) if at else None
-
-
 def states_until(arrays: Arrays, num_tokens: int) -> Arrays:
-    """The snapshots of recurrent state in the first `num_tokens` tokens of a block."""
+    """Return the snapshots of recurrent state in the first `num_tokens` tokens of a block."""
     return {
-        n: a
-        for n, a in arrays.items()
-        if (offset := state_offset(n)) is not None and offset <= num_tokens
+        name: a
+        for name, a in arrays.items()
+        if (offset := TensorName.parse(name).offset) is not None and offset <= num_tokens
     }
 
 
@@ -72,9 +64,8 @@ class SealedBlock:
 
     def cut(self, num_tokens: int) -> "SealedBlock":
         """The first `num_tokens` tokens, codes as they are, without states."""
-        return SealedBlock(
-            {n: a[:, :, :num_tokens] for n, a in self.arrays.items() if state_offset(n) is None}
-        )
+        stacks = {n: a for n, a in self.arrays.items() if TensorName.parse(n).offset is None}
+        return SealedBlock({name: a[:, :, :num_tokens] for name, a in stacks.items()})
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,14 +108,20 @@ class Tail:
     def to_arrays(self) -> Arrays:
         """One flat dict, for a file; empty arrays are left out."""
         prefix = self.prefix.arrays if self.prefix else {}
-        codes = {f"prefix.{n}": a for n, a in prefix.items()}
+        codes = {str(replace(TensorName.parse(n), in_prefix=True)): a for n, a in prefix.items()}
         return {n: a for n, a in self.full.items() if a.size} | codes | self.states
 
     @staticmethod
     def from_arrays(arrays: Arrays, num_tokens: int, prefix_len: int, spec: KVCacheSpec) -> "Tail":
-        codes = {n.removeprefix("prefix."): a for n, a in arrays.items() if n.startswith("prefix.")}
         states = states_until(arrays, num_tokens)
-        full = {n: a for n, a in arrays.items() if not n.startswith("prefix.") and n not in states}
+        codes: Arrays = {}
+        full: Arrays = {}
+        for text, array in arrays.items():
+            name = TensorName.parse(text)
+            if name.in_prefix:
+                codes[str(replace(name, in_prefix=False))] = array
+            elif text not in states:
+                full[text] = array
         prefix = SealedBlock(codes) if codes else None
         return Tail(num_tokens, full or _no_tokens(spec), prefix, prefix_len, states)
 
@@ -140,7 +137,8 @@ def _no_tokens(spec: KVCacheSpec) -> Arrays:
     for s, stack in enumerate(spec.stacks):
         layer = spec.layers[stack[0]]
         for part, dim in (("k", layer.k_dim), ("v", layer.v_dim)):
-            full[f"{part}{s}.full"] = mx.zeros((len(stack), layer.num_kv_heads, 0, dim), spec.dtype)
+            name = TensorName(part, stack_part(s), "full")
+            full[str(name)] = mx.zeros((len(stack), layer.num_kv_heads, 0, dim), spec.dtype)
     return full
 
 

@@ -1,9 +1,11 @@
 """The running form of a cache: what one sequence computes with while it prefills and decodes."""
 
+from dataclasses import replace
 from itertools import pairwise
 
 import mlx.core as mx
 
+from ..tensors import TensorName, stack_part
 from .block import (
     TOKENS,
     Arrays,
@@ -12,7 +14,6 @@ from .block import (
     Tail,
     compact,
     concatenate_codes,
-    state_offset,
 )
 from .layers.working import AttentionLayer, CodesLayer, DenseLayer, RecurrentLayer, stays_codes
 from .quantize import CacheSpace, Codes, LayerCodec, Stored
@@ -292,7 +293,7 @@ class SequenceCache:
         """A snapshot, named by where in the open block it is taken."""
         offset = (self.length - 1) % self._spec.block_size + 1
         per_layer = {
-            i: {f"s.{j}@{offset}": a for j, a in enumerate(work.arrays())}
+            i: {_state_name(j, offset): a for j, a in enumerate(work.arrays())}
             for i, work in self._recurrent.items()
         }
         return self._stack(per_layer, self._spec.state_stacks)
@@ -301,7 +302,7 @@ class SequenceCache:
         """Of the snapshot in the block that just filled up."""
         if not self._states:
             return {}
-        offset = max(state_offset(name) or 0 for name in self._states)
+        offset = max(TensorName.parse(name).offset or 0 for name in self._states)
         position, interval = self.length - self._spec.block_size + offset, self._spec.state_interval
         if position % interval and self._last_state and position - self._last_state < interval // 4:
             return {}
@@ -309,32 +310,40 @@ class SequenceCache:
         return self._states
 
     def _load_state(self, arrays: Arrays, offset: int) -> None:
-        there = {n: a for n, a in arrays.items() if state_offset(n) == offset}
+        there = {n: a for n, a in arrays.items() if TensorName.parse(n).offset == offset}
         if not there:
             return
         for i, work in self._recurrent.items():
             parts = self._unstack(there, i)
-            work.state = [parts[f"s.{j}@{offset}"] for j in range(len(work.state))]
+            work.state = [parts[_state_name(j, offset)] for j in range(len(work.state))]
 
     # -- layers in stacks
 
     @staticmethod
     def _stack(per_layer: dict[int, Arrays], stacks: tuple[tuple[int, ...], ...]) -> Arrays:
         """By layer {"k.packed": [1, ...]} to {"k0.packed": [layers of stack 0, ...]}."""
-        return {
-            f"{name[0]}{s}{name[1:]}": _joined([per_layer[i][name] for i in stack])
-            for s, stack in enumerate(stacks)
-            for name in per_layer.get(stack[0], {})
-        }
+        stacked: Arrays = {}
+        for s, stack in enumerate(stacks):
+            for text in per_layer.get(stack[0], {}):
+                name = replace(TensorName.parse(text), stack=stack_part(s))
+                stacked[str(name)] = _joined([per_layer[i][text] for i in stack])
+        return stacked
 
     def _unstack(self, arrays: Arrays, layer: int) -> Arrays:
+        """Return the arrays of one layer, [1, ...] each, named without the stack."""
         s, j = self._spec.position_in_stack[layer]
-        tag = str(s)
-        return {
-            f"{name[0]}{name[1 + len(tag) :]}": a[j : j + 1]
-            for name, a in arrays.items()
-            if name[1:].partition(".")[0] == tag and (name[0] == "s") == (layer in self._recurrent)
-        }
+        is_recurrent = layer in self._recurrent
+        found: Arrays = {}
+        for text, array in arrays.items():
+            name = TensorName.parse(text)
+            if name.stack == stack_part(s) and (name.role == "s") == is_recurrent:
+                found[str(replace(name, stack=""))] = array[j : j + 1]
+        return found
+
+
+def _state_name(index: int, offset: int) -> str:
+    """Name array `index` of one layer's state after `offset` tokens of a block."""
+    return str(TensorName("s", "", str(index), offset))
 
 
 def _joined(arrays: list[mx.array]) -> mx.array:

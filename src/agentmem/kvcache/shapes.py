@@ -2,9 +2,11 @@
 
 import math
 from collections.abc import Collection, Iterable
+from dataclasses import replace
 
 import mlx.core as mx
 
+from ..tensors import TensorName, stack_part, state_part
 from .block import STORABLE
 from .spec import KVCacheSpec, coded_shape
 
@@ -20,7 +22,7 @@ def block_shapes(
     The stacks of layers that see everything must be there. Parts that there can't be are left out.
     """
     windows = [spec.layers[stack[0]].window for stack in spec.stacks]
-    wanted = {s for s, window in enumerate(windows) if window is None or str(s) in parts}
+    wanted = {s for s, window in enumerate(windows) if window is None or stack_part(s) in parts}
     stacks = (
         _codes(spec, wanted, num_tokens, first)
         if spec.bits is not None
@@ -35,15 +37,14 @@ def tail_shapes(
     """Of a tail that starts with the codes of `prefix_len` tokens; of `parts`, those that are
     snapshots count.
     """
-    stacks = {str(s) for s in range(len(spec.stacks))}
+    stacks = {stack_part(s) for s in range(len(spec.stacks))}
     full = _full(spec, range(len(spec.stacks)), num_tokens - prefix_len)
-    prefix = block_shapes(spec, prefix_len, stacks, first=first) if prefix_len else {}
+    codes = block_shapes(spec, prefix_len, stacks, first=first) if prefix_len else {}
+    prefix = {
+        str(replace(TensorName.parse(n), in_prefix=True)): shape for n, shape in codes.items()
+    }
     shapes = {name: shape for name, shape in full.items() if math.prod(shape[1])}
-    return (
-        shapes
-        | {f"prefix.{name}": shape for name, shape in prefix.items()}
-        | _states(spec, num_tokens, parts)
-    )
+    return shapes | prefix | _states(spec, num_tokens, parts)
 
 
 def _full(spec: KVCacheSpec, stacks: Iterable[int], num_tokens: int) -> Shapes:
@@ -52,7 +53,8 @@ def _full(spec: KVCacheSpec, stacks: Iterable[int], num_tokens: int) -> Shapes:
     for s in stacks:
         layer = spec.layers[spec.stacks[s][0]]
         for part, dim in zip("kv", layer.dims, strict=True):
-            shapes[f"{part}{s}.full"] = (
+            name = TensorName(part, stack_part(s), "full")
+            shapes[str(name)] = (
                 dtype,
                 (len(spec.stacks[s]), layer.num_kv_heads, num_tokens, dim),
             )
@@ -69,19 +71,24 @@ def _codes(spec: KVCacheSpec, stacks: Iterable[int], num_tokens: int, first: boo
         where = len(spec.stacks[s]), layer.num_kv_heads
         for part, dim, bits in zip("kv", layer.dims, spec.bits, strict=True):
             padded, group = coded_shape(dim)
-            shapes[f"{part}{s}.packed"] = "U32", (*where, num_tokens, padded * bits // 32)
-            for field in ("scales", "biases"):
-                shapes[f"{part}{s}.{field}"] = scale, (*where, num_tokens, padded // group)
+            fields = {
+                "packed": ("U32", (*where, num_tokens, padded * bits // 32)),
+                "scales": (scale, (*where, num_tokens, padded // group)),
+                "biases": (scale, (*where, num_tokens, padded // group)),
+            }
             if first:
-                shapes[f"{part}{s}.sinks"] = dtype, (*where, min(num_tokens, spec.num_sinks), dim)
+                fields["sinks"] = dtype, (*where, min(num_tokens, spec.num_sinks), dim)
+            for field, shape in fields.items():
+                shapes[str(TensorName(part, stack_part(s), field))] = shape
     return shapes
 
 
 def _states(spec: KVCacheSpec, num_tokens: int, parts: Collection[str]) -> Shapes:
-    offsets = [n for n in range(1, num_tokens + 1) if f"@{n}" in parts]
-    return {
-        f"s{s}.{i}@{offset}": (STORABLE[getattr(mx, dtype)], (len(stack), *shape[1:]))
-        for s, stack in enumerate(spec.state_stacks)
-        for i, (shape, dtype) in enumerate(spec.layers[stack[0]].state)
-        for offset in offsets
-    }
+    offsets = [n for n in range(1, num_tokens + 1) if state_part(n) in parts]
+    shapes: Shapes = {}
+    for s, stack in enumerate(spec.state_stacks):
+        for i, (shape, dtype) in enumerate(spec.layers[stack[0]].state):
+            for offset in offsets:
+                name = TensorName("s", stack_part(s), str(i), offset)
+                shapes[str(name)] = STORABLE[getattr(mx, dtype)], (len(stack), *shape[1:])
+    return shapes

@@ -9,6 +9,8 @@ from typing import Literal
 
 import mlx.core as mx
 
+from ..tensors import stack_part, state_part
+
 LayerKind = Literal["global", "sliding", "chunked", "latent", "recurrent"]
 KVBits = Literal["4", "k5v3", "k5v4", "8", "16"]
 
@@ -209,7 +211,9 @@ class KVCacheSpec:
     def lasting_parts(self) -> frozenset[str]:
         """Stacks of layers that see all of a sequence: what is needed of every block."""
         return frozenset(
-            str(s) for s, stack in enumerate(self.stacks) if self.layers[stack[0]].window is None
+            stack_part(s)
+            for s, stack in enumerate(self.stacks)
+            if self.layers[stack[0]].window is None
         )
 
     def needed(self, index: int, position: int) -> frozenset[str]:
@@ -222,12 +226,12 @@ class KVCacheSpec:
         start, stop = index * self.block_size, (index + 1) * self.block_size
         cut = start < position < stop
         parts = {
-            str(s)
+            stack_part(s)
             for s, stack in enumerate(self.stacks)
             if cut or self.layers[stack[0]].first_visible(position) < min(stop, position)
         }
         if self.recurrent and start < position <= stop:
-            parts.add(f"@{position - start}")
+            parts.add(state_part(position - start))
         return frozenset(parts)
 
     def identity(self) -> str:

@@ -16,9 +16,9 @@ from weakref import WeakValueDictionary
 import numpy as np
 
 from ..engine.api import AgentInfo
-from ..kvcache.block import SealedBlock, Tail, state_offset
+from ..kvcache.block import SealedBlock, Tail
 from ..kvcache.spec import KVCacheSpec
-from ..tensors import common_prefix
+from ..tensors import common_prefix, is_state, part_of
 from .agent import Agent, Branch, agent_info
 from .block_pool import FRESH, BlockPool, CachedBlock, CachedTail, Entry
 from .match import Match, matched, preference
@@ -171,7 +171,7 @@ class PrefixCache:
         more = {
             name: a
             for name, a in block.arrays.items()
-            if state_offset(name) is not None and name not in had
+            if is_state(part_of(name)) and name not in had
         }
         if more:
             self.pool.add(node, more)

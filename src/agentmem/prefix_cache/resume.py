@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from ..kvcache.spec import KVCacheSpec
+from ..tensors import is_state, state_offset
 from .block_pool import CachedBlock, CachedTail, Entry
 
 _NONE: frozenset[str] = frozenset()
@@ -71,7 +72,7 @@ def _snapshots(
     """Positions at which there is a snapshot of recurrent state, the last one first."""
     path: list[Entry] = [*nodes, *([tail] if tail is not None else [])]
     for index in range(min(len(path), -(-n // spec.block_size)) - 1, -1, -1):
-        offsets = (int(part[1:]) for part in path[index].there if part.startswith("@"))
+        offsets = map(state_offset, filter(is_state, path[index].there))
         positions = (index * spec.block_size + offset for offset in offsets)
         yield from sorted((p for p in positions if p <= n), reverse=True)
 

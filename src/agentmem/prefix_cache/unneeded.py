@@ -9,6 +9,7 @@ is gone.
 from collections.abc import Iterable, Sequence
 
 from ..kvcache.spec import KVCacheSpec
+from ..tensors import is_state, stack_part, state_offset
 from .block_pool import BlockPool, CachedBlock
 
 Holder = tuple[
@@ -16,7 +17,6 @@ Holder = tuple[
 ]  # a path from the root, and the position from which it is to be continued
 UNSAVED_BLOCKS = 8  # beyond a window, that keep its layers' parts while they wait for the disk
 UNSAVED_SNAPSHOTS = 2
-STATES = "@"  # how parts that are snapshots of recurrent state begin
 
 
 def window_blocks(spec: KVCacheSpec, window: int) -> int:
@@ -41,9 +41,7 @@ def drop_unneeded(
             continue
         if not (node.disk_bytes or node.discardable):
             needed[i] |= _recent(spec, len(path) - i)
-            states = sorted(
-                (p for p in node.data.parts if p.startswith(STATES)), key=lambda p: -int(p[1:])
-            )
+            states = sorted(filter(is_state, node.data.parts), key=state_offset, reverse=True)
             states = states[: UNSAVED_SNAPSHOTS - snapshots]
             snapshots += len(states)
             needed[i].update(states)
@@ -54,7 +52,9 @@ def _recent(spec: KVCacheSpec, from_end: int) -> set[str]:
     """Stacks that stay in the block that is the `from_end`-th last of an unsaved path."""
     windows = (spec.layers[stack[0]].window for stack in spec.stacks)
     return {
-        str(s) for s, w in enumerate(windows) if w is None or from_end <= window_blocks(spec, w)
+        stack_part(s)
+        for s, w in enumerate(windows)
+        if w is None or from_end <= window_blocks(spec, w)
     }
 
 

@@ -12,7 +12,7 @@ is sealed: they are checked without a key.
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
-from ...tensors import HostTensor
+from ...tensors import HostTensor, part_of
 from . import segment
 from .crypto import seal, unseal
 from .segment import Segment
@@ -29,9 +29,11 @@ def encode_sealed(
     for part, names in segment.by_part(tensors).items():
         plain[part] = segment.encode({name: tensors[name] for name in names}, {})
     sealed = {part: seal(key, data, _context(context, part)) for part, data in plain.items()}
-    return segment.encode(
-        {f"s{part}": HostTensor("U8", (len(b),), memoryview(b)) for part, b in sealed.items()}, {}
-    )
+    sealed_tensors = {
+        _name(part): HostTensor("U8", (len(data),), memoryview(data))
+        for part, data in sealed.items()
+    }
+    return segment.encode(sealed_tensors, {})
 
 
 def read_sealed(
@@ -49,10 +51,15 @@ def read_sealed(
     tensors: dict[str, HostTensor] = {}
     metadata: dict[str, str] = {}
     for name, tensor in sealed.items():
-        found, about = segment.decode(unseal(key, tensor.data, _context(context, name[1:])))
+        found, about = segment.decode(unseal(key, tensor.data, _context(context, part_of(name))))
         tensors |= found
         metadata |= about
     return tensors, metadata
+
+
+def _name(part: str) -> str:
+    """Name a tensor that is all of `part`."""
+    return f"s{part}"
 
 
 def _context(context: bytes, part: str) -> bytes:

@@ -30,7 +30,7 @@ import numpy as np
 import xxhash
 
 from ...errors import CorruptSegment
-from ...tensors import ITEM_BYTES, HostTensor, part_of
+from ...tensors import ITEM_BYTES, HostTensor, is_state, part_of
 
 FORMAT_VERSION = "2"
 Segment = tuple[dict[str, HostTensor], dict[str, str]]  # tensors, metadata
@@ -107,10 +107,12 @@ def by_part(tensors: Mapping[str, HostTensor]) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
     for name in sorted(tensors, key=lambda name: -ITEM_BYTES[tensors[name].dtype]):
         found.setdefault(part_of(name), []).append(name)
-    return {
-        part: found[part]
-        for part in sorted(found, key=lambda p: ({":": 0, "@": 2}.get(p[:1], 1), len(p), p))
-    }
+    return {part: found[part] for part in sorted(found, key=_place)}
+
+
+def _place(part: str) -> tuple[bool, bool, int, str]:
+    """Sort key of a part: by it they lie in a file."""
+    return not part.startswith(":"), is_state(part), len(part), part
 
 
 def decode(buf: bytes | bytearray | memoryview) -> Segment:

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from ...tensors import HostTensor
+from ...tensors import HostTensor, is_state
 from ..records import BlockRecord, FileRef, TailRecord
 from .batch import Batch, Job, require_unicode
 
@@ -121,7 +121,7 @@ class SaveTail(SaveJob):
         path = batch.layout.tail(self.branch_id, self.generation)
         file = batch.write(path, self.tensors, self.metadata, b"tail")
         self.file = replace(
-            file, parts={part: n for part, n in file.parts.items() if part.startswith("@")}
+            file, parts={part: n for part, n in file.parts.items() if is_state(part)}
         )
 
     def record(self, batch: Batch) -> FileRef:
