@@ -161,7 +161,11 @@ class Admission:
             seq.cause = agent.explained.cause
         if seq.output is None:
             seq.sampler = Sampler(seq.request.params, self._core.vocab_size)
-            seq.output = OutputStream(self._core.model.tokenizer, seq.request.params)
+            seq.output = OutputStream(
+                self._core.model.tokenizer,
+                seq.request.params,
+                continues_text=seq.request.continues_text,
+            )
         seq.restored = seq.restored or time.perf_counter()
         seq.status = Status.PREFILL
         self.prefilled_maybe(seq)

@@ -43,6 +43,8 @@ class GenerateRequest:
     priority: int = 0  # lower goes first
     ttl: float | None = None  # seconds that the agent is kept after its last use; None: as it is
     ephemeral: bool | None = None  # a new agent is never written to disk; None: as it is
+    # the answer goes on with the prompt's text: a blank that it begins with is kept
+    continues_text: bool = False
     # tokens from which later prompts are likely to go on; None: all but the last
     checkpoint: int | None = None
     # told tokens done and in all, on the engine thread, after every prefill chunk

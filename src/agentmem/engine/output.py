@@ -12,8 +12,13 @@ from .api import SamplingParams
 class OutputStream:
     """The text of one answer. A stop string is never part of it, a stop token neither."""
 
-    def __init__(self, tokenizer: Any, params: SamplingParams):
+    def __init__(self, tokenizer: Any, params: SamplingParams, *, continues_text: bool = False):
+        """`continues_text`: a blank that the answer begins with is part of it."""
         self._detokenizer = tokenizer.detokenizer
+        if continues_text:  # mlx-lm drops the blank at the beginning of all text only
+            for token in tokenizer.encode("a", add_special_tokens=False):
+                self._detokenizer.add_token(token)
+            _ = self._detokenizer.last_segment
         self._stop_ids = set(params.stop_token_ids) | (
             set() if params.ignore_eos else set(tokenizer.eos_token_ids)
         )
