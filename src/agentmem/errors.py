@@ -31,13 +31,18 @@ class InvalidRequest(AgentMemError):
 class ContextLengthExceeded(InvalidRequest):
     code = "context_length_exceeded"
 
-    def __init__(self, prompt_tokens: int, max_context: int, why: str = ""):
-        """`why`: what sets the limit, if not the model."""
+    def __init__(
+        self, prompt_tokens: int, max_context: int, why: str = "", *, param: str = "messages"
+    ):
+        """`why`: what sets the limit, if not the model; `param`: the field that is too long."""
+        results = "results" if param == "prompt" else "result"
         super().__init__(
-            f"This model's maximum context length is {max_context} tokens{why}, of which at least one is for the "
-            f"answer, but the messages result in {prompt_tokens} tokens. Shorten the messages.",
-            param="messages",
+            f"This model's maximum context length is {max_context} tokens{why}, of which at least "
+            f"one is for the answer, but the {param} {results} in {prompt_tokens} tokens. "
+            f"Shorten the {param}.",
+            param=param,
         )
+        self.prompt_tokens, self.max_context = prompt_tokens, max_context
 
 
 class Unauthorized(AgentMemError):

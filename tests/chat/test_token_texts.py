@@ -29,7 +29,7 @@ def test_texts_of_bytes_begin_where_their_characters_do():
         told.append(texts.text(token))
         offsets.append(texts.offset)
         texts.add(token)
-    assert texts.offset == len(TEXT)
+    assert texts.offset == len(TEXT) and texts.whole(tokens) == TEXT
     for token_text, offset in zip(told, offsets, strict=True):
         assert token_text.startswith("bytes:\\x") or TEXT[offset:].startswith(token_text)
     assert told[:3] == ["Z", "bytes:\\xc3", "bytes:\\xbc"] and offsets[:4] == [0, 1, 1, 2]
@@ -48,6 +48,7 @@ def test_texts_of_words_have_the_blanks_that_stand_before_them():
         told.append((texts.text(token), texts.offset))
         texts.add(token)
     assert told == [("w8", 0), (" w9", 2), (" w8", 5)]
+    assert texts.whole(tokens) == "w8 w9 w8"
 
 
 @pytest.mark.parametrize("text", ["hello", "<|begin_of_text|>hello", ""])

@@ -1,4 +1,4 @@
-"""From tokens to text, at the end of a prompt and at stop strings."""
+"""Tokens become text, at the end of a prompt and at stop strings too."""
 
 import pytest
 

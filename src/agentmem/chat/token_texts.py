@@ -23,6 +23,13 @@ class TokenTexts:
         self._last: int | None = None
         self.offset = 0  # characters of the text so far
 
+    def whole(self, tokens: Sequence[int]) -> str:
+        """Return the text of a prompt's tokens, from its beginning on."""
+        if self._token_bytes.is_known:
+            return self._bytes(tokens).decode(errors="replace")
+        text: str = self._tokenizer.decode(list(tokens))
+        return text
+
     def text(self, token: int) -> str:
         """Return what the token would add; bytes that are no whole character by their names."""
         if not self._token_bytes.is_known:
