@@ -90,7 +90,9 @@ def _unreadable(store: AgentStore) -> Iterator[str]:
     index = store.index()
     reads = {f"block {block.key.hex()}": store.read_block(block.key) for block in index.blocks}
     reads |= {
-        f"tail of {b.agent}": store.read_tail(b.id) for b in index.branches if b.tail is not None
+        f"tail of {b.agent.agent_id}": store.read_tail(b.id)
+        for b in index.branches
+        if b.tail is not None
     }
     for what, future in reads.items():
         if isinstance(error := future.exception(), CorruptSegment):
@@ -103,7 +105,9 @@ def _missing(
     index: StoreIndex, before: Persisted, deleted: set[str], deleting: set[str]
 ) -> Iterator[str]:
     parents = {block.key: block.parent for block in index.blocks}
-    after = [Chain(b.agent, _chain(parents, b.head), b.tail is not None) for b in index.branches]
+    after = [
+        Chain(b.agent.agent_id, _chain(parents, b.head), b.tail is not None) for b in index.branches
+    ]
     yield from (f"{path.agent} was deleted, and is back" for path in after if path.agent in deleted)
     for path in before.paths:
         if path.agent not in deleted | deleting and not any(now.covers(path) for now in after):

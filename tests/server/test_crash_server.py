@@ -4,7 +4,9 @@ import numpy as np
 from crash import Crashes
 from persisted import lost, read_manifest
 
+from agentmem.agent_key import AgentKey
 from agentmem.store.agent_store import AgentStore
+from agentmem.store.records import BlockToSave, TailToSave
 from support.store_child import tensors_of
 
 
@@ -20,8 +22,25 @@ def test_a_server_that_is_killed_under_load_starts_again_and_has_lost_nothing_an
 def test_what_is_missing_after_a_kill_is_noticed(tmp_path):
     tokens, tensors = np.arange(8, dtype=np.uint32), tensors_of(b"1")
     store = AgentStore.open(tmp_path / "store", "f0", {})
-    store.save_block("1" * 32, "default", "alice", b"a" * 32, None, tokens, tensors, {})
-    store.save_tail("1" * 32, "default", "alice", b"a" * 32, tokens, tensors, {}).result()
+    store.save_block(
+        BlockToSave(
+            branch_id="1" * 32,
+            agent=AgentKey("default", "alice"),
+            key=b"a" * 32,
+            parent=None,
+            tokens=tokens,
+            tensors=tensors,
+        )
+    )
+    store.save_tail(
+        TailToSave(
+            branch_id="1" * 32,
+            agent=AgentKey("default", "alice"),
+            head=b"a" * 32,
+            tokens=tokens,
+            tensors=tensors,
+        )
+    ).result()
     before = read_manifest(tmp_path)
     store.close()
     nobody = {"deleted": set(), "deleting": set()}

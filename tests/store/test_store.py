@@ -11,13 +11,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from agentmem.agent_key import AgentKey
 from agentmem.errors import CorruptSegment, InvalidRequest, NotFound, ShuttingDown, StoreError
 from agentmem.store.agent_store import AgentStore
 from agentmem.store.files import segment
 from agentmem.store.files.layout import Layout
 from agentmem.store.files.reader import Catalog, Reader
 from agentmem.store.manifest import schema
-from agentmem.store.records import AgentRecord, FileRef
+from agentmem.store.records import AgentRecord, BlockToSave, BranchHead, FileRef, TailToSave
 from agentmem.store.upkeep import fsck
 from agentmem.store.writer.writer import StoreWriteSkipped
 from agentmem.tensors import HostTensor, part_of
@@ -53,13 +54,13 @@ def test_what_was_saved_is_there_after_reopening(tmp_path):
     with opened(tmp_path) as store:
         found = store.index()
         (branch,) = found.branches
-        assert [a.name for a in found.agents] == ["alice"]
+        assert [a.key.agent_id for a in found.agents] == ["alice"]
         assert [(b.key, b.parent) for b in found.blocks] == [
             (key("a"), None),
             (key("ab"), key("a")),
             (key("abc"), key("ab")),
         ]
-        assert (branch.namespace, branch.agent, branch.head) == ("ns", "alice", key("abc"))
+        assert (branch.agent, branch.head) == (AgentKey("ns", "alice"), key("abc"))
         assert np.array_equal(branch.tail.tokens, tokens("t"))
         assert all(
             np.array_equal(b.tokens, tokens(n))
@@ -105,7 +106,14 @@ def test_every_file_and_directory_is_private_under_umask_0(tmp_path):
 def test_a_key_that_is_stored_keeps_its_first_bytes_and_costs_no_write(store):
     first = save(store, B1, "alice", "a").result()
     other = store.save_block(
-        B2, "ns", "bob", key("a"), None, tokens("a"), tensors("other"), {}
+        BlockToSave(
+            branch_id=B2,
+            agent=AgentKey("ns", "bob"),
+            key=key("a"),
+            parent=None,
+            tokens=tokens("a"),
+            tensors=tensors("other"),
+        )
     ).result()
     assert other.checksum == first.checksum
     assert store.stats()["writes"] == 1
@@ -117,13 +125,13 @@ def test_a_shared_block_lives_until_its_last_agent_is_deleted(tmp_path):
         save(store, B1, "alice", "abc")
         save(store, B2, "bob", "abd")
         save_tail(store, B2, "bob", "abd", "t").result()
-        assert store.delete_agent("ns", "alice").result() is True
+        assert store.delete_agent(AgentKey("ns", "alice")).result() is True
         assert [holds(store, n) for n in ("a", "ab", "abd", "abc")] == [True, True, True, False]
-        assert store.delete_agent("other", "bob").result() is False
+        assert store.delete_agent(AgentKey("other", "bob")).result() is False
         assert len(files(tmp_path)) == 4
-        assert store.delete_agent("ns", "bob").result() is True
+        assert store.delete_agent(AgentKey("ns", "bob")).result() is True
         assert files(tmp_path) == []
-        assert store.delete_agent("ns", "bob").result() is False
+        assert store.delete_agent(AgentKey("ns", "bob")).result() is False
         assert {
             store.stats()[n] for n in ("agents", "branches", "blocks", "block_bytes", "tail_bytes")
         } == {0}
@@ -143,7 +151,7 @@ def test_a_deleted_agents_bytes_and_token_ids_are_nowhere_on_disk(tmp_path):
             tensors(n)["k"].data for n in ("a", "ab", "u")
         ]
         assert all(trace in everything() for trace in [*traces, b"alice"])
-        store.delete_agent("ns", "alice").result()
+        store.delete_agent(AgentKey("ns", "alice")).result()
         assert not any(trace in everything() for trace in [*traces, b"alice"])
 
 
@@ -151,7 +159,7 @@ def test_deleting_one_branch_leaves_the_other(tmp_path):
     with opened(tmp_path) as store:
         save(store, B1, "alice", "abc")
         save_tail(store, B1, "alice", "abc", "t")
-        store.save_branch(B2, "ns", "alice", key("ab"), 5.0)
+        store.save_branch(BranchHead(B2, AgentKey("ns", "alice"), key("ab"), last_used=5.0))
         store.delete_branch(B1).result()
         assert len(files(tmp_path)) == 2
     branches, blocks = index(tmp_path)
@@ -163,7 +171,9 @@ def test_a_tail_that_no_longer_follows_its_head_is_gone(tmp_path):
     with opened(tmp_path) as store:
         save(store, B1, "alice", "ab")
         save_tail(store, B1, "alice", "ab", "t").result()
-        store.save_branch(B1, "ns", "alice", key("ab"), 1.0).result()
+        store.save_branch(
+            BranchHead(B1, AgentKey("ns", "alice"), key("ab"), last_used=1.0)
+        ).result()
         assert store.read_tail(B1).result()[1]["name"] == "t"
         save_tail(store, B1, "alice", "ab", "u").result()
         assert store.read_tail(B1).result()[1]["name"] == "u"
@@ -387,14 +397,45 @@ def in_parts(name: str) -> dict[str, HostTensor]:
 def test_parts_of_blocks_and_snapshots_of_tails_are_told_when_saved_and_after_reopening(tmp_path):
     with opened(tmp_path) as store:
         saved = store.save_block(
-            B1, "ns", "alice", key("a"), None, tokens("a"), in_parts("a"), {}
+            BlockToSave(
+                branch_id=B1,
+                agent=AgentKey("ns", "alice"),
+                key=key("a"),
+                parent=None,
+                tokens=tokens("a"),
+                tensors=in_parts("a"),
+            )
         ).result()
         again = store.save_block(
-            B2, "ns", "bob", key("a"), None, tokens("a"), in_parts("other"), {}
+            BlockToSave(
+                branch_id=B2,
+                agent=AgentKey("ns", "bob"),
+                key=key("a"),
+                parent=None,
+                tokens=tokens("a"),
+                tensors=in_parts("other"),
+            )
         ).result()
-        tail = store.save_tail(B1, "ns", "alice", key("a"), tokens("t"), in_parts("t"), {}).result()
-        store.save_block(B3, "ns", "carol", key("x"), None, tokens("x"), {}, {}).result()
-        store.fork_branch(B1, "4" * 32, "ns", "dave", key("a"), 1.0).result()
+        tail = store.save_tail(
+            TailToSave(
+                branch_id=B1,
+                agent=AgentKey("ns", "alice"),
+                head=key("a"),
+                tokens=tokens("t"),
+                tensors=in_parts("t"),
+            )
+        ).result()
+        store.save_block(
+            BlockToSave(
+                branch_id=B3,
+                agent=AgentKey("ns", "carol"),
+                key=key("x"),
+                parent=None,
+                tokens=tokens("x"),
+                tensors={},
+            )
+        ).result()
+        store.fork_branch(B1, BranchHead("4" * 32, AgentKey("ns", "dave"), key("a"), 1.0)).result()
     assert (
         list(saved.parts.items())
         == list(again.parts.items())
@@ -418,7 +459,16 @@ def test_parts_of_blocks_and_snapshots_of_tails_are_told_when_saved_and_after_re
 
 def test_only_the_parts_asked_for_are_read_and_damage_elsewhere_does_not_matter_to_them(tmp_path):
     with opened(tmp_path) as store:
-        store.save_block(B1, "ns", "alice", key("a"), None, tokens("a"), in_parts("a"), {}).result()
+        store.save_block(
+            BlockToSave(
+                branch_id=B1,
+                agent=AgentKey("ns", "alice"),
+                key=key("a"),
+                parent=None,
+                tokens=tokens("a"),
+                tensors=in_parts("a"),
+            )
+        ).result()
         path = Layout(tmp_path / "f0").block(key("a"))
         bad = bytearray(path.read_bytes())
         at = bad.index(in_parts("a")["k1.x"].data)
@@ -450,8 +500,8 @@ def test_an_agents_name_is_never_a_path(tmp_path, name):
             p.name for p in tmp_path.rglob("*") if not p.name.startswith("manifest.sqlite")
         } == hexes | own
     with opened(tmp_path) as store:
-        assert [a.name for a in store.index().agents] == [name]
-        assert store.delete_agent("ns", name).result() is True
+        assert [a.key.agent_id for a in store.index().agents] == [name]
+        assert store.delete_agent(AgentKey("ns", name)).result() is True
 
 
 def test_a_name_that_isnt_unicode_is_refused_and_the_writer_lives(store):
@@ -466,10 +516,17 @@ def test_a_block_needs_its_parent_and_a_branch_its_head(tmp_path):
     with opened(tmp_path) as store:
         for future in (
             store.save_block(
-                B1, "ns", "alice", key("ab"), key("a"), tokens("ab"), tensors("ab"), {}
+                BlockToSave(
+                    branch_id=B1,
+                    agent=AgentKey("ns", "alice"),
+                    key=key("ab"),
+                    parent=key("a"),
+                    tokens=tokens("ab"),
+                    tensors=tensors("ab"),
+                )
             ),
             save_tail(store, B1, "alice", "a", "t"),
-            store.save_branch(B1, "ns", "alice", key("a"), 1.0),
+            store.save_branch(BranchHead(B1, AgentKey("ns", "alice"), key("a"), last_used=1.0)),
         ):
             with pytest.raises(NotFound, match=key("a").hex()):
                 future.result()
@@ -542,7 +599,16 @@ def test_a_locked_database_fails_the_write_and_leaves_no_file(tmp_path):
 def test_a_bug_in_the_writer_latches_for_good_and_hangs_nobody(tmp_path):
     with opened(tmp_path) as store:
         wrong = {"k": HostTensor("U32", (5,), b"too short")}
-        first = store.save_block(B1, "ns", "alice", key("a"), None, tokens("a"), wrong, {})
+        first = store.save_block(
+            BlockToSave(
+                branch_id=B1,
+                agent=AgentKey("ns", "alice"),
+                key=key("a"),
+                parent=None,
+                tokens=tokens("a"),
+                tensors=wrong,
+            )
+        )
         assert "AssertionError" in str(first.exception(timeout=5))
         later = save(store, B1, "alice", "a")
         assert "AssertionError" in str(later.exception(timeout=5))
@@ -558,9 +624,18 @@ def test_a_full_backlog_refuses_a_save_at_once_and_recovers(tmp_path):
         time.sleep(0.05)
         first = save(store, B1, "alice", "a", nbytes=8_000)
         assert store.stats()["backlog_bytes"] == 8_000
-        refused = store.save_block(B2, "ns", "bob", key("b"), None, tokens("b"), tensors("b"), {})
+        refused = store.save_block(
+            BlockToSave(
+                branch_id=B2,
+                agent=AgentKey("ns", "bob"),
+                key=key("b"),
+                parent=None,
+                tokens=tokens("b"),
+                tensors=tensors("b"),
+            )
+        )
         assert isinstance(refused.exception(timeout=0), StoreWriteSkipped)
-        touched = store.touch(AgentRecord("ns", "alice", 1.0, 9e9))
+        touched = store.touch(AgentRecord(AgentKey("ns", "alice"), 1.0, 9e9))
         gate.set()
         first.result()
         touched.result()
@@ -624,10 +699,10 @@ def test_a_tail_replaced_between_lookup_and_read_is_no_corruption(tmp_path):
 def test_last_use_is_kept_and_never_goes_back(tmp_path):
     with opened(tmp_path) as store:
         save(store, B1, "alice", "a").result()
-        store.touch(AgentRecord("ns", "alice", 1.0, 9e9), B1)
-        store.touch(AgentRecord("ns", "alice", 1.0, 1.0), B1)
-        store.touch(AgentRecord("ns", "nobody", 1.0, 1.0))
-        store.save_branch(B1, "ns", "alice", key("a"), 8e9).result()
+        store.touch(AgentRecord(AgentKey("ns", "alice"), 1.0, 9e9), B1)
+        store.touch(AgentRecord(AgentKey("ns", "alice"), 1.0, 1.0), B1)
+        store.touch(AgentRecord(AgentKey("ns", "nobody"), 1.0, 1.0))
+        store.save_branch(BranchHead(B1, AgentKey("ns", "alice"), key("a"), last_used=8e9)).result()
     with opened(tmp_path) as store:
-        assert [(a.name, a.last_used) for a in store.index().agents] == [("alice", 9e9)]
+        assert [(a.key.agent_id, a.last_used) for a in store.index().agents] == [("alice", 9e9)]
         assert [b.last_used for b in store.index().branches] == [9e9]

@@ -17,10 +17,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from agentmem.agent_key import AgentKey
 from agentmem.errors import CorruptSegment, StoreError
 from agentmem.store.agent_store import AgentStore
 from agentmem.store.files.crypto import Vault
 from agentmem.store.files.layout import Layout
+from agentmem.store.records import BlockToSave, BranchHead, TailToSave
 from support.file_log import FileLog, Op, State
 from support.store_child import tensors_of
 
@@ -66,7 +68,14 @@ class Life:
         return self._do(
             Step(branch, (name, None)),
             lambda: self.store.save_block(
-                branch, "ns", agent, key(name), parent, tokens(name), tensors_of(key(name)), {}
+                BlockToSave(
+                    branch_id=branch,
+                    agent=AgentKey("ns", agent),
+                    key=key(name),
+                    parent=parent,
+                    tokens=tokens(name),
+                    tensors=tensors_of(key(name)),
+                )
             ),
         )
 
@@ -75,27 +84,40 @@ class Life:
         return self._do(
             Step(branch, (head, name)),
             lambda: self.store.save_tail(
-                branch, "ns", agent, key(head), tokens(name), tensors, metadata
+                TailToSave(
+                    branch_id=branch,
+                    agent=AgentKey("ns", agent),
+                    head=key(head),
+                    tokens=tokens(name),
+                    tensors=tensors,
+                    metadata=metadata,
+                )
             ),
         )
 
     def fork(self, source: str, branch: str, agent: str, head: str, tail: str) -> Future[Any]:
         return self._do(
             Step(branch, (head, tail)),
-            lambda: self.store.fork_branch(source, branch, "ns", agent, key(head), 1.0),
+            lambda: self.store.fork_branch(
+                source, BranchHead(branch, AgentKey("ns", agent), key(head), 1.0)
+            ),
         )
 
     def move(self, branch: str, agent: str, head: str) -> Future[Any]:
         return self._do(
             Step(branch, (head, None)),
-            lambda: self.store.save_branch(branch, "ns", agent, key(head), 1.0),
+            lambda: self.store.save_branch(
+                BranchHead(branch, AgentKey("ns", agent), key(head), last_used=1.0)
+            ),
         )
 
     def delete_branch(self, branch: str, gone: tuple[str, ...]) -> None:
         self._do(Step(branch, None, gone), lambda: self.store.delete_branch(branch)).result()
 
     def delete_agent(self, branch: str, agent: str, gone: tuple[str, ...]) -> None:
-        self._do(Step(branch, None, gone), lambda: self.store.delete_agent("ns", agent)).result()
+        self._do(
+            Step(branch, None, gone), lambda: self.store.delete_agent(AgentKey("ns", agent))
+        ).result()
 
     def _do(self, step: Step, ask: Callable[[], Future[Any]]) -> Future[Any]:
         number = len(self.steps)

@@ -9,12 +9,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from agentmem.agent_key import AgentKey
 from agentmem.errors import CorruptSegment, NotFound, StoreError
 from agentmem.store.agent_store import AgentStore
 from agentmem.store.files import segment
 from agentmem.store.files.crypto import Vault
 from agentmem.store.files.layout import Layout
 from agentmem.store.manifest import schema
+from agentmem.store.records import BlockToSave, BranchHead, TailToSave
 from agentmem.tensors import HostTensor
 from support.stores import B1, B2, B3, META, files, holds, key, save, save_tail, tail_name, tensors
 from support.stores import opened as opened_clear
@@ -53,10 +55,25 @@ def test_neither_tensors_nor_token_ids_are_in_any_file(tmp_path):
 
     def write(store):
         store.save_block(
-            B1, "ns", "alice", key("a"), None, RUN, data, {"secret": "told in confidence"}
+            BlockToSave(
+                branch_id=B1,
+                agent=AgentKey("ns", "alice"),
+                key=key("a"),
+                parent=None,
+                tokens=RUN,
+                tensors=data,
+                metadata={"secret": "told in confidence"},
+            )
         )
         store.save_tail(
-            B1, "ns", "alice", key("a"), RUN[::-1], data, {"secret": "told in confidence"}
+            TailToSave(
+                branch_id=B1,
+                agent=AgentKey("ns", "alice"),
+                head=key("a"),
+                tokens=RUN[::-1],
+                tensors=data,
+                metadata={"secret": "told in confidence"},
+            )
         ).result()
         store.quarantine_block(key("zz")).result()
 
@@ -130,7 +147,7 @@ def test_a_shared_block_outlives_its_first_owner(tmp_path):
         save(store, B1, "alice", "abc").result()
         save(store, B2, "bob", "abd")
         save_tail(store, B2, "bob", "abd", "t").result()
-        store.delete_agent("ns", "alice").result()
+        store.delete_agent(AgentKey("ns", "alice")).result()
         assert [holds(store, name) for name in ("a", "ab", "abd", "abc")] == [
             True,
             True,
@@ -160,7 +177,7 @@ def test_a_deleted_agents_key_is_in_no_file(tmp_path):
         ]
         assert len(wrapped) == 3
         assert all(secret in everything(tmp_path) for secret in [data_key, *wrapped])
-        store.delete_agent("ns", "alice").result()
+        store.delete_agent(AgentKey("ns", "alice")).result()
         assert not any(secret in everything(tmp_path) for secret in [data_key, *wrapped])
     assert readable(tmp_path, "a", "ab", "abc")
 
@@ -169,7 +186,7 @@ def test_an_agent_that_gets_a_deleted_ones_row_gets_a_key_of_its_own(tmp_path):
     with opened(tmp_path) as store:
         save(store, B1, "alice", "a").result()
         before = query(tmp_path, "SELECT id, data_key FROM agents")
-        store.delete_agent("ns", "alice").result()
+        store.delete_agent(AgentKey("ns", "alice")).result()
         save(store, B2, "bob", "x").result()
         ((agent_id, data_key),) = query(tmp_path, "SELECT id, data_key FROM agents")
         assert agent_id == before[0][0]  # SQLite reuses it
@@ -183,8 +200,11 @@ def test_a_forks_tail_is_readable_after_the_source_is_deleted(tmp_path):
     with opened(tmp_path) as store:
         save(store, B1, "alice", "ab")
         save_tail(store, B1, "alice", "ab", "t")
-        assert store.fork_branch(B1, B2, "ns", "bob", key("ab"), 1.0).result() > 4096
-        store.delete_agent("ns", "alice").result()
+        assert (
+            store.fork_branch(B1, BranchHead(B2, AgentKey("ns", "bob"), key("ab"), 1.0)).result()
+            > 4096
+        )
+        store.delete_agent(AgentKey("ns", "alice")).result()
         assert tail_name(store, B2) == "t"
         assert holds(store, "ab")
     assert readable(tmp_path, "a", "ab", tails={B2: "t"})
@@ -200,15 +220,14 @@ def test_a_moved_agents_blocks_and_tails_are_readable(tmp_path, target_exists):
             save(store, B2, "bob", "abx")
             save_tail(store, B2, "bob", "abx", "u")
             kept[B2] = "u"
-        store.move_agent(
-            ("ns", "alice"), ("other", "bob") if not target_exists else ("ns", "bob")
-        ).result()
+        target = AgentKey("ns" if target_exists else "other", "bob")
+        store.move_agent(AgentKey("ns", "alice"), target).result()
         assert tail_name(store, B1) == "t"
     assert readable(tmp_path, "a", "ab", "abc", *(["abx"] * target_exists), tails=kept)
     with opened(tmp_path) as store:
-        assert {agent.name for agent in store.index().agents} == {"bob"}
+        assert {agent.key.agent_id for agent in store.index().agents} == {"bob"}
         save(store, B3, "carol", "abc").result()
-        assert store.delete_agent("ns" if target_exists else "other", "bob").result()
+        assert store.delete_agent(target).result()
     assert readable(tmp_path, "a", "ab", "abc")
 
 
@@ -239,7 +258,7 @@ def test_a_damaged_key_of_one_holder_costs_nothing_while_another_one_has_it(tmp_
     )
     with opened(tmp_path) as store:
         assert holds(store, "a")
-        store.delete_agent("ns", "alice").result()
+        store.delete_agent(AgentKey("ns", "alice")).result()
     assert readable(tmp_path, "a", "ab", "abc")
 
 
@@ -285,7 +304,16 @@ def test_a_part_swapped_with_another_files_is_found_by_who_reads_it(tmp_path, en
                 tensor: HostTensor("U32", (250,), rng.bytes(1000))
                 for tensor in ("k0.x", "k1.x", "s0.0@8")
             }
-            store.save_block(branch, "ns", "alice", key(name), None, RUN, data, {}).result()
+            store.save_block(
+                BlockToSave(
+                    branch_id=branch,
+                    agent=AgentKey("ns", "alice"),
+                    key=key(name),
+                    parent=None,
+                    tokens=RUN,
+                    tensors=data,
+                )
+            ).result()
         (one, header), (other, _) = parts_of(tmp_path, "a"), parts_of(tmp_path, "x")
         part = header.parts["1"]
         swapped = slice(header.nbytes + part.start, header.nbytes + part.stop)
@@ -301,7 +329,16 @@ def test_no_part_stands_in_for_another_files_even_where_row_and_header_were_made
     with opened(tmp_path) as store:
         for branch, name in ((B1, "a"), (B2, "x")):
             data = {tensor: HostTensor("U32", (250,), TEXT[:1000]) for tensor in ("k0.x", "k1.x")}
-            store.save_block(branch, "ns", "alice", key(name), None, RUN, data, {}).result()
+            store.save_block(
+                BlockToSave(
+                    branch_id=branch,
+                    agent=AgentKey("ns", "alice"),
+                    key=key(name),
+                    parent=None,
+                    tokens=RUN,
+                    tensors=data,
+                )
+            ).result()
     (one, _), (other, _) = parts_of(tmp_path, "a"), parts_of(tmp_path, "x")
     tensors, others = segment.decode(one)[0], segment.decode(other)[0]
     forged = segment.encode(tensors | {"s1": others["s1"]}, {})
@@ -323,12 +360,12 @@ def test_a_save_that_a_lost_key_makes_impossible_changes_no_row(tmp_path):
     with opened(tmp_path) as store:
         save(store, B1, "alice", "ab").result()
         query(tmp_path, "UPDATE block_keys SET wrapped = zeroblob(60)")
-        failed = store.fork_branch(B1, B2, "ns", "bob", key("ab"), 1.0)
+        failed = store.fork_branch(B1, BranchHead(B2, AgentKey("ns", "bob"), key("ab"), 1.0))
         with pytest.raises(CorruptSegment, match="lost"):
             failed.result()
         assert query(tmp_path, "SELECT name FROM agents") == [("alice",)]
         assert query(tmp_path, "SELECT id FROM branches") == [(B1,)]
-        missing = store.move_agent(("ns", "nobody"), ("ns", "carol"))
+        missing = store.move_agent(AgentKey("ns", "nobody"), AgentKey("ns", "carol"))
         with pytest.raises(NotFound):
             missing.result()
         assert query(tmp_path, "SELECT name FROM agents") == [("alice",)]
@@ -339,7 +376,7 @@ def test_linked_files_carry_their_keys(tmp_path):
         save(store, B1, "alice", "ab")
         save_tail(store, B1, "alice", "ab", "t").result()
         linked = store.link_files([key("a"), key("ab")], [B1]).result()
-        store.delete_agent("ns", "alice").result()
+        store.delete_agent(AgentKey("ns", "alice")).result()
         assert files(tmp_path) == []
         for name, wanted in ((key("a"), "a"), (key("ab"), "ab"), (B1, "t")):
             assert bytes(store.read_linked(linked, name)[0]["k"].data) == tensors(wanted)["k"].data

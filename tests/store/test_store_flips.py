@@ -9,9 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from agentmem.agent_key import AgentKey
 from agentmem.errors import StoreError
 from agentmem.store.agent_store import AgentStore
 from agentmem.store.files.crypto import Vault
+from agentmem.store.records import BlockToSave, TailToSave
 from support.store_child import BRANCHES, key_of, tensors_of
 
 ENCRYPTED = {"unlock": lambda may_be_new: Vault(bytes(range(32)))}  # as AgentStore.open takes it
@@ -37,11 +39,24 @@ def fill(root: Path, options: dict) -> AgentStore:
             tokens = np.arange(8, dtype=np.uint32) + 100 * i + (int(branch[0]) if i > 1 else 0)
             key = key_of(parent, tokens)
             store.save_block(
-                branch, "ns", f"agent {branch[0]}", key, parent, tokens, tensors_of(key), {}
+                BlockToSave(
+                    branch_id=branch,
+                    agent=AgentKey("ns", f"agent {branch[0]}"),
+                    key=key,
+                    parent=parent,
+                    tokens=tokens,
+                    tensors=tensors_of(key),
+                )
             )
             parent = key
         store.save_tail(
-            branch, "ns", f"agent {branch[0]}", parent, tokens[:3], tensors_of(parent), {}
+            TailToSave(
+                branch_id=branch,
+                agent=AgentKey("ns", f"agent {branch[0]}"),
+                head=parent,
+                tokens=tokens[:3],
+                tensors=tensors_of(parent),
+            )
         ).result()
     return store
 
@@ -51,7 +66,7 @@ def told(store: AgentStore) -> tuple[dict[bytes, tuple], dict[str, tuple]]:
     index = store.index()
     blocks = {b.key: (b.parent, b.tokens.tobytes()) for b in index.blocks}
     tails = {b.id: b.tail and b.tail.tokens.tobytes() for b in index.branches}
-    return blocks, {b.id: (b.namespace, b.agent, b.head, tails[b.id]) for b in index.branches}
+    return blocks, {b.id: (b.agent, b.head, tails[b.id]) for b in index.branches}
 
 
 def use(store: AgentStore, expected: tuple[dict[bytes, tuple], dict[str, tuple]]) -> None:
@@ -66,9 +81,26 @@ def use(store: AgentStore, expected: tuple[dict[bytes, tuple], dict[str, tuple]]
         assert head is None or head in blocks
     tokens = np.arange(8, dtype=np.uint32) + 1000
     key = key_of(None, tokens)
-    store.save_block("2" * 32, "ns", "agent 2", key, None, tokens, tensors_of(key), {}).result()
-    store.save_tail("2" * 32, "ns", "agent 2", key, tokens, tensors_of(key), {}).result()
-    store.delete_agent("ns", "agent 0").result()
+    store.save_block(
+        BlockToSave(
+            branch_id="2" * 32,
+            agent=AgentKey("ns", "agent 2"),
+            key=key,
+            parent=None,
+            tokens=tokens,
+            tensors=tensors_of(key),
+        )
+    ).result()
+    store.save_tail(
+        TailToSave(
+            branch_id="2" * 32,
+            agent=AgentKey("ns", "agent 2"),
+            head=key,
+            tokens=tokens,
+            tensors=tensors_of(key),
+        )
+    ).result()
+    store.delete_agent(AgentKey("ns", "agent 0")).result()
     store.delete_branch(BRANCHES[1]).result()
     assert store.background_error is None
     assert store.read_block(key).exception() is None

@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from agentmem.agent_key import AgentKey
 from agentmem.errors import CorruptSegment, InvalidRequest, NotFound
 from agentmem.store.files.layout import Layout
-from agentmem.store.records import AgentRecord
+from agentmem.store.records import AgentRecord, BranchHead
 from agentmem.store.upkeep.quota import disk_usage
 from support.stores import (
     B1,
@@ -40,7 +41,10 @@ def test_a_fork_writes_no_bytes_and_either_side_outlives_the_other(tmp_path, del
     with opened(tmp_path) as store:
         tail = with_tail(store).result()
         before, on_disk = store.stats(), disk_usage(tmp_path / "f0" / "tails")
-        assert store.fork_branch(B1, B2, "ns", "bob", key("ab"), 1.0).result() == tail.nbytes
+        assert (
+            store.fork_branch(B1, BranchHead(B2, AgentKey("ns", "bob"), key("ab"), 1.0)).result()
+            == tail.nbytes
+        )
         after = store.stats()
         assert (after["bytes_written"], after["writes"]) == (
             before["bytes_written"],
@@ -60,7 +64,7 @@ def test_a_fork_writes_no_bytes_and_either_side_outlives_the_other(tmp_path, del
 def test_a_fork_goes_its_own_way(tmp_path):
     with opened(tmp_path) as store:
         with_tail(store)
-        store.fork_branch(B1, B2, "ns", "bob", key("ab"), 1.0)
+        store.fork_branch(B1, BranchHead(B2, AgentKey("ns", "bob"), key("ab"), 1.0))
         save_tail(store, B1, "alice", "ab", "source").result()
         assert (tail_name(store, B1), tail_name(store, B2)) == ("source", "t")
         save(store, B2, "bob", "abx").result()
@@ -74,7 +78,10 @@ def test_a_fork_of_a_branch_whose_head_moved_on_has_no_tail(tmp_path):
     with opened(tmp_path) as store:
         with_tail(store)
         with_tail(store, chain="abc", name="u").result()
-        assert store.fork_branch(B1, B2, "ns", "bob", key("ab"), 1.0).result() == 0
+        assert (
+            store.fork_branch(B1, BranchHead(B2, AgentKey("ns", "bob"), key("ab"), 1.0)).result()
+            == 0
+        )
         assert (tail_name(store, B1), tail_name(store, B2)) == ("u", None)
     branches, _ = index(tmp_path)
     assert (branches[B2].head, branches[B2].tail) == (key("ab"), None)
@@ -84,7 +91,7 @@ def test_a_fork_that_cannot_be_leaves_nothing(tmp_path):
     with opened(tmp_path) as store:
         with_tail(store).result()
         before = files(tmp_path)
-        failed = store.fork_branch(B1, B2, "ns", "bob", key("nothing"), 1.0)
+        failed = store.fork_branch(B1, BranchHead(B2, AgentKey("ns", "bob"), key("nothing"), 1.0))
         with pytest.raises(NotFound):
             failed.result()
         assert files(tmp_path) == before
@@ -95,7 +102,10 @@ def test_a_fork_whose_tails_file_was_lost_has_none_and_is_no_error_of_the_disk(t
     with opened(tmp_path) as store:
         with_tail(store).result()
         next(Layout(tmp_path / "f0").tails.iterdir()).unlink()
-        assert store.fork_branch(B1, B2, "ns", "bob", key("ab"), 1.0).result() == 0
+        assert (
+            store.fork_branch(B1, BranchHead(B2, AgentKey("ns", "bob"), key("ab"), 1.0)).result()
+            == 0
+        )
         lost = store.link_files([], [B1])
         with pytest.raises(NotFound):
             lost.result()
@@ -105,9 +115,9 @@ def test_a_fork_whose_tails_file_was_lost_has_none_and_is_no_error_of_the_disk(t
 def test_a_quarantined_tail_leaves_the_forks_name_and_the_count_of_bytes_alone(tmp_path):
     with opened(tmp_path) as store:
         with_tail(store)
-        store.fork_branch(B1, B2, "ns", "bob", key("ab"), 1.0).result()
+        store.fork_branch(B1, BranchHead(B2, AgentKey("ns", "bob"), key("ab"), 1.0)).result()
         store.quarantine_tail(B1).result()
-        store.delete_agent("ns", "alice").result()  # empties the quarantine
+        store.delete_agent(AgentKey("ns", "alice")).result()  # empties the quarantine
         assert tail_name(store, B2) == "t"
         assert store.stats()["disk_bytes"] == disk_usage(tmp_path / "f0")
 
@@ -117,7 +127,7 @@ def test_linked_files_are_readable_after_the_agent_is_deleted_and_gone_when_unli
     with opened(tmp_path) as store:
         with_tail(store).result()
         linked = store.link_files([key("a"), key("ab")], [B1]).result()
-        assert store.delete_agent("ns", "alice").result()
+        assert store.delete_agent(AgentKey("ns", "alice")).result()
         assert files(tmp_path) == []
         for name, wanted in ((key("a"), "a"), (key("ab"), "ab"), (B1, "t")):
             assert bytes(store.read_linked(linked, name)[0]["k"].data) == tensors(wanted)["k"].data
@@ -150,18 +160,20 @@ def test_reopening_removes_what_an_export_left(tmp_path):
         assert tail_name(store, B1) == "t"
 
 
-def agent_names(root: Path) -> dict[tuple[str, str], AgentRecord]:
+def agent_names(root: Path) -> dict[AgentKey, AgentRecord]:
     with opened(root) as store:
-        return {(agent.namespace, agent.name): agent for agent in store.index().agents}
+        return {agent.key: agent for agent in store.index().agents}
 
 
 def test_a_moved_agent_keeps_its_pin_and_its_counts(tmp_path):
     with opened(tmp_path) as store:
         with_tail(store)
         store.touch(
-            AgentRecord("ns", "alice", 1.0, 9e9, pinned=True, ttl=60.0, requests=7, hit_tokens=8)
+            AgentRecord(
+                AgentKey("ns", "alice"), 1.0, 9e9, pinned=True, ttl=60.0, requests=7, hit_tokens=8
+            )
         )
-        store.move_agent(("ns", "alice"), ("other", "bob")).result()
+        store.move_agent(AgentKey("ns", "alice"), AgentKey("other", "bob")).result()
         assert tail_name(store, B1) == "t"
     ((place, agent),) = agent_names(tmp_path).items()
     assert place == ("other", "bob")
@@ -178,20 +190,20 @@ def test_an_agent_moved_into_another_one_leaves_that_ones_pin(tmp_path):
     with opened(tmp_path) as store:
         with_tail(store)
         with_tail(store, B2, "bob", "x", "u")
-        store.touch(AgentRecord("ns", "bob", 1.0, 5.0, pinned=True))
-        store.touch(AgentRecord("ns", "alice", 1.0, 9e9))
-        store.move_agent(("ns", "alice"), ("ns", "bob")).result()
+        store.touch(AgentRecord(AgentKey("ns", "bob"), 1.0, 5.0, pinned=True))
+        store.touch(AgentRecord(AgentKey("ns", "alice"), 1.0, 9e9))
+        store.move_agent(AgentKey("ns", "alice"), AgentKey("ns", "bob")).result()
         assert (tail_name(store, B1), tail_name(store, B2)) == ("t", "u")
         assert store.stats()["agents"] == 1
     ((place, agent),) = agent_names(tmp_path).items()
     assert (place, agent.pinned, agent.last_used) == (("ns", "bob"), True, 9e9)
-    assert {branch.agent for branch in index(tmp_path)[0].values()} == {"bob"}
+    assert {b.agent.agent_id for b in index(tmp_path)[0].values()} == {"bob"}
 
 
 def test_an_agent_moved_onto_itself_is_left_as_it_is(tmp_path):
     with opened(tmp_path) as store:
         with_tail(store)
-        store.move_agent(("ns", "alice"), ("ns", "alice")).result()
+        store.move_agent(AgentKey("ns", "alice"), AgentKey("ns", "alice")).result()
         assert tail_name(store, B1) == "t"
     assert index(tmp_path)[0].keys() == {B1}
 
@@ -200,10 +212,10 @@ def test_no_name_that_isnt_unicode_reaches_the_writer(tmp_path):
     bad = "\ud83d"
     with opened(tmp_path) as store:
         for ask in (
-            lambda: store.touch(AgentRecord("ns", bad, 1.0, 1.0)),
-            lambda: store.delete_agent("ns", bad),
-            lambda: store.move_agent(("ns", "alice"), ("ns", bad)),
-            lambda: store.fork_branch(B1, B2, "ns", bad, None, 1.0),
+            lambda: store.touch(AgentRecord(AgentKey("ns", bad), 1.0, 1.0)),
+            lambda: store.delete_agent(AgentKey("ns", bad)),
+            lambda: store.move_agent(AgentKey("ns", "alice"), AgentKey("ns", bad)),
+            lambda: store.fork_branch(B1, BranchHead(B2, AgentKey("ns", bad), None, 1.0)),
         ):
             with pytest.raises(InvalidRequest):
                 ask()

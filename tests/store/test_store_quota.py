@@ -13,10 +13,18 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from agentmem.agent_key import AgentKey
 from agentmem.errors import AgentMemError, CorruptSegment
 from agentmem.store.files.layout import Layout
 from agentmem.store.manifest.manifest import Manifest
-from agentmem.store.records import AgentRecord, BlockRecord, TailRecord
+from agentmem.store.records import (
+    AgentRecord,
+    BlockRecord,
+    BlockToSave,
+    BranchHead,
+    TailRecord,
+    TailToSave,
+)
 from agentmem.store.upkeep.quota import Limits, StoreFull, disk_usage, rounded
 from agentmem.store.upkeep.trim import trim
 from support.stores import B1, B2, B3, key, opened, save, save_tail, tensors, tokens
@@ -35,12 +43,12 @@ def fill(store, i: int, chain: str, used: float):
     name = f"agent{i}"
     save(store, branch(i), name, chain, nbytes=BLOCK)
     done = save_tail(store, branch(i), name, chain, f"t{i}")
-    store.touch(AgentRecord("ns", name, 1.0, used), branch(i))
+    store.touch(AgentRecord(AgentKey("ns", name), 1.0, used), branch(i))
     return done
 
 
 def pin(store, name: str, pinned: bool = True):
-    return store.touch(AgentRecord("ns", name, 1.0, time.time(), pinned=pinned))
+    return store.touch(AgentRecord(AgentKey("ns", name), 1.0, time.time(), pinned=pinned))
 
 
 def big(store, name: str) -> bool:
@@ -111,7 +119,7 @@ def test_fifty_agents_in_a_store_for_ten_stay_under_the_quota_and_the_newest_and
             gone_blocks
         )
         assert {"agent0", "agent3"} <= {
-            agent.name for agent in store.index().agents if agent.pinned
+            agent.key.agent_id for agent in store.index().agents if agent.pinned
         }
 
 
@@ -136,7 +144,7 @@ def test_a_full_store_stays_under_the_quota_while_only_rows_change(tmp_path):
         for i in range(12):
             fill(store, i, chain_of(i), time.time()).result()
             store.delete_agent(
-                "ns", "nobody"
+                AgentKey("ns", "nobody")
             ).result()  # empties the log, so that files take all the room
         assert disk_usage(root) > quota - 2 * FILE
         for i in range(200):
@@ -175,17 +183,17 @@ def test_a_store_full_of_pinned_agents_refuses_latches_and_recovers_after_a_dele
         assert all(big(store, chain_of(i)) for i in range(saved + 1))
         # what is stored already costs no room
         store.save_block(
-            B2,
-            "ns",
-            "bob",
-            key(chain_of(0)[0]),
-            None,
-            tokens(chain_of(0)[0]),
-            tensors("other", BLOCK),
-            {},
+            BlockToSave(
+                branch_id=B2,
+                agent=AgentKey("ns", "bob"),
+                key=key(chain_of(0)[0]),
+                parent=None,
+                tokens=tokens(chain_of(0)[0]),
+                tensors=tensors("other", BLOCK),
+            )
         ).result()
         assert all(big(store, chain_of(i)) for i in range(saved + 1))
-        store.delete_agent("ns", "agent1").result()
+        store.delete_agent(AgentKey("ns", "agent1")).result()
         assert store.background_error is None
         save(store, B1, "late", "z", nbytes=BLOCK).result()
         assert big(store, "z")
@@ -235,17 +243,20 @@ def test_a_fork_whose_tail_has_two_names_does_not_hide_that_room_is_short(tmp_pa
     with opened(tmp_path, limits=Limits(quota=5 * FILE + MANIFEST)) as store:
         for i in range(4):
             store.save_tail(
-                branch(i),
-                "ns",
-                f"a{i}",
-                None,
-                tokens("t"),
-                tensors(f"t{i}", BLOCK),
-                {"name": f"t{i}"},
+                TailToSave(
+                    branch_id=branch(i),
+                    agent=AgentKey("ns", f"a{i}"),
+                    head=None,
+                    tokens=tokens("t"),
+                    tensors=tensors(f"t{i}", BLOCK),
+                    metadata={"name": f"t{i}"},
+                )
             )
             for n in range(4):
                 fork = f"{i}{n}".rjust(32, "f")
-                store.fork_branch(branch(i), fork, "ns", f"f{i}{n}", None, 1.0)
+                store.fork_branch(
+                    branch(i), BranchHead(fork, AgentKey("ns", f"f{i}{n}"), None, 1.0)
+                )
         for i in range(40):
             save(store, branch(100 + i), "new", chr(0x4E00 + i), nbytes=BLOCK).result()
             assert disk_usage(tmp_path / "f0") <= 6 * FILE + MANIFEST
@@ -283,11 +294,21 @@ def operate(store, root: Path, operation: str, i: int, chain: str, size: int, li
     if operation == "save":
         save(store, branch(i), agent, chain, nbytes=nbytes)
     elif operation == "tail":
-        store.save_tail(branch(i), "ns", agent, None, tokens("t"), tensors("t", nbytes), {})
+        store.save_tail(
+            TailToSave(
+                branch_id=branch(i),
+                agent=AgentKey("ns", agent),
+                head=None,
+                tokens=tokens("t"),
+                tensors=tensors("t", nbytes),
+            )
+        )
     elif operation == "fork":
-        store.fork_branch(branch(i), branch(i + size), "ns", agent, None, float(size))
+        store.fork_branch(
+            branch(i), BranchHead(branch(i + size), AgentKey("ns", agent), None, float(size))
+        )
     elif operation == "delete":
-        store.delete_agent("ns", agent)
+        store.delete_agent(AgentKey("ns", agent))
     elif operation == "branch":
         store.delete_branch(branch(i))
     elif operation == "bad block":
@@ -336,10 +357,18 @@ def test_directories_that_grow_are_counted(tmp_path):
     """
     with opened(tmp_path) as store:
         for i in range(200):
-            store.save_tail(branch(i), "ns", "alice", None, tokens("t"), tensors("t"), {})
+            store.save_tail(
+                TailToSave(
+                    branch_id=branch(i),
+                    agent=AgentKey("ns", "alice"),
+                    head=None,
+                    tokens=tokens("t"),
+                    tensors=tensors("t"),
+                )
+            )
         store.flush().result()
         assert store.stats()["disk_bytes"] == disk_usage(tmp_path / "f0")
-        store.delete_agent("ns", "alice").result()
+        store.delete_agent(AgentKey("ns", "alice")).result()
         assert store.stats()["disk_bytes"] == disk_usage(tmp_path / "f0")
 
 
@@ -365,8 +394,8 @@ def plant(manifest: Manifest, tree) -> None:
         manifest.add_block(BlockRecord(name, parent, tokens("b"), 4096 * (i + 1), b"", 1.0), None)
         for used, tail, pinned in branches:
             agent = f"{n}{'pinned' * pinned}"
-            manifest.put_agent(AgentRecord("ns", agent, 1.0, float(used), pinned=pinned))
-            manifest.put_branch(branch(n), "ns", agent, name, float(used))
+            manifest.put_agent(AgentRecord(AgentKey("ns", agent), 1.0, float(used), pinned=pinned))
+            manifest.put_branch(BranchHead(branch(n), AgentKey("ns", agent), name, float(used)))
             if tail:
                 manifest.set_tail(branch(n), TailRecord(tokens("t"), 5000, b""), n + 1, None, None)
             n += 1

@@ -10,7 +10,9 @@ from pathlib import Path
 
 import numpy as np
 
+from agentmem.agent_key import AgentKey
 from agentmem.store.agent_store import AgentStore
+from agentmem.store.records import BlockToSave, BranchHead, TailToSave
 from agentmem.tensors import HostTensor
 
 BRANCHES = ["0" * 32, "1" * 32]
@@ -39,16 +41,32 @@ def main(root: Path) -> None:
         tokens = np.arange(step, step + 8, dtype=np.uint32)
         heads[branch] = key = key_of(parent, tokens)
         tail = np.array([step], np.uint32)
-        block = store.save_block(branch, "default", "a", key, parent, tokens, tensors_of(key), {})
+        block = store.save_block(
+            BlockToSave(
+                branch_id=branch,
+                agent=AgentKey("default", "a"),
+                key=key,
+                parent=parent,
+                tokens=tokens,
+                tensors=tensors_of(key),
+            )
+        )
         block.add_done_callback(lambda _, key=key: print("block", key.hex(), flush=True))
         done = store.save_tail(
-            branch, "default", "a", key, tail, tensors_of(key[::-1]), {"of": key.hex()}
+            TailToSave(
+                branch_id=branch,
+                agent=AgentKey("default", "a"),
+                head=key,
+                tokens=tail,
+                tensors=tensors_of(key[::-1]),
+                metadata={"of": key.hex()},
+            )
         )
         if step % 3 == 0:
             done.result()
         if step % 11 == 10:
-            store.save_branch("2" * 32, "default", "b", key, 0.0)
-            store.delete_agent("default", "b")
+            store.save_branch(BranchHead("2" * 32, AgentKey("default", "b"), key, last_used=0.0))
+            store.delete_agent(AgentKey("default", "b"))
         step += 1
 
 

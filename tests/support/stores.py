@@ -6,9 +6,11 @@ from pathlib import Path
 
 import numpy as np
 
+from agentmem.agent_key import AgentKey
 from agentmem.errors import CorruptSegment
 from agentmem.store.agent_store import AgentStore
 from agentmem.store.files.layout import Layout
+from agentmem.store.records import BlockToSave, TailToSave
 from agentmem.tensors import HostTensor
 
 META = {"calibration": "c1"}
@@ -47,14 +49,28 @@ def save(store: AgentStore, branch: str, agent: str, chain: str, **options):
     for i in range(1, len(chain) + 1):
         name, parent = chain[:i], key(chain[: i - 1]) if i > 1 else None
         future = store.save_block(
-            branch, "ns", agent, key(name), parent, tokens(name), tensors(name, **options), {}
+            BlockToSave(
+                branch_id=branch,
+                agent=AgentKey("ns", agent),
+                key=key(name),
+                parent=parent,
+                tokens=tokens(name),
+                tensors=tensors(name, **options),
+            )
         )
     return future
 
 
 def save_tail(store: AgentStore, branch: str, agent: str, chain: str, name: str):
     return store.save_tail(
-        branch, "ns", agent, key(chain), tokens(name), tensors(name), {"name": name}
+        TailToSave(
+            branch_id=branch,
+            agent=AgentKey("ns", agent),
+            head=key(chain),
+            tokens=tokens(name),
+            tensors=tensors(name),
+            metadata={"name": name},
+        )
     )
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from agentmem.agent_key import AgentKey
 from agentmem.errors import StoreError
 from agentmem.store.agent_store import AgentStore
 from agentmem.store.files.crypto import Vault
@@ -158,12 +159,12 @@ def test_a_deleted_agent_takes_its_turns_along_and_what_it_was_still_being_told(
         kept = TranscriptRegistry(store.turns)
         await add(kept, "a", "secret")
         begun = kept.open("ns", "a")
-        kept.forget("ns", "a", lambda: store.delete_agent("ns", "a"))
+        kept.forget("ns", "a", lambda: store.delete_agent(AgentKey("ns", "a")))
         assert not kept.add("ns", "a", begun, [new_turn("chat", None, chat("late"))])
         assert not (await kept.tree("ns", "a")).turns
         await add(kept, "a", "new life")
         store.flush().result(10)
-        assert [t.content for t in store.turns.read("ns", "a").result(10)] == [
+        assert [t.content for t in store.turns.read(AgentKey("ns", "a")).result(10)] == [
             b'{"items":[{"role":"user","content":"new life"}],"kind":"chat"}'
         ]
 
@@ -185,7 +186,7 @@ def test_idle_agents_turns_leave_ram_and_come_back_those_that_are_nowhere_else_s
         for i in range(6):
             assert (await kept.tree("ns", f"a{i}")).newest.items == chat(f"text {i}")
         store.flush().result(10)
-        assert store.turns.read("ns", "a0").result(10) == []
+        assert store.turns.read(AgentKey("ns", "a0")).result(10) == []
 
     with opened(tmp_path) as store:
         asyncio.run(run(store))
@@ -198,7 +199,7 @@ def test_over_their_quota_the_turns_of_the_least_recently_used_agents_go(tmp_pat
             await add(kept, f"a{i}", "x" * 1000)
             store.flush().result(10)
             await asyncio.sleep(0.02)
-        held = [i for i in range(8) if store.turns.read("ns", f"a{i}").result(10)]
+        held = [i for i in range(8) if store.turns.read(AgentKey("ns", f"a{i}")).result(10)]
         assert held == list(range(8 - len(held), 8)) and 3 <= len(held) <= 5
         assert [i for i in range(8) if (await kept.tree("ns", f"a{i}")).turns] == held
 
@@ -213,8 +214,8 @@ def test_turns_outlive_the_blocks_of_their_agent_and_another_calibration(tmp_pat
     with opened(tmp_path) as store:
         asyncio.run(write(store))
     other = AgentStore.open(tmp_path, "f1", {"calibration": "another"})
-    assert len(other.turns.read("ns", "a").result(10)) == 1
-    assert [agent.name for agent in other.index().agents] == ["a"]
+    assert len(other.turns.read(AgentKey("ns", "a")).result(10)) == 1
+    assert [agent.key.agent_id for agent in other.index().agents] == ["a"]
     other.close()
 
 
@@ -257,10 +258,10 @@ def test_encrypted_turns_are_read_with_their_key_and_the_store_is_opened_in_no_o
     with pytest.raises(StoreError, match="encrypted"):
         AgentStore.open(tmp_path, "f1", {"calibration": "c"})
     with opened(tmp_path, unlock=unlock) as store:
-        assert b"a secret text" in store.turns.read("ns", "a").result(10)[0].content
-        store.move_agent(("ns", "a"), ("ns", "b")).result(10)
-        assert store.turns.read("ns", "a").result(10) == []
-        assert b"a secret text" in store.turns.read("ns", "b").result(10)[0].content
+        assert b"a secret text" in store.turns.read(AgentKey("ns", "a")).result(10)[0].content
+        store.move_agent(AgentKey("ns", "a"), AgentKey("ns", "b")).result(10)
+        assert store.turns.read(AgentKey("ns", "a")).result(10) == []
+        assert b"a secret text" in store.turns.read(AgentKey("ns", "b")).result(10)[0].content
 
 
 def test_agents_that_are_merged_keep_the_turns_of_both_under_one_key(tmp_path):
@@ -271,8 +272,8 @@ def test_agents_that_are_merged_keep_the_turns_of_both_under_one_key(tmp_path):
 
     with opened(tmp_path, unlock=unlock) as store:
         asyncio.run(write(store))
-        store.move_agent(("ns", "a"), ("ns", "b")).result(10)
-        found = [t.content for t in store.turns.read("ns", "b").result(10)]
+        store.move_agent(AgentKey("ns", "a"), AgentKey("ns", "b")).result(10)
+        found = [t.content for t in store.turns.read(AgentKey("ns", "b")).result(10)]
     assert len(found) == 2 and b"of a" in found[0] and b"of b" in found[1]
 
 
@@ -289,7 +290,7 @@ def test_a_store_of_the_format_before_gets_the_table(tmp_path):
         db.execute("PRAGMA user_version = 3")
         db.execute(f"PRAGMA application_id = {schema._APP + 3}")
     with opened(tmp_path) as store:
-        assert store.turns.read("ns", "a").result(10) == []
+        assert store.turns.read(AgentKey("ns", "a")).result(10) == []
 
 
 def test_a_cut_is_still_one_after_the_store_was_opened_again(tmp_path):

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from ..agent_key import AgentKey
 from ..engine.api import AgentInfo, Explanation, Tier
 from ..kvcache.spec import KVCacheSpec
 from ..store.records import AgentRecord
@@ -68,8 +69,13 @@ class Agent:
 
     def record(self) -> AgentRecord:
         return AgentRecord(
-            *(self.namespace, self.name, self.created, self.last_used),
-            *(self.pinned, self.ttl, self.requests, self.hit_tokens),
+            key=AgentKey(self.namespace, self.name),
+            created=self.created,
+            last_used=self.last_used,
+            pinned=self.pinned,
+            ttl=self.ttl,
+            requests=self.requests,
+            hit_tokens=self.hit_tokens,
         )
 
     def entries(self) -> Iterator[Entry]:

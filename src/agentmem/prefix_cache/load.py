@@ -15,10 +15,16 @@ def load_index(prefix_cache: PrefixCache, store: AgentStore) -> None:
     """Enter what the store's manifest names: every agent warm."""
     index = store.index()
     for a in index.agents:
-        prefix_cache.agents[a.namespace, a.name] = Agent(
-            *(a.namespace, a.name, a.created, a.last_used), pinned=a.pinned, ttl=a.ttl,
-            requests=a.requests, hit_tokens=a.hit_tokens,
-        )  # fmt: skip
+        prefix_cache.agents[a.key] = Agent(
+            namespace=a.key.namespace,
+            name=a.key.agent_id,
+            created=a.created,
+            last_used=a.last_used,
+            pinned=a.pinned,
+            ttl=a.ttl,
+            requests=a.requests,
+            hit_tokens=a.hit_tokens,
+        )
     enter(prefix_cache, index.branches, index.blocks)
 
 
@@ -28,8 +34,8 @@ def enter(
     """Add branches that are on disk, each to its agent; `blocks` are all that they are made of."""
     records = {r.key: r for r in blocks}
     for b in branches:
-        agent = prefix_cache.agent(b.namespace, b.agent)
-        agent = prefix_cache.agents.setdefault((b.namespace, b.agent), agent)
+        agent = prefix_cache.agent(*b.agent)
+        agent = prefix_cache.agents.setdefault(b.agent, agent)
         branch = Branch(b.id, agent, last_used=b.last_used, disk_head=b.head)
         key = b.head
         while key:

@@ -6,9 +6,11 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from typing import Any
 
+from ..agent_key import AgentKey
 from ..errors import NotFound
 from ..kvcache.block import Tail, to_host
 from ..store.agent_store import AgentStore
+from ..store.records import BlockToSave, BranchHead, TailToSave
 from ..store.upkeep.quota import LeastRecentlyUsed
 from .agent import Agent, Branch
 from .block_pool import CachedBlock, CachedTail, Entry
@@ -75,17 +77,27 @@ class WriteBack:
             return
         if node.disk_bytes or node.data is None:
             future = self._store.save_branch(
-                branch.id, agent.namespace, agent.name, node.key, self._used(branch)
+                BranchHead(
+                    branch_id=branch.id,
+                    agent=AgentKey(agent.namespace, agent.name),
+                    head=node.key,
+                    last_used=self._used(branch),
+                )
             )
             future.add_done_callback(
                 lambda f: self._post(lambda: self._path_saved(branch, nodes, f))
             )
             return
-        tensors, parent = to_host(node.data.arrays), node.parent or None
-        saving = node.saving = self._store.save_block(
-            *(branch.id, agent.namespace, agent.name, node.key, parent, node.tokens, tensors, {}),
+        block = BlockToSave(
+            branch_id=branch.id,
+            agent=AgentKey(agent.namespace, agent.name),
+            key=node.key,
+            parent=node.parent or None,
+            tokens=node.tokens,
+            tensors=to_host(node.data.arrays),
             last_used=self._used(branch),
         )
+        saving = node.saving = self._store.save_block(block)
         saving.add_done_callback(lambda f: self._post(lambda: self._block_saved(branch, nodes, f)))
 
     def commit(
@@ -226,13 +238,17 @@ class WriteBack:
     def save_tail(self, branch: Branch) -> None:
         tail, agent = branch.tail, branch.agent
         assert tail.data is not None
-        metadata = tail_metadata(branch.head, tail.tokens, tail.lineage, tail.data.prefix_len)
-        tensors = to_host(tail.data.to_arrays())
-        branch.tail_bytes_written += tail.data.nbytes
-        tail.saving = self._store.save_tail(
-            *(branch.id, agent.namespace, agent.name, branch.head, tail.tokens, tensors, metadata),
+        to_save = TailToSave(
+            branch_id=branch.id,
+            agent=AgentKey(agent.namespace, agent.name),
+            head=branch.head,
+            tokens=tail.tokens,
+            tensors=to_host(tail.data.to_arrays()),
+            metadata=tail_metadata(branch.head, tail.tokens, tail.lineage, tail.data.prefix_len),
             last_used=self._used(branch),
         )
+        branch.tail_bytes_written += tail.data.nbytes
+        tail.saving = self._store.save_tail(to_save)
         nodes = branch.nodes
         tail.saving.add_done_callback(
             lambda f: self._post(lambda: self._tail_saved(branch, nodes, tail, f))

@@ -15,22 +15,20 @@ A failed write sets `background_error`, until a later one succeeds. Errors of fu
   ShuttingDown, EngineFailed  the store is closed; its writer met a bug
 """
 
-import time
 import uuid
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection
 from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
+from ..agent_key import AgentKey
 from ..errors import ShuttingDown
 from ..tensors import HostTensor
 from .files.crypto import Vault
 from .files.reader import READERS, Catalog, Reader, read_segment
 from .files.segment import Segment
-from .records import AgentRecord, FileRef, StoreIndex
+from .records import AgentRecord, BlockToSave, BranchHead, FileRef, StoreIndex, TailToSave
 from .upkeep.locks import announce, release
 from .upkeep.open import StoreFiles, opened
 from .upkeep.quota import Limits
@@ -103,82 +101,38 @@ class AgentStore:
 
     # Writes
 
-    def save_block(
-        self,
-        branch_id: str,
-        namespace: str,
-        agent: str,
-        key: bytes,
-        parent: bytes | None,
-        tokens: np.ndarray,
-        tensors: Mapping[str, HostTensor],
-        metadata: Mapping[str, str],
-        last_used: float | None = None,
-    ) -> Future[FileRef]:
-        """Store the block and make it the branch's head; a tail goes, as the block holds its
+    def save_block(self, block: BlockToSave) -> Future[FileRef]:
+        """Store the block and make it its branch's head; a tail goes, as the block holds its
         tokens.
 
-        If the key is stored already, that block stays, and is the result. `last_used`: of the
-        branch, Unix seconds; None: now.
+        If the key is stored already, that block stays, and is the result.
         """
-        now = time.time() if last_used is None else last_used
-        return self._writer.submit(
-            saves.SaveBlock(
-                branch_id, namespace, agent, key, now, tokens, tensors, metadata, key, parent
-            )
-        )
+        return self._writer.submit(saves.SaveBlock(block.branch, block))
 
-    def save_tail(
-        self,
-        branch_id: str,
-        namespace: str,
-        agent: str,
-        head: bytes | None,
-        tokens: np.ndarray,
-        tensors: Mapping[str, HostTensor],
-        metadata: Mapping[str, str],
-        last_used: float | None = None,
-    ) -> Future[FileRef]:
-        """Make `head` the branch's head, and these its tokens after it."""
-        now = time.time() if last_used is None else last_used
-        return self._writer.submit(
-            saves.SaveTail(branch_id, namespace, agent, head, now, tokens, tensors, metadata)
-        )
+    def save_tail(self, tail: TailToSave) -> Future[FileRef]:
+        """Give the branch this head, and this tail after it."""
+        return self._writer.submit(saves.SaveTail(tail.branch, tail))
 
-    def save_branch(
-        self, branch_id: str, namespace: str, agent: str, head: bytes | None, last_used: float
-    ) -> Future[None]:
-        """Make `head`, a stored block, the branch's head, as after a fork or cut; another head's
-        tail goes.
+    def save_branch(self, branch: BranchHead) -> Future[None]:
+        """Give the branch this head, as after a fork or cut; another head's tail goes.
 
         Blocks that no branch reaches any more stay until the next deletion, quarantine or open.
         """
-        return self._writer.submit(saves.BranchJob(branch_id, namespace, agent, head, last_used))
+        return self._writer.submit(saves.BranchJob(branch))
 
-    def fork_branch(
-        self,
-        source: str,
-        branch_id: str,
-        namespace: str,
-        agent: str,
-        head: bytes | None,
-        last_used: float,
-    ) -> Future[int]:
-        """A branch with the head of `source`, and its tail if that still follows this head: bytes
-        of the tail, or 0.
+    def fork_branch(self, source: str, branch: BranchHead) -> Future[int]:
+        """Add a branch with the head of `source`, and its tail if that still follows this head.
 
-        Writes no file: the tail's gets a second name.
+        Writes no file: the tail's gets a second name. Gives the bytes of the tail, or 0.
         """
-        return self._writer.submit(
-            saves.ForkBranch(branch_id, namespace, agent, head, last_used, source)
-        )
+        return self._writer.submit(saves.ForkBranch(branch, source))
 
     def touch(self, agent: AgentRecord, branch_id: str | None = None) -> Future[None]:
         """Note an agent's and a branch's last use, and what else is known of the agent."""
         return self._writer.submit(jobs.Touch(agent, branch_id))
 
-    def move_agent(self, source: tuple[str, str], target: tuple[str, str]) -> Future[None]:
-        """Give all branches of an agent (namespace, name) to another one, at once."""
+    def move_agent(self, source: AgentKey, target: AgentKey) -> Future[None]:
+        """Give all branches of an agent to another one, at once."""
         return self._writer.submit(jobs.MoveAgent(source, target))
 
     def link_files(self, blocks: list[bytes], branches: list[str]) -> Future[Linked]:
@@ -197,9 +151,9 @@ class AgentStore:
         """Resolves when its bytes are gone, but for blocks that another branch reaches."""
         return self._writer.submit(jobs.DeleteBranch(branch_id))
 
-    def delete_agent(self, namespace: str, agent: str) -> Future[bool]:
+    def delete_agent(self, agent: AgentKey) -> Future[bool]:
         """As delete_branch, of all its branches, and its token ids too. False: there was none."""
-        return self._writer.submit(jobs.DeleteAgent(namespace, agent))
+        return self._writer.submit(jobs.DeleteAgent(agent))
 
     def quarantine_block(self, key: bytes) -> Future[None]:
         """Put the file aside; every branch through it ends before it, without a tail."""

@@ -1,12 +1,63 @@
 """What the store knows of agents, branches, blocks and their files."""
 
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
 
+from ..agent_key import AgentKey
+from ..tensors import HostTensor
+
 # namespace of agents that are being imported: what is left of one goes at the next open
 IMPORTS = "\x01import"
+
+
+@dataclass(frozen=True)
+class BranchHead:
+    """Where a branch of an agent ends: its last sealed block."""
+
+    branch_id: str  # 32 hex digits
+    agent: AgentKey
+    head: bytes | None  # key of a block that is stored; None: the branch has no block
+    last_used: float = field(default_factory=time.time)  # Unix seconds
+
+
+@dataclass(frozen=True)
+class BlockToSave:
+    """A sealed block, which becomes the head of a branch."""
+
+    branch_id: str  # 32 hex digits
+    agent: AgentKey
+    key: bytes
+    parent: bytes | None  # key of the block before it; None: it is the first
+    tokens: np.ndarray  # uint32
+    tensors: Mapping[str, HostTensor]
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    last_used: float = field(default_factory=time.time)  # of the branch, Unix seconds
+
+    @property
+    def branch(self) -> BranchHead:
+        """The branch, as it is once the block is stored."""
+        return BranchHead(self.branch_id, self.agent, self.key, self.last_used)
+
+
+@dataclass(frozen=True)
+class TailToSave:
+    """A branch's tokens after its head."""
+
+    branch_id: str  # 32 hex digits
+    agent: AgentKey
+    head: bytes | None  # as in BranchHead
+    tokens: np.ndarray  # uint32
+    tensors: Mapping[str, HostTensor]
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    last_used: float = field(default_factory=time.time)  # of the branch, Unix seconds
+
+    @property
+    def branch(self) -> BranchHead:
+        """The branch, as it is once the tail is stored."""
+        return BranchHead(self.branch_id, self.agent, self.head, self.last_used)
 
 
 @dataclass(frozen=True)
@@ -37,8 +88,7 @@ class BranchRecord:
     """Its tokens are those of the blocks from the root to `head`, then the tail's."""
 
     id: str  # 32 hex digits
-    namespace: str
-    agent: str
+    agent: AgentKey
     head: bytes | None  # key of the last sealed block
     tail: TailRecord | None
     last_used: float
@@ -46,8 +96,7 @@ class BranchRecord:
 
 @dataclass(frozen=True)
 class AgentRecord:
-    namespace: str
-    name: str
+    key: AgentKey
     created: float  # Unix seconds
     last_used: float
     pinned: bool = False  # never leaves a full store, nor RAM

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from weakref import WeakValueDictionary
 
+from ..agent_key import AgentKey
 from ..errors import AgentMemError, StoreFailed
 from ..store.writer.turns import TurnTable
 from .turns import Turn, TurnTree, new_turn
@@ -44,13 +45,13 @@ class TranscriptRegistry:
         """The agent's tree, which `loaded` waits for. Whoever holds it sees whether the agent was
         deleted since.
         """
-        key = (namespace, agent)
+        key = AgentKey(namespace, agent)
         with self._lock:
             tree = self._trees.get(key)
             if tree is None:
                 tree = self._trees[key] = TurnTree()
                 if self._table is not None:
-                    tree.reading = self._table.read(namespace, agent)
+                    tree.reading = self._table.read(key)
             self._keep(key, tree)
         return tree
 
@@ -114,7 +115,7 @@ class TranscriptRegistry:
             tree.in_ram_only = tree.in_ram_only or ephemeral or self._is_ephemeral(namespace, agent)
             gone = tree.surplus(self._max_disk // 4)
             if self._table is not None and not tree.in_ram_only:
-                records = [turn.record(namespace, agent) for turn in turns]
+                records = [turn.record(AgentKey(namespace, agent)) for turn in turns]
                 self._table.put(records)
                 if gone:
                     self._table.delete(gone)
@@ -142,7 +143,7 @@ class TranscriptRegistry:
             if self._table is None or tree.in_ram_only or not (gone or hidden):
                 return None
             done = (
-                self._table.put([turn.record(namespace, agent) for turn in hidden])
+                self._table.put([turn.record(AgentKey(namespace, agent)) for turn in hidden])
                 if hidden
                 else None
             )
@@ -215,7 +216,7 @@ class TranscriptRegistry:
             return
         self._trimming, loop = True, asyncio.get_running_loop()
 
-        def trimmed(done: Future[tuple[list[_Key], int]]) -> None:
+        def trimmed(done: Future[tuple[list[AgentKey], int]]) -> None:
             with self._lock:
                 self._trimming = False
                 if done.exception() is None:

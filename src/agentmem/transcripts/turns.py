@@ -20,6 +20,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 from weakref import WeakKeyDictionary
 
+from ..agent_key import AgentKey
 from ..store.writer.turns import TurnRecord
 
 MAX_OFF_PATH = 1000  # turns of one agent that are not on its newest path; the oldest go
@@ -40,7 +41,7 @@ class Turn:
     about: dict[str, Any] = field(default_factory=dict)  # what else is to be told of a response
     hidden: bool = False  # deleted, but what follows it builds on its messages
 
-    def record(self, namespace: str, agent: str) -> TurnRecord:
+    def record(self, agent: AgentKey) -> TurnRecord:
         said = {
             "items": self.items,
             "kind": self.kind,
@@ -52,7 +53,7 @@ class Turn:
         content = json.dumps(told, ensure_ascii=False, separators=(",", ":")).encode(
             errors="surrogatepass"
         )
-        return TurnRecord(self.id, namespace, agent, self.parent, content, self.created)
+        return TurnRecord(self.id, agent, self.parent, content, self.created)
 
     @classmethod
     def of(cls, record: TurnRecord) -> "Turn":

@@ -14,6 +14,7 @@ from typing import IO, Any
 
 import numpy as np
 
+from ...agent_key import AgentKey
 from ...errors import AgentMemError, CorruptSegment, InvalidRequest, StoreFailed
 from ...kvcache.shapes import Shapes, block_shapes, tail_shapes
 from ...kvcache.spec import KVCacheSpec
@@ -21,7 +22,15 @@ from ...prefix_cache.restore import foreign_lineage, tail_metadata
 from ...store.agent_store import AgentStore
 from ...store.files import segment
 from ...store.files.archive import Archive, block_name, tail_name, write_archive
-from ...store.records import IMPORTS, BlockRecord, BranchRecord, FileRef, TailRecord
+from ...store.records import (
+    IMPORTS,
+    BlockRecord,
+    BlockToSave,
+    BranchHead,
+    BranchRecord,
+    TailRecord,
+    TailToSave,
+)
 from ...tensors import part_of
 from ..startup import Core
 from .lifecycle import Exported, Imported
@@ -90,27 +99,27 @@ def import_agent(core: Core, namespace: str, name: str, archive: Archive) -> Imp
     """Store what an archive holds as an agent, all of it or nothing. Raises InvalidRequest,
     StoreFailed.
     """
-    scratch = (IMPORTS, uuid.uuid4().hex)
+    scratch, target = AgentKey(IMPORTS, uuid.uuid4().hex), AgentKey(namespace, name)
     try:
         imported = _Import(
             core.store,
             core.runner.spec,
             archive,
             scratch,
-            (namespace, name),
+            target,
             core.runner.vocab_size,
         ).run()
-        core.store.move_agent(scratch, (namespace, name)).result()
+        core.store.move_agent(scratch, target).result()
     except (KeyError, TypeError, ValueError, IndexError, AttributeError, OverflowError) as e:
-        core.store.delete_agent(*scratch)
+        core.store.delete_agent(scratch)
         raise InvalidRequest(
             f"agent.json is not as agentmem writes it: {type(e).__name__}: {e}", param="file"
         ) from e
     except (OSError, sqlite3.Error) as e:
-        core.store.delete_agent(*scratch)
+        core.store.delete_agent(scratch)
         raise StoreFailed(f"The agent could not be stored: {e}") from e
     except AgentMemError:
-        core.store.delete_agent(*scratch)
+        core.store.delete_agent(scratch)
         raise
     return imported
 
@@ -136,8 +145,8 @@ class _Import:
         store: AgentStore,
         spec: KVCacheSpec,
         archive: Archive,
-        scratch: tuple[str, str],
-        target: tuple[str, str],
+        scratch: AgentKey,
+        target: AgentKey,
         vocab_size: int,
     ):
         self._store, self._spec, self._archive = store, spec, archive
@@ -162,9 +171,9 @@ class _Import:
         if not row["last_used"] >= 0:
             raise ValueError(f"last_used {row['last_used']}")
         key = None if head is None else self._keys[head]
-        self._store.save_branch(branch_id, *self._scratch, key, now).result()
+        self._store.save_branch(BranchHead(branch_id, self._scratch, key, now)).result()
         tail = self._tail(branch_id, key, row["tail"]) if row["tail"] else None
-        return BranchRecord(branch_id, *self._target, key, tail, now)
+        return BranchRecord(branch_id, self._target, key, tail, now)
 
     def _chain(self, head: int | None) -> list[int]:
         """From the root; a parent comes before what is built on it, so there are no loops."""
@@ -186,9 +195,15 @@ class _Import:
             return block_shapes(self._spec, len(tokens), parts, first=parent is None)
 
         tensors, _ = self._tensors(row["file"], shapes)
-        ref: FileRef = self._store.save_block(
-            branch_id, *self._scratch, key, parent, tokens, tensors, {}
-        ).result()
+        block = BlockToSave(
+            branch_id=branch_id,
+            agent=self._scratch,
+            key=key,
+            parent=parent,
+            tokens=tokens,
+            tensors=tensors,
+        )
+        ref = self._store.save_block(block).result()
         return BlockRecord(key, parent, tokens, ref.nbytes, ref.checksum, time.time(), ref.parts)
 
     def _tail(self, branch_id: str, head: bytes | None, row: dict[str, Any]) -> TailRecord:
@@ -202,9 +217,15 @@ class _Import:
 
         tensors, found = self._tensors(row["file"], shapes)
         prefix_len = int(found["prefix_len"])
-        metadata = tail_metadata(head, tokens, foreign_lineage(prefix_len), prefix_len)
-        saved = self._store.save_tail(branch_id, *self._scratch, head, tokens, tensors, metadata)
-        ref = saved.result()
+        tail = TailToSave(
+            branch_id=branch_id,
+            agent=self._scratch,
+            head=head,
+            tokens=tokens,
+            tensors=tensors,
+            metadata=tail_metadata(head, tokens, foreign_lineage(prefix_len), prefix_len),
+        )
+        ref = self._store.save_tail(tail).result()
         return TailRecord(tokens, ref.nbytes, ref.checksum, ref.parts)
 
     def _tokens(self, given: list[int], at_least: int, at_most: int) -> np.ndarray:

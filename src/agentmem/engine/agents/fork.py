@@ -7,11 +7,13 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any
 
+from ...agent_key import AgentKey
 from ...errors import AgentNotFound, Busy, Conflict, InvalidRequest, NotFound, StoreFailed
 from ...kvcache.block import Tail
 from ...prefix_cache.agent import Agent, Branch
 from ...prefix_cache.block_pool import CachedBlock, CachedTail, Entry
 from ...prefix_cache.match import Match
+from ...store.records import BranchHead
 from ..api import AgentDetail
 from .operations import Operations
 
@@ -64,7 +66,13 @@ class Forks(Operations):
             return
         tail.disk_bytes, tail.disk_parts = source.tail.disk_bytes, source.tail.disk_parts
         forked = self._core.store.fork_branch(
-            source.id, branch.id, agent.namespace, agent.name, branch.head, branch.last_used
+            source.id,
+            BranchHead(
+                branch_id=branch.id,
+                agent=AgentKey(agent.namespace, agent.name),
+                head=branch.head,
+                last_used=branch.last_used,
+            ),
         )
 
         def on_engine() -> None:

@@ -6,6 +6,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, cast
 
+from ...agent_key import AgentKey
 from ...errors import AgentMemError, AgentNotFound, Busy, Conflict, StoreFailed
 from ...prefix_cache.agent import Agent
 from ...prefix_cache.block_pool import CachedBlock, CachedTail, Entry
@@ -275,7 +276,7 @@ class Lifecycle(Operations):
 
         store = self._core.store
         forgotten = self._core.turns.forget(
-            namespace, name, lambda: store.delete_agent(namespace, name)
+            namespace, name, lambda: store.delete_agent(AgentKey(namespace, name))
         )
         forgotten.add_done_callback(deleted)
 

@@ -3,8 +3,9 @@
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
+from ...agent_key import AgentKey
 from ...errors import NotFound
-from ..records import AgentRecord, BlockRecord, FileRef, Holding, StoreIndex, TailRecord
+from ..records import AgentRecord, BlockRecord, BranchHead, FileRef, Holding, StoreIndex, TailRecord
 from . import rows
 from .database import Database
 
@@ -25,7 +26,7 @@ class Manifest(Database):
             "SELECT namespace, name, created, last_used, pinned, ttl, requests, hit_tokens FROM agents ORDER BY id"
         )
         return [
-            AgentRecord(space, name, made, used, bool(pinned), *rest)
+            AgentRecord(AgentKey(space, name), made, used, bool(pinned), *rest)
             for space, name, made, used, pinned, *rest in found
         ]
 
@@ -93,12 +94,14 @@ class Manifest(Database):
             for id, head, tail, last_used, pinned in found
         ]
 
-    def expired(self, now: float) -> list[tuple[str, str]]:
-        """Namespace and name of the agents whose time is over."""
-        return self.db.execute(
-            "SELECT namespace, name FROM agents WHERE ttl IS NOT NULL AND NOT pinned AND last_used + ttl < ?",
+    def expired(self, now: float) -> list[AgentKey]:
+        """Return the agents whose time is over."""
+        found = self.db.execute(
+            "SELECT namespace, name FROM agents"
+            " WHERE ttl IS NOT NULL AND NOT pinned AND last_used + ttl < ?",
             (now,),
-        ).fetchall()
+        )
+        return [AgentKey(namespace, name) for namespace, name in found]
 
     def heads(self) -> dict[str, bytes | None]:
         return dict(self.db.execute("SELECT id, head FROM branches"))
@@ -152,36 +155,41 @@ class Manifest(Database):
             " requests = max(requests, excluded.requests), hit_tokens = max(hit_tokens, excluded.hit_tokens)"
             " RETURNING id",
             (
-                *(agent.namespace, agent.name, agent.created, agent.last_used),
-                *(int(agent.pinned), agent.ttl, agent.requests, agent.hit_tokens),
+                agent.key.namespace,
+                agent.key.agent_id,
+                agent.created,
+                agent.last_used,
+                int(agent.pinned),
+                agent.ttl,
+                agent.requests,
+                agent.hit_tokens,
             ),
         ).fetchone()
         return agent_id
 
-    def enter_agent(self, namespace: str, name: str, last_used: float) -> int:
+    def enter_agent(self, agent: AgentKey, last_used: float) -> int:
         """Add it if need be; its id."""
         (agent_id,) = self.db.execute(
             "INSERT INTO agents (namespace, name, created, last_used) VALUES (?, ?, ?, ?)"
             " ON CONFLICT DO UPDATE SET last_used = max(last_used, excluded.last_used) RETURNING id",
-            (namespace, name, last_used, last_used),
+            (agent.namespace, agent.agent_id, last_used, last_used),
         ).fetchone()
         return int(agent_id)
 
-    def put_branch(
-        self, branch_id: str, namespace: str, agent: str, head: bytes | None, last_used: float
-    ) -> int:
-        """Add the branch (and agent) or move it to `head`; a tail that doesn't follow `head` goes.
+    def put_branch(self, branch: BranchHead) -> int:
+        """Add the branch (and agent) or move it to its head; a tail that doesn't follow that goes.
 
-        Returns the agent's id.
+        Returns the agent's row id.
         """
-        agent_id = self.enter_agent(namespace, agent, last_used)
+        agent_id = self.enter_agent(branch.agent, branch.last_used)
         self.db.execute(
-            f"UPDATE branches SET {_NO_TAIL} WHERE id = ? AND head IS NOT ?", (branch_id, head)
+            f"UPDATE branches SET {_NO_TAIL} WHERE id = ? AND head IS NOT ?",
+            (branch.branch_id, branch.head),
         )
         self.db.execute(
             "INSERT INTO branches (id, agent_id, head, last_used) VALUES (?, ?, ?, ?)"
             " ON CONFLICT DO UPDATE SET head = excluded.head, last_used = max(last_used, excluded.last_used)",
-            (branch_id, agent_id, head, last_used),
+            (branch.branch_id, agent_id, branch.head, branch.last_used),
         )
         return agent_id
 
@@ -230,20 +238,19 @@ class Manifest(Database):
             "UPDATE branches SET last_used = max(last_used, ?) WHERE id = ?", (last_used, branch_id)
         )
 
-    def move_agent(
-        self, source: tuple[str, str], target: tuple[str, str], keys: "FileKeys | None"
-    ) -> None:
+    def move_agent(self, source: AgentKey, target: AgentKey, keys: "FileKeys | None") -> None:
         """Rename an agent; where the name is taken, give its branches to that one, whose pin and
         lifetime stay.
 
         NotFound: there is no such agent.
         """
-        source_id, target_id = self._agent_id(*source), self._agent_id(*target)
+        source_id, target_id = self._agent_id(source), self._agent_id(target)
         if source_id is None:
-            raise NotFound(f"there is no agent {source[1]!r} to be moved")
+            raise NotFound(f"there is no agent {source.agent_id!r} to be moved")
         if target_id is None:
             self.db.execute(
-                "UPDATE agents SET namespace = ?, name = ? WHERE id = ?", (*target, source_id)
+                "UPDATE agents SET namespace = ?, name = ? WHERE id = ?",
+                (target.namespace, target.agent_id, source_id),
             )
         elif target_id != source_id:
             if keys:
@@ -260,9 +267,9 @@ class Manifest(Database):
             )
             self.db.execute("DELETE FROM agents WHERE id = ?", (source_id,))
 
-    def _agent_id(self, namespace: str, name: str) -> int | None:
+    def _agent_id(self, agent: AgentKey) -> int | None:
         row = self.db.execute(
-            "SELECT id FROM agents WHERE namespace = ? AND name = ?", (namespace, name)
+            "SELECT id FROM agents WHERE namespace = ? AND name = ?", agent
         ).fetchone()
         return row and row[0]
 
@@ -291,9 +298,9 @@ class Manifest(Database):
             "DELETE FROM agents WHERE id NOT IN (SELECT agent_id FROM branches UNION SELECT agent_id FROM turns)"
         )
 
-    def delete_agent(self, namespace: str, agent: str) -> list[str] | None:
+    def delete_agent(self, agent: AgentKey) -> list[str] | None:
         """With its key. The ids of the branches that went with it; None if there is no such agent."""
-        agent_id = self._agent_id(namespace, agent)
+        agent_id = self._agent_id(agent)
         if agent_id is None:
             return None
         branches = [

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from ...agent_key import AgentKey
 from ..files.crypto import seal, unseal
 from ..records import BlockRecord, BranchRecord, TailRecord
 
@@ -45,7 +46,7 @@ def branch(
     found = None
     if tokens is not None:
         found = TailRecord(unpack_tokens(tokens, file_key), nbytes, checksum, unpack_parts(parts))
-    return BranchRecord(branch_id, namespace, agent, head, found, last_used)
+    return BranchRecord(branch_id, AgentKey(namespace, agent), head, found, last_used)
 
 
 def block(

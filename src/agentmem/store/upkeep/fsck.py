@@ -158,8 +158,8 @@ def shrink(layout: Layout, nbytes: int) -> int:
     before = disk_usage(layout.root)
     with _changing(layout, Manifest.open) as manifest:
         with manifest.transaction():
-            for namespace, name in manifest.expired(time.time()):
-                manifest.delete_agent(namespace, name)
+            for agent in manifest.expired(time.time()):
+                manifest.delete_agent(agent)
         empty_quarantine(layout)
         reconcile(layout, manifest)
         if (short := nbytes - (before - disk_usage(layout.root))) > 0:

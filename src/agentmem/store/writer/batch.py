@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ...agent_key import AgentKey
 from ...errors import InvalidRequest
 from ...tensors import HostTensor
 from ..files import crypto, segment
@@ -76,12 +77,13 @@ class Batch:
             return
 
 
-def require_unicode(namespace: str, agent: str) -> None:
-    """SQLite would refuse it, on the writer's thread."""
+def require_unicode(agent: AgentKey) -> None:
+    """Raise InvalidRequest for what SQLite would refuse, on the writer's thread."""
     try:
-        (namespace + agent).encode()
+        "".join(agent).encode()
     except UnicodeEncodeError:
-        raise InvalidRequest(f"agent id {agent!r} isn't valid Unicode", param="agent_id") from None
+        message = f"agent id {agent.agent_id!r} isn't valid Unicode"
+        raise InvalidRequest(message, param="agent_id") from None
 
 
 @dataclass(eq=False)

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ...agent_key import AgentKey
 from ..records import AgentRecord
 from ..upkeep.reconcile import empty_quarantine, trim_quarantine
 from .batch import Batch, Job, require_unicode
@@ -18,7 +19,7 @@ class Touch(Job):
     branch_id: str | None = None
 
     def __post_init__(self) -> None:
-        require_unicode(self.agent.namespace, self.agent.name)
+        require_unicode(self.agent.key)
 
     def record(self, batch: Batch) -> None:
         batch.manifest.put_agent(self.agent)
@@ -31,12 +32,12 @@ class MoveAgent(Job):
     """Put an agent under another name, all of it at once."""
 
     alone = True
-    source: tuple[str, str]  # namespace, name
-    target: tuple[str, str]
+    source: AgentKey
+    target: AgentKey
 
     def __post_init__(self) -> None:
-        require_unicode(*self.source)
-        require_unicode(*self.target)
+        require_unicode(self.source)
+        require_unicode(self.target)
 
     def record(self, batch: Batch) -> None:
         batch.manifest.move_agent(self.source, self.target, batch.keys)
@@ -56,14 +57,13 @@ class DeleteBranch(Job):
 @dataclass(eq=False)
 class DeleteAgent(Job):
     alone = True
-    namespace: str
-    agent: str
+    agent: AgentKey
 
     def __post_init__(self) -> None:
-        require_unicode(self.namespace, self.agent)
+        require_unicode(self.agent)
 
     def record(self, batch: Batch) -> bool:
-        branches = batch.manifest.delete_agent(self.namespace, self.agent)
+        branches = batch.manifest.delete_agent(self.agent)
         batch.branches.update(branches or ())
         batch.delete_unreachable()
         return branches is not None

@@ -5,10 +5,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import numpy as np
-
 from ...tensors import HostTensor, is_state
-from ..records import BlockRecord, FileRef, TailRecord
+from ..records import BlockRecord, BlockToSave, BranchHead, FileRef, TailRecord, TailToSave
 from .batch import Batch, Job, require_unicode
 
 _FILE_HEADER = 4096  # bytes, at most, beside its tensors
@@ -17,17 +15,19 @@ _TENSOR_HEADER = 512  # and for each of those, in a part of its own, sealed
 
 @dataclass(eq=False)
 class BranchJob(Job):
-    branch_id: str
-    namespace: str
-    agent: str
-    head: bytes | None
-    last_used: float
+    """Give a branch another head."""
+
+    branch: BranchHead
 
     def __post_init__(self) -> None:
-        assert re.fullmatch("[0-9a-f]{32}", self.branch_id), (
-            self.branch_id
-        )  # it becomes a file name
-        require_unicode(self.namespace, self.agent)
+        branch_id = self.branch.branch_id  # which becomes a file name
+        assert re.fullmatch("[0-9a-f]{32}", branch_id), branch_id
+        require_unicode(self.branch.agent)
+
+    @property
+    def builds_on(self) -> set[bytes | None]:
+        """Blocks that must stay in the store until the job is done; None stands for no block."""
+        return {self.branch.head}
 
     def record(self, batch: Batch) -> Any:
         self.put_branch(batch)
@@ -40,96 +40,109 @@ class BranchJob(Job):
             batch.manifest.require_block(block)
 
     def put_branch(self, batch: Batch) -> int:
-        """The agent's id."""
-        batch.manifest.require_block(self.head)
-        agent_id = batch.manifest.put_branch(
-            self.branch_id, self.namespace, self.agent, self.head, self.last_used
-        )
+        """Change the branch's row; return the row id of its agent."""
+        batch.manifest.require_block(self.branch.head)
+        agent_id = batch.manifest.put_branch(self.branch)
         if batch.keys:
-            batch.keys.cover(agent_id, self.head, batch.new_keys)
-        batch.branches.add(self.branch_id)
+            batch.keys.cover(agent_id, self.branch.head, batch.new_keys)
+        batch.branches.add(self.branch.branch_id)
         return agent_id
 
 
 @dataclass(eq=False)
-class SaveJob(BranchJob):
-    tokens: np.ndarray
-    tensors: Mapping[str, HostTensor]
-    metadata: Mapping[str, str]
+class SaveBlock(BranchJob):
+    """Write a block's file, unless its key is stored, and make it its branch's head."""
+
+    block: BlockToSave
 
     @property
     def nbytes(self) -> int:
-        return sum(tensor.nbytes for tensor in self.tensors.values())
+        return _tensor_bytes(self.block.tensors)
+
+    @property
+    def builds_on(self) -> set[bytes | None]:
+        return {self.block.key, self.block.parent}
 
     def file_bytes(self, batch: Batch) -> int:
-        return self.nbytes + _FILE_HEADER + _TENSOR_HEADER * len(self.tensors)
-
-
-@dataclass(eq=False)
-class SaveBlock(SaveJob):
-    key: bytes  # also the branch's new head
-    parent: bytes | None
-
-    def file_bytes(self, batch: Batch) -> int:
-        return 0 if self._is_stored(batch) else super().file_bytes(batch)
+        return 0 if self._is_stored(batch) else _most_file_bytes(self.block.tensors)
 
     def _is_stored(self, batch: Batch) -> bool:
-        """The first computation of a key stays."""
-        return self.key in batch.new_blocks or batch.manifest.block_file(self.key) is not None
+        """Return whether the key has a block: the first computation of a key stays."""
+        key = self.block.key
+        return key in batch.new_blocks or batch.manifest.block_file(key) is not None
 
     def stage(self, batch: Batch) -> None:
         if self._is_stored(batch):
             return
-        self.require(batch, self.parent)
-        batch.blocks.add(self.key)
-        file = batch.write(
-            batch.layout.block(self.key), self.tensors, self.metadata, b"block:" + self.key
-        )
+        block, key = self.block, self.block.key
+        self.require(batch, block.parent)
+        batch.blocks.add(key)
+        path = batch.layout.block(key)
+        file = batch.write(path, block.tensors, block.metadata, b"block:" + key)
         if file.key:
-            batch.new_keys[self.key] = file.key
-        batch.new_blocks[self.key] = BlockRecord(
-            self.key,
-            self.parent,
-            self.tokens,
-            file.nbytes,
-            file.checksum,
-            self.last_used,
-            file.parts,
+            batch.new_keys[key] = file.key
+        batch.new_blocks[key] = BlockRecord(
+            key=key,
+            parent=block.parent,
+            tokens=block.tokens,
+            nbytes=file.nbytes,
+            checksum=file.checksum,
+            created=block.last_used,
+            parts=file.parts,
         )
 
     def record(self, batch: Batch) -> FileRef:
-        file = batch.manifest.block_file(self.key)
+        key = self.block.key
+        file = batch.manifest.block_file(key)
         if file is None:
-            block = batch.new_blocks[self.key]
+            block = batch.new_blocks[key]
             batch.manifest.require_block(block.parent)
-            batch.manifest.add_block(block, batch.new_keys.get(self.key))
+            batch.manifest.add_block(block, batch.new_keys.get(key))
             file = FileRef(block.nbytes, block.checksum)
         self.put_branch(batch)
-        return replace(file, parts=batch.manifest.block_parts(self.key))
+        return replace(file, parts=batch.manifest.block_parts(key))
 
 
 @dataclass(eq=False)
-class SaveTail(SaveJob):
+class SaveTail(BranchJob):
+    """Write a tail's file under a new generation, and make it its branch's."""
+
+    tail: TailToSave
     generation: int = field(init=False)
     file: FileRef = field(init=False)
 
+    @property
+    def nbytes(self) -> int:
+        return _tensor_bytes(self.tail.tensors)
+
+    def file_bytes(self, batch: Batch) -> int:
+        return _most_file_bytes(self.tail.tensors)
+
     def stage(self, batch: Batch) -> None:
-        self.require(batch, self.head)
+        tail, branch_id = self.tail, self.tail.branch_id
+        self.require(batch, tail.head)
         self.generation = next(batch.generations)
-        batch.branches.add(self.branch_id)
-        batch.tail_files.add((self.branch_id, self.generation))
-        path = batch.layout.tail(self.branch_id, self.generation)
-        file = batch.write(path, self.tensors, self.metadata, b"tail")
-        self.file = replace(
-            file, parts={part: n for part, n in file.parts.items() if is_state(part)}
-        )
+        batch.branches.add(branch_id)
+        batch.tail_files.add((branch_id, self.generation))
+        path = batch.layout.tail(branch_id, self.generation)
+        file = batch.write(path, tail.tensors, tail.metadata, b"tail")
+        snapshots = {part: n for part, n in file.parts.items() if is_state(part)}
+        self.file = replace(file, parts=snapshots)
 
     def record(self, batch: Batch) -> FileRef:
         agent_id, key = self.put_branch(batch), self.file.key
         wrapped = batch.keys.wrap(key, agent_id) if batch.keys and key else None
-        tail = TailRecord(self.tokens, self.file.nbytes, self.file.checksum, self.file.parts)
-        batch.manifest.set_tail(self.branch_id, tail, self.generation, key, wrapped)
+        tail = TailRecord(self.tail.tokens, self.file.nbytes, self.file.checksum, self.file.parts)
+        batch.manifest.set_tail(self.tail.branch_id, tail, self.generation, key, wrapped)
         return self.file
+
+
+def _tensor_bytes(tensors: Mapping[str, HostTensor]) -> int:
+    return sum(tensor.nbytes for tensor in tensors.values())
+
+
+def _most_file_bytes(tensors: Mapping[str, HostTensor]) -> int:
+    return _tensor_bytes(tensors) + _FILE_HEADER + _TENSOR_HEADER * len(tensors)
 
 
 @dataclass(eq=False)
@@ -144,11 +157,11 @@ class ForkBranch(BranchJob):
 
     def stage(self, batch: Batch) -> None:
         tail = batch.manifest.tail_file(self.source)
-        if tail is None or batch.manifest.heads().get(self.source) != self.head:
+        if tail is None or batch.manifest.heads().get(self.source) != self.branch.head:
             return
         self.generation = next(batch.generations)
-        path = batch.layout.tail(self.branch_id, self.generation)
-        batch.tail_files.add((self.branch_id, self.generation))
+        path = batch.layout.tail(self.branch.branch_id, self.generation)
+        batch.tail_files.add((self.branch.branch_id, self.generation))
         batch.dirs.add(path.parent)
         try:
             path.hardlink_to(batch.layout.tail(self.source, tail.generation))
@@ -163,6 +176,6 @@ class ForkBranch(BranchJob):
         wrapped = None
         if batch.keys and (file_key := batch.keys.tail_key(self.source)):
             wrapped = batch.keys.wrap(file_key, agent_id)
-        batch.manifest.copy_tail(self.source, self.branch_id, self.generation, wrapped)
-        tail = batch.manifest.tail_file(self.branch_id)
+        batch.manifest.copy_tail(self.source, self.branch.branch_id, self.generation, wrapped)
+        tail = batch.manifest.tail_file(self.branch.branch_id)
         return tail.nbytes if tail else 0

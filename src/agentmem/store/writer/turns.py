@@ -10,14 +10,14 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
 
+from ...agent_key import AgentKey
 from .batch import Batch, Job, require_unicode
 
 
 @dataclass(frozen=True)
 class TurnRecord:
     id: str
-    namespace: str
-    agent: str
+    agent: AgentKey
     parent: str | None  # the turn that it follows
     content: bytes  # what was said, as JSON
     created: float  # Unix seconds
@@ -31,11 +31,11 @@ class PutTurns(Job):
 
     def __post_init__(self) -> None:
         for turn in self.turns:
-            require_unicode(turn.namespace, turn.agent)
+            require_unicode(turn.agent)
 
     def record(self, batch: Batch) -> None:
         for turn in self.turns:
-            agent_id = batch.manifest.enter_agent(turn.namespace, turn.agent, turn.created)
+            agent_id = batch.manifest.enter_agent(turn.agent, turn.created)
             content = (
                 batch.keys.seal_turn(turn.content, turn.id, agent_id)
                 if batch.keys
@@ -69,40 +69,37 @@ class DeleteTurns(Job):
 class ReadTurns(Job):
     """An agent's, in the order in which they came. A turn that can't be decrypted is left out."""
 
-    namespace: str
-    agent: str
+    agent: AgentKey
 
     def __post_init__(self) -> None:
-        require_unicode(self.namespace, self.agent)
+        require_unicode(self.agent)
 
     def record(self, batch: Batch) -> list[TurnRecord]:
         rows = batch.manifest.db.execute(
             "SELECT turns.id, agent_id, parent, content, turns.created FROM turns JOIN agents ON agents.id = agent_id"
             " WHERE namespace = ? AND name = ? ORDER BY turns.rowid",
-            (self.namespace, self.agent),
+            self.agent,
         )
         found = []
         for turn_id, agent_id, parent, stored, created in rows.fetchall():
             content = batch.keys.unseal_turn(stored, turn_id, agent_id) if batch.keys else stored
             if content is not None:
-                found.append(
-                    TurnRecord(turn_id, self.namespace, self.agent, parent, content, created)
-                )
+                found.append(TurnRecord(turn_id, self.agent, parent, content, created))
         return found
 
 
 @dataclass(eq=False)
 class FindTurn(Job):
-    """Namespace and name of the agent whose turn it is; None: there is no such turn."""
+    """Find the agent whose turn it is; None: there is no such turn."""
 
     turn_id: str
 
-    def record(self, batch: Batch) -> tuple[str, str] | None:
-        found: tuple[str, str] | None = batch.manifest.db.execute(
+    def record(self, batch: Batch) -> AgentKey | None:
+        found = batch.manifest.db.execute(
             "SELECT namespace, name FROM turns JOIN agents ON agents.id = agent_id WHERE turns.id = ?",
             (self.turn_id,),
         ).fetchone()
-        return found
+        return AgentKey(*found) if found else None
 
 
 @dataclass(eq=False)
@@ -113,8 +110,8 @@ class TrimTurns(Job):
 
     limit: int
 
-    def record(self, batch: Batch) -> tuple[list[tuple[str, str]], int]:
-        """Whose went, as namespaces and names, and the bytes that are left."""
+    def record(self, batch: Batch) -> tuple[list[AgentKey], int]:
+        """Return whose went, and the bytes that are left."""
         held = batch.manifest.db.execute(
             "SELECT agents.id, namespace, name, sum(length(content)) FROM turns JOIN agents ON agents.id = agent_id"
             " GROUP BY agents.id ORDER BY pinned, last_used"
@@ -124,7 +121,7 @@ class TrimTurns(Job):
             if left <= self.limit:
                 break
             batch.manifest.db.execute("DELETE FROM turns WHERE agent_id = ?", (agent_id,))
-            gone.append((namespace, name))
+            gone.append(AgentKey(namespace, name))
             left -= nbytes
         return gone, left
 
@@ -144,11 +141,11 @@ class TurnTable:
     def delete(self, ids: list[str], *, wipe: bool = False) -> Future[None]:
         return self._submit(DeleteTurns(ids, wipe))
 
-    def read(self, namespace: str, agent: str) -> Future[list[TurnRecord]]:
-        return self._submit(ReadTurns(namespace, agent))
+    def read(self, agent: AgentKey) -> Future[list[TurnRecord]]:
+        return self._submit(ReadTurns(agent))
 
-    def find(self, turn_id: str) -> Future[tuple[str, str] | None]:
+    def find(self, turn_id: str) -> Future[AgentKey | None]:
         return self._submit(FindTurn(turn_id))
 
-    def trim(self, limit: int) -> Future[tuple[list[tuple[str, str]], int]]:
+    def trim(self, limit: int) -> Future[tuple[list[AgentKey], int]]:
         return self._submit(TrimTurns(limit))

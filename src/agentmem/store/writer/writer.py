@@ -227,7 +227,7 @@ class Writer:
         """
         self._count_manifest(nbytes)
         short = self._room.short_by(nbytes)
-        used_at = job.last_used if isinstance(job, BranchJob) else time.time()
+        used_at = job.branch.last_used if isinstance(job, BranchJob) else time.time()
         while short > 0:
             before = self._room.used
             gone = self._let_go(short + self._room.slack, jobs, used_at)
@@ -252,11 +252,10 @@ class Writer:
 
     def _let_go(self, nbytes: int, jobs: list[Job], used_before: float) -> Trimmed:
         moved = [job for job in jobs if isinstance(job, BranchJob)]
-        blocks = {key for job in moved for key in (job.head, getattr(job, "parent", None)) if key}
+        branches = {job.branch.branch_id for job in moved}
+        blocks = {key for job in moved for key in job.builds_on if key}
         with self._manifest.transaction():
-            gone = trim(
-                self._manifest, nbytes, {job.branch_id for job in moved}, blocks, used_before
-            )
+            gone = trim(self._manifest, nbytes, branches, blocks, used_before)
         before = {branch_id: self._catalog.tail(branch_id) for branch_id in gone.tails}
         if gone.blocks or gone.tails:  # told before a read can miss them
             self._trimmed(gone)
