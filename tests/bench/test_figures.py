@@ -26,9 +26,9 @@ VERSION = re.compile(
 
 # what has a unit and was not measured: settings, limits, sizes of the design, names
 NOT_MEASURED = [
-    "which takes about 700 MB, and puts the demo model (SmolLM2-135M, about 100 MB)",
+    "which takes about 650 MB, and puts the demo model (SmolLM2-135M, about 100 MB)",
     "# 4.5 GB to download",
-    "about 300 MB to download on Linux, about 700 MB on disk",
+    "about 300 MB to download on Linux, about 650 MB on disk",
     "a wheel on PyPI, about 100 MB, in",
     "about 4.5 GB for Llama 3.1 8B, 8 GB for Gemma 3 12B and 9 GB for DeepSeek-Coder-V2-Lite",
     "127.0.0.1",
