@@ -27,6 +27,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from agentmem.agent_key import AgentKey
 from agentmem.linux_cpu.blas import load_fast_blas
 
 load_fast_blas(Path("~/.agentmem").expanduser())
@@ -99,7 +100,7 @@ def make_original(directory: Path) -> Original:
 
 
 def export(engine: EngineThread, agent: str) -> bytes:
-    exported = engine.call(engine.engine.export_agent("default", agent))
+    exported = engine.call(engine.engine.export_agent(AgentKey("default", agent)))
     try:
         return b"".join(exported.chunks)
     finally:
@@ -152,7 +153,7 @@ def after_damage(home: Path, original: Original, control: Control) -> Outcome:
         prompts = {agent: next_prompt(original.histories, agent) for agent in AGENTS}
         answers = {agent: ask(engine, agent, prompt) for agent, prompt in prompts.items()}
         engine.call(
-            engine.engine.delete_agent("default", "nobody")
+            engine.engine.delete_agent(AgentKey("default", "nobody"))
         )  # after every quarantine before it
         health = engine.engine.health()
     finally:

@@ -5,6 +5,7 @@ import threading
 
 import pytest
 
+from agentmem.agent_key import AgentKey
 from agentmem.engine.api import GenerateRequest, SamplingParams
 from agentmem.errors import Busy, ContextLengthExceeded, MemoryPressure, StartupError
 from agentmem.kvcache.layers.working import working_bytes
@@ -195,11 +196,11 @@ def test_prefetch_makes_an_agent_hot_if_there_is_room(tmp_path):
         expected = engine.ask("a0", PROMPTS["a0"])
         engine.ask("a1", PROMPTS["a1"])
     with tiny_engine(tmp_path) as engine:
-        assert engine.call(engine.engine.prefetch_agent("default", "nobody")) is None
+        assert engine.call(engine.engine.prefetch_agent(AgentKey("default", "nobody"))) is None
         assert engine.agents()["a0"].tier == "warm"
-        assert engine.call(engine.engine.prefetch_agent("default", "a0")) > 10_000
+        assert engine.call(engine.engine.prefetch_agent(AgentKey("default", "a0"))) > 10_000
         assert engine.agents()["a0"].tier == "hot"
-        assert engine.call(engine.engine.prefetch_agent("default", "a0")) == 0
+        assert engine.call(engine.engine.prefetch_agent(AgentKey("default", "a0"))) == 0
         text, stats = engine.ask("a0", PROMPTS["a0"])
         assert (stats.cache, stats.restored_bytes, stats.cached_tokens) == ("hot", 0, 199)
         assert len(text.split()) == len(expected[0].split())
@@ -210,7 +211,7 @@ def test_prefetch_makes_an_agent_hot_if_there_is_room(tmp_path):
             lambda: setattr(engine.core.prefix_cache.agents["default", "a0"], "pinned", True)
         )
         with pytest.raises(Busy, match="kv_budget"):
-            engine.call(engine.engine.prefetch_agent("default", "a1"))
+            engine.call(engine.engine.prefetch_agent(AgentKey("default", "a1")))
 
 
 def test_a_request_in_the_queue_is_read_ahead_and_still_counts_as_warm(tmp_path):
@@ -262,7 +263,7 @@ def test_above_the_memory_limit_idle_caches_leave_and_new_requests_are_refused_u
         async def stream() -> int:
             """A running answer goes on; meanwhile a new one is refused."""
             request = GenerateRequest(
-                "default", "a1", PROMPTS["a1"], SamplingParams(600, ignore_eos=True)
+                AgentKey("default", "a1"), PROMPTS["a1"], SamplingParams(600, ignore_eos=True)
             )
             events, refused = 0, 0
             async for _ in engine.engine.generate(request):
@@ -346,7 +347,9 @@ def test_a_tail_that_a_cancelled_request_had_claimed_is_still_saved(tmp_path):
 
         def claim_and_abandon() -> None:
             [branch] = engine.core.prefix_cache.branches()
-            match = engine.core.prefix_cache.match("default", "a0", [*branch.tokens().tolist(), 9])
+            match = engine.core.prefix_cache.match(
+                AgentKey("default", "a0"), [*branch.tokens().tolist(), 9]
+            )
             assert engine.core.write_back.claim_branch(branch.agent, match, persist=True) is branch
             engine.core.write_back.save_idle()
             engine.core.write_back.abandon(branch)

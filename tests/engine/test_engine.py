@@ -6,6 +6,7 @@ import time
 
 import pytest
 
+from agentmem.agent_key import AgentKey
 from agentmem.engine.api import GenerateRequest, SamplingParams
 from agentmem.engine.startup import calibrate
 from agentmem.errors import Busy, CorruptSegment, EngineFailed, ModelError, ShuttingDown, StoreError
@@ -195,7 +196,7 @@ def test_an_answer_is_cut_where_the_model_did_not_end_it(tmp_path, how):
 
         async def finished():
             async for event in engine.engine.generate(
-                GenerateRequest("default", "b", PROMPT, params)
+                GenerateRequest(AgentKey("default", "b"), PROMPT, params)
             ):
                 last = event
             return last
@@ -208,7 +209,9 @@ def test_a_cancelled_stream_leaves_nothing_running_and_keeps_its_prefill(tmp_pat
 
         async def leave_early():
             request = GenerateRequest(
-                "default", "alice", PROMPT, SamplingParams(max_tokens=900, temperature=0.0)
+                AgentKey("default", "alice"),
+                PROMPT,
+                SamplingParams(max_tokens=900, temperature=0.0),
             )
             stream = engine.engine.generate(request)
             async for _ in stream:
@@ -240,13 +243,13 @@ def test_a_deleted_agent_is_cold_again_and_spares_what_others_share(tmp_path):
     with tiny_engine(tmp_path) as engine:
         engine.ask("alice", [*system, 9, 9, 9])
         engine.ask("bob", [*system, 8, 8, 8])
-        assert engine.call(engine.engine.delete_agent("default", "alice")) is True
-        assert engine.call(engine.engine.delete_agent("default", "alice")) is False
+        assert engine.call(engine.engine.delete_agent(AgentKey("default", "alice"))) is True
+        assert engine.call(engine.engine.delete_agent(AgentKey("default", "alice"))) is False
         assert list(engine.agents()) == ["bob"]
     with tiny_engine(tmp_path) as engine:
         assert list(engine.agents()) == ["bob"]
         assert engine.ask("bob", [*system, 8, 8, 8, 7])[1].cached_tokens == 2 * BLOCK + 3
-        assert engine.call(engine.engine.delete_agent("default", "bob")) is True
+        assert engine.call(engine.engine.delete_agent(AgentKey("default", "bob"))) is True
         assert engine.engine.health()["store"]["blocks"] == 0
 
 
@@ -256,7 +259,7 @@ def test_an_agent_deleted_while_it_answers_leaves_nothing(tmp_path):
         async def race():
             answer = asyncio.create_task(engine.answer("alice", PROMPT, 60))
             await asyncio.sleep(0.05)
-            await engine.engine.delete_agent("default", "alice")
+            await engine.engine.delete_agent(AgentKey("default", "alice"))
             return await answer
 
         text, _ = engine.call(race())
@@ -358,7 +361,9 @@ def test_who_asked_for_what_met_a_bug_hears_of_the_failure(tmp_path):
 
         engine.engine._lifecycle.pin = broken
         with pytest.raises(EngineFailed):
-            engine.call(asyncio.wait_for(engine.engine.pin_agent("default", "alice", True), 5))
+            engine.call(
+                asyncio.wait_for(engine.engine.pin_agent(AgentKey("default", "alice"), True), 5)
+            )
 
 
 def test_a_second_engine_on_the_same_store_is_refused(tmp_path):
@@ -386,7 +391,7 @@ def test_corrupt_segment_is_no_startup_error():
 def test_an_agent_whose_cache_is_not_on_disk_yet_can_be_deleted(tmp_path):
     with tiny_engine(tmp_path, tail_delay=60.0) as engine:
         engine.ask("alice", PROMPT[:10])
-        assert engine.call(engine.engine.delete_agent("default", "alice")) is True
+        assert engine.call(engine.engine.delete_agent(AgentKey("default", "alice"))) is True
         assert engine.agents() == {}
         assert engine.ask("alice", PROMPT[:10])[1].cache == "cold"
 

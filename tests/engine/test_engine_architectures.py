@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from agentmem.agent_key import AgentKey
 from agentmem.engine.api import GenerateRequest, SamplingParams
 from agentmem.models.loading import LoadedModel
 from support.fake_engine import tiny_tokenizer
@@ -58,7 +59,7 @@ def test_an_agent_says_the_same_evicted_after_each_turn_and_never(tmp_path, mode
 
         def evict() -> None:
             engine.wait_until_saved()
-            assert engine.call(engine.engine.evict_agent("default", "a")) is not None
+            assert engine.call(engine.engine.evict_agent(AgentKey("default", "a"))) is not None
             assert engine.agents()["a"].ram_bytes == 0
 
         assert converse(engine, "a", 3, evict) == expected
@@ -89,7 +90,7 @@ def test_an_answer_that_was_dropped_costs_the_answer_alone(tmp_path, model_type)
             _, stats = engine.ask("a", PROMPT + random_tokens(40, seed=6), 5)
             assert stats.cached_tokens >= len(PROMPT) - 1
         engine.wait_until_saved()
-        engine.call(engine.engine.evict_agent("default", "a"))
+        engine.call(engine.engine.evict_agent(AgentKey("default", "a")))
         _, stats = engine.ask("a", PROMPT + random_tokens(40, seed=7), 5)
         assert stats.cached_tokens >= len(PROMPT) - 1
 
@@ -120,7 +121,10 @@ def test_a_prompt_or_a_rest_that_ends_with_a_block_is_kept_like_any_other(
 def test_a_state_is_kept_where_a_request_says_that_later_ones_go_on(tmp_path, model_type):
     with tiny_engine(tmp_path, loader(model_type)) as engine:
         request = GenerateRequest(
-            "default", "a", PROMPT, SamplingParams(max_tokens=20, ignore_eos=True), checkpoint=140
+            AgentKey("default", "a"),
+            PROMPT,
+            SamplingParams(max_tokens=20, ignore_eos=True),
+            checkpoint=140,
         )
         engine.call(drain(engine.engine.generate(request)))
         _, stats = engine.ask(

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from mlx_lm.tokenizer_utils import SPMStreamingDetokenizer, TokenizerWrapper
 
+from agentmem.agent_key import AgentKey
 from agentmem.errors import StartupError
 from support.engines import hold_back
 from support.fake_engine import tiny_tokenizer
@@ -125,7 +126,7 @@ def test_an_agent_deleted_while_its_request_waits_does_not_come_back(tmp_path):
             await asyncio.sleep(0.02)
             alice = asyncio.create_task(engine.answer("alice", [*SYSTEM, 9, 9, 9, 9], 4))
             await asyncio.sleep(0.02)
-            assert await engine.engine.delete_agent("default", "alice")
+            assert await engine.engine.delete_agent(AgentKey("default", "alice"))
             await asyncio.gather(busy, alice)
 
         engine.call(overlap())
@@ -159,7 +160,7 @@ def test_blocks_shared_with_a_deleted_agent_are_saved_again(tmp_path):
             alice = asyncio.create_task(engine.answer("alice", [*SYSTEM, 9, 9, 9], 20_000))
             while not engine.engine.health()["store"]["blocks"]:
                 await asyncio.sleep(0.01)
-            await engine.engine.delete_agent("default", "alice")
+            await engine.engine.delete_agent(AgentKey("default", "alice"))
             answer = await engine.answer("bob", [*SYSTEM, 8, 8, 8], 4)
             assert not alice.done()
             alice.cancel()
@@ -199,7 +200,9 @@ def test_a_tail_is_saved_in_time_while_others_decode(tmp_path):
             began = time.monotonic()
             while time.monotonic() - began < 5:
                 await asyncio.sleep(0.02)
-                if any(b.agent.name == "alice" and b.tail.disk_bytes for b in branches(engine)):
+                if any(
+                    b.agent.key.agent_id == "alice" and b.tail.disk_bytes for b in branches(engine)
+                ):
                     break
             assert not busy.done()
             busy.cancel()

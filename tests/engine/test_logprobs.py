@@ -4,6 +4,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from agentmem.agent_key import AgentKey
 from agentmem.engine import model_runner
 from agentmem.engine.api import Finished, GenerateRequest, SamplingParams, TextDelta
 from support.tiny import BLOCK, KINDS, random_tokens, tiny_engine, tiny_loader
@@ -16,7 +17,9 @@ def ask(engine, tokens, max_tokens=8, agent="alice", **params):
 
     async def collect():
         given = {"seed": 7, "ignore_eos": True, **params}
-        request = GenerateRequest("default", agent, tokens, SamplingParams(max_tokens, **given))
+        request = GenerateRequest(
+            AgentKey("default", agent), tokens, SamplingParams(max_tokens, **given)
+        )
         told = []
         async for event in engine.engine.generate(request):
             if isinstance(event, TextDelta):

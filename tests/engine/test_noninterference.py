@@ -30,6 +30,7 @@ from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 from mlx_lm.models import gemma3_text
 
+from agentmem.agent_key import AgentKey
 from agentmem.engine import admission
 from agentmem.engine.api import GenerateRequest, SamplingParams, TextDelta
 from agentmem.engine.sampling import Sampler
@@ -39,7 +40,6 @@ from support.tiny import BLOCK, EngineThread, random_tokens, tiny_engine, tiny_l
 
 ROUNDING = 0.01  # of logits, whose standard deviation is about 1
 SOON = 0.03  # s
-Owner = tuple[str, str]  # namespace and agent
 LENGTHS = (50, 90, 200, 400, 700, 1200, 2000, 3000)
 GREEDY = (("temperature", 0.0),)
 VARIED = (*GREEDY, ("frequency_penalty", 1.0))  # a greedy tiny model soon repeats itself
@@ -137,7 +137,7 @@ def tokens_of(engine: EngineThread, n: int, seed: int) -> list[int]:
 
 
 async def listen(
-    engine: EngineThread, owner: Owner, prompt: list[int], turn: Turn, heard: Counter[str]
+    engine: EngineThread, key: AgentKey, prompt: list[int], turn: Turn, heard: Counter[str]
 ) -> Answer:
     """Tokens of the answer, as many as the client stayed for.
 
@@ -152,7 +152,7 @@ async def listen(
         else min(turn.answer, block_size - len(prompt) % block_size)
     )
     params = SamplingParams(max_tokens=room, ignore_eos=True, **dict(turn.sampling))
-    stream = engine.engine.generate(GenerateRequest(*owner, prompt, params))
+    stream = engine.engine.generate(GenerateRequest(key, prompt, params))
     heard_here = 0
     with suppress(TimeoutError):
         async with asyncio.timeout(SOON if turn.leave_after == 0 else None):
@@ -170,7 +170,7 @@ async def listen(
 
 
 async def converse(
-    engine: EngineThread, owner: Owner, agent: Agent, heard: Counter[str]
+    engine: EngineThread, key: AgentKey, agent: Agent, heard: Counter[str]
 ) -> list[Answer]:
     """What each turn was answered."""
     history, answers = random_tokens(agent.system, seed=0), []
@@ -180,7 +180,7 @@ async def converse(
         drop = 0 if i and agent.turns[i - 1].leave_after == 0 else turn.drop
         history = history[: max(agent.system, len(history) - drop)]
         history += tokens_of(engine, turn.new, agent.seed * 10 + i)
-        answers.append(await listen(engine, owner, history, turn, heard))
+        answers.append(await listen(engine, key, history, turn, heard))
         history = history + answers[-1].tokens
     return answers
 
@@ -205,7 +205,7 @@ def alone(setup: Setup, agents: Iterable[Agent]) -> list[Control]:
         with serving(setup, prefill_chunk=512) as engine:
             for i, agent in enumerate(unknown):
                 answers = engine.call(
-                    converse(engine, (f"namespace {i}", "agent"), agent, Counter())
+                    converse(engine, AgentKey(f"namespace {i}", "agent"), agent, Counter())
                 )
                 longest, budget = (
                     agent.system + sum(t.new + t.answer for t in agent.turns),
@@ -226,7 +226,7 @@ async def together(engine: EngineThread, crowd: dict[Agent, Arrival]) -> list[li
             await asyncio.sleep(0.002)
         heard["talking"] += 1
         await asyncio.sleep(arrival.delay)
-        answers = await converse(engine, ("default", f"agent {i}"), agent, heard)
+        answers = await converse(engine, AgentKey("default", f"agent {i}"), agent, heard)
         heard["talking"] -= 1
         return answers
 

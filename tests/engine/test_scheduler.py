@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from agentmem.agent_key import AgentKey
 from agentmem.engine.api import GenerateRequest, SamplingParams
 from agentmem.engine.scheduler import Scheduler, Step
 from agentmem.engine.sequence import Sequence, Status
@@ -19,7 +20,9 @@ def scheduler(**options) -> Scheduler:
 
 
 def sequence(prompt_len: int, cached: int = 0, priority: int = 0, waited: float = 0.0) -> Sequence:
-    request = GenerateRequest("ns", "a", [0] * prompt_len, SamplingParams(max_tokens=8), priority)
+    request = GenerateRequest(
+        AgentKey("ns", "a"), [0] * prompt_len, SamplingParams(max_tokens=8), priority
+    )
     seq = Sequence(request, emit=lambda event: None, tokens=[0] * prompt_len)
     seq.submitted = time.perf_counter() - waited
     seq.cache = SimpleNamespace(length=cached)

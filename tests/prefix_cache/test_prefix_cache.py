@@ -4,6 +4,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from agentmem.agent_key import AgentKey
 from agentmem.kvcache.spec import KVCacheSpec, LayerSpec
 from agentmem.prefix_cache.agent import Branch
 from agentmem.prefix_cache.block_pool import FRESH, CachedTail
@@ -29,11 +30,15 @@ def put(
     c: PrefixCache, agent: str, tokens: list[int], namespace: str = "ns", lineage: bytes = FRESH
 ) -> Branch:
     """A finished sequence of `tokens`, from an empty cache."""
-    branch = c.new_branch(c.agent(namespace, agent))
+    branch = c.new_branch(c.agent(AgentKey(namespace, agent)))
     for start in range(0, len(tokens) - SIZE + 1, SIZE):
         parent = branch.nodes[-1].key if branch.nodes else ROOT
         node = c.seal(
-            c.scope(namespace, agent), parent, tokens[start : start + SIZE], lineage, Fill()
+            c.scope(AgentKey(namespace, agent)),
+            parent,
+            tokens[start : start + SIZE],
+            lineage,
+            Fill(),
         )
         c.hold([node])
         branch.nodes.append(node)
@@ -43,7 +48,7 @@ def put(
 
 
 def match(c: PrefixCache, agent: str, tokens: list[int], namespace: str = "ns") -> Match:
-    return c.match(namespace, agent, tokens)
+    return c.match(AgentKey(namespace, agent), tokens)
 
 
 def test_a_continued_conversation_matches_all_of_its_branch():

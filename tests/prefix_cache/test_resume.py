@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from agentmem.agent_key import AgentKey
 from agentmem.kvcache.block import SealedBlock, Tail
 from agentmem.kvcache.spec import KVCacheSpec, LayerSpec
 from agentmem.prefix_cache.agent import Branch
@@ -133,13 +134,13 @@ class Tree:
         index.
         """
         prefix_cache, stacks = self.prefix_cache, {str(s) for s in range(len(self.spec.stacks))}
-        branch = prefix_cache.new_branch(prefix_cache.agent("ns", agent))
+        branch = prefix_cache.new_branch(prefix_cache.agent(AgentKey("ns", agent)))
         branch.agent.ephemeral = stored.get("ephemeral", False)
         for i in range(len(tokens) // SIZE):
             parts = frozenset(stacks | states.get(i, set()))
             parent = branch.nodes[-1].key if branch.nodes else ROOT
             made = prefix_cache.seal(
-                prefix_cache.scope("ns", agent), parent, tokens[i * SIZE : (i + 1) * SIZE], FRESH,
+                prefix_cache.scope(AgentKey("ns", agent)), parent, tokens[i * SIZE : (i + 1) * SIZE], FRESH,
                 block(self.spec, parts), ephemeral=branch.agent.ephemeral,
             )  # fmt: skip
             prefix_cache.hold([made])
@@ -156,7 +157,7 @@ class Tree:
         return branch
 
     def match_length(self, agent: str, tokens: list[int]) -> int:
-        return self.prefix_cache.match("ns", agent, tokens).length
+        return self.prefix_cache.match(AgentKey("ns", agent), tokens).length
 
 
 TOKENS = list(range(10, 50))
@@ -174,7 +175,7 @@ def test_a_resting_agent_has_windows_in_ram_only_where_its_end_looks():
 def test_what_two_branches_need_of_a_shared_block_stays_until_neither_does():
     tree = Tree("gemma")
     tree.put("bob", TOKENS, saved=True)
-    short = tree.prefix_cache.new_branch(tree.prefix_cache.agent("ns", "alice"))
+    short = tree.prefix_cache.new_branch(tree.prefix_cache.agent(AgentKey("ns", "alice")))
     short.nodes = tree.prefix_cache.agents["ns", "bob"].newest.nodes[:4]
     tree.prefix_cache.hold(short.nodes)
     tree.prefix_cache.put_branch(short)
@@ -189,7 +190,7 @@ def test_what_two_branches_need_of_a_shared_block_stays_until_neither_does():
 def test_a_match_that_something_waits_for_keeps_what_it_read():
     tree = Tree("gemma")
     branch = tree.put("alice", TOKENS, saved=True)
-    match = tree.prefix_cache.match("ns", "alice", [*TOKENS[:16], 1])
+    match = tree.prefix_cache.match(AgentKey("ns", "alice"), [*TOKENS[:16], 1])
     assert [m.entry for m in match.missing] == branch.nodes[2:4]
     tree.prefix_cache.hold_match(match)
     for m in match.missing:
@@ -247,10 +248,10 @@ def test_recurrent_agents_go_on_from_the_last_snapshot_before_the_difference(nam
         (7, 0),
     ):
         assert tree.match_length("alice", [*TOKENS[:same], 1]) == reached
-    match = tree.prefix_cache.match("ns", "alice", [*TOKENS[:15], 1])
+    match = tree.prefix_cache.match(AgentKey("ns", "alice"), [*TOKENS[:15], 1])
     assert (len(match.nodes), match.cut_node is not None, match.open_len) == (3, True, 2)
     assert all(m.parts <= m.entry.disk_parts.keys() for m in match.missing)
-    assert not tree.prefix_cache.match("ns", "alice", [*TOKENS[:39], 1]).missing
+    assert not tree.prefix_cache.match(AgentKey("ns", "alice"), [*TOKENS[:39], 1]).missing
 
 
 @pytest.mark.parametrize("name", ["hybrid", "mamba"])

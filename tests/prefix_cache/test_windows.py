@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from agentmem.agent_key import AgentKey
 from agentmem.engine.api import GenerateRequest, SamplingParams
 from agentmem.errors import CorruptSegment
 from agentmem.prefix_cache.load import forget
@@ -30,7 +31,7 @@ def newest(engine: EngineThread, agent: str = "alice") -> Any:
 
 
 def evict(engine: EngineThread, agent: str = "alice") -> int:
-    return engine.call(engine.engine.evict_agent("default", agent))
+    return engine.call(engine.engine.evict_agent(AgentKey("default", agent)))
 
 
 def test_what_rests_has_in_ram_only_what_its_end_sees(tmp_path):
@@ -79,14 +80,16 @@ def test_truncated_to_any_block_boundary_it_answers_as_a_fresh_agent_with_the_sa
         engine.ask("alice", prompt, 8)
         settle(engine)
         for end in range(BLOCK, 200, BLOCK):
-            engine.call(engine.engine.fork_agent("default", "alice", f"cut-{end}", None))
+            engine.call(engine.engine.fork_agent(AgentKey("default", "alice"), f"cut-{end}", None))
         settle(engine)
     with tiny_engine(tmp_path / "b", LOAD) as fresh, tiny_engine(tmp_path / "a", LOAD) as engine:
         if not restarted:
             engine.ask("alice", prompt, 8)
             settle(engine)
         for end in range(BLOCK, 200, BLOCK):
-            shown = engine.call(engine.engine.truncate_agent("default", f"cut-{end}", end, None))
+            shown = engine.call(
+                engine.engine.truncate_agent(AgentKey("default", f"cut-{end}"), end, None)
+            )
             assert shown.agent.tokens == end
             text, stats = engine.ask(f"cut-{end}", [*prompt[:end], *more], 8)
             assert stats.cached_tokens == end
@@ -101,8 +104,7 @@ def test_an_ephemeral_agent_goes_on_from_its_end_and_is_prefilled_where_its_wind
 
         async def answer(tokens: list[int]) -> Any:
             request = GenerateRequest(
-                "default",
-                "eve",
+                AgentKey("default", "eve"),
                 tokens,
                 SamplingParams(max_tokens=8, seed=7, ignore_eos=True),
                 ephemeral=True,
@@ -122,8 +124,11 @@ def test_a_truncated_ephemeral_agent_keeps_the_windows_of_its_new_end(tmp_path):
     """They are in RAM alone, and between the old branch and the new one nothing else holds them."""
     with tiny_engine(tmp_path, LOAD) as engine:
         params = SamplingParams(max_tokens=0)
-        drain(engine, GenerateRequest("default", "eve", PROMPT[:330], params, ephemeral=True))
-        detail = engine.call(engine.engine.truncate_agent("default", "eve", 327, None))
+        drain(
+            engine,
+            GenerateRequest(AgentKey("default", "eve"), PROMPT[:330], params, ephemeral=True),
+        )
+        detail = engine.call(engine.engine.truncate_agent(AgentKey("default", "eve"), 327, None))
         _, stats = engine.ask("eve", PROMPT[:327] + random_tokens(9, seed=3), 1)
         assert (detail.agent.tokens, stats.cache, stats.cached_tokens) == (327, "hot", 327)
 
@@ -164,7 +169,7 @@ def test_of_a_block_that_two_wait_for_each_part_is_read_once(tmp_path):
     with tiny_engine(tmp_path, LOAD) as engine:
         engine.ask("alice", PROMPT, 8)
         settle(engine)
-        engine.call(engine.engine.fork_agent("default", "alice", "bob", 10 * BLOCK))
+        engine.call(engine.engine.fork_agent(AgentKey("default", "alice"), "bob", 10 * BLOCK))
         settle(engine)
     with tiny_engine(tmp_path, LOAD) as engine:
         read: list[tuple[bytes, str]] = []
@@ -238,7 +243,7 @@ def test_a_prefill_that_outruns_the_disk_keeps_few_windows_and_what_could_not_be
 
         engine.on_engine(now)
         if fails:
-            engine.call(engine.engine.evict_agent("default", "alice"))
+            engine.call(engine.engine.evict_agent(AgentKey("default", "alice")))
         settle_blocks(engine)
         assert len(branch.tokens()) == 607
         assert [WINDOW in node.there for node in branch.nodes] == [
@@ -267,7 +272,7 @@ def test_what_runs_counts_on_windows_that_leave_until_another_sequence_shares_th
         if not any(seq.cache is not None and len(seq.nodes) > 14 for seq in core.scheduler.active):
             return None
         match, before = (
-            core.prefix_cache.match("default", "bob", PROMPT[: 14 * BLOCK]),
+            core.prefix_cache.match(AgentKey("default", "bob"), PROMPT[: 14 * BLOCK]),
             core.budget.reserved_bytes,
         )
         announced = core.budget.sharing_bytes(match)

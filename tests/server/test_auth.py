@@ -58,11 +58,11 @@ class Agents(FakeEngine):
         self.agent_ids = [namespace]
         return await super().agents(namespace)
 
-    async def delete_agent(self, namespace, agent_id):
-        return agent_id == namespace
+    async def delete_agent(self, key):
+        return key.agent_id == key.namespace
 
-    async def prefetch_agent(self, namespace, agent_id):
-        return 100 if agent_id == namespace else None
+    async def prefetch_agent(self, key):
+        return 100 if key.agent_id == key.namespace else None
 
 
 @pytest.fixture
@@ -115,7 +115,7 @@ def refused(response):
 )
 def test_a_request_is_its_keys_namespaces(app, engine, headers, namespace):
     assert call(app, "POST", "/v1/chat/completions", headers, json=HELLO).status_code == 200
-    assert engine.requests[0].namespace == namespace
+    assert engine.requests[0].agent.namespace == namespace
 
 
 @pytest.mark.parametrize(
@@ -212,7 +212,7 @@ def test_without_a_file_any_key_or_none_is_in_the_default_namespace(engine, tmp_
     app = create_app(engine, Settings(home=tmp_path), read_api_keys(None))
     for headers in ({}, bearer("none"), bearer(ALICE) | {"x-api-key": BOB}):
         assert call(app, "POST", "/v1/chat/completions", headers, json=HELLO).status_code == 200
-    assert [r.namespace for r in engine.requests] == ["default"] * 3
+    assert [r.agent.namespace for r in engine.requests] == ["default"] * 3
 
 
 @pytest.mark.parametrize(

@@ -65,7 +65,7 @@ def test_the_prompt_that_is_explained_is_the_one_that_a_request_would_have(tmp_p
     engine.agent_times = lambda *agent: (now - DAY, now)
     engine.branch_tokens = lambda *agent: [np.array(rendered("llama3", CHAT, days=[yesterday]))]
 
-    async def explain(namespace, agent_id, tokens):
+    async def explain(key, tokens):
         explained.append(tokens)
         return Explanation("parted", len(tokens), 0, 0, 0, [], [], [])
 

@@ -67,10 +67,10 @@ class FakeEngine:
     def metrics(self):
         return b"agentmem_running_requests 0.0\n"
 
-    def agent_times(self, namespace, agent_id):
+    def agent_times(self, key):
         return None
 
-    def branch_tokens(self, namespace, agent_id):
+    def branch_tokens(self, key):
         return []
 
     async def agents(self, namespace):
@@ -83,13 +83,13 @@ class FakeEngine:
     def announce(self, url):
         self.url = url
 
-    async def delete_agent(self, namespace, agent_id):
-        known = agent_id in self.agent_ids
-        self.agent_ids = [name for name in self.agent_ids if name != agent_id]
+    async def delete_agent(self, key):
+        known = key.agent_id in self.agent_ids
+        self.agent_ids = [name for name in self.agent_ids if name != key.agent_id]
         return known
 
-    async def prefetch_agent(self, namespace, agent_id):
-        return 100 if agent_id in self.agent_ids else None
+    async def prefetch_agent(self, key):
+        return 100 if key.agent_id in self.agent_ids else None
 
     def begin_drain(self):
         self.status = "stopping"

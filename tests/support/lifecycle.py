@@ -2,6 +2,7 @@
 
 import io
 
+from agentmem.agent_key import AgentKey
 from support.engines import settle
 from support.tiny import BLOCK, random_tokens, word_ids
 
@@ -22,7 +23,7 @@ def rested(engine, *, hot: bool) -> list[int]:
     tokens = talk(engine, "alice")
     settle(engine)
     if not hot:
-        engine.call(engine.engine.evict_agent("default", "alice"))
+        engine.call(engine.engine.evict_agent(AgentKey("default", "alice")))
     return tokens
 
 
@@ -39,7 +40,7 @@ def drain(engine, request) -> None:
 
 
 def exported(engine, agent: str = "alice") -> bytes:
-    export = engine.call(engine.engine.export_agent("default", agent))
+    export = engine.call(engine.engine.export_agent(AgentKey("default", agent)))
     try:
         return b"".join(export.chunks)
     finally:

@@ -13,6 +13,7 @@ import mlx.core as mx
 import numpy as np
 from mlx_lm.models import deepseek_v2, gemma3_text, gpt_oss, llama, qwen3
 
+from agentmem.agent_key import AgentKey
 from agentmem.config import Settings
 from agentmem.engine.api import Finished, GenerateRequest, RequestStats, SamplingParams, TextDelta
 from agentmem.engine.engine import Engine
@@ -184,7 +185,7 @@ class EngineThread:
             **params,
         }  # sampled: a greedy tiny model soon repeats itself
         request = GenerateRequest(
-            namespace, agent, tokens, SamplingParams(max_tokens=max_tokens, **params)
+            AgentKey(namespace, agent), tokens, SamplingParams(max_tokens=max_tokens, **params)
         )
         text = []
         async for event in self.engine.generate(request):

@@ -20,6 +20,7 @@ from typing import Any, Literal
 
 import mlx.core as mx
 
+from ..agent_key import AgentKey
 from ..chat.messages import Message
 from ..chat.renderer import ChatRenderer
 from ..config import Settings
@@ -167,7 +168,7 @@ def splice(bench: Bench, on: bool) -> Samples:
         held = lost = 0
         for turn in range(_TURNS):
             messages.append(Message("user", bench.prompts.text(32)))
-            branches = engine.branch_tokens(NAMESPACE, "agent") if on else ()
+            branches = engine.branch_tokens(AgentKey(NAMESPACE, "agent")) if on else ()
             tokens = await renderer.render(messages, branches)
             reply = await ask_engine(engine, "agent", tokens, _ANSWER, temperature=_HEAT, seed=turn)
             messages.append(Message("assistant", reply.text))
@@ -203,12 +204,14 @@ def overlap(bench: Bench, on: bool) -> Samples:
     async def measure() -> list[float]:
         for name in names:
             await ask_engine(engine, name, bench.prompts.ids(bench.context // 2))
-            await engine.evict_agent(NAMESPACE, name)
+            await engine.evict_agent(AgentKey(NAMESPACE, name))
         talk = asyncio.create_task(ask_engine(engine, "talker", bench.prompts.ids(64), 2 * _ANSWER))
         while not talk.done():
-            await asyncio.gather(*(engine.prefetch_agent(NAMESPACE, name) for name in names))
+            await asyncio.gather(
+                *(engine.prefetch_agent(AgentKey(NAMESPACE, name)) for name in names)
+            )
             for name in names:
-                await engine.evict_agent(NAMESPACE, name)
+                await engine.evict_agent(AgentKey(NAMESPACE, name))
         times = (await talk).times
         return sorted(b - a for a, b in itertools.pairwise(times))
 

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
+from ..agent_key import AgentKey
 from ..config import Settings
 from ..engine.api import Finished, GenerateRequest, RequestStats, SamplingParams
 from ..engine.engine import Engine
@@ -55,7 +56,9 @@ async def ask_engine(
 ) -> Reply:
     """Greedy, unless `params` (of SamplingParams) say otherwise; exactly `max_tokens`."""
     params = {"temperature": 0.0, "ignore_eos": True} | params
-    request = GenerateRequest(NAMESPACE, agent, prompt, SamplingParams(max_tokens, **params))
+    request = GenerateRequest(
+        AgentKey(NAMESPACE, agent), prompt, SamplingParams(max_tokens, **params)
+    )
     text = ""
     times: list[float] = []
     async for event in engine.generate(request):

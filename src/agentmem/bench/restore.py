@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
+from ..agent_key import AgentKey
 from ..config import Settings
 from ..engine.engine import Engine
 from ..models.loading import LoadedModel
@@ -76,11 +77,11 @@ async def _measure(
     done: Callable[[], None],
 ) -> dict[str, Any]:
     await _build(engine, tokens, 1)
-    await engine.evict_agent(NAMESPACE, _FIRST)
+    await engine.evict_agent(AgentKey(NAMESPACE, _FIRST))
     of_one = _files(store)
     await _build(engine, tokens, agents)
     for name in _names(agents):
-        await engine.evict_agent(NAMESPACE, name)
+        await engine.evict_agent(AgentKey(NAMESPACE, name))
     of_all = _files(store)
     done()
     times: dict[tuple[Source, int], tuple[list[float], list[float]]] = {}
@@ -99,7 +100,7 @@ async def _measure(
                         continue
                     restore.append(await _restore_ms(engine, count))
                     for name in _names(agents):
-                        await engine.evict_agent(NAMESPACE, name)
+                        await engine.evict_agent(AgentKey(NAMESPACE, name))
         took, nbytes = await _fork(engine)
         forks.append(took)
         written += [] if nbytes is None else [nbytes]
@@ -115,7 +116,7 @@ async def _measure(
 async def _build(engine: Engine, tokens: list[int], agents: int) -> None:
     """As many agents of the same tokens; the first is computed if need be."""
     await ask_engine(engine, _FIRST, tokens)
-    export = await engine.export_agent(NAMESPACE, _FIRST)
+    export = await engine.export_agent(AgentKey(NAMESPACE, _FIRST))
     archive = b"".join(export.chunks)
     await asyncio.to_thread(export.close)
     for name in _names(agents)[1:]:
@@ -177,7 +178,7 @@ async def _restore_ms(engine: Engine, agents: int) -> float:
     assert not any(agent.ram_bytes for agent in await engine.agents(NAMESPACE))
     began = time.perf_counter()
     read = await asyncio.gather(
-        *(engine.prefetch_agent(NAMESPACE, name) for name in _names(agents))
+        *(engine.prefetch_agent(AgentKey(NAMESPACE, name)) for name in _names(agents))
     )
     took = (time.perf_counter() - began) * 1e3
     assert all(read), f"bytes read, by agent: {read}"
@@ -187,9 +188,9 @@ async def _restore_ms(engine: Engine, agents: int) -> float:
 async def _fork(engine: Engine) -> tuple[float, int | None]:
     """(ms, bytes that the process gave to the disk)."""
     before, began = process_writes("self"), time.perf_counter()
-    await engine.fork_agent(NAMESPACE, _FIRST, "fork", None)
+    await engine.fork_agent(AgentKey(NAMESPACE, _FIRST), "fork", None)
     took, after = (time.perf_counter() - began) * 1e3, process_writes("self")
-    await engine.delete_agent(NAMESPACE, "fork")  # it would hold the blocks in RAM
+    await engine.delete_agent(AgentKey(NAMESPACE, "fork"))  # it would hold the blocks in RAM
     return took, None if before is None or after is None else after - before
 
 

@@ -74,7 +74,7 @@ class Admission:
     def look_up(self, seq: Sequence) -> None:
         request, prefix_cache = seq.request, self._core.prefix_cache
         own = prefix_cache.match_whole(seq.kept, seq.tokens) if seq.kept is not None else None
-        seq.match = own or prefix_cache.match(request.namespace, request.agent_id, seq.reusable)
+        seq.match = own or prefix_cache.match(request.agent, seq.reusable)
 
     def _growth(self) -> int:
         """Bytes that let all that hold a cache go on a while."""
@@ -122,7 +122,7 @@ class Admission:
             if not seq.preempted:
                 seq.restored_bytes += nbytes
             self._trace.span(
-                "restore", began, max(began, at), agent=seq.request.agent_id, bytes=nbytes
+                "restore", began, max(began, at), agent=seq.request.agent.agent_id, bytes=nbytes
             )
             if seq.status is Status.RESTORING:
                 self.look_up(seq)
@@ -142,7 +142,7 @@ class Admission:
         prefix_cache.hold(seq.nodes)
         prefix_cache.touch(match)
         self._let_go(seq)
-        agent = prefix_cache.agent(seq.request.namespace, seq.request.agent_id)
+        agent = prefix_cache.agent(seq.request.agent)
         self._apply(seq, agent)
         seq.branch = write_back.claim_branch(
             agent, match, persist=not (seq.discard or agent.ephemeral)
@@ -191,9 +191,7 @@ class Admission:
         assert seq.cache is not None and seq.branch is not None
         if seq.cache.length > seq.cached_at_start:
             return False
-        match = self._core.prefix_cache.match(
-            seq.request.namespace, seq.request.agent_id, seq.reusable
-        )
+        match = self._core.prefix_cache.match(seq.request.agent, seq.reusable)
         if match.length < seq.cache.length + self._core.runner.spec.block_size or match.missing:
             return False
         if not self._core.budget.make_room(
@@ -250,7 +248,7 @@ class Admission:
         """Give its RAM to others; it goes on from here when there is room again."""
         log.info(
             "preempted a request of agent %r after %d tokens: no RAM",
-            seq.request.agent_id,
+            seq.request.agent.agent_id,
             seq.num_generated,
         )
         self.preemptions += 1

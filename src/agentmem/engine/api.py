@@ -6,6 +6,7 @@ from typing import IO, Any, Literal, Protocol
 
 import numpy as np
 
+from ..agent_key import AgentKey
 from ..transcripts.registry import TranscriptRegistry
 
 Tier = Literal["warm", "hot"]
@@ -36,8 +37,7 @@ class SamplingParams:
 
 @dataclass(frozen=True)
 class GenerateRequest:
-    namespace: str
-    agent_id: str
+    agent: AgentKey
     tokens: list[int]  # the rendered prompt, at least one
     params: SamplingParams  # max_tokens 0: prefill the prompt, and no more
     priority: int = 0  # lower goes first
@@ -198,61 +198,55 @@ class EngineAPI(Protocol):
 
     async def agents(self, namespace: str) -> list[AgentInfo]: ...
 
-    async def agent(self, namespace: str, agent_id: str) -> AgentDetail:
+    async def agent(self, key: AgentKey) -> AgentDetail:
         """NotFound: there is none. So for all that follow."""
         ...
 
-    def branch_tokens(self, namespace: str, agent_id: str) -> list[np.ndarray]:
+    def branch_tokens(self, key: AgentKey) -> list[np.ndarray]:
         """Token ids of what the agent has cached, branch by branch; while it changes, perhaps of
         none.
         """
         ...
 
-    def agent_times(self, namespace: str, agent_id: str) -> tuple[float, float] | None:
+    def agent_times(self, key: AgentKey) -> tuple[float, float] | None:
         """When the agent was created and last used, Unix seconds; None: there is none."""
         ...
 
-    async def explain_agent(
-        self, namespace: str, agent_id: str, tokens: list[int] | None
-    ) -> Explanation | None:
+    async def explain_agent(self, key: AgentKey, tokens: list[int] | None) -> Explanation | None:
         """Of a prompt that could be sent now; `tokens` None: of the last one that was, None if
         there was none.
         """
         ...
 
-    async def agent_tokens(self, namespace: str, agent_id: str) -> list[int]:
+    async def agent_tokens(self, key: AgentKey) -> list[int]:
         """Of the newest branch."""
         ...
 
-    async def pin_agent(self, namespace: str, agent_id: str, pinned: bool) -> None:
+    async def pin_agent(self, key: AgentKey, pinned: bool) -> None:
         """Whether it stays in RAM, and in a full store, and does not expire."""
         ...
 
-    async def set_agent_ttl(self, namespace: str, agent_id: str, ttl: float | None) -> None:
+    async def set_agent_ttl(self, key: AgentKey, ttl: float | None) -> None:
         """Seconds that it is kept after its last use; None: for good."""
         ...
 
-    async def evict_agent(self, namespace: str, agent_id: str) -> int:
+    async def evict_agent(self, key: AgentKey) -> int:
         """From RAM to disk; the bytes of RAM that came free. Conflict: pinned or ephemeral."""
         ...
 
-    async def fork_agent(
-        self, namespace: str, agent_id: str, to: str, tokens: int | None
-    ) -> AgentDetail:
+    async def fork_agent(self, key: AgentKey, to: str, tokens: int | None) -> AgentDetail:
         """A new agent `to` with the first tokens (None: all) of the newest branch. Conflict: it
         exists.
         """
         ...
 
-    async def truncate_agent(
-        self, namespace: str, agent_id: str, tokens: int, held: int | None
-    ) -> AgentDetail:
+    async def truncate_agent(self, key: AgentKey, tokens: int, held: int | None) -> AgentDetail:
         """Keep the first tokens of the newest branch. Conflict: it is in use, or doesn't hold
         `held` tokens.
         """
         ...
 
-    async def export_agent(self, namespace: str, agent_id: str) -> Export: ...
+    async def export_agent(self, key: AgentKey) -> Export: ...
 
     async def import_agent(
         self, namespace: str, agent_id: str | None, file: IO[bytes]
@@ -271,11 +265,11 @@ class EngineAPI(Protocol):
         """
         ...
 
-    async def delete_agent(self, namespace: str, agent_id: str) -> bool:
+    async def delete_agent(self, key: AgentKey) -> bool:
         """Forget the agent; True once its bytes are off the disk, False if there was none."""
         ...
 
-    async def prefetch_agent(self, namespace: str, agent_id: str) -> int | None:
+    async def prefetch_agent(self, key: AgentKey) -> int | None:
         """Read the agent's newest branch into RAM; the bytes read, None if there is no such agent.
         Raises Busy.
         """

@@ -17,7 +17,7 @@ import mlx.core as mx
 import numpy as np
 
 from .. import __version__
-from ..agent_key import check_agent_id
+from ..agent_key import AgentKey, check_agent_id
 from ..config import Settings
 from ..errors import AgentMemError, ContextLengthExceeded, EngineFailed, ShuttingDown, StartupError
 from ..kvcache.spec import describe
@@ -137,54 +137,48 @@ class Engine:
     def metrics(self) -> bytes:
         return self._core_loop.metrics.text()
 
-    def branch_tokens(self, namespace: str, agent_id: str) -> list[np.ndarray]:
-        return self._core.prefix_cache.branch_tokens(namespace, agent_id)
+    def branch_tokens(self, key: AgentKey) -> list[np.ndarray]:
+        return self._core.prefix_cache.branch_tokens(key)
 
-    def agent_times(self, namespace: str, agent_id: str) -> tuple[float, float] | None:
-        agent = self._core.prefix_cache.agents.get((namespace, agent_id))
+    def agent_times(self, key: AgentKey) -> tuple[float, float] | None:
+        agent = self._core.prefix_cache.agents.get(key)
         return (agent.created, agent.last_used) if agent else None
 
     async def agents(self, namespace: str) -> list[AgentInfo]:
         return self._core.prefix_cache.infos(namespace)
 
-    async def delete_agent(self, namespace: str, agent_id: str) -> bool:
-        return await self._perform(partial(self._lifecycle.delete, namespace, agent_id))
+    async def delete_agent(self, key: AgentKey) -> bool:
+        return await self._perform(partial(self._lifecycle.delete, key))
 
-    async def prefetch_agent(self, namespace: str, agent_id: str) -> int | None:
-        return await self._perform(partial(self._lifecycle.prefetch, namespace, agent_id))
+    async def prefetch_agent(self, key: AgentKey) -> int | None:
+        return await self._perform(partial(self._lifecycle.prefetch, key))
 
-    async def agent(self, namespace: str, agent_id: str) -> AgentDetail:
-        return await self._perform(partial(self._lifecycle.show, namespace, agent_id))
+    async def agent(self, key: AgentKey) -> AgentDetail:
+        return await self._perform(partial(self._lifecycle.show, key))
 
-    async def pin_agent(self, namespace: str, agent_id: str, pinned: bool) -> None:
-        await self._perform(partial(self._lifecycle.pin, namespace, agent_id, pinned))
+    async def pin_agent(self, key: AgentKey, pinned: bool) -> None:
+        await self._perform(partial(self._lifecycle.pin, key, pinned))
 
-    async def set_agent_ttl(self, namespace: str, agent_id: str, ttl: float | None) -> None:
-        await self._perform(partial(self._lifecycle.set_ttl, namespace, agent_id, ttl))
+    async def set_agent_ttl(self, key: AgentKey, ttl: float | None) -> None:
+        await self._perform(partial(self._lifecycle.set_ttl, key, ttl))
 
-    async def evict_agent(self, namespace: str, agent_id: str) -> int:
-        return await self._perform(partial(self._lifecycle.evict, namespace, agent_id))
+    async def evict_agent(self, key: AgentKey) -> int:
+        return await self._perform(partial(self._lifecycle.evict, key))
 
-    async def fork_agent(
-        self, namespace: str, agent_id: str, to: str, tokens: int | None
-    ) -> AgentDetail:
-        return await self._perform(partial(self._forks.fork, namespace, agent_id, to, tokens))
+    async def fork_agent(self, key: AgentKey, to: str, tokens: int | None) -> AgentDetail:
+        return await self._perform(partial(self._forks.fork, key, to, tokens))
 
-    async def truncate_agent(
-        self, namespace: str, agent_id: str, tokens: int, held: int | None
-    ) -> AgentDetail:
-        return await self._perform(partial(self._forks.truncate, namespace, agent_id, tokens, held))
+    async def truncate_agent(self, key: AgentKey, tokens: int, held: int | None) -> AgentDetail:
+        return await self._perform(partial(self._forks.truncate, key, tokens, held))
 
-    async def explain_agent(
-        self, namespace: str, agent_id: str, tokens: list[int] | None
-    ) -> Explanation | None:
-        return await self._perform(partial(self._lifecycle.explain, namespace, agent_id, tokens))
+    async def explain_agent(self, key: AgentKey, tokens: list[int] | None) -> Explanation | None:
+        return await self._perform(partial(self._lifecycle.explain, key, tokens))
 
-    async def agent_tokens(self, namespace: str, agent_id: str) -> list[int]:
-        return await self._perform(partial(self._lifecycle.tokens, namespace, agent_id))
+    async def agent_tokens(self, key: AgentKey) -> list[int]:
+        return await self._perform(partial(self._lifecycle.tokens, key))
 
-    async def export_agent(self, namespace: str, agent_id: str) -> Export:
-        exported = await self._perform(partial(self._lifecycle.export, namespace, agent_id))
+    async def export_agent(self, key: AgentKey) -> Export:
+        exported = await self._perform(partial(self._lifecycle.export, key))
 
         def close() -> None:
             self._core.store.unlink(
@@ -197,15 +191,13 @@ class Engine:
         self, namespace: str, agent_id: str | None, file: IO[bytes]
     ) -> AgentDetail:
         archive = await asyncio.to_thread(read_archive, self._core, file)
-        name = check_agent_id(agent_id or archive.about.get("agent_id"))
-        await self._perform(partial(self._lifecycle.begin_import, namespace, name))
+        key = AgentKey(namespace, check_agent_id(agent_id or archive.about.get("agent_id")))
+        await self._perform(partial(self._lifecycle.begin_import, key))
         imported = None
         try:
-            imported = await asyncio.to_thread(import_agent, self._core, namespace, name, archive)
+            imported = await asyncio.to_thread(import_agent, self._core, key, archive)
         finally:
-            detail = await self._perform(
-                partial(self._lifecycle.end_import, namespace, name, imported)
-            )
+            detail = await self._perform(partial(self._lifecycle.end_import, key, imported))
         return detail
 
     @property

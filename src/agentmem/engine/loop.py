@@ -155,8 +155,8 @@ class EngineLoop:
         if now >= self._watch_due:
             self._watch_due = now + _WATCH_INTERVAL
             self.memory_error = self.core.budget.relieve_process()
-            for namespace, name in self.lifecycle.expired():
-                self.lifecycle.delete(namespace, name, Future())
+            for key in self.lifecycle.expired():
+                self.lifecycle.delete(key, Future())
 
     def _note_bytes(self) -> None:
         self.reserved_bytes = self.core.budget.reserved_bytes
@@ -210,7 +210,7 @@ class EngineLoop:
         asking, logprobs = self._logprobs(step, logits, sampled)
         runner.evaluate(sampled, fresh, logprobs)
         self.core.scheduler.pace.saw_decode((time.perf_counter() - began) * 1e3)
-        agents = [seq.request.agent_id for seq in step.decode]
+        agents = [seq.request.agent.agent_id for seq in step.decode]
         self.core.trace.span("decode", began, agents=agents, sealed=sum(map(len, fresh)))
         told: list[TokenLogprob | None] = [None] * len(sampled)
         if logprobs is not None:
@@ -245,7 +245,7 @@ class EngineLoop:
         took_ms = (self._last_prefill - began) * 1e3
         seq.served_ms += took_ms
         self.core.scheduler.pace.saw_prefill(took_ms, step.chunk)
-        self.core.trace.span("prefill", began, agent=seq.request.agent_id, tokens=step.chunk)
+        self.core.trace.span("prefill", began, agent=seq.request.agent.agent_id, tokens=step.chunk)
         self._sealed(seq, fresh)
         if seq.request.on_progress is not None:
             seq.request.on_progress(seq.cache.length, seq.prompt_len)
@@ -302,7 +302,7 @@ class EngineLoop:
                 self._finish(seq, "stop" if stopped else "length")
 
     def _finish(self, seq: Sequence, reason: FinishReason) -> None:
-        agent = self.core.prefix_cache.agent(seq.request.namespace, seq.request.agent_id)
+        agent = self.core.prefix_cache.agent(seq.request.agent)
         agent.requests += 1
         agent.hit_tokens += seq.num_cached
         self._admission.leave(seq)
@@ -315,7 +315,7 @@ class EngineLoop:
             return
         began = time.perf_counter()
         prefix_cache, size = self.core.prefix_cache, self.core.runner.spec.block_size
-        scope = prefix_cache.scope(seq.request.namespace, seq.request.agent_id)
+        scope = prefix_cache.scope(seq.request.agent)
         assert seq.cache is not None and seq.branch is not None
         for block in blocks:
             index = len(seq.nodes)
@@ -335,7 +335,7 @@ class EngineLoop:
             if path and not seq.discard:
                 self.core.write_back.save_block(seq.branch, path)
         prefix_cache.drop_unneeded(seq.nodes)
-        self.core.trace.span("seal", began, agent=seq.request.agent_id, blocks=len(blocks))
+        self.core.trace.span("seal", began, agent=seq.request.agent.agent_id, blocks=len(blocks))
 
     # -- stop
 

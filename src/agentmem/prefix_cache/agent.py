@@ -50,8 +50,7 @@ class Branch:
 
 @dataclass(eq=False)
 class Agent:
-    namespace: str
-    name: str
+    key: AgentKey
     created: float
     last_used: float
     branches: dict[str, Branch] = field(default_factory=dict)
@@ -69,7 +68,7 @@ class Agent:
 
     def record(self) -> AgentRecord:
         return AgentRecord(
-            key=AgentKey(self.namespace, self.name),
+            key=self.key,
             created=self.created,
             last_used=self.last_used,
             pinned=self.pinned,
@@ -93,7 +92,7 @@ def agent_info(agent: Agent, spec: KVCacheSpec) -> AgentInfo:
         if data is not None
     ]
     return AgentInfo(
-        agent_id=agent.name,
+        agent_id=agent.key.agent_id,
         tier=agent.newest.tier(spec) if agent.newest else "warm",
         tokens=max((len(b) for b in branches), default=0),
         branches=len(branches),

@@ -15,6 +15,7 @@ from weakref import WeakValueDictionary
 
 import numpy as np
 
+from ..agent_key import AgentKey
 from ..engine.api import AgentInfo
 from ..kvcache.block import SealedBlock, Tail
 from ..kvcache.spec import KVCacheSpec
@@ -61,50 +62,50 @@ class PrefixCache:
         self._fingerprint, self.spec, self._running = fingerprint, spec, running
         self._stacks = frozenset(map(str, range(len(spec.stacks))))
         self._sharing, self._max_branches = sharing, max_branches
-        self.agents: dict[tuple[str, str], Agent] = {}
-        self._newcomers: WeakValueDictionary[tuple[str, str], Agent] = (
+        self.agents: dict[AgentKey, Agent] = {}
+        self._newcomers: WeakValueDictionary[AgentKey, Agent] = (
             WeakValueDictionary()
         )  # still without a branch
         self.nodes: dict[bytes, CachedBlock] = {}
         self._held: list[Match] = []  # that something waits for, other than a sequence
         self.pool = BlockPool()
 
-    def scope(self, namespace: str, agent: str) -> bytes:
-        owner = [namespace] if self._sharing == "namespace" else [namespace, agent]
+    def scope(self, key: AgentKey) -> bytes:
+        owner = [key.namespace] if self._sharing == "namespace" else [*key]
         return self._fingerprint + repr(owner).encode()
 
-    def agent(self, namespace: str, name: str) -> Agent:
-        """The agent of that name; a new one is entered with its first branch."""
-        now, key = time.time(), (namespace, name)
-        agent = self.agents.get(key) or self._newcomers.get(key) or Agent(namespace, name, now, now)
+    def agent(self, key: AgentKey) -> Agent:
+        """The agent of that key; a new one is entered with its first branch."""
+        now = time.time()
+        agent = self.agents.get(key) or self._newcomers.get(key) or Agent(key, now, now)
         if key not in self.agents:
             self._newcomers[key] = agent
         return agent
 
     def enter(self, agent: Agent) -> Agent:
         """Note that it was used; returns the one of that name, if there is another one by now."""
-        agent = self.agents.setdefault((agent.namespace, agent.name), agent)
+        agent = self.agents.setdefault(agent.key, agent)
         agent.last_used = time.time()
         return agent
 
     def branches(self) -> Iterable[Branch]:
         return (b for a in self.agents.values() for b in a.branches.values())
 
-    def match(self, namespace: str, agent: str, tokens: Sequence[int]) -> Match:
+    def match(self, key: AgentKey, tokens: Sequence[int]) -> Match:
         """The longest prefix of `tokens`, short of the last one, over the agent's branches, then
         over shared nodes.
         """
         wanted = np.array(tokens[:-1], dtype=np.uint32)
         if self.spec.opaque is not None:
             return Match(self.spec)
-        known = self.agents.get((namespace, agent))
+        known = self.agents.get(key)
         found = (
             [self._match_branch(branch, wanted) for branch in known.branches.values()]
             if known
             else []
         )
         best = max(found, key=preference, default=Match(self.spec))
-        shared = self._match_shared(self.scope(namespace, agent), wanted)
+        shared = self._match_shared(self.scope(key), wanted)
         return shared if shared.length > best.length else best
 
     def prefix(self, branch: Branch, num_tokens: int) -> Match:
@@ -261,7 +262,7 @@ class PrefixCache:
         """Another branch of the agent that can be gone on from after `tokens`, as when a prompt was
         sent again.
         """
-        known = self.agents.get((branch.agent.namespace, branch.agent.name))
+        known = self.agents.get(branch.agent.key)
         others = (b for b in known.branches.values() if b is not branch) if known else ()
         return next(
             (b for b in others if self._match_branch(b, tokens).length == len(tokens)), None
@@ -275,13 +276,13 @@ class PrefixCache:
         self.drop_unneeded(branch.nodes)
         self.release(branch.nodes)
 
-    def is_ephemeral(self, namespace: str, name: str) -> bool:
+    def is_ephemeral(self, key: AgentKey) -> bool:
         """Whether there is such an agent, and it is never written to disk. From any thread."""
-        agent = self.agents.get((namespace, name))
+        agent = self.agents.get(key)
         return agent is not None and agent.ephemeral
 
     def drop_agent(self, agent: Agent) -> None:
-        self.agents.pop((agent.namespace, agent.name), None)
+        self.agents.pop(agent.key, None)
         for branch in list(agent.branches.values()):
             self.drop_branch(branch)
 
@@ -304,16 +305,16 @@ class PrefixCache:
             if branch.tail is entry:
                 branch.tail = CachedTail()
 
-    def branch_tokens(self, namespace: str, name: str) -> list[np.ndarray]:
+    def branch_tokens(self, key: AgentKey) -> list[np.ndarray]:
         """On any thread: a branch that moves on meanwhile may give ids of before and after, which
         no one relies on.
         """
-        agent = self.agents.get((namespace, name))
+        agent = self.agents.get(key)
         return [branch.tokens() for branch in list(agent.branches.values())] if agent else []
 
     def infos(self, namespace: str) -> list[AgentInfo]:
         return [
             agent_info(a, self.spec)
-            for (owner, _), a in list(self.agents.items())
-            if owner == namespace
+            for key, a in list(self.agents.items())
+            if key.namespace == namespace
         ]

@@ -16,8 +16,7 @@ def load_index(prefix_cache: PrefixCache, store: AgentStore) -> None:
     index = store.index()
     for a in index.agents:
         prefix_cache.agents[a.key] = Agent(
-            namespace=a.key.namespace,
-            name=a.key.agent_id,
+            key=a.key,
             created=a.created,
             last_used=a.last_used,
             pinned=a.pinned,
@@ -34,8 +33,7 @@ def enter(
     """Add branches that are on disk, each to its agent; `blocks` are all that they are made of."""
     records = {r.key: r for r in blocks}
     for b in branches:
-        agent = prefix_cache.agent(*b.agent)
-        agent = prefix_cache.agents.setdefault(b.agent, agent)
+        agent = prefix_cache.agents.setdefault(b.agent, prefix_cache.agent(b.agent))
         branch = Branch(b.id, agent, last_used=b.last_used, disk_head=b.head)
         key = b.head
         while key:

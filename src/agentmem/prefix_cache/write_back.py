@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from typing import Any
 
-from ..agent_key import AgentKey
 from ..errors import NotFound
 from ..kvcache.block import Tail, to_host
 from ..store.agent_store import AgentStore
@@ -79,7 +78,7 @@ class WriteBack:
             future = self._store.save_branch(
                 BranchHead(
                     branch_id=branch.id,
-                    agent=AgentKey(agent.namespace, agent.name),
+                    agent=agent.key,
                     head=node.key,
                     last_used=self._used(branch),
                 )
@@ -90,7 +89,7 @@ class WriteBack:
             return
         block = BlockToSave(
             branch_id=branch.id,
-            agent=AgentKey(agent.namespace, agent.name),
+            agent=agent.key,
             key=node.key,
             parent=node.parent or None,
             tokens=node.tokens,
@@ -221,10 +220,7 @@ class WriteBack:
         it is told.
         """
         clock = time.monotonic()
-        known = (
-            self._prefix_cache.agents.get((agent.namespace, agent.name)) is agent
-            and not agent.ephemeral
-        )
+        known = self._prefix_cache.agents.get(agent.key) is agent and not agent.ephemeral
         if not known or (not now and clock - agent.noted_at < _NOTE_INTERVAL):
             return None
         agent.noted_at = clock
@@ -240,7 +236,7 @@ class WriteBack:
         assert tail.data is not None
         to_save = TailToSave(
             branch_id=branch.id,
-            agent=AgentKey(agent.namespace, agent.name),
+            agent=agent.key,
             head=branch.head,
             tokens=tail.tokens,
             tensors=to_host(tail.data.to_arrays()),

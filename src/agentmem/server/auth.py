@@ -14,6 +14,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from ..agent_key import AgentKey
 from ..errors import StartupError, Unauthorized
 
 ApiKeys = dict[
@@ -66,6 +67,11 @@ def _digest(name: str, key: Any) -> bytes:
 def namespace_of(request: Request) -> str:
     """Whose the request is. On a route that ApiKeyCheck does not guard, a KeyError and so a 500."""
     return str(request.scope["agentmem.namespace"])
+
+
+def agent_of(request: Request, agent_id: str) -> AgentKey:
+    """Return the key of the agent that the request means by `agent_id`."""
+    return AgentKey(namespace_of(request), agent_id)
 
 
 class ApiKeyCheck:

@@ -39,7 +39,7 @@ async def prefill(
     async for event in engine.generate(replace(generate, on_progress=on_progress)):
         if isinstance(event, Finished):
             return {
-                "agent_id": generate.agent_id,
+                "agent_id": generate.agent.agent_id,
                 **{name: getattr(event.stats, name) for name in _FIGURES},
             }
     raise AssertionError("a request ends with Finished")

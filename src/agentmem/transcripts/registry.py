@@ -30,7 +30,7 @@ class TranscriptRegistry:
     def __init__(
         self,
         table: TurnTable | None = None,
-        is_ephemeral: Callable[[str, str], bool] = lambda namespace, agent: False,
+        is_ephemeral: Callable[[AgentKey], bool] = lambda key: False,
         max_disk: int = MAX_DISK,
     ):
         """`table` None: nothing is written."""
@@ -112,7 +112,9 @@ class TranscriptRegistry:
                 return False
             for turn in turns:
                 tree.add(turn)
-            tree.in_ram_only = tree.in_ram_only or ephemeral or self._is_ephemeral(namespace, agent)
+            tree.in_ram_only = (
+                tree.in_ram_only or ephemeral or self._is_ephemeral(AgentKey(namespace, agent))
+            )
             gone = tree.surplus(self._max_disk // 4)
             if self._table is not None and not tree.in_ram_only:
                 records = [turn.record(AgentKey(namespace, agent)) for turn in turns]

@@ -57,7 +57,7 @@ def export_chunks(core: Core, exported: Exported) -> Iterator[bytes]:
             yield tail_name(i), segment.encode(*core.store.read_linked(exported.files, branch_id))
 
     about = {
-        "agent_id": exported.agent.name,
+        "agent_id": exported.agent.key.agent_id,
         "created": exported.agent.created,
         "model": core.model.name,
         "fingerprint": core.fingerprint,
@@ -95,21 +95,21 @@ def read_archive(core: Core, file: IO[bytes]) -> Archive:
     return archive
 
 
-def import_agent(core: Core, namespace: str, name: str, archive: Archive) -> Imported:
+def import_agent(core: Core, key: AgentKey, archive: Archive) -> Imported:
     """Store what an archive holds as an agent, all of it or nothing. Raises InvalidRequest,
     StoreFailed.
     """
-    scratch, target = AgentKey(IMPORTS, uuid.uuid4().hex), AgentKey(namespace, name)
+    scratch = AgentKey(IMPORTS, uuid.uuid4().hex)
     try:
         imported = _Import(
             core.store,
             core.runner.spec,
             archive,
             scratch,
-            target,
+            key,
             core.runner.vocab_size,
         ).run()
-        core.store.move_agent(scratch, target).result()
+        core.store.move_agent(scratch, key).result()
     except (KeyError, TypeError, ValueError, IndexError, AttributeError, OverflowError) as e:
         core.store.delete_agent(scratch)
         raise InvalidRequest(

@@ -21,8 +21,7 @@ from .operations import Operations
 class Forks(Operations):
     def fork(
         self,
-        namespace: str,
-        name: str,
+        key: AgentKey,
         to: str,
         num_tokens: int | None,
         done: "Future[AgentDetail]",
@@ -32,13 +31,14 @@ class Forks(Operations):
 
         Fewer, if no sequence can go on from there: `done` gets what there is.
         """
-        source = self._newest(self._agent(namespace, name))
-        self._check_new(namespace, to, "to")
+        source = self._newest(self._agent(key))
+        target = AgentKey(key.namespace, to)
+        self._check_new(target, "to")
         match = self._cut(source, num_tokens)
 
         def ready(tail: CachedTail, data: Tail | None) -> None:
-            self._check_new(namespace, to, "to")
-            agent = self._prefix_cache.agent(namespace, to)
+            self._check_new(target, "to")
+            agent = self._prefix_cache.agent(target)
             agent.ephemeral = source.agent.ephemeral
             branch = self._enter(agent, list(match.nodes), tail, data)
             self._save_fork(source, branch, match.extends, done)
@@ -62,14 +62,14 @@ class Forks(Operations):
         tail_saved = source.tail.disk_bytes or not len(source.tail.tokens)
         if not whole or not tail_saved or not all(node.disk_bytes for node in branch.nodes):
             self._write_back.save_rest(branch, forced=False)
-            self.show(agent.namespace, agent.name, done)
+            self.show(agent.key, done)
             return
         tail.disk_bytes, tail.disk_parts = source.tail.disk_bytes, source.tail.disk_parts
         forked = self._core.store.fork_branch(
             source.id,
             BranchHead(
                 branch_id=branch.id,
-                agent=AgentKey(agent.namespace, agent.name),
+                agent=agent.key,
                 head=branch.head,
                 last_used=branch.last_used,
             ),
@@ -82,14 +82,13 @@ class Forks(Operations):
                 tail.not_on_disk()
                 if tail.data is None and branch.tail is tail:
                     self._prefix_cache.set_tail(branch, CachedTail())
-            self._guarded(done, lambda: self.show(agent.namespace, agent.name, done))
+            self._guarded(done, lambda: self.show(agent.key, done))
 
         forked.add_done_callback(lambda _: self._core.post(on_engine))
 
     def truncate(
         self,
-        namespace: str,
-        name: str,
+        key: AgentKey,
         num_tokens: int,
         held: int | None,
         done: "Future[AgentDetail]",
@@ -99,25 +98,27 @@ class Forks(Operations):
 
         Fewer are kept if no sequence can go on from there: `done` gets what there is.
         """
-        agent = self._agent(namespace, name)
+        agent = self._agent(key)
         old = self._newest(agent)
         if old.in_use:
             raise Conflict(
-                f"Agent {name[:200]!r} has a request running; wait for it.", param="agent_id"
+                f"Agent {key.agent_id[:200]!r} has a request running; wait for it.",
+                param="agent_id",
             )
         if held not in (None, len(old)):
             raise Conflict(
-                f"Agent {name[:200]!r} was changed by another request; try again.", param="agent_id"
+                f"Agent {key.agent_id[:200]!r} was changed by another request; try again.",
+                param="agent_id",
             )
         match = self._cut(old, num_tokens)
         if num_tokens == len(old):
-            self.show(namespace, name, done)
+            self.show(key, done)
             return
 
         def ready(tail: CachedTail, data: Tail | None) -> None:
             if old.in_use or agent.branches.get(old.id) is not old:
                 raise Conflict(
-                    f"Agent {name[:200]!r} was changed by another request; try again.",
+                    f"Agent {key.agent_id[:200]!r} was changed by another request; try again.",
                     param="agent_id",
                 )
             self._prefix_cache.hold_match(
@@ -138,7 +139,7 @@ class Forks(Operations):
         if (
             branch.agent.branches.get(branch.id) is not branch
         ):  # deleted meanwhile: to save it would bring it back
-            raise AgentNotFound(branch.agent.name)
+            raise AgentNotFound(branch.agent.key.agent_id)
         self._write_back.save_rest(branch, forced=True)
         saved, agent = not branch.displaced, branch.agent
         if not saved and not tries:
@@ -148,7 +149,7 @@ class Forks(Operations):
 
         def flushed(_: Any) -> None:
             if saved:
-                self.show(agent.namespace, agent.name, done)
+                self.show(agent.key, done)
             else:
                 self._truncated(branch, done, tries - 1)
 

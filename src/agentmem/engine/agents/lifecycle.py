@@ -40,53 +40,50 @@ class Imported:
 class Lifecycle(Operations):
     def __init__(self, core: Core):
         super().__init__(core)
-        self._importing: set[tuple[str, str]] = set()  # namespace, name
+        self._importing: set[AgentKey] = set()
 
     # -- what is known, and kept
 
     def check_ephemeral(self, request: GenerateRequest) -> None:
         """Raises Conflict where it wants the agent written to disk, or not, otherwise than it is."""
-        key, scheduler = (request.namespace, request.agent_id), self._core.scheduler
+        key, scheduler = request.agent, self._core.scheduler
         known = self._prefix_cache.agents.get(key)
         asked = (
             [s.request for s in (*scheduler.active, *scheduler.waiting)] if known is None else []
         )
-        said = [bool(r.ephemeral) for r in asked if (r.namespace, r.agent_id) == key]
+        said = [bool(r.ephemeral) for r in asked if r.agent == key]
         if known is not None:
             said = [known.ephemeral]
         if said and request.ephemeral not in (None, any(said)):
             is_now = "never written to disk" if any(said) else "written to disk"
             raise Conflict(
-                f"agentmem.ephemeral: agent {request.agent_id[:200]!r} exists and is {is_now}; delete it first, or use "
+                f"agentmem.ephemeral: agent {key.agent_id[:200]!r} exists and is {is_now}; delete it first, or use "
                 "another agent_id",
                 param="agentmem.ephemeral",
             )
 
-    def tokens(self, namespace: str, name: str, done: "Future[list[int]]") -> None:
+    def tokens(self, key: AgentKey, done: "Future[list[int]]") -> None:
         """Of the newest branch."""
-        done.set_result(self._newest(self._agent(namespace, name)).tokens().tolist())
+        done.set_result(self._newest(self._agent(key)).tokens().tolist())
 
-    def pin(self, namespace: str, name: str, pinned: bool, done: "Future[None]") -> None:
+    def pin(self, key: AgentKey, pinned: bool, done: "Future[None]") -> None:
         """A pinned agent never leaves RAM for others' sake, nor the disk, and does not expire."""
-        agent = self._agent(namespace, name)
+        agent = self._agent(key)
         agent.pinned = pinned
         self._note(agent, done)
 
-    def set_ttl(self, namespace: str, name: str, ttl: float | None, done: "Future[None]") -> None:
-        agent = self._agent(namespace, name)
+    def set_ttl(self, key: AgentKey, ttl: float | None, done: "Future[None]") -> None:
+        agent = self._agent(key)
         agent.ttl = ttl
         self._note(agent, done)
 
-    def expired(self) -> list[tuple[str, str]]:
-        """Agents whose time is over: namespace and name."""
+    def expired(self) -> list[AgentKey]:
+        """Agents whose time is over."""
         now, scheduler = time.time(), self._core.scheduler
         late = [
             key for key, agent in self._prefix_cache.agents.items() if self._expiry(agent) <= now
         ]
-        asked = {
-            (s.request.namespace, s.request.agent_id)
-            for s in (*scheduler.waiting, *scheduler.active)
-        }
+        asked = {s.request.agent for s in (*scheduler.waiting, *scheduler.active)}
         return [key for key in late if key not in asked]
 
     def next_expiry(self) -> float:
@@ -104,13 +101,13 @@ class Lifecycle(Operations):
 
     # -- RAM
 
-    def prefetch(self, namespace: str, name: str, done: "Future[int | None]") -> None:
+    def prefetch(self, key: AgentKey, done: "Future[int | None]") -> None:
         """Bring the agent's newest branch into RAM; `done` gets the bytes read, None if there is no
         such agent.
 
         Busy: there is no room now.
         """
-        agent = self._prefix_cache.agents.get((namespace, name))
+        agent = self._prefix_cache.agents.get(key)
         if agent is None or not agent.branches:
             done.set_result(None)
             return
@@ -123,8 +120,9 @@ class Lifecycle(Operations):
             done.set_result(0)
         elif not budget.make_room(nbytes, match.entries(), urgent=False):
             raise Busy(
-                f"There is no room for the {nbytes:,} bytes of agent {name[:200]!r}: {budget.used_bytes:,} of the "
-                f"{budget.limit:,} bytes of RAM for caches (kv_budget) are in use or reserved.",
+                f"There is no room for the {nbytes:,} bytes of agent {key.agent_id[:200]!r}: "
+                f"{budget.used_bytes:,} of the {budget.limit:,} bytes of RAM for caches "
+                "(kv_budget) are in use or reserved.",
                 code="kv_budget_full",
             )
         else:
@@ -132,24 +130,26 @@ class Lifecycle(Operations):
             began = time.perf_counter()
 
             def restored(nbytes: int, at: float) -> None:
-                self._core.trace.span("restore", began, max(began, at), agent=name, bytes=nbytes)
+                self._core.trace.span(
+                    "restore", began, max(began, at), agent=key.agent_id, bytes=nbytes
+                )
                 self._prefix_cache.release_match(match)
                 done.set_result(nbytes)
 
             self._core.restorer.restore(match, restored)
 
-    def evict(self, namespace: str, name: str, done: "Future[int]") -> None:
+    def evict(self, key: AgentKey, done: "Future[int]") -> None:
         """From RAM to disk, but for what a running request or another agent holds: bytes that RAM
         got back.
         """
-        agent = self._agent(namespace, name)
+        agent = self._agent(key)
         if agent.pinned or agent.ephemeral:
             why = (
                 "pinned: unpin it first"
                 if agent.pinned
                 else "ephemeral, never written to disk: delete it instead"
             )
-            raise Conflict(f"Agent {name[:200]!r} is {why}.", param="agent_id")
+            raise Conflict(f"Agent {key.agent_id[:200]!r} is {why}.", param="agent_id")
 
         def saved(_: Any) -> None:
             others = (a for a in self._prefix_cache.agents.values() if a is not agent)
@@ -170,14 +170,15 @@ class Lifecycle(Operations):
 
     # -- export
 
-    def export(self, namespace: str, name: str, done: "Future[Exported]") -> None:
+    def export(self, key: AgentKey, done: "Future[Exported]") -> None:
         """All that is committed of the agent, on disk; whoever gets it unlinks the files in the
         end.
         """
-        agent = self._agent(namespace, name)
+        agent = self._agent(key)
         if agent.ephemeral:
             raise Conflict(
-                f"Agent {name[:200]!r} is ephemeral, never written to disk.", param="agent_id"
+                f"Agent {key.agent_id[:200]!r} is ephemeral, never written to disk.",
+                param="agent_id",
             )
 
         def saved(_: Any) -> None:
@@ -187,14 +188,14 @@ class Lifecycle(Operations):
                 if len(b)
             ]
             if not held:  # deleted meanwhile
-                raise AgentNotFound(name)
+                raise AgentNotFound(key.agent_id)
             blocks = {node.key: node for nodes, *_ in held for node in nodes}
             tails = [(tail, branch_id) for _, tail, branch_id, _ in held if len(tail.tokens)]
             entries: list[Entry] = [*blocks.values(), *(tail for tail, _ in tails)]
             if not all(entry.disk_bytes for entry in entries):
                 if any(branch.in_use for branch in agent.branches.values()):
                     raise Conflict(
-                        f"Agent {name[:200]!r} has a request running; wait for it.",
+                        f"Agent {key.agent_id[:200]!r} has a request running; wait for it.",
                         param="agent_id",
                     )
                 raise StoreFailed("The agent could not be saved: see /health.")
@@ -203,46 +204,45 @@ class Lifecycle(Operations):
 
         self._save(agent, done, saved)
 
-    def begin_import(self, namespace: str, name: str, done: "Future[None]") -> None:
+    def begin_import(self, key: AgentKey, done: "Future[None]") -> None:
         """Nobody else may import an agent of this name until `end_import`."""
-        self._check_new(namespace, name, "agent_id")
-        if (namespace, name) in self._importing:
+        self._check_new(key, "agent_id")
+        if key in self._importing:
             raise Conflict(
-                f"Agent {name[:200]!r} is being imported already.",
+                f"Agent {key.agent_id[:200]!r} is being imported already.",
                 param="agent_id",
                 code="agent_exists",
             )
-        self._importing.add((namespace, name))
+        self._importing.add(key)
         done.set_result(None)
 
     def end_import(
         self,
-        namespace: str,
-        name: str,
+        key: AgentKey,
         imported: Imported | None,
         done: "Future[AgentDetail | None]",
     ) -> None:
         """Enter what it stored, if it did."""
-        self._importing.discard((namespace, name))
+        self._importing.discard(key)
         if imported is None:
             done.set_result(None)
             return
         enter(self._prefix_cache, imported.branches, imported.blocks)
-        agent = self._agent(namespace, name)
+        agent = self._agent(key)
         agent.last_used = max(branch.last_used for branch in imported.branches)
-        self.show(namespace, name, cast("Future[AgentDetail]", done))
+        self.show(key, cast("Future[AgentDetail]", done))
 
     # -- the store
 
-    def delete(self, namespace: str, name: str, done: "Future[bool]") -> None:
+    def delete(self, key: AgentKey, done: "Future[bool]") -> None:
         """Forget the agent; `done` gets whether there was one, once its bytes are off the disk.
 
         Its running sequences go on, and leave nothing behind.
         """
         for seq in (*self._core.scheduler.active, *self._core.scheduler.waiting):
-            if (seq.request.namespace, seq.request.agent_id) == (namespace, name):
+            if seq.request.agent == key:
                 seq.discard = True
-        agent = self._prefix_cache.agents.get((namespace, name))
+        agent = self._prefix_cache.agents.get(key)
         if agent is not None:
             nodes = [n for b in agent.branches.values() for n in b.nodes]
             self._prefix_cache.drop_agent(agent)
@@ -275,15 +275,13 @@ class Lifecycle(Operations):
                 done.set_result(stored.result() or agent is not None)
 
         store = self._core.store
-        forgotten = self._core.turns.forget(
-            namespace, name, lambda: store.delete_agent(AgentKey(namespace, name))
-        )
+        forgotten = self._core.turns.forget(*key, lambda: store.delete_agent(key))
         forgotten.add_done_callback(deleted)
 
     def collect_garbage(self, done: "Future[int]") -> None:
         before = self._core.store.stats()["disk_bytes"]
-        for namespace, name in self.expired():
-            self.delete(namespace, name, Future())
+        for key in self.expired():
+            self.delete(key, Future())
         collected = self._core.store.collect_garbage()
         self._then(
             collected,

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any
 
+from ...agent_key import AgentKey
 from ...errors import AgentMemError, AgentNotFound, Conflict, StoreFailed
 from ...prefix_cache.agent import Agent, Branch, agent_info
 from ...prefix_cache.explain import explain
@@ -20,8 +21,8 @@ class Operations:
     def __init__(self, core: Core):
         self._core, self._prefix_cache, self._write_back = core, core.prefix_cache, core.write_back
 
-    def show(self, namespace: str, name: str, done: "Future[AgentDetail]") -> None:
-        agent = self._agent(namespace, name)
+    def show(self, key: AgentKey, done: "Future[AgentDetail]") -> None:
+        agent = self._agent(key)
         branches = sorted(agent.branches.values(), key=lambda b: -b.last_used)
         rows = [
             BranchInfo(
@@ -36,18 +37,15 @@ class Operations:
 
     def explain(
         self,
-        namespace: str,
-        name: str,
+        key: AgentKey,
         tokens: list[int] | None,
         done: "Future[Explanation | None]",
     ) -> None:
-        agent = self._agent(namespace, name)
+        agent = self._agent(key)
         if tokens is None:
             done.set_result(agent.explained)
         else:
-            done.set_result(
-                explain(agent, tokens, self._prefix_cache.match(namespace, name, tokens))
-            )
+            done.set_result(explain(agent, tokens, self._prefix_cache.match(key, tokens)))
 
     def _note(self, agent: Agent, done: "Future[None]") -> None:
         noted = self._write_back.note(agent, now=True) or self._core.store.flush()
@@ -60,29 +58,26 @@ class Operations:
                 self._write_back.save_rest(branch, forced=True)
         self._then(self._core.store.flush(), done, then)
 
-    def _agent(self, namespace: str, name: str) -> Agent:
-        agent = self._prefix_cache.agents.get((namespace, name))
+    def _agent(self, key: AgentKey) -> Agent:
+        agent = self._prefix_cache.agents.get(key)
         if agent is None:
-            raise AgentNotFound(name)
+            raise AgentNotFound(key.agent_id)
         return agent
 
-    def _check_new(self, namespace: str, name: str, param: str) -> None:
+    def _check_new(self, key: AgentKey, param: str) -> None:
         """Also a request that waits or runs is of an agent: what it said of that must hold when it
         ends.
         """
-        key, scheduler = (namespace, name), self._core.scheduler
-        asked = (
-            (s.request.namespace, s.request.agent_id)
-            for s in (*scheduler.waiting, *scheduler.active)
-        )
+        scheduler = self._core.scheduler
+        asked = (s.request.agent for s in (*scheduler.waiting, *scheduler.active))
         if key in self._prefix_cache.agents or key in asked:
-            message = f"There is an agent {name[:200]!r} already; give another {param}."
+            message = f"There is an agent {key.agent_id[:200]!r} already; give another {param}."
             raise Conflict(message, param=param, code="agent_exists")
 
     @staticmethod
     def _newest(agent: Agent) -> Branch:
         if agent.newest is None:
-            raise AgentNotFound(agent.name)
+            raise AgentNotFound(agent.key.agent_id)
         return agent.newest
 
     def _then(

@@ -24,7 +24,7 @@ from ...engine.api import (
 )
 from ...errors import AgentNotFound, InvalidRequest, StoreFailed
 from ...transcripts.fork import copy_transcript, cut_transcript
-from ..auth import namespace_of
+from ..auth import agent_of, namespace_of
 from ..prefill import answer, prefill
 from .chat_completions import days_of
 from .context import add_context_routes
@@ -91,11 +91,11 @@ def add_agent_routes(
 
     @app.get("/v1/agents/{agent_id:path}")
     async def show_agent(agent_id: str, request: Request) -> dict[str, Any]:
-        return _shown(await engine.agent(namespace_of(request), agent_id))
+        return _shown(await engine.agent(agent_of(request, agent_id)))
 
     @app.delete("/v1/agents/{agent_id:path}")
     async def delete_agent(agent_id: str, request: Request) -> dict[str, Any]:
-        if not await engine.delete_agent(namespace_of(request), agent_id):
+        if not await engine.delete_agent(agent_of(request, agent_id)):
             raise AgentNotFound(agent_id)
         return {"agent_id": agent_id, "deleted": True}
 
@@ -114,29 +114,29 @@ def _add_memory_routes(
 
     @app.post("/v1/agents/{agent_id:path}/pin")
     async def pin_agent(agent_id: str, request: Request) -> dict[str, Any]:
-        await engine.pin_agent(namespace_of(request), agent_id, True)
+        await engine.pin_agent(agent_of(request, agent_id), True)
         return {"agent_id": agent_id, "pinned": True}
 
     @app.post("/v1/agents/{agent_id:path}/unpin")
     async def unpin_agent(agent_id: str, request: Request) -> dict[str, Any]:
-        await engine.pin_agent(namespace_of(request), agent_id, False)
+        await engine.pin_agent(agent_of(request, agent_id), False)
         return {"agent_id": agent_id, "pinned": False}
 
     @app.post("/v1/agents/{agent_id:path}/ttl")
     async def set_ttl(agent_id: str, body: TTLBody, request: Request) -> dict[str, Any]:
-        await engine.set_agent_ttl(namespace_of(request), agent_id, body.seconds)
+        await engine.set_agent_ttl(agent_of(request, agent_id), body.seconds)
         return {"agent_id": agent_id, "ttl": body.seconds}
 
     @app.post("/v1/agents/{agent_id:path}/evict")
     async def evict_agent(agent_id: str, request: Request) -> dict[str, Any]:
         return {
             "agent_id": agent_id,
-            "freed_bytes": await engine.evict_agent(namespace_of(request), agent_id),
+            "freed_bytes": await engine.evict_agent(agent_of(request, agent_id)),
         }
 
     @app.post("/v1/agents/{agent_id:path}/prefetch")
     async def prefetch_agent(agent_id: str, request: Request) -> dict[str, Any]:
-        restored = await engine.prefetch_agent(namespace_of(request), agent_id)
+        restored = await engine.prefetch_agent(agent_of(request, agent_id))
         if restored is None:
             raise AgentNotFound(agent_id)
         return {"agent_id": agent_id, "restored_bytes": restored}
@@ -144,15 +144,15 @@ def _add_memory_routes(
     @app.post("/v1/agents/{agent_id:path}/prewarm", response_model=None)
     async def prewarm_agent(agent_id: str, body: PrewarmBody, request: Request) -> Response:
         """Prefill these messages as a request would, and answer nothing."""
-        agent_id, namespace = check_agent_id(agent_id), namespace_of(request)
+        agent = agent_of(request, check_agent_id(agent_id))
         branches, days = (
-            engine.branch_tokens(namespace, agent_id),
-            days_of(engine, settings, namespace, agent_id),
+            engine.branch_tokens(agent),
+            days_of(engine, settings, agent),
         )
         tokens = await renderer.render(
             chat_messages(body.messages), branches, **body.given(), days=days
         )
-        generate = GenerateRequest(namespace, agent_id, tokens, SamplingParams(max_tokens=0))
+        generate = GenerateRequest(agent, tokens, SamplingParams(max_tokens=0))
         return await answer(request, partial(prefill, engine, generate), stream=bool(body.stream))
 
 
@@ -162,27 +162,27 @@ def _add_copy_routes(app: FastAPI, engine: EngineAPI, renderer: ChatRenderer) ->
     @app.post("/v1/agents/{agent_id:path}/fork")
     async def fork_agent(agent_id: str, body: ForkBody, request: Request) -> dict[str, Any]:
         to = check_agent_id(body.to, "to")
-        forked = await engine.fork_agent(namespace_of(request), agent_id, to, body.tokens)
+        forked = await engine.fork_agent(agent_of(request, agent_id), to, body.tokens)
         if body.tokens is None:
             await copy_transcript(engine, namespace_of(request), agent_id, to)
         return _shown(forked)
 
     @app.post("/v1/agents/{agent_id:path}/truncate")
     async def truncate_agent(agent_id: str, body: TruncateBody, request: Request) -> dict[str, Any]:
-        namespace, keep, held = namespace_of(request), body.tokens, None
+        agent, keep, held = agent_of(request, agent_id), body.tokens, None
         if keep is None:
             assert body.messages is not None
-            tokens = await engine.agent_tokens(namespace, agent_id)
+            tokens = await engine.agent_tokens(agent)
             keep, held = await _messages_end(renderer, tokens, body.messages), len(tokens)
-        branches = engine.branch_tokens(namespace, agent_id)
-        cut = await engine.truncate_agent(namespace, agent_id, keep, held)
-        await cut_transcript(engine, renderer, namespace, agent_id, keep, branches)
+        branches = engine.branch_tokens(agent)
+        cut = await engine.truncate_agent(agent, keep, held)
+        await cut_transcript(engine, renderer, *agent, keep, branches)
         return _shown(cut)
 
     @app.post("/v1/agents/{agent_id:path}/export", response_class=Response)
     async def export_agent(agent_id: str, request: Request) -> Response:
         """The agent in one file, see store/files/archive.py."""
-        return _Archive(await engine.export_agent(namespace_of(request), agent_id))
+        return _Archive(await engine.export_agent(agent_of(request, agent_id)))
 
 
 class _Archive(StreamingResponse):

@@ -14,6 +14,7 @@ from typing import Any
 from fastapi import Request
 from starlette.responses import JSONResponse, Response
 
+from ...agent_key import AgentKey
 from ...chat.answer_parser import AnswerParser, Content, Part, Reasoning
 from ...chat.dates import session_days
 from ...chat.messages import ToolCall
@@ -91,9 +92,9 @@ class ChatCompletions:
     async def _generate_request(
         self, body: ChatCompletionRequest, conversation: Conversation, given: dict[str, Any]
     ) -> GenerateRequest:
-        namespace, agent_id = conversation.namespace, conversation.agent_id
-        branches = self._engine.branch_tokens(namespace, agent_id)
-        days = days_of(self._engine, self._settings, namespace, agent_id)
+        agent = AgentKey(conversation.namespace, conversation.agent_id)
+        branches = self._engine.branch_tokens(agent)
+        days = days_of(self._engine, self._settings, agent)
         messages = conversation.messages
         known = len(messages) - len(conversation.new)
         tokens = await render(self.renderer, messages, branches, known=known, **given, days=days)
@@ -103,12 +104,14 @@ class ChatCompletions:
         limits = limits or [self._settings.default_max_tokens]
         max_tokens = min(*limits, self._engine.max_context - len(tokens))
         params = body.sampling_params(max_tokens)
-        agent = body.agentmem or AgentOptions()
+        life = body.agentmem or AgentOptions()
         return GenerateRequest(
-            *(namespace, agent_id, tokens, params),
+            agent,
+            tokens,
+            params,
             priority=body.priority or 0,
-            ttl=agent.ttl,
-            ephemeral=agent.ephemeral,
+            ttl=life.ttl,
+            ephemeral=life.ephemeral,
             checkpoint=await self.renderer.before_answer(tokens, body.chat_template_kwargs),
         )
 
@@ -153,10 +156,10 @@ def agentmem(agent_id: str, stats: RequestStats, turn: str | None) -> dict[str, 
     }
 
 
-def days_of(engine: EngineAPI, settings: Settings, namespace: str, agent_id: str) -> Sequence[date]:
+def days_of(engine: EngineAPI, settings: Settings, agent: AgentKey) -> Sequence[date]:
     """Whose date the agent's prompts may bear."""
     now = time.time()
-    created, last_used = engine.agent_times(namespace, agent_id) or (now, now)
+    created, last_used = engine.agent_times(agent) or (now, now)
     return session_days(created, last_used, now, settings.date_session * 3600)
 
 

@@ -11,7 +11,7 @@ from fastapi import FastAPI, Request
 from pydantic import Field, model_validator
 from starlette.responses import JSONResponse, Response
 
-from ...agent_key import check_agent_id
+from ...agent_key import AgentKey, check_agent_id
 from ...chat.render import render
 from ...chat.renderer import ChatRenderer
 from ...config import Settings
@@ -19,7 +19,7 @@ from ...engine.api import EngineAPI, GenerateRequest, SamplingParams
 from ...errors import Conflict
 from ...transcripts.conversation import TranscriptNotFound, inherited, is_retried, system
 from ...transcripts.turns import Messages, Turn, TurnTree, canonical, copies, new_turn
-from ..auth import namespace_of
+from ..auth import agent_of, namespace_of
 from ..prefill import OnProgress, answer, prefill
 from .chat_completions import days_of
 from .wire import MAX_MESSAGES, AgentLife, ChatMessage, Text, Wire
@@ -70,15 +70,13 @@ def add_context_routes(
     @app.post("/v1/agents/{agent_id:path}/context", response_model=None)
     async def add_context(agent_id: str, body: ContextBody, request: Request) -> Response:
         """Tell the agent something: prefill it, and answer nothing."""
-        namespace, agent = namespace_of(request), check_agent_id(agent_id)
+        agent = agent_of(request, check_agent_id(agent_id))
 
         async def work(on_progress: OnProgress | None) -> dict[str, Any]:
-            tree = await engine.turns.tree(namespace, agent)
+            tree = await engine.turns.tree(*agent)
             async with tree.appending:  # what arrives in pieces is kept in their order
-                to_tokens = partial(
-                    render, renderer, days=days_of(engine, settings, namespace, agent)
-                )
-                told = _Told(engine, to_tokens, (namespace, agent), tree, body, is_retried(request))
+                to_tokens = partial(render, renderer, days=days_of(engine, settings, agent))
+                told = _Told(engine, to_tokens, agent, tree, body, is_retried(request))
                 return await told.run(on_progress)
 
         return await answer(request, work, stream=bool(body.stream))
@@ -142,7 +140,7 @@ class _Told:
 
     engine: EngineAPI
     to_tokens: Callable[..., Awaitable[list[int]]]  # render.render, but for its first argument
-    agent: tuple[str, str]
+    agent: AgentKey
     tree: TurnTree
     body: ContextBody
     retried: bool
@@ -178,14 +176,14 @@ class _Told:
         )
         before = [*system(instructions), *tree.messages(change.parent)]
         messages = before + [item for turn in change.turns for item in turn.items]
-        branches = self.engine.branch_tokens(*self.agent)
+        branches = self.engine.branch_tokens(self.agent)
         options = {"known": len(before), "tools": tools or (), "generation_prompt": False}
         tokens = await self.to_tokens(messages, branches, **options)
         self._check_kept()
         life = self.body.agentmem or AgentLife()
         params = SamplingParams(max_tokens=0)
         generate = GenerateRequest(
-            *self.agent, tokens, params, ttl=life.ttl, ephemeral=life.ephemeral
+            self.agent, tokens, params, ttl=life.ttl, ephemeral=life.ephemeral
         )
         return await prefill(self.engine, generate, on_progress)
 
@@ -207,7 +205,9 @@ class _Told:
             raise self._deleted()
 
     def _deleted(self) -> Conflict:
-        return Conflict(f"Agent {self.agent[1][:200]!r} was deleted meanwhile.", param="agent_id")
+        return Conflict(
+            f"Agent {self.agent.agent_id[:200]!r} was deleted meanwhile.", param="agent_id"
+        )
 
 
 def _transcript(agent_id: str, tree: TurnTree, last: Turn) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from ...config import Settings
 from ...engine.api import EngineAPI, Explanation
 from ...errors import NotFound
 from ...prefix_cache.explain import WORDS
-from ..auth import namespace_of
+from ..auth import agent_of
 from .chat_completions import days_of
 from .wire import MAX_MESSAGES, ChatMessage, TemplateInput, Text, chat_messages
 
@@ -35,7 +35,7 @@ def add_explain_routes(
 ) -> None:
     @app.get("/v1/agents/{agent_id:path}/explain")
     async def explain_last(agent_id: str, request: Request) -> dict[str, Any]:
-        found = await engine.explain_agent(namespace_of(request), agent_id, None)
+        found = await engine.explain_agent(agent_of(request, agent_id), None)
         if found is None:
             raise NotFound(
                 f"Agent {agent_id[:200]!r} has had no request since the server was started."
@@ -44,17 +44,16 @@ def add_explain_routes(
 
     @app.post("/v1/agents/{agent_id:path}/explain")
     async def explain_prompt(agent_id: str, body: ExplainBody, request: Request) -> dict[str, Any]:
-        branches = engine.branch_tokens(namespace_of(request), agent_id)
+        agent = agent_of(request, agent_id)
+        branches = engine.branch_tokens(agent)
         if body.messages is not None:
-            days = days_of(
-                engine, settings, namespace_of(request), agent_id
-            )  # a request would be dated so
+            days = days_of(engine, settings, agent)  # a request would be dated so
             tokens = await renderer.render(
                 chat_messages(body.messages), branches, **body.given(), days=days
             )
         else:
             tokens = await renderer.text_tokens(body.prompt or "", branches)
-        found = await engine.explain_agent(namespace_of(request), agent_id, tokens)
+        found = await engine.explain_agent(agent, tokens)
         assert found is not None
         return _shown(engine, agent_id, found)
 

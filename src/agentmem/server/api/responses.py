@@ -11,6 +11,7 @@ from typing import Any
 from fastapi import FastAPI, Request
 from starlette.responses import JSONResponse, Response
 
+from ...agent_key import AgentKey
 from ...chat.answer_parser import AnswerParser, Part
 from ...chat.render import render
 from ...chat.renderer import ChatRenderer
@@ -127,8 +128,9 @@ class _Answer:
 
     async def generate_request(self, settings: Settings) -> GenerateRequest:
         said, body = self.conversation, self.body
-        branches = self.engine.branch_tokens(said.namespace, said.agent_id)
-        days = days_of(self.engine, settings, said.namespace, said.agent_id)
+        agent = AgentKey(said.namespace, said.agent_id)
+        branches = self.engine.branch_tokens(agent)
+        days = days_of(self.engine, settings, agent)
         try:
             tokens = await render(
                 self.renderer, said.messages, branches, tools=said.tools, days=days
@@ -144,7 +146,9 @@ class _Answer:
         params = SamplingParams(max_tokens=0 if body.prewarm else max_tokens, **sampling)
         options = body.agentmem or AgentOptions()
         return GenerateRequest(
-            *(said.namespace, said.agent_id, tokens, params),
+            agent,
+            tokens,
+            params,
             ttl=options.ttl,
             ephemeral=options.ephemeral,
             checkpoint=await self.renderer.before_answer(tokens),
