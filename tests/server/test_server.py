@@ -19,9 +19,9 @@ import uvicorn
 
 from agentmem.config import Settings
 from agentmem.errors import Busy, EngineFailed, StartupError
-from agentmem.server import run
-from agentmem.server.api import chat_completions
+from agentmem.server import run, sse
 from agentmem.server.app import create_app
+from agentmem.server.errors import ErrorResponses
 from agentmem.server.middleware import BodyLimit
 from support.fake_engine import FakeEngine, tiny_tokenizer
 
@@ -317,13 +317,13 @@ def test_longest_prompt_that_leaves_one_token_is_served(engine, chat):
 def test_any_text_is_an_agent_id(engine, chat, agent_id):
     assert chat(agent_id=agent_id).json()["agentmem"]["agent_id"] == agent_id
     assert chat(headers={"X-Agent-Id": agent_id.encode()}).status_code == 200
-    assert [r.agent_id for r in engine.requests] == [agent_id, agent_id.strip() or agent_id]
+    assert [r.agent.agent_id for r in engine.requests] == [agent_id, agent_id.strip() or agent_id]
 
 
 def test_agent_id_of_the_body_comes_before_the_headers_and_none_is_anonymous(engine, chat):
     chat(agent_id="body", headers={"X-Agent-Id": "header"})
     chat()
-    assert [r.agent_id for r in engine.requests] == ["body", "anonymous"]
+    assert [r.agent.agent_id for r in engine.requests] == ["body", "anonymous"]
 
 
 @pytest.mark.parametrize("agent_id", ["", "x" * 257, "a\0b", "a\nb", "\x85", "\ud800", 7])
@@ -523,9 +523,9 @@ def test_oversized_body_is_not_kept_in_memory():
 
     tracemalloc.start()
     try:
-        asyncio.run(
-            BodyLimit(app, limit=4096)({"type": "http", "path": "/", "headers": []}, receive, send)
-        )
+        limit = BodyLimit(app, limit=4096, on_error=ErrorResponses().response)
+        scope = {"type": "http", "path": "/", "headers": [], "agentmem.request_id": "r"}
+        asyncio.run(limit(scope, receive, send))
         assert tracemalloc.get_traced_memory()[1] < 4 << 20
     finally:
         tracemalloc.stop()
@@ -709,8 +709,8 @@ def test_sdk_that_leaves_a_stream_cancels_its_sequence(engine, settings):
 
 
 def test_long_prefill_starts_the_stream_with_pings(engine, settings, monkeypatch):
-    monkeypatch.setattr(chat_completions, "FIRST_EVENT_WAIT", 0.05)
-    monkeypatch.setattr(chat_completions, "PING_INTERVAL", 0.05)
+    monkeypatch.setattr(sse, "FIRST_EVENT_WAIT", 0.05)
+    monkeypatch.setattr(sse, "PING_INTERVAL", 0.05)
     engine.first_delay = 0.3
     with listening(engine, settings) as address:
         with post(address, {"stream": True}, "Connection: close\r\n") as sock:

@@ -12,7 +12,7 @@ from openai.types.chat import ChatCompletion, ChatCompletionChunk
 
 from agentmem.config import Settings
 from agentmem.engine.api import Finished
-from agentmem.server.api import chat_completions
+from agentmem.server import sse
 from agentmem.server.app import create_app
 from support.chat_tokenizers import LLAMA3, QWEN3, QWEN3_THINKING, chat_tokenizer, save_tokenizer
 from support.fake_engine import FakeEngine
@@ -311,7 +311,7 @@ def test_agent_is_who_the_client_says_it_is_in_its_own_way(engine, ask):
 
 
 def test_long_tool_call_is_accompanied_by_pings(engine, settings, monkeypatch):
-    monkeypatch.setattr(chat_completions, "PING_INTERVAL", 0.05)
+    monkeypatch.setattr(sse, "PING_INTERVAL", 0.05)
     engine.text, engine.delay = CALL, 0.02
     transport = httpx.ASGITransport(create_app(engine, settings, None))
 

@@ -1,5 +1,6 @@
 """An answer's text, as it comes, to what it is: reasoning, content, tool calls. Of no wire format."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +22,30 @@ class Content:
 
 
 Part = Reasoning | Content | ToolCall
+
+
+def message_of(parts: Sequence[Part]) -> dict[str, Any]:
+    """Return the message that parts are together, in the shape of OpenAI's chat API."""
+    content = "".join(part.text for part in parts if isinstance(part, Content))
+    reasoning = "".join(part.text for part in parts if isinstance(part, Reasoning))
+    calls = [_called(part) for part in parts if isinstance(part, ToolCall)]
+    message: dict[str, Any] = {
+        "role": "assistant",
+        "content": content if content or not calls else None,
+    }
+    if reasoning:
+        message["reasoning_content"] = reasoning
+    if calls:
+        message["tool_calls"] = calls
+    return message
+
+
+def _called(call: ToolCall) -> dict[str, Any]:
+    return {
+        "id": call.id,
+        "type": "function",
+        "function": {"name": call.name, "arguments": call.arguments_json},
+    }
 
 
 class AnswerParser:

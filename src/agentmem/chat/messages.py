@@ -5,24 +5,18 @@ tokens.
 import json
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import takewhile
 from typing import Any, Literal, NoReturn, cast, get_args
 
 from ..errors import InvalidRequest
 
 Role = Literal["system", "developer", "user", "assistant", "tool"]
-_SYSTEM = ("system", "developer")
-_BILLING = re.compile(
-    r"\Ax-anthropic-billing-header:[^\n]*\n*"
-)  # Claude Code's; differs between agents of one session
-_PART_FIELDS = {
-    "type",
-    "text",
-    "cache_control",
-    "prompt_cache_breakpoint",
-    "annotations",
-}  # of these, text is read
+SYSTEM_ROLES = ("system", "developer")
+# Claude Code's first system line, which differs between the agents of one session
+BILLING_LINE = re.compile(r"\Ax-anthropic-billing-header:[^\n]*\n*")
+# of a part of a content; only the text is read
+_PART_FIELDS = {"type", "text", "cache_control", "prompt_cache_breakpoint", "annotations"}
 _ECHO = 200  # characters of the client's own text that an error repeats
 
 
@@ -48,6 +42,17 @@ class Message:
     reasoning: str | None = None
 
 
+@dataclass(frozen=True)
+class Chat:
+    """What a prompt is rendered from, whatever API it came by."""
+
+    messages: Sequence[Mapping[str, Any]]  # in the shape of OpenAI's chat API, see `normalise`
+    known: int = 0  # the first of them come from a transcript: errors count from those after
+    tools: Sequence[dict[str, Any]] = ()  # as `function_tools` returns them
+    options: Mapping[str, Any] = field(default_factory=dict)  # the template's own
+    generation_prompt: bool = True  # the prompt ends where an answer begins; else with a message
+
+
 def normalise(
     messages: Iterable[Mapping[str, Any]], param: str = "messages", *, known: int = 0
 ) -> list[Message]:
@@ -65,7 +70,11 @@ def normalise(
     for i, raw in enumerate(messages):
         message = _message(raw, f"{param}.{i - known}", names)
         names.update((call.id, call.name) for call in message.tool_calls)
-        if message.content or message.role not in _SYSTEM or not text_of(raw.get("content"), param):
+        if (
+            message.content
+            or message.role not in SYSTEM_ROLES
+            or not text_of(raw.get("content"), param)
+        ):
             result.append(
                 message
             )  # an empty system prompt too, but not one that held nothing but the billing line
@@ -88,7 +97,7 @@ def text_of(
         else [_part(i, part, param, kinds) for i, part in enumerate(content)]
     )
     if system:
-        parts = [_BILLING.sub("", part) for part in parts]
+        parts = [BILLING_LINE.sub("", part) for part in parts]
     text = "".join(parts)
     if not _is_encodable(text):
         _refuse(param, "not valid Unicode: it holds a lone surrogate")
@@ -193,7 +202,7 @@ def _message(raw: Mapping[str, Any], param: str, names: Mapping[str, str]) -> Me
         )
     return Message(
         cast(Role, role),
-        text_of(content, f"{param}.content", system=role in _SYSTEM),
+        text_of(content, f"{param}.content", system=role in SYSTEM_ROLES),
         name=raw.get("name") or names.get(answers or ""),
         tool_calls=calls,
         tool_call_id=answers,

@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from datetime import date
 from typing import Any
 
@@ -11,7 +12,7 @@ import numpy as np
 from ..errors import ContextLengthExceeded, InvalidRequest
 from .dates import is_dated, on_day
 from .markup import Markup
-from .messages import Message, Role
+from .messages import Chat, Message, Role, normalise
 from .special_tokens import SpecialTokens
 from .splice import Spliced, splice
 from .template import ChatTemplate
@@ -19,6 +20,18 @@ from .token_bytes import TokenBytes
 from .token_texts import TokenTexts
 
 _LONGEST_HEADER = 64  # tokens by which a template asks for an answer
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """Token ids for the engine, and what is known of them."""
+
+    tokens: list[int]
+    # how many come before the part of the template that asks for an answer, if that is known:
+    # later prompts have the answer's header there, but perhaps not what follows it (<think>, say)
+    checkpoint: int | None = None
+    in_reasoning: bool = False  # the answer begins within the reasoning
+    continues_text: bool = False  # it is no chat, but a text that the answer goes on with
 
 
 class ChatRenderer:
@@ -43,6 +56,28 @@ class ChatRenderer:
     def markup(self) -> Markup:
         """Of the answers."""
         return self._template.markup
+
+    async def prompt(
+        self, chat: Chat, branches: Sequence[np.ndarray] = (), days: Sequence[date] = ()
+    ) -> Prompt:
+        """Return the prompt of a chat: the one road from what was said to token ids.
+
+        `branches` and `days` are as in `render`. InvalidRequest names what of the chat can't be
+        read; the rest is raised as there.
+        """
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._thread, self._prompt, chat, branches, days)
+
+    def _prompt(self, chat: Chat, branches: Sequence[np.ndarray], days: Sequence[date]) -> Prompt:
+        messages = normalise(chat.messages, known=chat.known)
+        tokens = self._render(
+            messages, branches, chat.tools, chat.options, days, chat.generation_prompt
+        )
+        self._check_length(tokens)
+        if not chat.generation_prompt:
+            return Prompt(tokens)
+        checkpoint = self._before_answer(tokens, chat.options)
+        return Prompt(tokens, checkpoint, self._template.ends_in_reasoning(tokens))
 
     async def render(
         self,
@@ -69,8 +104,7 @@ class ChatRenderer:
         loop = asyncio.get_running_loop()
         given = (messages, branches, tools, options or {}, days, generation_prompt)
         tokens = await loop.run_in_executor(self._thread, self._render, *given)
-        if len(tokens) >= self._max_context:
-            raise ContextLengthExceeded(len(tokens), self._max_context, self._why_max)
+        self._check_length(tokens)
         return tokens
 
     async def text_tokens(
@@ -96,17 +130,9 @@ class ChatRenderer:
             self._thread, TokenTexts, self._tokenizer, self._token_bytes
         )
 
-    async def before_answer(
-        self, tokens: Sequence[int], options: Mapping[str, Any] | None = None
-    ) -> int | None:
-        """How many of a prompt's tokens come before the part of the template that asks for an
-        answer.
-
-        Later prompts have the answer's header there, but perhaps not what follows it (<think>,
-        say). None: not known.
-        """
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._thread, self._before_answer, tokens, options or {})
+    def _check_length(self, tokens: list[int]) -> None:
+        if len(tokens) >= self._max_context:
+            raise ContextLengthExceeded(len(tokens), self._max_context, self._why_max)
 
     def _before_answer(self, tokens: Sequence[int], options: Mapping[str, Any]) -> int | None:
         asked = self._template.asks_for_answer(options)
@@ -119,11 +145,6 @@ class ChatRenderer:
         before = len(data) - len(asked.encode())
         at = int(np.searchsorted(ends, before))
         return len(tokens) - len(end) + at + 1 if at < len(ends) and ends[at] == before else None
-
-    async def ends_in_reasoning(self, tokens: Sequence[int]) -> bool:
-        """Whether the answer to this prompt begins within the reasoning."""
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._thread, self._template.ends_in_reasoning, tokens)
 
     async def message_starts(self, tokens: Sequence[int]) -> list[int]:
         """Where each message of a rendered chat starts; one that the template put in (a system

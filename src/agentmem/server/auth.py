@@ -6,21 +6,19 @@ import os
 import re
 import tomllib
 import unicodedata
-from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
 from starlette.requests import Request
-from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from ..agent_key import AgentKey
 from ..errors import StartupError, Unauthorized
+from .errors import OnError
 
 ApiKeys = dict[
     bytes, str
 ]  # SHA-256 of a key: its namespace. How long a look-up takes says nothing of the keys
-OnError = Callable[[Request, Exception], Awaitable[Response]]
 
 
 def read_api_keys(path: Path | None) -> ApiKeys | None:
@@ -88,8 +86,7 @@ class ApiKeyCheck:
             try:
                 scope["agentmem.namespace"] = self._namespace(scope)
             except Unauthorized as e:
-                response = await self._on_error(Request(scope), e)
-                return await response(scope, receive, send)
+                return await self._on_error(scope, e)(scope, receive, send)
         await self._app(scope, receive, send)
 
     def _namespace(self, scope: Scope) -> str:

@@ -5,10 +5,10 @@ import uuid
 from collections.abc import Collection, Iterable
 
 from starlette.datastructures import Headers, MutableHeaders
-from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from .api.wire import error_body
+from ..errors import InvalidRequest
+from .errors import OnError
 
 _SANE_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 _DRAIN = (
@@ -42,16 +42,19 @@ class HostCheck:
     its own name.
     """
 
-    def __init__(self, app: ASGIApp, allowed: Iterable[str]):
-        self._app = app
+    def __init__(self, app: ASGIApp, allowed: Iterable[str], on_error: OnError):
+        self._app, self._on_error = app, on_error
         self._allowed = {_bracketed(host.lower()) for host in allowed}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or "*" in self._allowed or self._host(scope) in self._allowed:
             return await self._app(scope, receive, send)
-        message = "This Host header is not accepted; to use this name for the server, start it with --allowed-hosts."
-        body = error_body(message, type="invalid_request_error", code="host_not_allowed")
-        await JSONResponse(body, 400)(scope, receive, send)
+        message = (
+            "This Host header is not accepted; to use this name for the server, start it with "
+            "--allowed-hosts."
+        )
+        error = InvalidRequest(message, code="host_not_allowed")
+        await self._on_error(scope, error)(scope, receive, send)
 
     @staticmethod
     def _host(scope: Scope) -> str:
@@ -68,9 +71,11 @@ class BodyLimit:
     larger one.
     """
 
-    def __init__(self, app: ASGIApp, limit: int, unlimited: Collection[str] = ()):
+    def __init__(
+        self, app: ASGIApp, limit: int, on_error: OnError, unlimited: Collection[str] = ()
+    ):
         """`unlimited`: paths whose bodies their routes read, and limit, by themselves."""
-        self._app = app
+        self._app, self._on_error = app, on_error
         self._limit, self._unlimited = limit, unlimited
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -105,5 +110,6 @@ class BodyLimit:
         message = (
             f"The request body is larger than the limit of {self._limit} bytes (setting max_body)."
         )
-        body = error_body(message, type="invalid_request_error", code="request_too_large")
-        await JSONResponse(body, 400, headers={"connection": "close"})(scope, receive, send)
+        error = InvalidRequest(message, code="request_too_large")
+        response = self._on_error(scope, error, {"connection": "close"})
+        await response(scope, receive, send)

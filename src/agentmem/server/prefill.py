@@ -1,11 +1,8 @@
-"""Requests that fill the cache and answer nothing: as one JSON object, or as a stream of how far
-they are.
-"""
+"""Requests that fill the cache and answer nothing: one JSON object, or a stream of how far it is."""
 
 import asyncio
-import json
 from collections.abc import AsyncIterator, Awaitable, Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from fastapi import Request
@@ -13,11 +10,10 @@ from starlette.responses import JSONResponse, Response
 
 from ..engine.api import EngineAPI, Finished, GenerateRequest
 from ..errors import AgentMemError
-from .api.wire import error_body
-from .sse import EventStream, unless_disconnected
+from . import sse
+from .errors import openai_error
+from .sse import Events, event_lines
 
-_FIRST_WAIT = 2.0  # s; until then an error can still become an HTTP status
-_PING_INTERVAL = 5.0  # s between comments while there is nothing to say
 _FIGURES = (
     "prompt_tokens",
     "cache",
@@ -32,79 +28,71 @@ OnProgress = Callable[[int, int], None]  # tokens done, and in all; from any thr
 Work = Callable[[OnProgress | None], Awaitable[dict[str, Any]]]
 
 
+@dataclass(frozen=True)
+class Progress:
+    tokens: int  # done
+    total: int
+
+
 async def prefill(
     engine: EngineAPI, generate: GenerateRequest, on_progress: OnProgress | None
 ) -> dict[str, Any]:
-    """What it cost."""
+    """Fill the cache, and return what it cost."""
     async for event in engine.generate(replace(generate, on_progress=on_progress)):
         if isinstance(event, Finished):
-            return {
-                "agent_id": generate.agent.agent_id,
-                **{name: getattr(event.stats, name) for name in _FIGURES},
-            }
+            figures = {name: getattr(event.stats, name) for name in _FIGURES}
+            return {"agent_id": generate.agent.agent_id, **figures}
     raise AssertionError("a request ends with Finished")
 
 
-async def answer(request: Request, work: Work, *, stream: bool) -> Response:
-    """The result of `work`, which ends if the client goes away.
+async def respond(request: Request, work: Work, *, stream: bool) -> Response:
+    """Return the result of `work`, which ends if the client goes away.
 
     As a stream: events "progress" {"tokens", "total"}, then one "done" with the result, or an
     error.
     """
     if not stream:
-        return JSONResponse(await unless_disconnected(request, _call(work)))
-    run = _Run(work)
-    try:
-        first = await unless_disconnected(request, run.next(_FIRST_WAIT))
-    except BaseException:
-        await run.aclose()
-        raise
-    return EventStream(run.events(first), run)
+        return JSONResponse(await sse.whole(request, _call(work)))
+    events = Events(_progress(work))
+    return await sse.stream(request, _lines(events), events)
 
 
 async def _call(work: Work) -> dict[str, Any]:
     return await work(None)
 
 
-class _Run:
-    """A task, and the queue of what it tells."""
+async def _progress(work: Work) -> AsyncIterator[Progress | dict[str, Any]]:
+    """Yield how far the work is, and at last its result; stop it when closed."""
+    loop = asyncio.get_running_loop()
+    told = asyncio.Queue[Progress | None]()
 
-    def __init__(self, work: Work):
-        loop, self._told = asyncio.get_running_loop(), asyncio.Queue[str | None]()
+    def on_progress(tokens: int, total: int) -> None:
+        loop.call_soon_threadsafe(told.put_nowait, Progress(tokens, total))
 
-        def on_progress(tokens: int, total: int) -> None:
-            event = _event("progress", {"tokens": tokens, "total": total})
-            loop.call_soon_threadsafe(self._told.put_nowait, event)
+    async def run() -> dict[str, Any]:
+        return await work(on_progress)
 
-        async def run() -> dict[str, Any]:
-            return await work(on_progress)
-
-        self._task = asyncio.create_task(run())
-        self._task.add_done_callback(lambda _: self._told.put_nowait(None))
-
-    async def next(self, timeout: float) -> str:
-        """An event, a ping, or, at the end, nothing. Raises what the work raises."""
-        try:
-            event = await asyncio.wait_for(self._told.get(), timeout)
-        except TimeoutError:
-            return ": ping\n\n"
-        if event is None:
-            self._task.result()
-        return event or ""
-
-    async def events(self, event: str) -> AsyncIterator[str]:
-        try:
-            while event:
-                yield event
-                event = await self.next(_PING_INTERVAL)
-            yield _event("done", self._task.result())
-        except AgentMemError as e:
-            yield _event("error", error_body(e.message, type=e.type, param=e.param, code=e.code))
-
-    async def aclose(self) -> None:
-        self._task.cancel()
-        await asyncio.gather(self._task, return_exceptions=True)
+    task = asyncio.create_task(run())
+    task.add_done_callback(lambda _: told.put_nowait(None))
+    try:
+        while (progress := await told.get()) is not None:
+            yield progress
+        yield task.result()
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
 
 
-def _event(name: str, data: dict[str, Any]) -> str:
-    return f"event: {name}\ndata: {json.dumps(data, ensure_ascii=False, separators=(',', ':'))}\n\n"
+async def _lines(events: Events[Progress | dict[str, Any]]) -> AsyncIterator[str]:
+    event = await events.next(timeout=0)
+    try:
+        while not isinstance(event, dict):
+            if event is None:
+                yield sse.PING
+            else:
+                progress = {"tokens": event.tokens, "total": event.total}
+                yield event_lines(progress, "progress")
+            event = await events.next(sse.PING_INTERVAL)
+        yield event_lines(event, "done")
+    except AgentMemError as e:
+        yield event_lines(openai_error(e), "error")

@@ -1,56 +1,123 @@
-"""An answer's events on their way to a client that may be slow to be served, or gone."""
+"""Events on their way to a client that may be slow to be served, or gone."""
 
 import asyncio
+import json
 from collections.abc import AsyncGenerator, AsyncIterator, Coroutine
-from typing import Any, Protocol, TypeVar, cast
+from contextlib import AsyncExitStack
+from typing import Any, Generic, Protocol, TypeVar, cast
 
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from ..engine.api import Finished, TextDelta
+FIRST_EVENT_WAIT = 2.0  # s; until then an error can still become an HTTP status
+PING_INTERVAL = 5.0  # s between pings while a stream has nothing to say
+PING = ": ping\n\n"  # a comment, which every client skips
 
 T = TypeVar("T")
-Event = TextDelta | Finished
 
 
-class Events:
-    """The engine's iterator, read with a timeout that doesn't lose the event, and closed promptly
-    from outside.
-    """
+def event_lines(payload: dict[str, Any], name: str = "") -> str:
+    """Return a server-sent event, with its name where it has one."""
+    text = json.dumps(payload, ensure_ascii=False, separators=(",", ":"))
+    return f"event: {name}\ndata: {text}\n\n" if name else f"data: {text}\n\n"
 
-    def __init__(self, events: AsyncIterator[Event]):
-        self._events = cast(AsyncGenerator[Event, None], events)
-        self._pull: asyncio.Task[Event] | None = None
 
-    async def next(self, timeout: float | None = None) -> Event | None:
-        """The next event, or None where `timeout` seconds passed without one. Raises what the
-        engine raises.
+class Source(Protocol):
+    """What a response is made from."""
+
+    async def ready(self, timeout: float) -> None: ...
+
+    async def aclose(self) -> None: ...
+
+
+class Events(Generic[T]):
+    """Reads an iterator with timeouts that lose no event, and closes it promptly from outside."""
+
+    def __init__(self, events: AsyncIterator[T]):
+        self._events = cast(AsyncGenerator[T, None], events)
+        self._pull: asyncio.Task[T] | None = None
+
+    async def ready(self, timeout: float) -> None:
+        """Wait for the next event, for `timeout` seconds at most, and leave it to `next`.
+
+        Raises what the iterator raises instead.
         """
-        if self._pull is None:
-            self._pull = asyncio.create_task(self._next())
-        done, _ = await asyncio.wait({self._pull}, timeout=timeout)
-        if not done:
+        pull = await self._wait(timeout)
+        if pull is not None:
+            pull.result()
+
+    async def next(self, timeout: float | None = None) -> T | None:
+        """Return the next event, or None where `timeout` seconds passed without one.
+
+        Raises what the iterator raises, StopAsyncIteration at its end.
+        """
+        pull = await self._wait(timeout)
+        if pull is None:
             return None
-        pull, self._pull = self._pull, None
+        self._pull = None
         return pull.result()
 
-    async def _next(self) -> Event:
-        return await anext(self._events)
-
     async def aclose(self) -> None:
-        """Cancel the sequence, also where the engine is being waited for."""
+        """Close the iterator, also where it is being waited for."""
         if self._pull is not None:
             self._pull.cancel()
             await asyncio.gather(self._pull, return_exceptions=True)
         await self._events.aclose()
 
+    async def _wait(self, timeout: float | None) -> asyncio.Task[T] | None:
+        if self._pull is None:
+            self._pull = asyncio.create_task(self._next())
+        done, _ = await asyncio.wait({self._pull}, timeout=timeout)
+        return self._pull if done else None
 
-async def unless_disconnected(request: Request, work: Coroutine[Any, Any, T]) -> T:
-    """The result of `work`, which is cancelled when the client goes away; ClientDisconnect is
-    raised then.
+    async def _next(self) -> T:
+        return await anext(self._events)
+
+
+async def whole(request: Request, work: Coroutine[Any, Any, T], *sources: Source) -> T:
+    """Return what comes of `work`, which ends when the client goes away; then close the sources."""
+    async with AsyncExitStack() as closing:
+        for source in sources:
+            closing.push_async_callback(source.aclose)
+        return await _unless_disconnected(request, work)
+
+
+async def stream(request: Request, lines: AsyncIterator[str], *sources: Source) -> "EventStream":
+    """Return the response of these lines, once the first source has an event.
+
+    An error until then is raised, and so becomes an HTTP status. It takes FIRST_EVENT_WAIT seconds
+    at most.
     """
-    task, gone = asyncio.create_task(work), asyncio.create_task(_disconnected(request))
+    async with AsyncExitStack() as closing:
+        for source in sources:
+            closing.push_async_callback(source.aclose)
+        if sources:
+            await _unless_disconnected(request, sources[0].ready(FIRST_EVENT_WAIT))
+        closing.pop_all()  # from here on the response closes them
+    return EventStream(lines, *sources)
+
+
+class EventStream(StreamingResponse):
+    """Server-sent events. Whatever ends the response, its sources are closed before it returns."""
+
+    media_type = "text/event-stream"
+
+    def __init__(self, lines: AsyncIterator[str], *sources: Source):
+        super().__init__(lines, headers={"cache-control": "no-cache", "x-accel-buffering": "no"})
+        self._sources = sources
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async with AsyncExitStack() as closing:
+            for source in self._sources:
+                closing.push_async_callback(source.aclose)
+            await super().__call__(scope, receive, send)
+
+
+async def _unless_disconnected(request: Request, work: Coroutine[Any, Any, T]) -> T:
+    """Return what comes of `work`; raise ClientDisconnect, and cancel it, if the client goes away."""
+    task = asyncio.create_task(work)
+    gone = asyncio.create_task(_disconnected(request))
     try:
         await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
         if not task.done():
@@ -65,25 +132,3 @@ async def unless_disconnected(request: Request, work: Coroutine[Any, Any, T]) ->
 async def _disconnected(request: Request) -> None:
     while (await request.receive())["type"] != "http.disconnect":
         pass
-
-
-class Closable(Protocol):
-    async def aclose(self) -> None: ...
-
-
-class EventStream(StreamingResponse):
-    """Server-sent events. Whatever ends the response, what they come from is closed before it
-    returns.
-    """
-
-    media_type = "text/event-stream"
-
-    def __init__(self, content: AsyncIterator[str], events: Closable):
-        super().__init__(content, headers={"cache-control": "no-cache", "x-accel-buffering": "no"})
-        self._events = events
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        try:
-            await super().__call__(scope, receive, send)
-        finally:
-            await self._events.aclose()

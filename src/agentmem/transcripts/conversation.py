@@ -5,8 +5,7 @@ leaves.
 from dataclasses import dataclass, field
 from typing import Any
 
-from starlette.requests import Request
-
+from ..agent_key import AgentKey
 from ..errors import NotFound, StoreFailed
 from .registry import TranscriptRegistry
 from .turns import Kind, Messages, Turn, TurnTree, canonical, copies, new_turn
@@ -19,8 +18,7 @@ class TranscriptNotFound(NotFound):
 @dataclass(eq=False)
 class Conversation:
     turns: TranscriptRegistry
-    namespace: str
-    agent_id: str
+    agent: AgentKey
     tree: TurnTree | None  # None: nothing was said before, and no turn is left
     new: Messages  # that the request sent
     parent: Turn | None = None
@@ -47,7 +45,7 @@ class Conversation:
         if self.tree is None or not self.keep:
             return None
         try:
-            tree = await self.turns.loaded(self.namespace, self.agent_id, self.tree)
+            tree = await self.turns.loaded(*self.agent, self.tree)
         except StoreFailed:  # /health has it; the answer is there all the same
             return None
         parent, known = (self.parent, 0) if self.resumed else tree.longest_prefix(self.new)
@@ -57,8 +55,8 @@ class Conversation:
         )
         told = self._told_meanwhile(tree)
         added = [turn, *copies(told, turn)]
-        kept = self.turns.add(self.namespace, self.agent_id, tree, added, ephemeral=self.ephemeral)
-        self.turns.drop(self.namespace, self.agent_id, tree, told[::-1])
+        kept = self.turns.add(*self.agent, tree, added, ephemeral=self.ephemeral)
+        self.turns.drop(*self.agent, tree, told[::-1])
         return turn.id if kept else None
 
     def _told_meanwhile(self, tree: TurnTree) -> list[Turn]:
@@ -93,18 +91,15 @@ def _news(tree: TurnTree, parent: Turn | None, about: dict[str, Any]) -> dict[st
 
 
 def begin(
-    turns: TranscriptRegistry, namespace: str, agent_id: str, messages: Messages, *, keep: bool
+    turns: TranscriptRegistry, agent: AgentKey, messages: Messages, *, keep: bool
 ) -> Conversation:
-    """Of a request that says all that was said before. `keep`: whether it leaves a turn."""
-    return Conversation(
-        turns, namespace, agent_id, turns.open(namespace, agent_id) if keep else None, messages
-    )
+    """Begin that of a request that says all that was said before. `keep`: it leaves a turn."""
+    return Conversation(turns, agent, turns.open(*agent) if keep else None, messages)
 
 
 async def resume(
     turns: TranscriptRegistry,
-    namespace: str,
-    agent_id: str,
+    agent: AgentKey,
     new: Messages,
     turn_id: str | None,
     *,
@@ -116,32 +111,22 @@ async def resume(
     `retried`: the client may have sent the request before; if it left a turn then, that one is not
     gone on from.
     """
-    tree = await turns.tree(namespace, agent_id)
+    tree = await turns.tree(*agent)
     async with tree.appending:  # what is being appended is said before
         parent = tree.newest if turn_id is None else tree.turns.get(turn_id)
     if parent is None or parent.hidden:
-        missing = f"Agent {agent_id[:200]!r} has no transcript to go on from"
+        missing = f"Agent {agent.agent_id[:200]!r} has no transcript to go on from"
         if turn_id is not None:
-            missing = f"Agent {agent_id[:200]!r} has no turn {turn_id[:200]!r}"
+            missing = f"Agent {agent.agent_id[:200]!r} has no turn {turn_id[:200]!r}"
         raise TranscriptNotFound(f"{missing}; send all messages.", param="agentmem.continue")
     if retried and turn_id is None and parent.kind != "context" and _starts_with(parent.items, new):
         parent = tree.turns[parent.parent] if parent.parent else None
     tools = inherited(tree, parent, "tools") or []
-    conversation = Conversation(
-        turns, namespace, agent_id, tree, new, parent, resumed=True, tools=tools
-    )
+    conversation = Conversation(turns, agent, tree, new, parent, resumed=True, tools=tools)
     conversation.from_newest = turn_id is None
     if parent is not None:
         tree.continued[conversation] = parent.id
     return conversation
-
-
-def is_retried(request: Request) -> bool:
-    """Whether the SDKs of OpenAI and Anthropic send it again, after an error or when no answer
-    came.
-    """
-    count = request.headers.get("x-stainless-retry-count", "0")
-    return count.isdigit() and int(count) > 0
 
 
 def _starts_with(items: Messages, new: Messages) -> bool:

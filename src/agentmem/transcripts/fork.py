@@ -5,28 +5,28 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ..chat.render import render
+from ..agent_key import AgentKey
+from ..chat.messages import Chat
 from ..chat.renderer import ChatRenderer
-from ..engine.api import EngineAPI
 from ..errors import InvalidRequest
 from .conversation import inherited, system
+from .registry import TranscriptRegistry
 from .turns import Turn, TurnTree, copies
 
 
-async def copy_transcript(engine: EngineAPI, namespace: str, agent_id: str, to: str) -> None:
+async def copy_transcript(turns: TranscriptRegistry, agent: AgentKey, to: str) -> None:
     """The newest path becomes the transcript of agent `to`, whose turns have ids of their own."""
-    tree = await engine.turns.tree(namespace, agent_id)
+    tree = await turns.tree(*agent)
     path = copies(tree.path(tree.newest), None)
     if path:
-        target = await engine.turns.tree(namespace, to)
-        engine.turns.add(namespace, to, target, path, ephemeral=tree.in_ram_only)
+        target = await turns.tree(agent.namespace, to)
+        turns.add(agent.namespace, to, target, path, ephemeral=tree.in_ram_only)
 
 
 async def cut_transcript(
-    engine: EngineAPI,
+    turns: TranscriptRegistry,
     renderer: ChatRenderer,
-    namespace: str,
-    agent_id: str,
+    agent: AgentKey,
     num_tokens: int,
     branches: Sequence[np.ndarray],
 ) -> None:
@@ -36,7 +36,7 @@ async def cut_transcript(
     What follows them on other paths keeps its messages. `branches`: the agent's, from before the
     cut.
     """
-    tree = await engine.turns.tree(namespace, agent_id)
+    tree = await turns.tree(*agent)
     async with tree.appending:
         path = tree.path(tree.newest)
         fits, too_long = 0, len(path) + 1  # turns: as many as fit, and as many as don't
@@ -46,7 +46,7 @@ async def cut_transcript(
                 fits = middle
             else:
                 too_long = middle
-        await engine.turns.cut(namespace, agent_id, tree, path[fits:])
+        await turns.cut(*agent, tree, path[fits:])
 
 
 async def _length(
@@ -55,10 +55,9 @@ async def _length(
     """Tokens of all that was said up to the end of a turn."""
     instructions, tools = (inherited(tree, turn, name) for name in ("instructions", "tools"))
     messages = [*system(instructions), *tree.messages(turn)]
+    chat = Chat(messages, tools=tools or (), generation_prompt=False)
     try:
-        return len(
-            await render(renderer, messages, branches, tools=tools or (), generation_prompt=False)
-        )
+        return len((await renderer.prompt(chat, branches)).tokens)
     except InvalidRequest:  # too long, for one
         return math.inf
 

@@ -6,9 +6,10 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from agentmem.chat.messages import normalise
 from agentmem.chat.renderer import ChatRenderer
 from agentmem.chat.template import ChatTemplate
-from agentmem.server.api.wire import ChatMessage, chat_messages
+from agentmem.server.api.wire import ChatMessage, said
 from agentmem.tensors import common_prefix
 from support.chat.families import tokenizer_of
 from support.chat.ideal import Need, needs
@@ -16,7 +17,7 @@ from support.chat.play import Step, frozen_date, play, supported
 
 
 def messages_of(step_messages: list[dict]) -> list:
-    return chat_messages([ChatMessage.model_validate(m) for m in step_messages])
+    return normalise(said([ChatMessage.model_validate(m) for m in step_messages]))
 
 
 def steps_of(family: str, conversation: str) -> list[Step]:

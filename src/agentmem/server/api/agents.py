@@ -14,22 +14,13 @@ from starlette.types import Receive, Scope, Send
 
 from ...agent_key import check_agent_id
 from ...chat.renderer import ChatRenderer
-from ...config import Settings
-from ...engine.api import (
-    AgentDetail,
-    EngineAPI,
-    Export,
-    GenerateRequest,
-    SamplingParams,
-)
+from ...engine.api import AgentDetail, Export, SamplingParams
 from ...errors import AgentNotFound, InvalidRequest, StoreFailed
 from ...transcripts.fork import copy_transcript, cut_transcript
+from ..answer import Services
 from ..auth import agent_of, namespace_of
-from ..prefill import answer, prefill
-from .chat_completions import days_of
-from .context import add_context_routes
-from .explain import add_explain_routes
-from .wire import ChatMessage, TemplateInput, Text, Wire, chat_messages
+from ..prefill import prefill, respond
+from .wire import ChatMessage, TemplateInput, Text, Wire
 
 IMPORT_PATH = "/v1/agents/import"  # its body is a file: read as it comes
 
@@ -61,13 +52,8 @@ class PrewarmBody(TemplateInput):
     stream: bool | None = None  # how far it is, see prefill.py
 
 
-def add_agent_routes(
-    app: FastAPI, engine: EngineAPI, renderer: ChatRenderer, settings: Settings
-) -> None:
-    add_context_routes(app, engine, renderer, settings)
-    add_explain_routes(
-        app, engine, renderer, settings
-    )  # before what would take its path for an agent's id
+def add_routes(app: FastAPI, services: Services) -> None:
+    engine = services.engine
 
     @app.get("/v1/agents")
     async def list_agents(request: Request) -> dict[str, Any]:
@@ -82,7 +68,7 @@ def add_agent_routes(
         name = None if agent_id is None else check_agent_id(agent_id)
         try:
             with tempfile.TemporaryFile(
-                dir=settings.home_dir
+                dir=services.settings.home_dir
             ) as file:  # it has no name: nothing is left of it
                 await _receive(request, file, engine.import_limit)
                 return _shown(await engine.import_agent(namespace_of(request), name, file))
@@ -99,18 +85,17 @@ def add_agent_routes(
             raise AgentNotFound(agent_id)
         return {"agent_id": agent_id, "deleted": True}
 
-    _add_memory_routes(app, engine, renderer, settings)
-    _add_copy_routes(app, engine, renderer)
+    _add_memory_routes(app, services)
+    _add_copy_routes(app, services)
 
     @app.post("/v1/store/gc")
     async def collect_garbage() -> dict[str, Any]:
         return {"freed_bytes": await engine.collect_garbage()}
 
 
-def _add_memory_routes(
-    app: FastAPI, engine: EngineAPI, renderer: ChatRenderer, settings: Settings
-) -> None:
-    """Where an agent's cache is, and for how long."""
+def _add_memory_routes(app: FastAPI, services: Services) -> None:
+    """Add what says where an agent's cache is, and for how long."""
+    engine = services.engine
 
     @app.post("/v1/agents/{agent_id:path}/pin")
     async def pin_agent(agent_id: str, request: Request) -> dict[str, Any]:
@@ -145,26 +130,22 @@ def _add_memory_routes(
     async def prewarm_agent(agent_id: str, body: PrewarmBody, request: Request) -> Response:
         """Prefill these messages as a request would, and answer nothing."""
         agent = agent_of(request, check_agent_id(agent_id))
-        branches, days = (
-            engine.branch_tokens(agent),
-            days_of(engine, settings, agent),
-        )
-        tokens = await renderer.render(
-            chat_messages(body.messages), branches, **body.given(), days=days
-        )
-        generate = GenerateRequest(agent, tokens, SamplingParams(max_tokens=0))
-        return await answer(request, partial(prefill, engine, generate), stream=bool(body.stream))
+        prompt = await services.prompt(agent, body.chat(body.messages))
+        generate = services.generate_request(agent, prompt, SamplingParams(max_tokens=0))
+        work = partial(prefill, engine, generate)
+        return await respond(request, work, stream=bool(body.stream))
 
 
-def _add_copy_routes(app: FastAPI, engine: EngineAPI, renderer: ChatRenderer) -> None:
-    """What an agent holds: forked, cut, taken away."""
+def _add_copy_routes(app: FastAPI, services: Services) -> None:
+    """Add what is done with what an agent holds: it is forked, cut, taken away."""
+    engine = services.engine
 
     @app.post("/v1/agents/{agent_id:path}/fork")
     async def fork_agent(agent_id: str, body: ForkBody, request: Request) -> dict[str, Any]:
         to = check_agent_id(body.to, "to")
         forked = await engine.fork_agent(agent_of(request, agent_id), to, body.tokens)
         if body.tokens is None:
-            await copy_transcript(engine, namespace_of(request), agent_id, to)
+            await copy_transcript(services.transcripts, agent_of(request, agent_id), to)
         return _shown(forked)
 
     @app.post("/v1/agents/{agent_id:path}/truncate")
@@ -173,10 +154,10 @@ def _add_copy_routes(app: FastAPI, engine: EngineAPI, renderer: ChatRenderer) ->
         if keep is None:
             assert body.messages is not None
             tokens = await engine.agent_tokens(agent)
-            keep, held = await _messages_end(renderer, tokens, body.messages), len(tokens)
+            keep, held = await _messages_end(services.renderer, tokens, body.messages), len(tokens)
         branches = engine.branch_tokens(agent)
         cut = await engine.truncate_agent(agent, keep, held)
-        await cut_transcript(engine, renderer, *agent, keep, branches)
+        await cut_transcript(services.transcripts, services.renderer, agent, keep, branches)
         return _shown(cut)
 
     @app.post("/v1/agents/{agent_id:path}/export", response_class=Response)

@@ -2,9 +2,7 @@
 was said.
 """
 
-from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Literal
 
 from fastapi import FastAPI, Request
@@ -12,17 +10,15 @@ from pydantic import Field, model_validator
 from starlette.responses import JSONResponse, Response
 
 from ...agent_key import AgentKey, check_agent_id
-from ...chat.render import render
-from ...chat.renderer import ChatRenderer
-from ...config import Settings
-from ...engine.api import EngineAPI, GenerateRequest, SamplingParams
+from ...chat.messages import Chat
+from ...engine.api import SamplingParams
 from ...errors import Conflict
-from ...transcripts.conversation import TranscriptNotFound, inherited, is_retried, system
+from ...transcripts.conversation import TranscriptNotFound, inherited, system
 from ...transcripts.turns import Messages, Turn, TurnTree, canonical, copies, new_turn
-from ..auth import agent_of, namespace_of
-from ..prefill import OnProgress, answer, prefill
-from .chat_completions import days_of
-from .wire import MAX_MESSAGES, AgentLife, ChatMessage, Text, Wire
+from ..answer import Services, is_retried
+from ..auth import agent_of
+from ..prefill import OnProgress, prefill, respond
+from .wire import MAX_MESSAGES, AgentLife, ChatMessage, Text, Wire, said
 
 
 class ContextBody(Wire):
@@ -49,16 +45,14 @@ class ContextBody(Wire):
     def items(self) -> Messages:
         if self.messages is None:
             return [{"role": "user", "content": self.text}]
-        return [message.model_dump(exclude_none=True) for message in self.messages]
+        return said(self.messages)
 
 
-def add_context_routes(
-    app: FastAPI, engine: EngineAPI, renderer: ChatRenderer, settings: Settings
-) -> None:
+def add_routes(app: FastAPI, services: Services) -> None:
     @app.get("/v1/agents/{agent_id:path}/transcript", response_model=None)
     async def show_transcript(agent_id: str, request: Request, turn: str | None = None) -> Response:
-        """All that was said up to a turn, by default the newest."""
-        tree = await engine.turns.tree(namespace_of(request), agent_id)
+        """Show all that was said up to a turn, by default the newest."""
+        tree = await services.transcripts.tree(*agent_of(request, agent_id))
         last = tree.newest if turn is None else tree.turns.get(turn)
         if last is None or last.hidden:
             what = "no transcript" if turn is None else f"no turn {turn[:200]!r}"
@@ -73,13 +67,12 @@ def add_context_routes(
         agent = agent_of(request, check_agent_id(agent_id))
 
         async def work(on_progress: OnProgress | None) -> dict[str, Any]:
-            tree = await engine.turns.tree(*agent)
+            tree = await services.transcripts.tree(*agent)
             async with tree.appending:  # what arrives in pieces is kept in their order
-                to_tokens = partial(render, renderer, days=days_of(engine, settings, agent))
-                told = _Told(engine, to_tokens, agent, tree, body, is_retried(request))
+                told = _Told(services, agent, tree, body, is_retried(request))
                 return await told.run(on_progress)
 
-        return await answer(request, work, stream=bool(body.stream))
+        return await respond(request, work, stream=bool(body.stream))
 
 
 @dataclass(frozen=True)
@@ -138,8 +131,7 @@ def _repeats(turn: Turn, body: ContextBody) -> bool:
 class _Told:
     """One request, while nothing else is appended."""
 
-    engine: EngineAPI
-    to_tokens: Callable[..., Awaitable[list[int]]]  # render.render, but for its first argument
+    services: Services
     agent: AgentKey
     tree: TurnTree
     body: ContextBody
@@ -175,25 +167,24 @@ class _Told:
             inherited(tree, tree.newest, name) for name in ("instructions", "tools")
         )
         before = [*system(instructions), *tree.messages(change.parent)]
-        messages = before + [item for turn in change.turns for item in turn.items]
-        branches = self.engine.branch_tokens(self.agent)
-        options = {"known": len(before), "tools": tools or (), "generation_prompt": False}
-        tokens = await self.to_tokens(messages, branches, **options)
-        self._check_kept()
-        life = self.body.agentmem or AgentLife()
-        params = SamplingParams(max_tokens=0)
-        generate = GenerateRequest(
-            self.agent, tokens, params, ttl=life.ttl, ephemeral=life.ephemeral
+        chat = Chat(
+            [*before, *(item for turn in change.turns for item in turn.items)],
+            known=len(before),
+            tools=tools or (),
+            generation_prompt=False,
         )
-        return await prefill(self.engine, generate, on_progress)
+        prompt = await self.services.prompt(self.agent, chat)
+        self._check_kept()
+        generate = self.services.generate_request(
+            self.agent, prompt, SamplingParams(max_tokens=0), life=self.body.agentmem
+        )
+        return await prefill(self.services.engine, generate, on_progress)
 
     def _commit(self, change: Change) -> None:
         if not change.turns:
             return
-        turns, ephemeral = (
-            self.engine.turns,
-            bool(self.body.agentmem and self.body.agentmem.ephemeral),
-        )
+        turns = self.services.transcripts
+        ephemeral = bool(self.body.agentmem and self.body.agentmem.ephemeral)
         if not turns.add(*self.agent, self.tree, change.turns, ephemeral=ephemeral):
             raise self._deleted()
         for turn in reversed(change.replaced):

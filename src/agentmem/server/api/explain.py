@@ -1,20 +1,16 @@
-"""GET and POST /v1/agents/{id}/explain: why a prompt was, or would be, cached as far as it is, and
-no further.
-"""
+"""GET and POST /v1/agents/{id}/explain: why a prompt was, or would be, cached as far as it is."""
 
 from typing import Any
 
 from fastapi import FastAPI, Request
 from pydantic import Field, model_validator
 
-from ...chat.renderer import ChatRenderer
-from ...config import Settings
 from ...engine.api import EngineAPI, Explanation
 from ...errors import NotFound
 from ...prefix_cache.explain import WORDS
+from ..answer import Services
 from ..auth import agent_of
-from .chat_completions import days_of
-from .wire import MAX_MESSAGES, ChatMessage, TemplateInput, Text, chat_messages
+from .wire import MAX_MESSAGES, ChatMessage, TemplateInput, Text
 
 
 class ExplainBody(TemplateInput):
@@ -30,9 +26,9 @@ class ExplainBody(TemplateInput):
         return self
 
 
-def add_explain_routes(
-    app: FastAPI, engine: EngineAPI, renderer: ChatRenderer, settings: Settings
-) -> None:
+def add_routes(app: FastAPI, services: Services) -> None:
+    engine = services.engine
+
     @app.get("/v1/agents/{agent_id:path}/explain")
     async def explain_last(agent_id: str, request: Request) -> dict[str, Any]:
         found = await engine.explain_agent(agent_of(request, agent_id), None)
@@ -45,15 +41,11 @@ def add_explain_routes(
     @app.post("/v1/agents/{agent_id:path}/explain")
     async def explain_prompt(agent_id: str, body: ExplainBody, request: Request) -> dict[str, Any]:
         agent = agent_of(request, agent_id)
-        branches = engine.branch_tokens(agent)
         if body.messages is not None:
-            days = days_of(engine, settings, agent)  # a request would be dated so
-            tokens = await renderer.render(
-                chat_messages(body.messages), branches, **body.given(), days=days
-            )
+            prompt = await services.prompt(agent, body.chat(body.messages))
         else:
-            tokens = await renderer.text_tokens(body.prompt or "", branches)
-        found = await engine.explain_agent(agent, tokens)
+            prompt = await services.text_prompt(agent, body.prompt or "")
+        found = await engine.explain_agent(agent, prompt.tokens)
         assert found is not None
         return _shown(engine, agent_id, found)
 

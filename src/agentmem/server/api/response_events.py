@@ -1,6 +1,5 @@
 """A Responses answer as it grows: its output items, and the events that tell of each change."""
 
-import json
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -8,6 +7,7 @@ from typing import Any
 from ...chat.answer_parser import Part, Reasoning
 from ...chat.messages import ToolCall
 from ...errors import AgentMemError, Busy
+from ..sse import event_lines
 
 _KINDS = {  # of text: the prefix of the item's id, the type of its part, the name of its events
     "reasoning": ("rs", "reasoning_text", "reasoning_text"),
@@ -139,5 +139,4 @@ class GrowingResponse:
     def _event(self, event: str, /, **fields: Any) -> str:
         self._number += 1
         payload = {"type": f"response.{event}", "sequence_number": self._number, **fields}
-        text = json.dumps(payload, ensure_ascii=False, separators=(",", ":"))
-        return f"event: response.{event}\ndata: {text}\n\n"
+        return event_lines(payload, f"response.{event}")

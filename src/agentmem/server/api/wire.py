@@ -1,4 +1,4 @@
-"""OpenAI's chat wire format: what a request may hold, and the shape of an error.
+"""OpenAI's chat wire format: what a request may hold.
 
 A parameter that promises something about the output is either honoured or refused (`Only`). One
 that promises nothing about it (who asks, how to bill, where to cache) is accepted and not looked
@@ -23,9 +23,10 @@ from pydantic import (
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
-from ...chat.messages import Message, normalise
+from ...chat.messages import Chat
 from ...chat.tools import function_tools
 from ...engine.api import SamplingParams
+from ...transcripts.turns import Messages
 
 MAX_MESSAGES = 10_000  # of a request: they are checked on the event loop
 _SAME_NAME = (  # in the body and in SamplingParams
@@ -38,7 +39,6 @@ _SAME_NAME = (  # in the body and in SamplingParams
     "frequency_penalty",
 )
 _MAX_STOPS, _LONGEST_STOP = 16, 1000  # strings, characters
-_ECHO = 200  # characters of the client's own text (field names) that an error repeats
 
 
 def _unsupported(what: str) -> NoReturn:
@@ -158,9 +158,9 @@ class ChatMessage(Wire):
     annotations: Annotated[Any, Only([])] = None
 
 
-def chat_messages(messages: Sequence[ChatMessage]) -> list[Message]:
-    """In the form that the renderer takes. InvalidRequest names what can't be read."""
-    return normalise([message.model_dump() for message in messages])
+def said(messages: Sequence[ChatMessage]) -> Messages:
+    """Return messages as transcripts hold them, and `Chat` takes them."""
+    return [message.model_dump(exclude_none=True) for message in messages]
 
 
 class AgentLife(Wire):
@@ -193,9 +193,10 @@ class TemplateInput(Wire):
     tools: list[Any] | None = None
     chat_template_kwargs: dict[Text, Any] | None = Field(default=None, max_length=1000)
 
-    def given(self) -> dict[str, Any]:
-        """As ChatRenderer.render takes it. InvalidRequest names what can't be read."""
-        return {"tools": function_tools(self.tools), "options": self.chat_template_kwargs}
+    def chat(self, messages: Sequence[ChatMessage]) -> Chat:
+        """Return what a prompt is rendered from. InvalidRequest names tools that can't be read."""
+        tools = function_tools(self.tools)
+        return Chat(said(messages), tools=tools, options=self.chat_template_kwargs or {})
 
 
 class StreamOptions(Wire):
@@ -226,10 +227,7 @@ class SamplingInput(Wire):
     ignore_eos: bool | None = None
 
     def sampling_params(self, max_tokens: int) -> SamplingParams:
-        """Return what the body says, with SamplingParams' defaults for the rest.
-
-        `max_tokens` already fits the context.
-        """
+        """Return what the body says, with SamplingParams' defaults for the rest."""
         same = {name: getattr(self, name) for name in _SAME_NAME}
         biases = (self.logit_bias or {}).items()
         return SamplingParams(
@@ -286,49 +284,3 @@ class ChatCompletionRequest(TemplateInput, SamplingInput):
     verbosity: Annotated[Any, Only()] = None
     moderation: Annotated[Any, Only()] = None
     web_search_options: Annotated[Any, Only()] = None
-
-
-def error_body(
-    message: str, *, type: str, param: str | None = None, code: str | None = None
-) -> dict[str, Any]:
-    """OpenAI's error shape. Text of the client's that isn't valid Unicode is escaped: the body must
-    be valid UTF-8.
-    """
-
-    def clean(text: str | None) -> str | None:
-        return text and text.encode(errors="backslashreplace").decode()
-
-    return {"error": {"message": clean(message), "type": type, "param": clean(param), "code": code}}
-
-
-_CODES = {
-    "extra_forbidden": "unknown_parameter",
-    "missing": "missing_required_parameter",
-    "unsupported_parameter": "unsupported_parameter",
-    "json_invalid": "invalid_json",
-}
-
-
-def validation_error_body(problem: Any) -> dict[str, Any]:
-    """The error for one of pydantic's problems, as FastAPI reports it (`loc` starts with "body")."""
-    path = [str(key)[:_ECHO] for key in problem["loc"][1:]]
-    kind, message = problem["type"], problem["msg"].removeprefix("Value error, ")
-    code = _CODES.get(kind, "invalid_type" if kind.endswith("_type") else "invalid_value")
-    if kind == "json_invalid":
-        return error_body(
-            f"The body is not valid JSON: {problem['ctx']['error']} at character {path[0]}",
-            type="invalid_request_error",
-            code=code,
-        )
-    if not path:
-        if kind != "value_error":  # that is one of ours, about several fields
-            message = (
-                "The body must be a JSON object, with the header content-type: application/json"
-            )
-        return error_body(message, type="invalid_request_error", code=code)
-    param = ".".join(path)
-    if kind == "extra_forbidden":
-        message = "unknown parameter; this server refuses what it does not honour"
-    if kind == "missing":
-        message = "missing, but required"
-    return error_body(f"{param}: {message}", type="invalid_request_error", param=param, code=code)

@@ -1,0 +1,298 @@
+"""One answer, whatever API asks for it: from what was said to the turn that it leaves.
+
+A file under api/ reads its wire format and writes it; what lies between is done here:
+
+    conversation = await converse(services, request, agent_id, said, options, keep=...)
+    answer = await ask(services, conversation, params, ...)
+    if body.stream:
+        return await stream(request, lines(answer), answer)
+    return JSONResponse(await whole(request, read(answer), answer))
+
+`lines` and `read` are the API's own. Both go through `answer.items()` up to Finished, which comes
+last, and then call `answer.leave_turn(...)`. A prompt that is no chat is answered too, with
+`RunningAnswer(services, services.generate_request(agent, prompt, params))`.
+"""
+
+import time
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from datetime import date
+from typing import Any
+
+from starlette.requests import Request
+
+from ..agent_key import AgentKey
+from ..chat.answer_parser import AnswerParser, Part, message_of
+from ..chat.dates import session_days
+from ..chat.messages import Chat
+from ..chat.renderer import ChatRenderer, Prompt
+from ..config import Settings
+from ..engine.api import (
+    EngineAPI,
+    Finished,
+    GenerateRequest,
+    RequestStats,
+    SamplingParams,
+    TextDelta,
+)
+from ..errors import NotFound
+from ..transcripts.conversation import Conversation, begin, resume
+from ..transcripts.registry import TranscriptRegistry
+from ..transcripts.turns import Kind, Messages
+from . import sse
+from .api.wire import AgentLife, AgentOptions
+from .auth import namespace_of
+from .errors import ErrorResponses
+
+
+@dataclass(frozen=True)
+class Services:
+    """What every API works with."""
+
+    engine: EngineAPI
+    settings: Settings
+    renderer: ChatRenderer
+    transcripts: TranscriptRegistry
+    errors: ErrorResponses
+
+    def check_model(self, name: str) -> None:
+        """Raise NotFound where `name` is not the served model's.
+
+        It may be the whole name, its last path part, or "default".
+        """
+        served = self.engine.model_name
+        if name not in (served, served.rstrip("/").rpartition("/")[2], "default"):
+            message = (
+                f"The model {name[:200]!r} does not exist; this server has {served!r}, "
+                "also known as 'default'."
+            )
+            raise NotFound(message, param="model", code="model_not_found")
+
+    async def prompt(self, agent: AgentKey, chat: Chat) -> Prompt:
+        """Return the prompt of a chat, which goes on from what the agent has cached of it."""
+        branches = self.engine.branch_tokens(agent)
+        return await self.renderer.prompt(chat, branches, self._days(agent))
+
+    async def text_prompt(self, agent: AgentKey, text: str, *, begins: bool = False) -> Prompt:
+        """Return the prompt of a text as it is; `begins` as in ChatRenderer.text_tokens."""
+        branches = self.engine.branch_tokens(agent)
+        tokens = await self.renderer.text_tokens(text, branches, begins=begins)
+        return Prompt(tokens, continues_text=True)
+
+    def generate_request(
+        self,
+        agent: AgentKey,
+        prompt: Prompt,
+        params: SamplingParams,
+        *,
+        life: AgentLife | None = None,
+        priority: int = 0,
+    ) -> GenerateRequest:
+        """Return what the engine is asked; the answer ends where the context does.
+
+        `params.max_tokens` 0: the prompt is cached, and nothing answered.
+        """
+        room = self.engine.max_context - len(prompt.tokens)
+        return GenerateRequest(
+            agent,
+            prompt.tokens,
+            replace(params, max_tokens=min(params.max_tokens, room)),
+            priority=priority,
+            ttl=life.ttl if life else None,
+            ephemeral=life.ephemeral if life else None,
+            continues_text=prompt.continues_text,
+            checkpoint=prompt.checkpoint,
+        )
+
+    def _days(self, agent: AgentKey) -> Sequence[date]:
+        """Return the days whose date the agent's prompts may bear."""
+        now = time.time()
+        created, last_used = self.engine.agent_times(agent) or (now, now)
+        return session_days(created, last_used, now, self.settings.date_session * 3600)
+
+
+async def converse(
+    services: Services,
+    request: Request,
+    agent_id: str,
+    said: Messages,
+    options: AgentOptions | None,
+    *,
+    keep: bool,
+) -> Conversation:
+    """Return where the request stands in the agent's transcript, by what its `options` say.
+
+    It has said all that was said before, and leaves a turn if `keep`; or it goes on from a turn.
+    Raises NotFound where there is no such turn, and StoreFailed.
+    """
+    options = options or AgentOptions()
+    agent = AgentKey(namespace_of(request), agent_id)
+    if options.continue_:
+        retried = is_retried(request)
+        conversation = await resume(
+            services.transcripts, agent, said, options.turn, retried=retried
+        )
+    else:
+        conversation = begin(services.transcripts, agent, said, keep=keep)
+    conversation.ephemeral = bool(options.ephemeral)
+    return conversation
+
+
+def is_retried(request: Request) -> bool:
+    """Return whether OpenAI's or Anthropic's SDK sends it again: no answer came, or an error."""
+    count = request.headers.get("x-stainless-retry-count", "0")
+    return count.isdigit() and int(count) > 0
+
+
+async def ask(
+    services: Services,
+    conversation: Conversation,
+    params: SamplingParams,
+    *,
+    options: Mapping[str, Any] | None = None,
+    may_call: bool = True,
+    max_calls: int = 0,
+    life: AgentLife | None = None,
+    priority: int = 0,
+) -> "RunningAnswer":
+    """Render what was said, with the conversation's tools, and have it answered.
+
+    `options` are the chat template's. Calls are text unless they `may_call`, and of more than
+    `max_calls` the rest is left out (0: none is). Raises InvalidRequest and ContextLengthExceeded.
+    """
+    messages = conversation.messages
+    known = len(messages) - len(conversation.new)
+    chat = Chat(messages, known=known, tools=conversation.tools, options=options or {})
+    prompt = await services.prompt(conversation.agent, chat)
+    parser = AnswerParser(
+        services.renderer.markup,
+        conversation.tools if may_call else [],
+        in_reasoning=prompt.in_reasoning,
+        max_calls=max_calls,
+    )
+    request = services.generate_request(
+        conversation.agent, prompt, params, life=life, priority=priority
+    )
+    return RunningAnswer(services, request, parser, conversation)
+
+
+@dataclass(frozen=True)
+class Begun:
+    """The engine has begun to answer: the prompt is in the cache."""
+
+
+@dataclass(frozen=True)
+class Ping:
+    """Nothing was said for a while; a client may want to know that it is not forgotten."""
+
+
+Item = Begun | Ping | Part | TextDelta | Finished
+
+
+class RunningAnswer:
+    """An answer while it comes. It is not begun before it is read, and must be closed."""
+
+    def __init__(
+        self,
+        services: Services,
+        request: GenerateRequest,
+        parser: AnswerParser | None = None,
+        conversation: Conversation | None = None,
+    ):
+        """Without a parser the text is given as it comes; without a conversation, no turn left."""
+        self.request = request
+        self.parts: list[Part] = []  # so far
+        self.finished: Finished | None = None
+        self._parser, self._conversation = parser, conversation
+        self._events = sse.Events(services.engine.generate(request))
+        self._has_left_turn = False
+
+    async def items(self) -> AsyncIterator[Item]:
+        """Yield what comes, Finished last. Raises what the engine raises, at any time.
+
+        That is: Begun, with pings before it where it takes long; then the parts, or, without a
+        parser, TextDeltas; Ping wherever nothing was said for PING_INTERVAL seconds. A long tool
+        call says nothing until it is whole.
+        """
+        has_begun = False
+        said = time.monotonic()
+        event = await self._events.next(timeout=0)
+        while True:
+            if event is not None and not has_begun:
+                has_begun = True
+                yield Begun()
+            for item in self._read(event):
+                said = time.monotonic()
+                yield item
+            if self.finished is not None:
+                return
+            if event is None or time.monotonic() - said > sse.PING_INTERVAL:
+                said = time.monotonic()
+                yield Ping()
+            event = await self._events.next(sse.PING_INTERVAL)
+
+    def _read(self, event: TextDelta | Finished | None) -> Sequence[Item]:
+        if isinstance(event, Finished):
+            self.finished = event
+        if event is None:
+            return []
+        if self._parser is None:
+            return [event]
+        if isinstance(event, TextDelta):
+            parts = self._parser.feed(event.text)
+            self.parts += parts
+            return parts
+        parts = self._parser.finish(cut=event.cut)
+        self.parts += parts
+        return [*parts, event]
+
+    @property
+    def message(self) -> dict[str, Any]:
+        """What was said so far, as a message in the shape of OpenAI's chat API."""
+        return message_of(self.parts)
+
+    @property
+    def has_calls(self) -> bool:
+        """Whether it has called tools so far."""
+        return self._parser is not None and self._parser.num_calls > 0
+
+    async def leave_turn(
+        self, kind: Kind = "chat", turn_id: str | None = None, **about: Any
+    ) -> dict[str, Any]:
+        """Leave a turn with the answer in the agent's transcript; return what the answer cost.
+
+        To be called once, after Finished. `about` is kept with the turn.
+        """
+        assert self.finished is not None and not self._has_left_turn
+        self._has_left_turn = True
+        turn = None
+        if self._conversation is not None:
+            turn = await self._conversation.finish(kind, [self.message], turn_id, **about)
+        return self.cost(turn)
+
+    def cost(self, turn: str | None = None) -> dict[str, Any]:
+        """Return the field `agentmem` of an answer: what it cost, times in ms, and its turn."""
+        assert self.finished is not None
+        return _cost(self.request.agent.agent_id, self.finished.stats, turn)
+
+    async def ready(self, timeout: float) -> None:
+        await self._events.ready(timeout)
+
+    async def aclose(self) -> None:
+        """Cancel the answer, if it still comes."""
+        await self._events.aclose()
+
+
+def _cost(agent_id: str, stats: RequestStats, turn: str | None) -> dict[str, Any]:
+    return {
+        "agent_id": agent_id,
+        "cache": stats.cache,
+        "cached_tokens": stats.cached_tokens,
+        "cause": stats.cause,
+        "restored_bytes": stats.restored_bytes,
+        "restore_ms": round(stats.restore_ms, 3),
+        "prefill_ms": round(stats.prefill_ms, 3),
+        "ttft_ms": round(stats.ttft_ms, 3),
+        "queue_ms": round(stats.queue_ms, 3),
+        "turn": turn,
+    }

@@ -1,0 +1,148 @@
+"""Errors as responses, each in the shape of the API that its path belongs to."""
+
+from collections.abc import Callable
+from typing import Any, Protocol, cast
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+from starlette.responses import JSONResponse, Response
+from starlette.types import Scope
+
+from ..errors import AgentMemError, Busy, InvalidRequest, Unauthorized
+
+ErrorShape = Callable[[AgentMemError, str], dict[str, Any]]  # an error, a request's id: the body
+
+
+class OnError(Protocol):
+    """What middleware answers with, see `ErrorResponses.response`."""
+
+    def __call__(
+        self, scope: Scope, error: AgentMemError, headers: dict[str, str] | None = None
+    ) -> Response: ...
+
+
+_ECHO = 200  # characters of the client's own text (field names, paths) that an error repeats
+_HTTP_CODES = {400: "invalid_body", 404: "not_found", 405: "method_not_allowed"}
+_VALIDATION_CODES = {
+    "extra_forbidden": "unknown_parameter",
+    "missing": "missing_required_parameter",
+    "unsupported_parameter": "unsupported_parameter",
+    "json_invalid": "invalid_json",
+}
+
+
+def openai_error(error: AgentMemError, request_id: str = "") -> dict[str, Any]:
+    """Return the body of an error as OpenAI's APIs have it; its request id goes in a header.
+
+    Text of the client's that isn't valid Unicode is escaped: the body must be valid UTF-8.
+    """
+
+    def clean(text: str | None) -> str | None:
+        return text and text.encode(errors="backslashreplace").decode()
+
+    return {
+        "error": {
+            "message": clean(error.message),
+            "type": error.type,
+            "param": clean(error.param),
+            "code": error.code,
+        }
+    }
+
+
+class ErrorResponses:
+    """Every error of the server becomes a response here, in OpenAI's shape where no other is set.
+
+    An API sets its own for the paths that it serves, in its `add_routes`.
+    """
+
+    def __init__(self) -> None:
+        self._shapes: dict[str, ErrorShape] = {}
+
+    def set_shape(self, prefix: str, shape: ErrorShape) -> None:
+        """Give errors this shape on the path `prefix` and on all paths below it."""
+        self._shapes[prefix] = shape
+
+    def response(
+        self, scope: Scope, error: AgentMemError, headers: dict[str, str] | None = None
+    ) -> Response:
+        """Return the response to the request of `scope`, which RequestId has seen."""
+        headers = dict(headers or {})
+        if isinstance(error, Busy):
+            headers["retry-after"] = str(error.retry_after)
+        if isinstance(error, Unauthorized):
+            headers["www-authenticate"] = "Bearer"
+        body = self._shape(scope["path"])(error, scope["agentmem.request_id"])
+        return JSONResponse(body, error.status, headers)
+
+    def add_handlers(self, app: FastAPI) -> None:
+        app.add_exception_handler(AgentMemError, self._on_agentmem_error)
+        app.add_exception_handler(RequestValidationError, self._on_validation_error)
+        app.add_exception_handler(HTTPException, self._on_http_error)
+        app.add_exception_handler(ClientDisconnect, self._on_disconnect)
+        app.add_exception_handler(Exception, self._on_bug)
+
+    def _shape(self, path: str) -> ErrorShape:
+        while path:
+            if path in self._shapes:
+                return self._shapes[path]
+            path = path.rpartition("/")[0]
+        return openai_error
+
+    async def _on_agentmem_error(self, request: Request, exc: Exception) -> Response:
+        return self.response(request.scope, cast(AgentMemError, exc))
+
+    async def _on_validation_error(self, request: Request, exc: Exception) -> Response:
+        problem = cast(RequestValidationError, exc).errors()[0]
+        return self.response(request.scope, _invalid_body(problem))
+
+    async def _on_http_error(self, request: Request, exc: Exception) -> Response:
+        """Answer Starlette's own errors.
+
+        These are unknown routes (404) and methods (405), and bodies that FastAPI can't decode (400).
+        """
+        http = cast(HTTPException, exc)
+        error: AgentMemError = InvalidRequest(
+            f"{http.detail} ({request.method} {request.url.path[:_ECHO]})"
+        )
+        error.status = http.status_code
+        error.code = _HTTP_CODES.get(http.status_code)
+        return self.response(request.scope, error, dict(http.headers or {}))
+
+    async def _on_disconnect(self, request: Request, exc: Exception) -> Response:
+        return Response(status_code=499)  # nobody is there to read it
+
+    async def _on_bug(self, request: Request, exc: Exception) -> Response:
+        """Answer what nobody expected. Starlette raises `exc` again, and uvicorn logs its traceback.
+
+        This runs outside of the middleware that gives responses their request id.
+        """
+        error = AgentMemError("The server had an internal error; its log says more.")
+        request_id = request.scope["agentmem.request_id"]
+        return self.response(request.scope, error, {"x-request-id": request_id})
+
+
+def _invalid_body(problem: Any) -> InvalidRequest:
+    """Return the error for one of pydantic's problems, whose `loc` starts with "body"."""
+    path = [str(key)[:_ECHO] for key in problem["loc"][1:]]
+    kind = problem["type"]
+    message = problem["msg"].removeprefix("Value error, ")
+    code = _VALIDATION_CODES.get(
+        kind, "invalid_type" if kind.endswith("_type") else "invalid_value"
+    )
+    if kind == "json_invalid":
+        why = f"{problem['ctx']['error']} at character {path[0]}"
+        return InvalidRequest(f"The body is not valid JSON: {why}", code=code)
+    if not path:
+        if kind != "value_error":  # that is one of ours, about several fields
+            what = "a JSON object, with the header content-type: application/json"
+            message = f"The body must be {what}"
+        return InvalidRequest(message, code=code)
+    param = ".".join(path)
+    if kind == "extra_forbidden":
+        message = "unknown parameter; this server refuses what it does not honour"
+    if kind == "missing":
+        message = "missing, but required"
+    return InvalidRequest(f"{param}: {message}", param=param, code=code)
