@@ -16,10 +16,22 @@ import xxhash
 
 from agentmem.config import Settings
 from agentmem.server.app import create_app
-from support.chat_http import FLAGS, KEYS, answered, path, refused, text, user, words, write_keys
-from support.fake_engine import FakeEngine
+from support.chat_http import (
+    FLAGS,
+    KEYS,
+    answered,
+    path,
+    refused,
+    text,
+    transcript,
+    user,
+    words,
+    write_keys,
+)
+from support.fake_engine import CHATML, FakeEngine, tiny_tokenizer
 from support.server_process import ServerProcess
-from support.tiny import BLOCK, random_tokens
+from support.tiny import BLOCK, VOCAB, random_tokens
+from support.tiny_model_dir import write_tiny_model
 
 
 @pytest.fixture
@@ -139,6 +151,31 @@ def test_messages_are_counted_as_the_template_renders_them_and_their_ends_found(
     kept = post(server, "turns", "truncate", json={"messages": 4})["tokens"]
     chat = server.chat([*history[:4], user(5, 20)], agent="turns")
     assert cached(chat)[1] == kept
+
+
+def test_a_message_that_the_template_put_in_is_not_counted_unless_it_was_sent(tmp_path):
+    model = write_tiny_model(tmp_path / "tiny")
+    put_in = {"role": "system", "content": "w9 w10"}
+    own = "{% if messages[0].role != 'system' %}<s> system w9 w10 </s> {% endif %}"
+    tiny_tokenizer(own + CHATML, size=VOCAB)._tokenizer.save_pretrained(model)
+    with ServerProcess(tmp_path / "home", *FLAGS, model=model) as server:
+        for agent, before in (("put in", []), ("sent", [put_in])):
+            said = [*before, user(20, 1)]
+            said.append(answered(server.chat(said, agent=agent)))
+            too_many = refused(server.client.post(path(agent, "truncate"), json={"messages": 9}))
+            assert f"1 to {len(said)}:" in too_many[3]
+            question = {"messages": len(before) + 1}
+            assert post(server, agent, "truncate", json=question)["tokens"] == (3 + 2) + (2 + 20)
+        assert server.stop() == 0
+
+
+def test_a_conversation_that_was_cut_to_nothing_can_be_cut_again(server):
+    """Its newest turn marks the place, and says nothing."""
+    for seed in (60, 61):
+        server.chat([user(30, seed)], agent="cut to nothing")
+    for keep in ({"messages": 1}, {"tokens": 10}, {"tokens": 3}):
+        post(server, "cut to nothing", "truncate", json=keep)
+    assert transcript(server, "cut to nothing")["messages"] == []
 
 
 def test_an_answer_does_not_wait_until_the_client_acknowledges_its_first_bytes(server):

@@ -228,6 +228,8 @@ class ChatRenderer:
         options: Mapping[str, Any],
         generation_prompt: bool,
     ) -> list[int]:
+        if not messages:
+            raise InvalidRequest("There are no messages.", param="messages")
         if not self._tokenizer.has_chat_template:
             raise InvalidRequest(
                 "This model has no chat template, so it can't take messages; serve its instruct or chat variant.",

@@ -19,6 +19,7 @@ from dataclasses import dataclass, replace
 from datetime import date
 from typing import Any
 
+import numpy as np
 from starlette.requests import Request
 
 from ..agent_key import AgentKey
@@ -68,9 +69,15 @@ class Services:
             )
             raise NotFound(message, param="model", code="model_not_found")
 
-    async def prompt(self, agent: AgentKey, chat: Chat) -> Prompt:
-        """Return the prompt of a chat, which goes on from what the agent has cached of it."""
-        branches = self.engine.branch_tokens(agent)
+    async def prompt(
+        self, agent: AgentKey, chat: Chat, branches: Sequence[np.ndarray] | None = None
+    ) -> Prompt:
+        """Return the prompt of a chat, which goes on from what the agent has cached of it.
+
+        `branches`: token ids to go on from instead of those.
+        """
+        if branches is None:
+            branches = self.engine.branch_tokens(agent)
         return await self.renderer.prompt(chat, branches, self._days(agent))
 
     async def text_prompt(self, agent: AgentKey, text: str, *, begins: bool = False) -> Prompt:

@@ -14,7 +14,7 @@ from weakref import WeakValueDictionary
 from ..agent_key import AgentKey
 from ..errors import AgentMemError, StoreFailed
 from ..store.writer.turns import TurnTable
-from .turns import Turn, TurnTree, new_turn
+from .turns import Turn, TurnTree, copies, new_turn
 
 MAX_RAM = 64 << 20  # bytes, about, of turns that nobody works with
 MAX_TREES = 256  # of agents that nobody works with
@@ -159,6 +159,14 @@ class TranscriptRegistry:
                 await asyncio.wrap_future(done)
         except (OSError, sqlite3.Error, AgentMemError) as e:
             raise StoreFailed(f"What was said may still be on disk: {e}; delete it again") from e
+
+    async def copy(self, agent: AgentKey, to: str) -> None:
+        """Make the newest path the transcript of agent `to`, whose turns have ids of their own."""
+        tree = await self.tree(*agent)
+        path = copies(tree.path(tree.newest), None)
+        if path:
+            target = await self.tree(agent.namespace, to)
+            self.add(agent.namespace, to, target, path, ephemeral=tree.in_ram_only)
 
     async def cut(self, namespace: str, agent: str, tree: TurnTree, turns: list[Turn]) -> None:
         """Forget the last turns of the newest path, which goes on from where they began. Raises

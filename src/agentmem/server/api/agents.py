@@ -1,28 +1,33 @@
 """/v1/agents: what can be done to agents, and with their caches. /v1/store/gc."""
 
 import asyncio
+import math
 import os
 import tempfile
+from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
 from typing import IO, Any
 
+import numpy as np
 from fastapi import FastAPI, Request
 from pydantic import Field, model_validator
 from starlette.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from ...agent_key import check_agent_id
-from ...chat.renderer import ChatRenderer
+from ...agent_key import AgentKey, check_agent_id
+from ...chat.messages import SYSTEM_ROLES, Chat
 from ...engine.api import AgentDetail, Export, SamplingParams
 from ...errors import AgentNotFound, InvalidRequest, StoreFailed
-from ...transcripts.fork import copy_transcript, cut_transcript
+from ...transcripts.conversation import inherited, system
+from ...transcripts.turns import Turn, TurnTree
 from ..answer import Services
 from ..auth import agent_of, namespace_of
 from ..prefill import prefill, respond
 from .wire import ChatMessage, TemplateInput, Text, Wire
 
 IMPORT_PATH = "/v1/agents/import"  # its body is a file: read as it comes
+_NEVER_CACHED = 4  # tokens: the last of an answer, and what closes its message
 
 
 class ForkBody(Wire):
@@ -145,7 +150,7 @@ def _add_copy_routes(app: FastAPI, services: Services) -> None:
         to = check_agent_id(body.to, "to")
         forked = await engine.fork_agent(agent_of(request, agent_id), to, body.tokens)
         if body.tokens is None:
-            await copy_transcript(services.transcripts, agent_of(request, agent_id), to)
+            await services.transcripts.copy(agent_of(request, agent_id), to)
         return _shown(forked)
 
     @app.post("/v1/agents/{agent_id:path}/truncate")
@@ -154,10 +159,10 @@ def _add_copy_routes(app: FastAPI, services: Services) -> None:
         if keep is None:
             assert body.messages is not None
             tokens = await engine.agent_tokens(agent)
-            keep, held = await _messages_end(services.renderer, tokens, body.messages), len(tokens)
+            keep, held = await _messages_end(services, agent, tokens, body.messages), len(tokens)
         branches = engine.branch_tokens(agent)
         cut = await engine.truncate_agent(agent, keep, held)
-        await cut_transcript(services.transcripts, services.renderer, agent, keep, branches)
+        await _cut_transcript(services, agent, keep, branches)
         return _shown(cut)
 
     @app.post("/v1/agents/{agent_id:path}/export", response_class=Response)
@@ -181,13 +186,73 @@ class _Archive(StreamingResponse):
             await asyncio.to_thread(self._export.close)
 
 
-async def _messages_end(renderer: ChatRenderer, tokens: list[int], keep: int) -> int:
-    """Where the first `keep` messages end, in tokens."""
-    starts = await renderer.message_starts(tokens)
+async def _messages_end(services: Services, agent: AgentKey, tokens: list[int], keep: int) -> int:
+    """Return where the first `keep` messages that were sent end, in tokens."""
+    starts = await services.renderer.message_starts(tokens)
+    if len(starts) > 1 and await _begins_with_templates_own(services, agent, tokens[: starts[1]]):
+        del starts[1]  # what the template put in goes with the first message
     if keep > len(starts):
         message = f"messages must be 1 to {len(starts)}: that is how many the cache holds."
         raise InvalidRequest(message, param="messages")
     return len(tokens) if keep == len(starts) else starts[keep]
+
+
+async def _begins_with_templates_own(services: Services, agent: AgentKey, first: list[int]) -> bool:
+    """Return whether the first message in the cache is one that nobody sent.
+
+    The template puts it in where a chat has no system message, so it begins a chat of one word too.
+    """
+    tree = await services.transcripts.tree(*agent)
+    said = tree.messages(tree.newest)
+    if inherited(tree, tree.newest, "instructions") or (said and said[0]["role"] in SYSTEM_ROLES):
+        return False
+    tools = inherited(tree, tree.newest, "tools")
+    word = Chat([{"role": "user", "content": "1"}], tools=tools or (), generation_prompt=False)
+    prompt = await services.prompt(agent, word, [np.array(first)])
+    starts = await services.renderer.message_starts(prompt.tokens)
+    return len(starts) > 1 and prompt.tokens[: starts[1]] == first
+
+
+async def _cut_transcript(
+    services: Services, agent: AgentKey, num_tokens: int, branches: Sequence[np.ndarray]
+) -> None:
+    """Forget the last turns of the newest path, as far as they are not within `num_tokens`.
+
+    What follows them on other paths keeps its messages. `branches`: the agent's, from before its
+    cache was cut to its first `num_tokens`.
+    """
+    tree = await services.transcripts.tree(*agent)
+    async with tree.appending:
+        path = tree.path(tree.newest)
+        fits = 0  # turns
+        too_many = len(path) + 1
+        while too_many - fits > 1:
+            middle = (fits + too_many) // 2
+            length = await _length(services, agent, tree, path[middle - 1], branches)
+            if length <= num_tokens + _NEVER_CACHED:
+                fits = middle
+            else:
+                too_many = middle
+        await services.transcripts.cut(*agent, tree, path[fits:])
+
+
+async def _length(
+    services: Services,
+    agent: AgentKey,
+    tree: TurnTree,
+    turn: Turn,
+    branches: Sequence[np.ndarray],
+) -> float:
+    """Return how many tokens all that was said up to the end of a turn takes."""
+    messages = [*system(inherited(tree, turn, "instructions")), *tree.messages(turn)]
+    if not messages:  # a cut, which marks where a path goes on, and says nothing
+        return 0
+    tools = inherited(tree, turn, "tools") or ()
+    chat = Chat(messages, tools=tools, generation_prompt=False)
+    try:
+        return len((await services.prompt(agent, chat, branches)).tokens)
+    except InvalidRequest:  # too long, for one
+        return math.inf
 
 
 async def _receive(request: Request, file: IO[bytes], limit: int) -> None:
