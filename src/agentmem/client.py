@@ -5,10 +5,11 @@ import re
 from collections.abc import Generator
 from contextlib import closing
 from typing import Any
+from urllib.parse import quote
 
 import httpx
 
-from .errors import AgentMemError, StartupError
+from .errors import AgentMemError, StartupError, Unauthorized, program
 
 _TIMEOUT = httpx.Timeout(10.0, read=None)  # s; an answer may wait for a long prefill
 _HEALTH_SECONDS = 10.0
@@ -19,8 +20,9 @@ class RequestFailed(AgentMemError):
 
 
 class Client:
-    def __init__(self, url: str, api_key: str | None = None):
-        """`url` with or without /v1."""
+    def __init__(self, url: str, api_key: str | None = None, *, if_absent: str = ""):
+        """Take a `url` with or without /v1; `if_absent` says what to do where nobody answers."""
+        self._if_absent = if_absent or f"start it ({program()} serve), or give --url"
         self.url = url.rstrip("/").removesuffix("/v1")
         # a proxy of the environment's is for other machines
         self._proxies = (
@@ -54,7 +56,7 @@ class Client:
             )
             found = response.json() if response.status_code in (200, 503) else None
         except httpx.ConnectError:
-            raise _nobody_at(self.url) from None
+            raise self._nobody() from None
         except (httpx.HTTPError, httpx.InvalidURL) as e:
             raise StartupError(f"{self.url}: {type(e).__name__}: {e}") from None
         except ValueError:
@@ -103,7 +105,7 @@ class Client:
                     raise _failed(response)
                 yield from response.iter_bytes()
         except httpx.ConnectError:
-            raise _nobody_at(self.url) from None
+            raise self._nobody() from None
         except (httpx.RemoteProtocolError, httpx.ReadError):
             raise StartupError(
                 f"the server at {self.url} went away before its answer was whole"
@@ -111,15 +113,36 @@ class Client:
         except (httpx.HTTPError, httpx.InvalidURL) as e:
             raise StartupError(f"{self.url}: {type(e).__name__}: {e}") from None
 
+    def _nobody(self) -> StartupError:
+        return StartupError(f"no server answers at {self.url}: {self._if_absent}")
 
-def _nobody_at(url: str) -> StartupError:
-    return StartupError(f"no server answers at {url}: start it (agentmem serve), or give --url")
+
+def agent_path(agent_id: str, operation: str = "") -> str:
+    """Return the path of an agent, or of an operation such as "/fork" on it."""
+    # dots too: clients and proxies resolve "/../"
+    name = quote(check_utf8(agent_id) or "", safe="").replace(".", "%2E")
+    return f"/v1/agents/{name}{operation}"
+
+
+def check_utf8(text: str | None) -> str | None:
+    """Return an argument, or raise StartupError where no request can carry it.
+
+    What is not valid UTF-8 reaches Python as lone surrogates.
+    """
+    try:
+        (text or "").encode()
+    except UnicodeEncodeError:
+        raise StartupError(f"{text!r} is not valid UTF-8, so it can't be an agent's id") from None
+    return text
 
 
 def _failed(response: httpx.Response) -> RequestFailed:
     try:
         error = response.json()["error"]
-        return RequestFailed(error["message"], code=error.get("code"))
+        message, code = error["message"], error.get("code")
+        if code == Unauthorized.code:
+            message += " Give a key with --api-key or AGENTMEM_API_KEY."
+        return RequestFailed(message, code=code)
     except (ValueError, KeyError, TypeError, AttributeError):
         where = f"{response.request.url} answered {response.status_code}"
         return RequestFailed(f"{where}: is this an agentmem server?")

@@ -1,11 +1,29 @@
-"""The project's errors: one small tree, mapped to HTTP in server/app.py and to exit codes in
-cli.py.
+"""The project's errors: one small tree.
+
+server/app.py maps it to HTTP, and cli/main.py to exit codes.
 """
+
+import shutil
+import sys
+from pathlib import Path
+
+
+def program() -> str:
+    """Return how the user calls `agentmem`, for hints: by its path where PATH does not know it."""
+    called = Path(sys.argv[0])
+    if called.parts[-2:] == ("agentmem", "__main__.py"):
+        return f"{sys.executable} -m agentmem"
+    if called.name != "agentmem":
+        return "agentmem"  # a script or a test that calls it
+    on_path = shutil.which("agentmem")
+    is_on_path = on_path is not None and Path(on_path).resolve() == called.resolve()
+    return "agentmem" if is_on_path else str(called)
 
 
 class AgentMemError(Exception):
-    """Base of every error that a user may see. `message` says what is wrong and what would be
-    right.
+    """Base of every error that a user may see.
+
+    `message` says what is wrong and what would be right.
     """
 
     status = 500
@@ -34,7 +52,7 @@ class ContextLengthExceeded(InvalidRequest):
     def __init__(
         self, prompt_tokens: int, max_context: int, why: str = "", *, param: str = "messages"
     ):
-        """`why`: what sets the limit, if not the model; `param`: the field that is too long."""
+        """Name the limit; `why`: what sets it, if not the model; `param`: what is too long."""
         results = "results" if param == "prompt" else "result"
         super().__init__(
             f"This model's maximum context length is {max_context} tokens{why}, of which at least "
@@ -42,7 +60,8 @@ class ContextLengthExceeded(InvalidRequest):
             f"Shorten the {param}.",
             param=param,
         )
-        self.prompt_tokens, self.max_context = prompt_tokens, max_context
+        self.prompt_tokens = prompt_tokens
+        self.max_context = max_context
 
 
 class Unauthorized(AgentMemError):
@@ -127,6 +146,7 @@ class StoreError(StartupError):
 
 
 class CorruptSegment(AgentMemError):
-    """A stored file that is missing, short, or fails its checksum. Never served; the caller
-    re-prefills.
+    """A stored file that is missing, short, or fails its checksum.
+
+    It is never served; the caller prefills again.
     """

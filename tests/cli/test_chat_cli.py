@@ -22,7 +22,10 @@ from support.tiny_model_dir import write_tiny_model
 
 FLAGS = ("--block-size", str(BLOCK), "--prefill-chunk", "64", "--tail-delay", "0.05")
 LONG = 400  # tokens of every answer: long enough to be stopped
-COST = r"(cold|warm|hot), ([\d,]+) of ([\d,]+) tokens cached, [\d,]+ ms to the first token, ([\d,]+) tokens at [\d.]+/s"
+COST = (
+    r"(cold|warm|hot), ([\d,]+) of ([\d,]+) tokens cached, [\d,]+ ms to the first token, "
+    r"([\d,]+) tokens at [\d.]+/s"
+)
 
 
 @pytest.fixture(scope="module")
@@ -59,8 +62,9 @@ def words(n: int, seed: int) -> str:
 
 
 def figures(terminal: Terminal) -> tuple[str, int, int, int]:
-    """Of an answer that ended: where its cache was, tokens cached, tokens of the prompt, tokens of
-    the answer.
+    """Return where the cache of an answer that ended was, and three numbers of tokens.
+
+    They are those that were cached, those of the prompt, and those of the answer.
     """
     cache, *numbers = terminal.until(COST).groups()
     return cache, *(int(number.replace(",", "")) for number in numbers)
@@ -134,6 +138,8 @@ def test_a_chat_resumes_forks_takes_instructions_and_shows_what_is_held(server, 
         figures(terminal)
         terminal.line("/nothing")
         terminal.until("there is no /nothing")
+        terminal.line("/fork")
+        terminal.until("usage: /fork NAME.*\n+one> ")
         terminal.line("/fork two")
         terminal.until("two goes on from here\n+two> ")
         terminal.line("/system w11")
@@ -141,7 +147,8 @@ def test_a_chat_resumes_forks_takes_instructions_and_shows_what_is_held(server, 
         figures(terminal)
         terminal.line("/stats")
         terminal.until(
-            r"two: hot, \d+ tokens, 1 branch, [\d.]+ KB in RAM, .*\nthis chat: \d+ of \d+ .* 2 answers"
+            r"two: hot, \d+ tokens, 1 branch, [\d.]+ KB in RAM, .*\n"
+            r"this chat: \d+ of \d+ .* 2 answers"
         )
         terminal.line("/help")
         terminal.until("/quit +leave[^>]*two> ")
@@ -260,7 +267,7 @@ def piped(
     command = [
         sys.executable,
         "-m",
-        "agentmem.cli.main",
+        "agentmem",
         "chat",
         "--url",
         url,

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import pytest
 
-from agentmem.cli.explain import _body
+from agentmem.cli.agents import _prompt_body
 from agentmem.store.agent_store import AgentStore
 from agentmem.store.files.layout import Layout
 from agentmem.store.upkeep.fsck import holder
@@ -30,13 +30,13 @@ from support.chat_http import FLAGS, text, user, words
 from support.commands import KEY, chat
 from support.server_process import ServerProcess
 
-COMMAND = (sys.executable, "-m", "agentmem.cli.main")
+COMMAND = (sys.executable, "-m", "agentmem")
 REFUSED, FAULT = 1, 2  # exit codes: by the server; of the user, or no server
 
 
 @pytest.fixture(scope="module")
 def server(model, tmp_path_factory):
-    """With a key, which the command line gets by its environment."""
+    """A server with a key, which the command line gets by its environment."""
     directory = tmp_path_factory.mktemp("server")
     keys = directory / "keys.toml"
     keys.write_text(f'default = "{KEY}"\n')
@@ -73,7 +73,7 @@ def cli(environment):
 @pytest.fixture
 def agents(cli):
     def run(*arguments: object, **options) -> object:
-        """Of an `agentmem agents` command that succeeds: the JSON that it prints."""
+        """Return the JSON that an `agentmem agents` command prints; it succeeds."""
         done = cli("agents", *arguments, **options)
         assert (done.returncode, done.stderr) == (0, "")
         return json.loads(done.stdout)
@@ -173,6 +173,25 @@ def test_what_the_server_refuses_is_one_line_and_exit_code_1(server, cli, tmp_pa
         "tokens must be 1 to": ("fork", "refuses", "x", "--tokens", 0),
     }
     all_fail(cli, REFUSED, cases)
+
+
+def test_url_and_key_may_stand_before_and_after_the_verb(server, cli, environment):
+    plain = {k: v for k, v in environment.items() if not k.startswith("AGENTMEM_")}
+    url, key = ("--url", server.url), ("--api-key", KEY)
+    for arguments in (
+        (*url, *key, "list", "--json"),
+        ("list", "--json", *url, *key),
+        (*key, "list", *url, "--json"),
+        ("--url", "http://127.0.0.1:1", "list", *url, *key, "--json"),  # the nearer one counts
+    ):
+        done = cli("agents", *arguments, env=plain)
+        assert (done.returncode, done.stderr) == (0, ""), arguments
+        assert isinstance(json.loads(done.stdout), list)
+    done = cli("agents", *url, *key, "list", env=environment | {"AGENTMEM_URL": "http://[::1]:1"})
+    assert done.returncode == 0
+    assert "--api-key or AGENTMEM_API_KEY" in failed(
+        cli("agents", "list", *url, env=plain), REFUSED
+    )
 
 
 class SomethingElse(BaseHTTPRequestHandler):
@@ -427,4 +446,4 @@ def test_explain_says_where_a_prompt_parts_from_what_is_cached(cli, server, tmp_
     ],
 )
 def test_what_is_explained_of_a_file_is_a_request_a_chat_or_a_rendered_text(text, body):
-    assert _body(text) == body
+    assert _prompt_body(text) == body

@@ -1,20 +1,28 @@
-"""Settings: where they come from, which wins, what a wrong one says. And the command line that
-takes them.
-"""
+"""Settings: where they come from, which wins, what a wrong one says, and what --help tells."""
 
 import json
+import re
 import subprocess
 import sys
+from typing import get_args
 
 import pytest
 
-from agentmem.config import Settings, load_settings, parse_bytes, resolve
+from agentmem.config import (
+    Settings,
+    Unit,
+    default_text,
+    load_settings,
+    parse_bytes,
+    parse_share,
+    resolve,
+)
 from agentmem.errors import StartupError
 
 
 def agentmem(*args: str, **kwargs) -> subprocess.CompletedProcess:
     return subprocess.run(
-        [sys.executable, "-m", "agentmem.cli.main", *args],
+        [sys.executable, "-m", "agentmem", *args],
         capture_output=True,
         text=True,
         timeout=60,
@@ -49,6 +57,13 @@ def test_sizes_are_read_in_binary_units(text, expected):
     assert parse_bytes(text) == expected
 
 
+@pytest.mark.parametrize("text", ["1,5G", "8G of RAM", "8X", "G", "1.5.3G", "1e999"])
+def test_a_size_is_refused_as_a_whole(text):
+    for parse in (parse_bytes, parse_share):
+        with pytest.raises(ValueError, match="is not a size"):
+            parse(text)
+
+
 @pytest.mark.parametrize(
     ("flags", "named"),
     [
@@ -69,6 +84,28 @@ def test_a_wrong_setting_is_one_line_that_names_it(flags, named):
     assert "\n" not in str(error.value)
 
 
+def test_an_unknown_setting_of_a_file_is_named_with_the_one_that_is_meant(tmp_path):
+    file = tmp_path / "serve.toml"
+    file.write_text('port = 1\nkv_bit = "4"\nfrobnicate = 1\n')
+    with pytest.raises(StartupError) as error:
+        load_settings({}, file)
+    meant = f"there is no setting kv_bit: did you mean kv_bits? ({file}: kv_bit = 4)"
+    unknown = "there is no setting frobnicate: agentmem serve --help lists them all"
+    assert meant in str(error.value) and unknown in str(error.value)
+
+
+def test_a_wrong_value_is_shown_with_where_it_came_from(tmp_path, monkeypatch):
+    file = tmp_path / "serve.toml"
+    file.write_text('kv_budget = "lots"\nport = 99999\nmax_running = 0\n')
+    monkeypatch.setenv("AGENTMEM_PORT", "-1")
+    with pytest.raises(StartupError) as error:
+        load_settings({"max_running": "many"}, file)
+    said = str(error.value)
+    for origin in (f"({file}: kv_budget = lots)", "(AGENTMEM_PORT=-1)", "(--max-running many)"):
+        assert origin in said
+    assert "99999" not in said
+
+
 @pytest.mark.parametrize(
     ("text", "of_8_gib"), [("50%", 4 << 30), ("1.5G", 3 << 29), ("64000", 64000)]
 )
@@ -84,15 +121,40 @@ def test_an_unreadable_config_file_is_a_startup_error(tmp_path):
             load_settings({}, path)
 
 
-def test_every_setting_is_an_option_of_serve_with_its_default():
-    text = " ".join(
-        agentmem("serve", "--help", env={"COLUMNS": "400", "PATH": "/usr/bin"}).stdout.split()
-    )
+@pytest.fixture(scope="module")
+def serve_help() -> str:
+    """What `agentmem serve --help` tells, in one line."""
+    environment = {"COLUMNS": "400", "PATH": "/usr/bin"}
+    return " ".join(agentmem("serve", "--help", env=environment).stdout.split())
+
+
+def test_every_setting_is_an_option_of_serve_with_its_unit_and_default(serve_help):
     for name, field in Settings.model_fields.items():
-        assert f"--{name.replace('_', '-')} " in text
-        if field.default_factory is None and field.default not in (None, []):
-            default = f"{field.default:.0%}" if field.annotation == int | float else field.default
-            assert f"(default: {default})" in text
+        flag = f"--{name.replace('_', '-')}"
+        if field.annotation is bool:
+            assert f"{flag} --no{flag[1:]} " in serve_help
+            continue
+        units = [unit.name for unit in field.metadata if isinstance(unit, Unit)]
+        (unit,) = units or ["|".join(get_args(field.annotation))]
+        assert f"{flag} {unit} {field.description}" in serve_help
+
+
+def test_a_default_that_help_shows_can_be_given_back(serve_help):
+    for name, field in Settings.model_fields.items():
+        if field.default in (None, []):
+            assert default_text(name) is None
+            continue
+        shown = default_text(name)
+        assert f"{field.description} (default: {shown})" in serve_help
+        assert getattr(load_settings({name: shown}), name) == field.default
+
+
+def test_help_shows_sizes_as_sizes_and_seconds_only_where_they_are(serve_help):
+    assert "SIZE|PERCENT Space that the store leaves free on its disk (default: 1G)" in serve_help
+    assert "SIZE Largest request body, such as 8M (default: 8M)" in serve_help
+    assert "--kv-budget SIZE|PERCENT" in serve_help and "(default: 60%)" in serve_help
+    assert "--date-session HOURS" in serve_help and "--write-amplification RATIO" in serve_help
+    assert set(re.findall(r"(\S+) SECONDS", serve_help)) == {"--tail-delay", "--grace"}
 
 
 def test_a_wrong_setting_on_the_command_line_exits_with_2():

@@ -36,7 +36,7 @@ def server(tmp_path_factory):
 
 def status(url: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess:
     plain = {k: v for k, v in os.environ.items() if not k.startswith("AGENTMEM_")}
-    command = [sys.executable, "-m", "agentmem.cli.main", "status", *arguments]
+    command = [sys.executable, "-m", "agentmem", "status", *arguments]
     environment = plain | environment | {"AGENTMEM_URL": url}
     return subprocess.run(command, capture_output=True, text=True, timeout=60, env=environment)
 

@@ -22,8 +22,15 @@ import pytest
 from agentmem.config import Settings, load_settings
 from agentmem.service import kinds, supervisor
 from agentmem.service.control import Service
-from agentmem.service.files import ServiceFiles, holder, service_files
-from agentmem.service.kinds import Description, write_private
+from agentmem.service.files import (
+    ServiceFiles,
+    ServiceState,
+    acquire,
+    holder,
+    service_files,
+    write_private,
+)
+from agentmem.service.kinds import Description
 from agentmem.service.launchd import Launchd
 from agentmem.service.settings_file import render
 from agentmem.service.systemd import Systemd
@@ -31,7 +38,7 @@ from support.chat_http import words
 from support.tiny import BLOCK
 from support.tiny_model_dir import write_tiny_model
 
-COMMAND = (sys.executable, "-m", "agentmem.cli.main", "service")
+COMMAND = (sys.executable, "-m", "agentmem", "service")
 UNHEALTHY, FAULT, STOPPED = 1, 2, 3
 FAKE = Path(__file__).parents[1] / "support" / "fake_init.py"
 TOOLS = {"process": None, "launchd": "launchctl", "systemd": "systemctl"}
@@ -52,7 +59,7 @@ def model(tmp_path_factory) -> Path:
 
 
 class User:
-    """With a home directory of their own, and perhaps an init system."""
+    """A user with a home directory of their own, and perhaps an init system."""
 
     def __init__(self, home: Path, bin: Path, tool: str | None):
         self.home, self.root = home, home / ".agentmem" / "service"
@@ -126,6 +133,16 @@ def alive(pid: int) -> bool:
     )
 
 
+def overall_status(user: User) -> subprocess.CompletedProcess:
+    """Run `agentmem status`."""
+    return subprocess.run(
+        [sys.executable, "-m", "agentmem", "status", "--json"],
+        capture_output=True,
+        text=True,
+        env=user.environment,
+    )
+
+
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -178,12 +195,7 @@ def test_a_killed_server_is_back_with_its_agents_warm_and_uninstall_leaves_no_fi
     took = time.monotonic() - began
     first = user.status()
     assert (first["phase"], first["healthy"], first["restarts"]) == ("ready", True, 0)
-    found = subprocess.run(
-        [sys.executable, "-m", "agentmem.cli.main", "status", "--json"],
-        capture_output=True,
-        text=True,
-        env=user.environment,
-    )
+    found = overall_status(user)
     assert json.loads(found.stdout)["status"] == "ok", "not found where the service listens"
     assert f"Ready: {first['url']}/v1" in said
     assert user.service("start").startswith("Ready: ") and user.status()["pid"] == first["pid"]
@@ -194,6 +206,9 @@ def test_a_killed_server_is_back_with_its_agents_warm_and_uninstall_leaves_no_fi
     killed = time.time()
     os.kill(first["pid"], signal.SIGKILL)
     until(lambda: not answers(first["url"]), 5)
+    found = overall_status(user)
+    if found.returncode:  # it is not back yet
+        assert "the service is " in found.stderr and "service status" in found.stderr
     until(lambda: answers(first["url"]), max(10, 2 * took))  # a busy machine is slow at both
     second = user.status()
     assert second["since"] - killed < 3
@@ -338,6 +353,22 @@ def test_a_server_that_keeps_failing_is_tried_again_less_and_less_often(user, mo
     assert process.wait(5) == 0
 
 
+def test_status_knows_the_service_where_nobody_answers(user, model):
+    assert "serve)" in overall_status(user).stderr  # there is none: start a server
+    user.service("install", "--model", model, "--port", 1)
+    stopped = overall_status(user)
+    assert (stopped.returncode, stopped.stdout) == (UNHEALTHY, "")
+    assert "the service is stopped: " in stopped.stderr and "service start" in stopped.stderr
+    lock = acquire(user.root / "supervisor.lock")
+    ServiceState("waiting", 1.0, restarts=2, ended="killed by signal 9").write(
+        user.root / "state.json"
+    )
+    waiting = overall_status(user)
+    os.close(lock)
+    told = "the service is waiting after 2 restarts, the last time killed by signal 9; "
+    assert waiting.returncode == UNHEALTHY and told in waiting.stderr
+
+
 def test_pid_files_of_processes_long_gone_do_no_harm(user, model):
     user.service("install", "--model", model)
     with subprocess.Popen(["sleep", "60"]) as other:
@@ -432,17 +463,15 @@ def test_files_are_private_and_hold_what_flags_environment_and_file_said(user, m
     config = tmp_path / "my.toml"
     config.write_text('kv_bits = "8"\nport = 1\n')
     user.service(
-        *(
-            "install",
-            "--config",
-            config,
-            "--model",
-            model,
-            "--allowed-hosts",
-            "a",
-            "--allowed-hosts",
-            "b",
-        ),
+        "install",
+        "--config",
+        config,
+        "--model",
+        model,
+        "--allowed-hosts",
+        "a",
+        "--allowed-hosts",
+        "b",
         AGENTMEM_PORT="8017",
         AGENTMEM_MASTER_KEY="5ecret",
         HF_HOME="/hub & co",

@@ -12,7 +12,7 @@ import jsonschema
 from agentmem.bench.schemas import RESULTS, schema
 from support.tiny import random_tokens
 
-BENCH = (sys.executable, "-m", "agentmem.cli.main", "bench")
+BENCH = (sys.executable, "-m", "agentmem", "bench")
 FAULT = 2  # exit code
 
 

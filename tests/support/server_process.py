@@ -10,7 +10,7 @@ from typing import Any
 
 import httpx
 
-_SERVE = (sys.executable, "-m", "agentmem.cli.main", "serve")
+_SERVE = (sys.executable, "-m", "agentmem", "serve")
 
 
 class ServerProcess:

@@ -10,7 +10,7 @@ import time
 
 _IN_TERMINAL = (  # it becomes the process's own, so that Ctrl-C in it is a signal
     "import fcntl, runpy, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0);"
-    "runpy.run_module('agentmem.cli.main', run_name='__main__')"
+    "runpy.run_module('agentmem', run_name='__main__')"
 )
 CTRL_C, CTRL_D, UP = "\x03", "\x04", "\x1b[A"
 

@@ -4,238 +4,254 @@ import json
 import math
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, cast
-from urllib.parse import quote
+from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.progress import Progress, ProgressColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
-from ..client import Client
+from ..client import Client, agent_path, check_utf8
 from ..errors import StartupError
-from ..service.files import State, holder, service_files
+from .options import Json, group_options, with_client
+from .show import ago, console, print_json, progress_bar, size, table
 
-_DEFAULT_URL = "http://127.0.0.1:8000"
 app = typer.Typer(
     no_args_is_help=True, help="List the agents of a running server, and manage their caches."
 )
+app.callback()(group_options)
 
-
-def _valid(text: str | None) -> str | None:
-    """Arguments that aren't valid UTF-8 reach Python as lone surrogates, which no request can
-    carry.
-    """
-    try:
-        (text or "").encode()
-    except UnicodeEncodeError:
-        raise StartupError(f"{text!r} is not valid UTF-8, so it can't be an agent's id") from None
-    return text
-
-
-Id = Annotated[str, typer.Argument(help="the agent's id", show_default=False, callback=_valid)]
-Url = Annotated[
-    str | None,
-    typer.Option(
-        envvar="AGENTMEM_URL",
-        help=f"the server's address (default: the running service's, else {_DEFAULT_URL})",
-        show_default=False,
-    ),
+Id = Annotated[
+    str, typer.Argument(help="Id of the agent.", show_default=False, callback=check_utf8)
 ]
-Key = Annotated[
-    str | None, typer.Option(envvar="AGENTMEM_API_KEY", help="API key, where the server needs one")
-]
-Json = Annotated[bool, typer.Option("--json", help="print JSON, for programs")]
-_CHUNK = 1 << 20
-
-
-@app.callback()
-def _options(context: typer.Context, url: Url = None, api_key: Key = None) -> None:
-    context.obj = connect(url, api_key)
-
-
-def connect(url: str | None, api_key: str | None) -> Client:
-    """To `url`, by default to this user's service if it runs, else to where `agentmem serve`
-    listens by default.
-    """
-    if url is None:
-        files = service_files()
-        runs = any(holder(lock) is not None for lock in (files.supervisor, files.server))
-        state = State.read(files.state) if runs else None
-        url = (state and state.url) or _DEFAULT_URL
-    return Client(url, api_key)
-
-
-def client_of(context: typer.Context) -> Client:
-    return cast(Client, context.obj)
-
-
-def path_of(agent_id: str, operation: str = "") -> str:
-    # dots too: clients and proxies resolve "/../"
-    return f"/v1/agents/{quote(_valid(agent_id) or '', safe='').replace('.', '%2E')}{operation}"
+_CHUNK = 1 << 20  # bytes
 
 
 @app.command("list")
-def list_agents(context: typer.Context, as_json: Json = False) -> None:
-    """All agents: their tokens, their bytes, and where these are."""
-    agents = client_of(context).call("GET", "/v1/agents")["data"]
+@with_client
+def list_agents(client: Client, as_json: Json = False) -> None:
+    """List all agents: their tokens, their bytes, and where these are."""
+    agents = client.call("GET", "/v1/agents")["data"]
     if as_json:
-        print(json.dumps(agents, indent=2))
+        print_json(agents)
         return
     rows = table("agent", "tier", "tokens", "branches", "RAM", "disk", "last use", left=2)
     rows.add_column("", overflow="fold")
-    for a in sorted(agents, key=lambda a: -a["last_used"]):
-        marks = [mark for mark in ("pinned", "ephemeral") if a[mark]] + (
-            [f"ttl {a['ttl']:g} s"] if a["ttl"] else []
-        )
-        numbers = (
-            f"{a['tokens']:,}",
-            str(a["branches"]),
-            size(a["ram_bytes"]),
-            size(a["disk_bytes"]),
-        )
-        # an id may look like markup
+    for agent in sorted(agents, key=lambda agent: -agent["last_used"]):
         rows.add_row(
-            Text(a["agent_id"]), a["tier"], *numbers, ago(a["last_used"]), ", ".join(marks)
+            Text(agent["agent_id"]),  # an id may look like markup
+            agent["tier"],
+            f"{agent['tokens']:,}",
+            str(agent["branches"]),
+            size(agent["ram_bytes"]),
+            size(agent["disk_bytes"]),
+            ago(agent["last_used"]),
+            ", ".join(_marks(agent)),
         )
     console().print(rows)
 
 
-@app.command()
-def show(context: typer.Context, agent_id: Id) -> None:
-    """All that is known of one agent, as JSON."""
-    print_json(client_of(context).call("GET", path_of(agent_id)))
+def _marks(agent: dict[str, Any]) -> list[str]:
+    marks = [mark for mark in ("pinned", "ephemeral") if agent[mark]]
+    if agent["ttl"]:
+        marks.append(f"ttl {agent['ttl']:g} s")
+    return marks
 
 
 @app.command()
-def pin(context: typer.Context, agent_id: Id) -> None:
-    """Keep an agent in RAM and on disk, whoever else needs room."""
-    print_json(client_of(context).call("POST", path_of(agent_id, "/pin")))
+@with_client
+def show(client: Client, agent_id: Id) -> None:
+    """Print all that is known of one agent, as JSON."""
+    print_json(client.call("GET", agent_path(agent_id)))
 
 
 @app.command()
-def unpin(context: typer.Context, agent_id: Id) -> None:
-    """Undo pin."""
-    print_json(client_of(context).call("POST", path_of(agent_id, "/unpin")))
-
-
-@app.command()
-def ttl(
-    context: typer.Context,
+@with_client
+def transcript(
+    client: Client,
     agent_id: Id,
-    seconds: Annotated[
-        float, typer.Argument(min=0, help="after its last use; 0: keep it for good")
-    ],
+    turn: Annotated[
+        str | None, typer.Option(help="Last turn to print (default: the newest).")
+    ] = None,
 ) -> None:
-    """Let an agent expire some time after its last use."""
-    if not math.isfinite(seconds):
-        raise StartupError(f"seconds must be a number, not {seconds}; 0 keeps the agent for good")
-    print_json(
-        client_of(context).call(
-            "POST", path_of(agent_id, "/ttl"), json={"seconds": seconds or None}
-        )
-    )
+    """Print what was said to an agent, and what it answered, as JSON."""
+    params = {"turn": turn} if turn else {}
+    print_json(client.call("GET", agent_path(agent_id, "/transcript"), params=params))
 
 
 @app.command()
-def evict(context: typer.Context, agent_id: Id) -> None:
-    """Move an agent from RAM to disk."""
-    print_json(client_of(context).call("POST", path_of(agent_id, "/evict")))
-
-
-@app.command()
-def prefetch(context: typer.Context, agent_id: Id) -> None:
-    """Read an agent from disk into RAM, before it is asked."""
-    print_json(client_of(context).call("POST", path_of(agent_id, "/prefetch")))
-
-
-@app.command()
-def prewarm(
-    context: typer.Context,
+@with_client
+def explain(
+    client: Client,
     agent_id: Id,
-    messages: Annotated[
-        Path, typer.Argument(help="JSON file with a list of chat messages; - for standard input")
-    ],
+    prompt: Annotated[
+        Path | None,
+        typer.Option(
+            help="A chat (JSON: messages, or the body of a request) or a rendered text "
+            "(default: the last request)."
+        ),
+    ] = None,
+    as_json: Json = False,
 ) -> None:
-    """Prefill messages into an agent's cache without an answer."""
-    text = sys.stdin.read() if str(messages) == "-" else read_text(messages)
+    """Say why a prompt is cached as far as it is, and where it parts from what the agent has."""
+    path = agent_path(agent_id, "/explain")
+    if prompt is None:
+        found = client.call("GET", path)
+    else:
+        found = client.call("POST", path, json=_prompt_body(_read_text(prompt)))
+    if as_json:
+        print_json(found)
+        return
+    cached = f"{found['cached_tokens']:,} of {found['prompt_tokens']:,} tokens are cached."
+    print(f"{cached} {found['explanation']}")
+    console().print(_side_by_side(found))
+
+
+def _prompt_body(text: str) -> dict[str, Any]:
+    """Make a request to explain of a file: of a chat, all that its prompt depends on.
+
+    What is no chat is a rendered text, JSON or not.
+    """
     try:
-        body = {"messages": json.loads(text)}
-    except ValueError as e:
-        raise StartupError(f"{messages}: not JSON: {e}") from None
-    print_json(client_of(context).call("POST", path_of(agent_id, "/prewarm"), json=body))
+        chat = json.loads(text)
+    except ValueError:
+        chat = None
+    if isinstance(chat, list):
+        return {"messages": chat}
+    if not isinstance(chat, dict) or "messages" not in chat:
+        return {"prompt": text}
+    known = ("messages", "tools", "chat_template_kwargs")
+    return {name: chat[name] for name in known if name in chat}
+
+
+def _side_by_side(found: dict[str, Any]) -> Table:
+    """Show what both have, then what each has next: text, with visible line ends, and token ids."""
+    rows = Table(show_header=True, header_style="bold")
+    both = f"both, up to token {found['common_tokens']:,}"
+    for name in ("", both, "then the cache has", "then the prompt has"):
+        rows.add_column(name, overflow="fold")
+    sides = [found[side] for side in ("before", "cached", "prompt")]
+    rows.add_row("text", *(Text(side["text"].replace("\n", "\u21b5\n")) for side in sides))
+    rows.add_row("tokens", *(" ".join(map(str, side["tokens"])) for side in sides))
+    return rows
 
 
 @app.command()
+@with_client
 def fork(
-    context: typer.Context,
+    client: Client,
     agent_id: Id,
-    to: Annotated[str, typer.Argument(help="the new agent's id", callback=_valid)],
+    to: Annotated[str, typer.Argument(help="Id of the new agent.", callback=check_utf8)],
     tokens: Annotated[
-        int | None, typer.Option(help="fork after so many tokens (default: all)")
+        int | None, typer.Option(help="Fork after so many tokens (default: all).")
     ] = None,
 ) -> None:
     """Make a second agent that goes on from where this one is. Nothing is copied."""
-    print_json(
-        client_of(context).call(
-            "POST", path_of(agent_id, "/fork"), json={"to": to, "tokens": tokens}
-        )
-    )
+    body = {"to": to, "tokens": tokens}
+    print_json(client.call("POST", agent_path(agent_id, "/fork"), json=body))
 
 
 @app.command()
+@with_client
 def truncate(
-    context: typer.Context,
+    client: Client,
     agent_id: Id,
-    tokens: Annotated[int | None, typer.Option(help="tokens to keep")] = None,
+    tokens: Annotated[int | None, typer.Option(help="Tokens to keep.")] = None,
     messages: Annotated[
-        int | None, typer.Option(help="messages to keep, the system prompt counts too")
+        int | None, typer.Option(help="Messages to keep; the system prompt counts too.")
     ] = None,
 ) -> None:
     """Forget the end of what an agent holds: give either --tokens or --messages."""
     if (tokens is None) == (messages is None):
         raise StartupError("give either --tokens or --messages")
     body = {"tokens": tokens, "messages": messages}
-    print_json(client_of(context).call("POST", path_of(agent_id, "/truncate"), json=body))
+    print_json(client.call("POST", agent_path(agent_id, "/truncate"), json=body))
 
 
 @app.command()
-def transcript(
-    context: typer.Context,
+@with_client
+def prewarm(
+    client: Client,
     agent_id: Id,
-    turn: Annotated[str | None, typer.Option(help="up to this turn (default: the newest)")] = None,
+    messages: Annotated[
+        Path, typer.Argument(help="JSON file with a list of chat messages; - for standard input.")
+    ],
 ) -> None:
-    """What was said to an agent, and what it answered, as JSON."""
-    print_json(
-        client_of(context).call(
-            "GET", path_of(agent_id, "/transcript"), params={"turn": turn} if turn else {}
-        )
-    )
+    """Prefill messages into an agent's cache without an answer."""
+    text = sys.stdin.read() if str(messages) == "-" else _read_text(messages)
+    try:
+        body = {"messages": json.loads(text)}
+    except ValueError as e:
+        raise StartupError(f"{messages}: not JSON: {e}") from None
+    print_json(client.call("POST", agent_path(agent_id, "/prewarm"), json=body))
 
 
 @app.command()
-def export(
-    context: typer.Context,
+@with_client
+def prefetch(client: Client, agent_id: Id) -> None:
+    """Read an agent from disk into RAM, before it is asked."""
+    print_json(client.call("POST", agent_path(agent_id, "/prefetch")))
+
+
+@app.command()
+@with_client
+def evict(client: Client, agent_id: Id) -> None:
+    """Move an agent from RAM to disk."""
+    print_json(client.call("POST", agent_path(agent_id, "/evict")))
+
+
+@app.command()
+@with_client
+def pin(client: Client, agent_id: Id) -> None:
+    """Keep an agent in RAM and on disk, whoever else needs room."""
+    print_json(client.call("POST", agent_path(agent_id, "/pin")))
+
+
+@app.command()
+@with_client
+def unpin(client: Client, agent_id: Id) -> None:
+    """Undo pin."""
+    print_json(client.call("POST", agent_path(agent_id, "/unpin")))
+
+
+@app.command()
+@with_client
+def ttl(
+    client: Client,
     agent_id: Id,
-    file: Annotated[Path, typer.Argument(help="file to write, such as alice.agentmem")],
+    seconds: Annotated[
+        float, typer.Argument(min=0, help="Seconds after its last use; 0: keep it for good.")
+    ],
+) -> None:
+    """Let an agent expire some time after its last use."""
+    if not math.isfinite(seconds):
+        raise StartupError(f"seconds must be a number, not {seconds}; 0 keeps the agent for good")
+    body = {"seconds": seconds or None}
+    print_json(client.call("POST", agent_path(agent_id, "/ttl"), json=body))
+
+
+@app.command()
+@with_client
+def export(
+    client: Client,
+    agent_id: Id,
+    file: Annotated[Path, typer.Argument(help="File to write, such as alice.agentmem.")],
 ) -> None:
     """Write an agent into one file. It is not encrypted, whether or not the store is."""
     if file.exists():
         raise StartupError(f"{file} exists already: choose another name, or delete it")
     try:
-        _export(client_of(context).stream("POST", path_of(agent_id, "/export")), agent_id, file)
+        _export(client.stream("POST", agent_path(agent_id, "/export")), agent_id, file)
     except OSError as e:
         raise StartupError(f"{file}: {e.strerror}") from None
     print_json({"agent_id": agent_id, "file": str(file), "bytes": file.stat().st_size})
 
 
 def _export(chunks: Iterator[bytes], agent_id: str, file: Path) -> None:
-    """Under a name of its own, 0600, until all is there. Nothing is left if it does not arrive
-    whole.
+    """Write a private file, under a name of its own until all is there.
+
+    Nothing is left if it does not arrive whole.
     """
     with tempfile.NamedTemporaryFile(
         dir=file.parent, prefix=".agentmem-", suffix=".part", delete=False
@@ -254,16 +270,17 @@ def _export(chunks: Iterator[bytes], agent_id: str, file: Path) -> None:
 
 
 @app.command("import")
+@with_client
 def import_agent(
-    context: typer.Context,
-    file: Annotated[Path, typer.Argument(help="a file that export wrote")],
+    client: Client,
+    file: Annotated[Path, typer.Argument(help="A file that export wrote.")],
     agent_id: Annotated[
-        str | None, typer.Option(help="a name for it (default: the one it had)", callback=_valid)
+        str | None,
+        typer.Option(help="Id for the agent (default: the one it had).", callback=check_utf8),
     ] = None,
 ) -> None:
-    """Make an agent of an exported file. It must come from the same model with the same cache
-    settings.
-    """
+    """Make an agent of an exported file, of the same model with the same cache settings."""
+    params = {"agent_id": agent_id} if agent_id is not None else {}
     try:
         with file.open("rb") as content, progress_bar() as progress:
             task = progress.add_task(f"importing {file.name}", total=file.stat().st_size)
@@ -273,76 +290,23 @@ def import_agent(
                     yield chunk
                     progress.advance(task, len(chunk))
 
-            params = {"agent_id": agent_id} if agent_id is not None else {}
-            shown = client_of(context).call(
-                "POST", "/v1/agents/import", params=params, content=chunks()
-            )
+            shown = client.call("POST", "/v1/agents/import", params=params, content=chunks())
     except OSError as e:
         raise StartupError(f"{file}: {e.strerror}") from None
     print_json(shown)
 
 
 @app.command()
+@with_client
 def rm(
-    context: typer.Context, agent_ids: Annotated[list[str], typer.Argument(help="agents' ids")]
+    client: Client, agent_ids: Annotated[list[str], typer.Argument(help="Ids of the agents.")]
 ) -> None:
-    """Delete agents: returns when their bytes are off the disk."""
+    """Delete agents, and return when their bytes are off the disk."""
     for agent_id in agent_ids:
-        print_json(client_of(context).call("DELETE", path_of(agent_id)))
+        print_json(client.call("DELETE", agent_path(agent_id)))
 
 
-def size(nbytes: float) -> str:
-    for unit in ("B", "KB", "MB"):
-        if nbytes < 1000:
-            return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.1f} {unit}"
-        nbytes /= 1000
-    return f"{nbytes:.1f} GB"
-
-
-def ago(moment: float) -> str:
-    seconds = max(0, time.time() - moment)
-    for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
-        if seconds >= length:
-            return f"{seconds / length:.0f} {unit} ago"
-    return f"{seconds:.0f} s ago"
-
-
-def table(*names: str, left: int = 1) -> Table:
-    """The first `left` columns to the left, numbers to the right. The very first folds where a
-    terminal is narrow.
-    """
-    made = Table(box=None, header_style="bold", padding=(0, 1, 0, 0), pad_edge=False)
-    for i, name in enumerate(names):
-        made.add_column(
-            name, justify="left" if i < left else "right", overflow="fold", no_wrap=i > 0
-        )
-    return made
-
-
-def progress_bar(*columns: ProgressColumn) -> Progress:
-    """Shown after its description, by default with rich's columns. Silent where nobody looks:
-    stderr is for errors.
-    """
-    text = TextColumn("{task.description}", markup=False)
-    shown = console(stderr=True)
-    rest = columns or (
-        *Progress.get_default_columns()[1:],
-        TimeElapsedColumn(),
-    )  # moves within a long step, too
-    return Progress(text, *rest, console=shown, transient=True, disable=not shown.is_terminal)
-
-
-def console(*, stderr: bool = False) -> Console:
-    """A wide one where nobody looks: a program wants whole lines."""
-    stream = sys.stderr if stderr else sys.stdout
-    return Console(stderr=stderr, width=None if stream.isatty() else 200, markup=False)
-
-
-def print_json(answer: dict[str, Any]) -> None:
-    print(json.dumps(answer, indent=2, ensure_ascii=False))
-
-
-def read_text(path: Path) -> str:
+def _read_text(path: Path) -> str:
     try:
         return path.read_text()
     except OSError as e:

@@ -1,6 +1,4 @@
-"""`agentmem chat`: talk to an agent of a running server, in a terminal or line by line from a
-script.
-"""
+"""`agentmem chat`: talk to an agent of a running server, in a terminal or from a script."""
 
 import os
 import readline
@@ -14,9 +12,9 @@ import typer
 
 from ..config import load_settings
 from ..errors import AgentMemError, StartupError
-from .agents import Key, Url, connect, console, size
-from .chat_session import Answer, ChatSession
-from .store import Home
+from .chat_session import ChatAnswer, ChatSession
+from .options import Home, Key, Url, connect
+from .show import console, counted, size
 
 HELP = """\
 /fork NAME     go on as agent NAME; this one stays as it is
@@ -24,36 +22,37 @@ HELP = """\
 /stats         the agent's cache, and what this chat took from it
 /help          these lines
 /quit          leave, as Ctrl-D and Ctrl-C do
-Ctrl-C stops an answer. A \\ at the end of a line goes on in the next. A space before a / makes it a message."""
+Ctrl-C stops an answer. A \\ at the end of a line goes on in the next.
+A space before a / makes it a message."""
 _SHOWN = 1500  # characters of a message of the last exchange
 _HISTORY = 1000  # lines
-_CONTROL = dict.fromkeys(
-    [*range(9), *range(11, 32), 127, *range(128, 160)]
-)  # nothing of a model's drives a terminal
+# nothing of a model's drives a terminal
+_CONTROL = dict.fromkeys([*range(9), *range(11, 32), 127, *range(128, 160)])
 
 
 def chat(
-    agent: Annotated[str, typer.Option(help="the agent's id")] = "chat",
-    system: Annotated[str | None, typer.Option(help="instructions")] = None,
+    agent: Annotated[str, typer.Option(help="Id of the agent.")] = "chat",
+    system: Annotated[str | None, typer.Option(help="Instructions to the agent.")] = None,
     max_tokens: Annotated[
-        int | None, typer.Option(min=1, help="longest answer (default: the server's)")
+        int | None, typer.Option(min=1, help="Longest answer (default: the server's).")
     ] = None,
     temperature: Annotated[
-        float | None, typer.Option(min=0, max=2, help="0: always the likeliest token")
+        float | None, typer.Option(min=0, max=2, help="Temperature; 0: always the likeliest token.")
     ] = None,
     think: Annotated[
-        bool | None, typer.Option(help="reasoning, where the model's template has a switch")
+        bool | None, typer.Option(help="Reason first, where the model's template has a switch.")
     ] = None,
     url: Url = None,
     api_key: Key = None,
     home: Home = None,
 ) -> None:
-    """Chat with an agent of a running server, which remembers: leave, restart either, and go on.
+    """Chat with an agent of a running server, which remembers. Leave, restart either, and go on.
 
     What is piped in is answered line by line, without decoration; the first error ends that.
     """
     options: dict[str, Any] = {"max_tokens": max_tokens, "temperature": temperature}
-    options |= {"chat_template_kwargs": {"enable_thinking": think}} if think is not None else {}
+    if think is not None:
+        options["chat_template_kwargs"] = {"enable_thinking": think}
     talk = Chat(ChatSession(connect(url, api_key), agent, options))
     for stream in (sys.stdin, sys.stdout):
         stream.reconfigure(errors="replace")  # type: ignore[union-attr]
@@ -66,9 +65,14 @@ def chat(
 
 
 class Chat:
+    """A conversation on the screen."""
+
     def __init__(self, session: ChatSession):
-        self._session, self._console = session, console()
-        self._num_answers = self._prompt_tokens = self._cached_tokens = 0
+        self._session = session
+        self._console = console()
+        self._num_answers = 0
+        self._prompt_tokens = 0
+        self._cached_tokens = 0
         self._commands: dict[str, Callable[[str], None]] = {
             "/fork": self._fork,
             "/system": self._system,
@@ -77,21 +81,20 @@ class Chat:
         }
 
     def begin(self, system: str | None) -> dict[str, Any]:
-        """The transcript so far, after which `system` holds."""
+        """Return the transcript so far, after which `system` holds."""
         found = self._session.load()
-        told = next(
-            (
-                m["content"]
-                for m in reversed(found["messages"])
-                if m["role"] in ("system", "developer")
-            ),
-            None,
-        )
-        if system is not None and system != told:
+        instructions = [
+            message["content"]
+            for message in found["messages"]
+            if message["role"] in ("system", "developer")
+        ]
+        if system is not None and system not in instructions[-1:]:
             self._session.instruct(system)
         return found
 
     def answer_lines(self, lines: Iterator[str]) -> None:
+        """Answer each line on stdout, and take commands."""
+
         def hear(_: str, content: str) -> None:
             print(content, end="", flush=True)
 
@@ -103,24 +106,23 @@ class Chat:
                 print(flush=True)
 
     def greet(self, found: dict[str, Any]) -> None:
-        """How much is there already, and the last of it."""
+        """Show how much is there already, and the last of it."""
         name, messages = self._session.agent, found["messages"]
         if not messages:
             self._say(f"{name} is new: nothing was said yet. /help for help")
             return
         stats = self._session.stats() or {"tokens": 0, "tier": "cold"}
-        turns = f"{len(found['turns'])} turn{'s' * (len(found['turns']) != 1)}"
+        turns = counted(len(found["turns"]), "turn")
         self._say(f"{name}: {turns}, {stats['tokens']:,} tokens, {stats['tier']}. /help for help")
-        asked = max(
-            (i for i, message in enumerate(messages) if message["role"] == "user"), default=0
-        )
-        for message in messages[asked:]:
+        questions = [i for i, message in enumerate(messages) if message["role"] == "user"]
+        for message in messages[max(questions, default=0) :]:
             who = name if message["role"] == "assistant" else message["role"]
             text = _text(message)
-            self._say(f"{who}: {text[:_SHOWN]}{' ...' * (len(text) > _SHOWN)}")
+            more = " ..." if len(text) > _SHOWN else ""
+            self._say(f"{who}: {text[:_SHOWN]}{more}")
 
     def run(self, editor: "_Editor") -> None:
-        """Until the user leaves."""
+        """Answer what is typed, until the user leaves."""
         unsaid = ""
         while True:
             try:
@@ -130,7 +132,9 @@ class Chat:
                 return
             if line.strip() == "/quit":
                 return
-            line, unsaid = line if line.strip() else unsaid, ""
+            if not line.strip():
+                line = unsaid
+            unsaid = ""
             try:
                 if line and not self._command(line):
                     self._ask(line.strip())
@@ -138,7 +142,8 @@ class Chat:
                 self._say(str(e))
                 if not line.startswith("/"):
                     self._say(
-                        "this is not in the conversation; Enter sends your line again, the up key brings it back"
+                        "this is not in the conversation; Enter sends your line again, the up key "
+                        "brings it back"
                     )
                     unsaid = line
             except KeyboardInterrupt:
@@ -151,7 +156,8 @@ class Chat:
             print()
             self._stopped(question)
         except AgentMemError:
-            print("\n" * self._session.answer.is_begun, end="")
+            if self._session.answer.is_begun:
+                print()
             raise
         else:
             print()
@@ -176,7 +182,8 @@ class Chat:
         if reasoning:
             self._out(reasoning, "dim")
         if content:
-            self._out("\n" * (bool(said.reasoning) and said.content == content) + content)
+            is_first = bool(said.reasoning) and said.content == content
+            self._out(f"\n{content}" if is_first else content)
 
     def _out(self, text: str, style: str = "", end: str = "") -> None:
         self._console.out(text.translate(_CONTROL), style=style, end=end, highlight=False)
@@ -184,30 +191,33 @@ class Chat:
     def _say(self, text: str) -> None:
         self._out(text, "dim", "\n")
 
-    def _count(self, answer: Answer) -> None:
+    def _count(self, answer: ChatAnswer) -> None:
         self._num_answers += 1
         self._prompt_tokens += answer.usage["prompt_tokens"]
         self._cached_tokens += answer.cost["cached_tokens"]
 
     def _command(self, line: str) -> bool:
-        """Whether it was one."""
+        """Do what a line says if it is a command; return whether it was one."""
         if not line.startswith("/"):
             return False
         name, _, text = line.strip().partition(" ")
         if name not in self._commands:
             raise StartupError(
-                f"there is no {name}; /help lists what there is, and a space before it makes it a message"
+                f"there is no {name}; /help lists what there is, and a space before it makes it a "
+                "message"
             )
         self._commands[name](text.strip())
         return True
 
     def _fork(self, name: str) -> None:
+        if not name:
+            raise StartupError("usage: /fork NAME, the id of the agent to go on as")
         self._session.fork(name)
         self._say(f"{name} goes on from here")
 
     def _system(self, text: str) -> None:
         if not text:
-            raise StartupError("/system needs a text")
+            raise StartupError("usage: /system TEXT")
         self._session.instruct(text)
         self._say("from the next message on")
 
@@ -216,33 +226,35 @@ class Chat:
         if stats is None:
             self._say(f"{name} holds nothing yet")
             return
-        branches = f"{len(stats['branches'])} branch{'es' * (len(stats['branches']) != 1)}"
+        branches = counted(len(stats["branches"]), "branch", "branches")
         where = f"{size(stats['ram_bytes'])} in RAM, {size(stats['disk_bytes'])} on disk"
         self._say(f"{name}: {stats['tier']}, {stats['tokens']:,} tokens, {branches}, {where}")
         cached = f"{self._cached_tokens:,} of {self._prompt_tokens:,} prompt tokens cached"
-        self._say(
-            f"this chat: {cached}, in {self._num_answers:,} answer{'s' * (self._num_answers != 1)}"
-        )
+        self._say(f"this chat: {cached}, in {counted(self._num_answers, 'answer')}")
 
 
-def _cost(answer: Answer) -> str:
-    cost, usage, rate = answer.cost, answer.usage, answer.tokens_per_second
+def _cost(answer: ChatAnswer) -> str:
+    cost, usage = answer.cost, answer.usage
+    rate = answer.tokens_per_second
+    speed = f" at {rate:.1f}/s" if rate else ""
     parts = [
         cost["cache"],
         f"{cost['cached_tokens']:,} of {usage['prompt_tokens']:,} tokens cached",
         f"{cost['ttft_ms']:,.0f} ms to the first token",
-        f"{usage['completion_tokens']:,} tokens" + (f" at {rate:.1f}/s" if rate else ""),
+        f"{usage['completion_tokens']:,} tokens{speed}",
     ]
-    parts += ["ended by the limit of its length"] * (answer.reason == "length")
-    parts += ["not kept"] * (cost["turn"] is None)
+    if answer.reason == "length":
+        parts.append("ended by the limit of its length")
+    if cost["turn"] is None:
+        parts.append("not kept")
     return ", ".join(parts)
 
 
 def _text(message: dict[str, Any]) -> str:
     content = message.get("content") or ""
-    return (
-        content if isinstance(content, str) else "".join(part.get("text") or "" for part in content)
-    )
+    if isinstance(content, str):
+        return content
+    return "".join(part.get("text") or "" for part in content)
 
 
 class _Editor:
@@ -252,15 +264,14 @@ class _Editor:
         self._history = history
         os.umask(0o077)
         readline.set_history_length(_HISTORY)
-        readline.parse_and_bind(
-            "set enable-bracketed-paste on"
-        )  # Python turns it off: what is pasted is one message
+        # Python turns it off: what is pasted is one message
+        readline.parse_and_bind("set enable-bracketed-paste on")
         with suppress(OSError):  # none yet, or another readline's: a chat does not depend on it
             history.parent.mkdir(parents=True, exist_ok=True)
             readline.read_history_file(history)
 
     def read(self, prompt: str) -> str:
-        """Raises EOFError, KeyboardInterrupt."""
+        """Return what is typed. Raise EOFError, KeyboardInterrupt."""
         line = input(prompt)
         while line.endswith("\\"):
             line = f"{line[:-1]}\n{input('... ')}"

@@ -10,12 +10,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-from ..config import Settings, resolve
-from ..errors import ModelError
-from ..linux_cpu.blas import INSTALL_HINT, BlasInfo, measure_gflops
-from ..store.upkeep.quota import disk_usage
+import typer
 
-Status = Literal["ok", "warn", "fail"]
+from ..config import Settings, load_settings, resolve
+from ..errors import ModelError, program
+from ..linux_cpu.blas import INSTALL_HINT, BlasInfo, measure_gflops
+from ..linux_cpu.prepare import prepare_mlx
+from ..store.upkeep.quota import disk_usage
+from .options import Config, Json, with_settings
+from .show import print_json
+
+Verdict = Literal["ok", "warn", "fail"]
 Check = dict[str, Any]  # name, status, summary, fix (None where nothing is to be done), and figures
 
 _SLOW_GFLOPS = 20  # reference BLAS gives 2-6; OpenBLAS over 20 on a single small core
@@ -23,11 +28,26 @@ _LITTLE_SPACE = 5 << 30  # bytes: a few hundred agents of a small model
 _NO_SPACE = 256 << 20
 
 
-def collect(settings: Settings, blas: BlasInfo) -> dict[str, Any]:
-    """Run every check. Writes and downloads nothing, and loads no weights. blas: what
-    load_fast_blas() gave.
+@with_settings("model", "home")
+def doctor(flags: dict[str, Any], config: Config = None, as_json: Json = False) -> None:
+    """Check device, BLAS, compiler, model and store, and say what to do about them.
 
-    Returns {"ok": nothing fails, "status": the worst, "checks": [...]}, ready for JSON.
+    The exit code is 1 where something fails.
+    """
+    settings = load_settings(flags, config)
+    report = collect(settings, prepare_mlx(settings.home_dir, warn=False))
+    if as_json:
+        print_json(report)
+    else:
+        print(render(report))
+    raise typer.Exit(0 if report["ok"] else 1)
+
+
+def collect(settings: Settings, blas: BlasInfo) -> dict[str, Any]:
+    """Run every check. It writes and downloads nothing, and loads no weights.
+
+    `blas` is what load_fast_blas() gave. Return {"ok": nothing fails, "status": the worst,
+    "checks": [...]}, ready for JSON.
     """
     checks = [
         _check_platform(),
@@ -42,7 +62,7 @@ def collect(settings: Settings, blas: BlasInfo) -> dict[str, Any]:
 
 
 def render(report: dict[str, Any]) -> str:
-    """One line a check, and one more with the fix where there is one."""
+    """Write a line for each check, and one more with the fix where there is one."""
     lines = []
     for check in report["checks"]:
         lines.append(f"{check['status']:<5} {check['name']:<12} {check['summary']}")
@@ -52,16 +72,14 @@ def render(report: dict[str, Any]) -> str:
 
 
 def _check(
-    name: str, status: Status, summary: str, fix: str | None = None, **figures: Any
+    name: str, status: Verdict, summary: str, fix: str | None = None, **figures: Any
 ) -> Check:
     return {"name": name, "status": status, "summary": summary, "fix": fix, **figures}
 
 
 def _check_platform() -> Check:
-    python, system = (
-        platform.python_version(),
-        f"{platform.system()} {platform.release()} {platform.machine()}",
-    )
+    python = platform.python_version()
+    system = f"{platform.system()} {platform.release()} {platform.machine()}"
     known = sys.platform == "linux" or (sys.platform == "darwin" and platform.machine() == "arm64")
     fix = None if known else "run it on Linux or on a Mac with Apple silicon: MLX is made for these"
     return _check(
@@ -88,20 +106,20 @@ def _check_mlx(blas: BlasInfo) -> Iterator[Check]:
     fix = blas.warning or (
         None if fast else f"slow; if nothing else keeps the machine busy, {INSTALL_HINT}"
     )
-    status: Status = "ok" if fix is None else "warn"
+    status: Verdict = "ok" if fix is None else "warn"
     yield _check("blas", status, summary, fix, library=blas.name, path=blas.path, gflops=gflops)
 
 
 def _check_compiler() -> Check:
-    """mx.compile is off on a CPU, see load_fast_blas; elsewhere it uses the GPU's own compiler.
-    None is a fault.
+    """Tell whether mx.compile is on; that it is not is no fault.
+
+    It is off on a CPU, see load_fast_blas; elsewhere it uses the GPU's own compiler.
     """
     compiler = shutil.which("g++")
-    off = "MLX_DISABLE_COMPILE" in os.environ
-    summary = (
-        f"mx.compile is {'off' if off else 'on'}, g++ ({compiler or 'not installed'}) is not needed"
-    )
-    return _check("compiler", "ok", summary, mx_compile=not off, path=compiler)
+    is_on = "MLX_DISABLE_COMPILE" not in os.environ
+    state = "on" if is_on else "off"
+    summary = f"mx.compile is {state}, g++ ({compiler or 'not installed'}) is not needed"
+    return _check("compiler", "ok", summary, mx_compile=is_on, path=compiler)
 
 
 def _check_model(settings: Settings) -> Iterator[Check]:
@@ -111,27 +129,19 @@ def _check_model(settings: Settings) -> Iterator[Check]:
     try:
         path = find_local(settings.model, settings.home_dir)
         if path is None:
-            fix = (
-                "agentmem pull demo"
-                if settings.model == "demo"
-                else "the first start downloads it from the hub"
-            )
-            yield _check(
-                "model",
-                "warn",
-                f"{settings.model}: not on this machine yet",
-                fix,
-                model=settings.model,
-            )
+            pull = f"{program()} pull demo"
+            fix = pull if settings.model == "demo" else "the first start downloads it from the hub"
+            summary = f"{settings.model}: not on this machine yet"
+            yield _check("model", "warn", summary, fix, model=settings.model)
             return
         found = read_model_dir(path)
     except ModelError as e:
-        fix = "name a directory with an MLX model, or 'demo' (agentmem pull demo)"
+        fix = f"name a directory with an MLX model, or 'demo' ({program()} pull demo)"
         yield _check("model", "fail", e.message, fix, model=settings.model)
         return
     summary = (
-        f"{settings.model}: {found.model_type}, {found.parameters / 1e6:,.0f} M parameters, {found.dtype}, "
-        f"{found.max_context:,} tokens, {found.path}"
+        f"{settings.model}: {found.model_type}, {found.parameters / 1e6:,.0f} M parameters, "
+        f"{found.dtype}, {found.max_context:,} tokens, {found.path}"
     )
     figures: dict[str, Any] = {
         "path": str(found.path),
@@ -146,7 +156,7 @@ def _check_model(settings: Settings) -> Iterator[Check]:
 
 
 def _check_cache(settings: Settings, config: dict[str, Any]) -> Check:
-    """Which kinds of layers the model has, and what of their caches is kept, and in how many bits."""
+    """Tell which kinds of layers the model has, what of their caches is kept, and in what bits."""
     from ..kvcache.spec import describe
     from ..kvcache.spec_of_config import spec_of_config
 
@@ -163,69 +173,56 @@ def _check_cache(settings: Settings, config: dict[str, Any]) -> Check:
         "sealed_bytes_per_token": spec.sealed_bytes,
         "state_bytes": spec.state_bytes,
     }
-    if spec.opaque is not None:
-        return _check(
-            "cache",
-            "warn",
-            describe(spec),
-            "choose another model: this one prefills every request",
-            **figures,
-        )
-    return _check("cache", "ok", describe(spec), **figures)
+    if spec.opaque is None:
+        return _check("cache", "ok", describe(spec), **figures)
+    fix = "choose another model: this one prefills every request"
+    return _check("cache", "warn", describe(spec), fix, **figures)
 
 
 def _check_store(settings: Settings) -> Check:
     there = store = settings.store_dir
     while not there.exists():
         there = there.parent
-    disk, used = shutil.disk_usage(there), disk_usage(store) if store.exists() else 0
-    free, quota = disk.free, resolve(settings.store_quota, disk.total)
-    summary = f"{store}, {used / 1e9:.1f} of at most {quota / 1e9:.1f} GB, {free / 1e9:.1f} GB free"
-    summary += ", encrypted" if settings.encrypt else ""
+    disk = shutil.disk_usage(there)
+    used = disk_usage(store) if store.exists() else 0
+    quota = resolve(settings.store_quota, disk.total)
+    summary = f"{store}, {used / 1e9:.1f} of at most {quota / 1e9:.1f} GB, "
+    summary += f"{disk.free / 1e9:.1f} GB free"
+    if settings.encrypt:
+        summary += ", encrypted"
     figures: dict[str, Any] = {
         "path": str(store),
-        "free_bytes": free,
+        "free_bytes": disk.free,
         "bytes": used,
         "quota_bytes": quota,
     }
     if not os.access(there, os.W_OK):
-        return _check(
-            "store",
-            "fail",
-            f"{summary}, not writable",
-            f"make {there} writable, or set --home",
-            **figures,
-        )
-    status: Status = "fail" if free < _NO_SPACE else "warn" if free < _LITTLE_SPACE else "ok"
-    fix = (
-        None if status == "ok" else "free some space, or move the store to another disk with --home"
-    )
+        fix = f"make {there} writable, or set --home"
+        return _check("store", "fail", f"{summary}, not writable", fix, **figures)
+    if disk.free >= _LITTLE_SPACE:
+        return _check("store", "ok", summary, **figures)
+    status: Verdict = "fail" if disk.free < _NO_SPACE else "warn"
+    fix = "free some space, or move the store to another disk with --home"
     return _check("store", status, summary, fix, **figures)
 
 
 def _check_modes(settings: Settings) -> Check:
-    """The store holds what agents said: only its owner may read it. A closed home protects all that
-    is under it.
+    """Tell whether others can read the store, which holds what agents said.
+
+    A closed home protects all that is under it.
     """
-    home, store = settings.home_dir, settings.store_dir
-    open_paths = {
-        str(path): oct(mode)
-        for path in (home, store)
-        if (mode := _mode(path)) is not None and mode & 0o077
-    }
+    home = settings.home_dir
+    store = settings.store_dir
+    modes = {str(path): _mode(path) for path in (home, store)}
+    open_paths = {path: oct(mode) for path, mode in modes.items() if mode and mode & 0o077}
     if not open_paths:
         there = "0700" if home.exists() else "made with 0700 at the first start"
         return _check("modes", "ok", f"{home}: {there}", too_open={})
     listed = ", ".join(f"{path} ({mode})" for path, mode in open_paths.items())
     fix = f"chmod 700 {' '.join(map(repr, open_paths))}"
     exposed = str(home) in open_paths and str(store) in open_paths
-    return _check(
-        "modes",
-        "fail" if exposed else "warn",
-        f"others may enter {listed}",
-        fix,
-        too_open=open_paths,
-    )
+    verdict: Verdict = "fail" if exposed else "warn"
+    return _check("modes", verdict, f"others may enter {listed}", fix, too_open=open_paths)
 
 
 def _mode(path: Path) -> int | None:

@@ -1,51 +1,38 @@
-"""`agentmem store`: the caches on disk, of every model, beside a running server or without one.
+"""`agentmem store`: the caches on disk, of every model, beside a running server or without one."""
 
-The store is imported inside the commands: with numpy and cryptography it takes longer than all of
-`agentmem --help`.
-"""
-
-import json
 import shutil
 import sqlite3
 import time
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from rich.progress import BarColumn, DownloadColumn, TransferSpeedColumn
 
-from ..client import Client
 from ..config import Settings, load_settings, resolve
 from ..errors import StartupError, StoreError
-from .agents import Json, Key, ago, console, progress_bar, size, table
-
-if TYPE_CHECKING:
-    from ..store.files.layout import Layout
-    from ..store.upkeep.fsck import StoreStats
+from ..store.files.layout import Layout
+from ..store.manifest.schema import Damaged
+from ..store.records import written_in_last_hour
+from ..store.upkeep import fsck
+from ..store.upkeep.locks import InUse
+from .options import Config, Home, Json, Key, connect
+from .show import ago, console, print_json, progress_bar, size, table
 
 app = typer.Typer(
     no_args_is_help=True, help="Look at the caches on disk, check every byte of them, make room."
 )
 
-Home = Annotated[
-    Path | None, typer.Option(help="directory that holds models and stores (default: ~/.agentmem)")
-]
-Config = Annotated[
-    Path | None, typer.Option("--config", help="TOML file with settings, see configs/")
-]
-
 
 @app.command()
 def stats(home: Home = None, config: Config = None, as_json: Json = False) -> None:
-    """What each model's store holds, and how much was written."""
-    from ..store.upkeep.fsck import store_stats
-
+    """Show what each model's store holds, and how much was written."""
     settings = _settings(home, config)
-    rows = [_guarded(store_stats, layout) for layout in _stores(settings)]
+    rows = [_guarded(fsck.store_stats, layout) for layout in _stores(settings)]
     if as_json:
-        print(json.dumps([asdict(row) | {"writes": _writes(row)} for row in rows], indent=2))
+        print_json([asdict(row) | {"writes": _writes(row)} for row in rows])
         return
     _print_table(rows)
     disk = _disk(settings)
@@ -54,28 +41,34 @@ def stats(home: Home = None, config: Config = None, as_json: Json = False) -> No
     print(f"{size(total)} of at most {size(quota)} (store_quota); {size(disk.free)} of disk free")
 
 
-def _print_table(rows: "list[StoreStats]") -> None:
+def _print_table(rows: list[fsck.StoreStats]) -> None:
     lines = table(
         "store", "agents", "pinned", "blocks", "on disk", "written/h", "written/24 h", "last use"
     )
     for row in rows:
-        writes, used = _writes(row), ago(row.last_used) if row.last_used else "-"
-        counts = (str(row.agents), str(row.pinned), str(row.blocks), size(row.disk_bytes))
+        writes = _writes(row)
         lines.add_row(
-            _short(row), *counts, size(writes["last_hour"]), size(writes["last_day"]), used
+            _short(row),
+            str(row.agents),
+            str(row.pinned),
+            str(row.blocks),
+            size(row.disk_bytes),
+            size(writes["last_hour"]),
+            size(writes["last_day"]),
+            ago(row.last_used) if row.last_used else "-",
         )
     console().print(lines)
     for row in rows:
-        where = (
-            [f"open in process {row.holder.pid} {row.holder.url or ''}".rstrip()]
-            if row.holder
-            else []
-        )
-        if notes := where + ["encrypted"] * row.encrypted:
+        notes = []
+        if row.holder:
+            notes.append(f"open in process {row.holder.pid} {row.holder.url or ''}".rstrip())
+        if row.encrypted:
+            notes.append("encrypted")
+        if notes:
             print(f"{_short(row)}: {', '.join(notes)}")
 
 
-def _short(row: "StoreStats") -> str:
+def _short(row: fsck.StoreStats) -> str:
     return row.fingerprint[:12]
 
 
@@ -84,13 +77,11 @@ def verify(
     home: Home = None,
     config: Config = None,
     repair: Annotated[
-        bool, typer.Option("--repair", help="put aside what is damaged (with no server running)")
+        bool, typer.Option("--repair", help="Put aside what is damaged (with no server running).")
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Read every file and compare its checksum. Exit code 1 if anything is damaged."""
-    from ..store.upkeep import fsck
-
+    """Read every file and compare its checksum. The exit code is 1 if anything is damaged."""
     layouts = _stores(_settings(home, config))
     with progress_bar(BarColumn(), DownloadColumn(), TransferSpeedColumn()) as progress:
         task = progress.add_task("reading", total=sum(_bytes(layout) for layout in layouts))
@@ -99,62 +90,48 @@ def verify(
             for layout in layouts
         ]
     if as_json:
-        print(json.dumps([asdict(report) | {"ok": report.ok} for report in reports], indent=2))
-    for report in reports if not as_json else ():
-        print(
-            f"{report.fingerprint}: {report.files} files, {size(report.nbytes)}: {'ok' if report.ok else 'DAMAGED'}"
-        )
-        rows = [f"{report.damaged_rows} rows of the manifest"] if report.damaged_rows else []
-        for line in rows + report.bad:
-            print(f"  {line}")
-        if report.quarantined:
-            print(f"  put aside: {report.quarantined}")
-        if not report.ok and not repair:
-            print(
-                "  agents through these are prefilled again when they are asked; --repair puts them aside now"
-            )
+        print_json([asdict(report) | {"ok": report.ok} for report in reports])
+    else:
+        for report in reports:
+            _print_report(report, repair=repair)
     raise typer.Exit(0 if all(report.ok for report in reports) or repair else 1)
+
+
+def _print_report(report: fsck.Verified, *, repair: bool) -> None:
+    verdict = "ok" if report.ok else "DAMAGED"
+    print(f"{report.fingerprint}: {report.files} files, {size(report.nbytes)}: {verdict}")
+    if report.damaged_rows:
+        print(f"  {report.damaged_rows} rows of the manifest")
+    for line in report.bad:
+        print(f"  {line}")
+    if report.quarantined:
+        print(f"  put aside: {report.quarantined}")
+    if not report.ok and not repair:
+        print(
+            "  agents through these are prefilled again when they are asked; --repair puts them "
+            "aside now"
+        )
 
 
 @app.command()
 def gc(
     home: Home = None, config: Config = None, api_key: Key = None, as_json: Json = False
 ) -> None:
-    """Delete what has expired, what is in quarantine and what nobody holds, and shrink stores to
-    store_quota.
-    """
-    from ..store.upkeep import fsck
-    from ..store.upkeep.locks import InUse
-
+    """Delete what has expired, what is in quarantine and what nobody holds; keep to store_quota."""
     settings = _settings(home, config)
     freed: dict[str, int] = {}
     refused: list[StoreError] = []
     for layout in _stores(settings):
-        before = fsck.disk_usage(layout.root)
         try:
-            freed[layout.root.name] = max(0, before - _guarded(fsck.shrink, layout, 0))
+            freed[layout.root.name] = _collect(layout, api_key)
         except StoreError as e:
-            if not isinstance(e, InUse) or e.holder.url is None:
-                refused.append(
-                    e
-                )  # of a newer format, or about to be served: the others are collected all the same
-                continue
-            answer = Client(e.holder.url, api_key).call("POST", "/v1/store/gc")
-            freed[layout.root.name] = max(0, answer["freed_bytes"])  # it may have written meanwhile
+            refused.append(e)  # the others are collected all the same
     quota = resolve(settings.store_quota, _disk(settings).total)
     before = sum(fsck.disk_usage(layout.root) for layout in _stores(settings))
     left = fsck.collect_garbage(settings.store_dir, quota)
     if as_json:
-        print(
-            json.dumps(
-                {
-                    "freed_bytes": freed,
-                    "freed_for_quota": before - left,
-                    "bytes": left,
-                    "quota": quota,
-                }
-            )
-        )
+        sizes = {"freed_for_quota": before - left, "bytes": left, "quota": quota}
+        print_json({"freed_bytes": freed, **sizes})
     else:
         for name, nbytes in freed.items():
             print(f"{name}: {size(nbytes)} freed")
@@ -164,49 +141,57 @@ def gc(
         raise refused[0]
 
 
+def _collect(layout: Layout, api_key: str | None) -> int:
+    """Free a store, or let the server that has it open do so; return the bytes.
+
+    Raise StoreError where the store is of a newer format, or about to be served.
+    """
+    before = fsck.disk_usage(layout.root)
+    try:
+        freed: int = before - _guarded(fsck.shrink, layout, 0)
+    except InUse as e:
+        if e.holder.url is None:
+            raise
+        freed = connect(e.holder.url, api_key).call("POST", "/v1/store/gc")["freed_bytes"]
+    return max(0, freed)  # it may have written meanwhile
+
+
 def _settings(home: Path | None, config: Path | None) -> Settings:
     return load_settings({"home": home}, config)
 
 
-def _stores(settings: Settings) -> "list[Layout]":
-    from ..store.upkeep.fsck import stores
-
-    return stores(settings.store_dir) if settings.store_dir.is_dir() else []
+def _stores(settings: Settings) -> list[Layout]:
+    return fsck.stores(settings.store_dir) if settings.store_dir.is_dir() else []
 
 
 def _disk(settings: Settings) -> Any:
-    """What shutil says of the disk that the stores are on, or would be."""
+    """Return shutil's figures of the disk that the stores are on, or would be."""
     at = settings.store_dir
     while not at.exists():
         at = at.parent
     return shutil.disk_usage(at)
 
 
-def _writes(row: "StoreStats") -> dict[str, int]:
-    from ..store.records import written_in_last_hour
-
-    now, by_hour = time.time(), row.bytes_written_by_hour
-    return {
-        "last_hour": written_in_last_hour(by_hour, now),
-        "last_day": sum(n for h, n in by_hour.items() if h > now // 3600 - 24),
-    }
+def _writes(row: fsck.StoreStats) -> dict[str, int]:
+    now = time.time()
+    hours = row.bytes_written_by_hour
+    day = sum(nbytes for hour, nbytes in hours.items() if hour > now // 3600 - 24)
+    return {"last_hour": written_in_last_hour(hours, now), "last_day": day}
 
 
-def _bytes(layout: "Layout") -> int:
-    from ..store.upkeep.fsck import store_stats
-
-    row = _guarded(store_stats, layout)
+def _bytes(layout: Layout) -> int:
+    row = _guarded(fsck.store_stats, layout)
     return row.block_bytes + row.tail_bytes
 
 
-def _guarded(function: Callable[..., Any], layout: "Layout", *args: Any, **options: Any) -> Any:
-    from ..store.manifest.schema import Damaged
-
+def _guarded(function: Callable[..., Any], layout: Layout, *args: Any, **options: Any) -> Any:
+    """Call a function of fsck's. Raise StartupError where disk or manifest do not let it."""
     try:
         return function(layout, *args, **options)
     except (sqlite3.Error, Damaged) as e:
         raise StartupError(
-            f"the manifest of {layout.root} can't be read ({e}); the next start of a server puts a damaged one aside"
+            f"the manifest of {layout.root} can't be read ({e}); the next start of a server puts a "
+            "damaged one aside"
         ) from None
     except OSError as e:
         raise StartupError(f"{e.filename or layout.root}: {e.strerror}") from None

@@ -1,6 +1,4 @@
-"""What `agentmem service` does, whatever the kind: install, start until the model answers, stop,
-look, uninstall.
-"""
+"""What `agentmem service` does, whatever the kind of service."""
 
 import os
 import sys
@@ -12,10 +10,9 @@ from typing import Any
 
 from ..client import Client
 from ..config import Settings, load_settings
-from ..errors import AgentMemError, StartupError
-from .background import Background
-from .files import ServiceError, State, end, holder, service_files
-from .kinds import Description, write_private
+from ..errors import AgentMemError, StartupError, program
+from .files import ServiceError, ServiceState, end, holder, service_files, write_private
+from .kinds import Background, Description
 from .launchd import Launchd
 from .settings_file import render
 from .supervisor import OLD_LOGS, STARTED
@@ -24,18 +21,15 @@ from .systemd import Systemd
 Kind = Launchd | Systemd | Background
 _STARTS_WITHIN = 15.0  # s: the supervisor, which loads nothing
 _SHOWN_LINES = 15  # of the log, where a start fails
-_OURS = (
-    "serve.toml",
-    "server.log",
-    "server.lock",
-    "supervisor.lock",
-    "state.",
-)  # not a key that a user put there
+# how names of our files begin; a key that a user put there is none
+_OURS = ("serve.toml", "server.log", "server.lock", "supervisor.lock", "state.")
 
 
 @dataclass(frozen=True)
-class Status:
-    """`pid` is the server's; `since` in Unix seconds, of its start; `restarts` since the
+class ServiceStatus:
+    """How the service fares.
+
+    `pid` is the server's, `since` its start in Unix seconds; `restarts` counts from the
     supervisor's.
     """
 
@@ -53,6 +47,8 @@ class Status:
 
 
 class Service:
+    """This user's service."""
+
     def __init__(self) -> None:
         self.files = service_files()
         description = Description(self.files, self._grace())
@@ -64,11 +60,12 @@ class Service:
         )
 
     def _grace(self) -> float:
-        """Of the installed settings, be they broken by now."""
+        """Return the grace time of the installed settings, be they broken by now."""
         try:
             return load_settings({}, self.files.settings).grace
         except StartupError:
-            return Settings.model_fields["grace"].default
+            default: float = Settings.model_fields["grace"].default
+            return default
 
     @property
     def installed(self) -> Kind | None:
@@ -86,13 +83,14 @@ class Service:
 
     def check_installed(self) -> Kind:
         if (kind := self.installed) is None:
-            raise StartupError("the service is not installed: agentmem service install")
+            raise StartupError(f"the service is not installed: {program()} service install")
         load_settings({}, self.files.settings)  # it may have been edited
         return kind
 
     def install(self, settings: Settings) -> Kind:
-        """Write what there is to write, for `settings` that have been checked. What was installed
-        goes first.
+        """Write what there is to write, for `settings` that have been checked.
+
+        What was installed goes first.
         """
         self.uninstall()
         write_private(self.files.settings, render(settings))
@@ -106,7 +104,7 @@ class Service:
         return kind
 
     def uninstall(self) -> Kind | None:
-        """Stop it and take away every file; models and stores stay. None: it was not installed."""
+        """Stop it and take away every file, not models and stores; None: it was not installed."""
         kind = self.installed
         self.stop()
         if kind:
@@ -120,8 +118,9 @@ class Service:
         return kind
 
     def start(self, progress: Callable[[str], None]) -> str:
-        """The server's URL, once it answers. ServiceError: it ended before, or the supervisor did
-        not come up.
+        """Start it, and return the server's URL, once that answers.
+
+        Raise ServiceError: it ended before, or the supervisor did not come up.
         """
         kind = self.check_installed()
         if holder(self.files.supervisor) is not None:
@@ -135,10 +134,11 @@ class Service:
             raise
 
     def _wait_until_ready(self, progress: Callable[[str], None]) -> str:
-        before, began = State.read(self.files.state), time.monotonic()
+        began = time.monotonic()
+        before = ServiceState.read(self.files.state)
         restarts = before.restarts if before else 0
         while True:
-            state = State.read(self.files.state)
+            state = ServiceState.read(self.files.state)
             if state and (state.restarts > restarts or state.phase == "waiting"):
                 raise ServiceError(
                     f"the server ended ({state.ended}) before it answered. {self._last_said()}"
@@ -157,31 +157,30 @@ class Service:
         return f"Its log ({self.files.log}) ends with:{shown}" if shown else "Its log says nothing."
 
     def stop(self) -> bool:
-        """Whether there was something to stop: a server that lost its supervisor, too. Agents are
-        saved first.
+        """Stop what runs, also a server that lost its supervisor; agents are saved first.
+
+        Return whether there was something to stop.
         """
         was_running = self.running
         if kind := self.installed:
             kind.stop()
-        deadline = (
-            time.monotonic() + self._stop_seconds
-        )  # for both: the supervisor hands SIGTERM on
+        # for both: the supervisor hands SIGTERM on
+        deadline = time.monotonic() + self._stop_seconds
         for lock in (self.files.supervisor, self.files.server):
             end(lock, max(0.0, deadline - time.monotonic()))
         return was_running
 
-    def status(self) -> Status:
-        kind, supervisor, server = (
-            self.installed,
-            holder(self.files.supervisor),
-            holder(self.files.server),
-        )
-        name, file = (kind.name, str(kind.file)) if kind else (None, None)
-        state = State.read(self.files.state)
+    def status(self) -> ServiceStatus:
+        kind = self.installed
+        name = kind.name if kind else None
+        file = str(kind.file) if kind else None
+        supervisor = holder(self.files.supervisor)
+        server = holder(self.files.server)
+        state = ServiceState.read(self.files.state)
         if supervisor is None and server is None:
-            return Status(name, file, phase="stopped", healthy=False)
+            return ServiceStatus(name, file, phase="stopped", healthy=False)
         if state is None:
-            return Status(
+            return ServiceStatus(
                 name,
                 file,
                 phase="starting",
@@ -189,7 +188,7 @@ class Service:
                 pid=server or None,
                 supervisor_pid=supervisor or None,
             )
-        return Status(
+        return ServiceStatus(
             name,
             file,
             phase=state.phase if supervisor is not None else "orphaned",
@@ -203,8 +202,9 @@ class Service:
         )
 
     def log(self, n: int, *, follow: bool) -> Iterator[str]:
-        """The last n lines; then, with `follow`, what is written from now on, through rotations,
-        without end.
+        """Yield the last n lines; then, with `follow`, what is written from now on, without end.
+
+        It goes on through rotations.
         """
         yield from self._log_lines(n)
         if not follow:
@@ -221,18 +221,14 @@ class Service:
                 time.sleep(0.2)
 
     def _log_lines(self, n: int) -> list[str]:
-        """The last n of all logs that are kept, the newest first."""
-        paths = [
-            self.files.log,
-            *(self.files.log.with_name(f"{self.files.log.name}.{i + 1}") for i in range(OLD_LOGS)),
-        ]
+        """Return the last n of all logs that are kept."""
+        log = self.files.log
+        older = [log.with_name(f"{log.name}.{i + 1}") for i in range(OLD_LOGS)]
         lines: list[str] = []
-        for path in paths:
+        for path in (log, *older):
             if path.exists() and len(lines) < n:
-                lines = (
-                    path.read_text(errors="replace").splitlines(keepends=True)[len(lines) - n :]
-                    + lines
-                )
+                said = path.read_text(errors="replace").splitlines(keepends=True)
+                lines = said[len(lines) - n :] + lines
         return lines
 
 
@@ -244,7 +240,7 @@ def _replaced(path: Path, fd: int) -> bool:
 
 
 def health(url: str) -> dict[str, Any] | None:
-    """What a healthy server says of itself; None of one that isn't, or doesn't answer."""
+    """Return what a healthy server says of itself; None of one that isn't, or doesn't answer."""
     try:
         found = Client(url).health()
     except AgentMemError:
@@ -253,9 +249,7 @@ def health(url: str) -> dict[str, Any] | None:
 
 
 def check(settings: Settings) -> None:
-    """What can be known without starting a server: that it will not fail for its settings. Raises
-    StartupError.
-    """
+    """Check what can be known of settings without starting a server. Raise StartupError."""
     from ..models.loading import find_local
     from ..models.model_dir import read_model_dir
     from ..server.auth import read_api_keys
@@ -264,9 +258,6 @@ def check(settings: Settings) -> None:
     read_api_keys(settings.api_keys)
     if (path := find_local(settings.model, settings.home_dir)) is not None:
         read_model_dir(path)
-    if (
-        settings.encrypt
-        and settings.key_file is None
-        and (sys.platform != "darwin" or KEY_VARIABLE in os.environ)
-    ):
+    has_keychain = sys.platform == "darwin" and KEY_VARIABLE not in os.environ
+    if settings.encrypt and settings.key_file is None and not has_keychain:
         raise StartupError(f"--encrypt needs --key-file here: the service keeps no {KEY_VARIABLE}")

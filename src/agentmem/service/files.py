@@ -1,11 +1,13 @@
-"""What the service keeps in one directory, who runs it, and how it fares. Only the standard library
-is imported here: the supervisor stays small, and starts whatever else is broken.
+"""What the service keeps in one directory, who runs it, and how it fares.
 
-    ~/.agentmem/service/serve.toml       the server's settings
-    ~/.agentmem/service/server.log       what server and supervisor print; server.log.1 to .3 are older
-    ~/.agentmem/service/supervisor.lock  held while the supervisor runs; its pid
-    ~/.agentmem/service/server.lock      held while the server runs; its pid
-    ~/.agentmem/service/state.json       what the supervisor knows of the server
+Only the standard library is imported here: the supervisor stays small, and starts whatever else is
+broken. In ~/.agentmem/service there are
+
+    serve.toml       the server's settings
+    server.log       what server and supervisor print; server.log.1 to .3 are older
+    supervisor.lock  held while the supervisor runs; its pid
+    server.lock      held while the server runs; its pid
+    state.json       what the supervisor knows of the server
 
 Locks are flock's, which go with their processes: a pid is believed only while its lock is held, so
 that one of another process, or of one long gone, does no harm. The server inherits its lock from
@@ -31,6 +33,8 @@ class ServiceError(AgentMemError):
 
 @dataclass(frozen=True)
 class ServiceFiles:
+    """The files of a service, all in one directory."""
+
     root: Path
 
     @property
@@ -55,11 +59,14 @@ class ServiceFiles:
 
 
 def service_files() -> ServiceFiles:
+    """Return the files of this user's service."""
     return ServiceFiles(Path.home() / ".agentmem" / "service")
 
 
 @dataclass(frozen=True)
-class State:
+class ServiceState:
+    """What the supervisor knows of the server, as state.json has it."""
+
     phase: Literal["starting", "ready", "waiting", "stopping"]  # waiting: to start it again
     since: float  # Unix seconds: when the server was started
     restarts: int = 0  # times that it ended by itself
@@ -67,14 +74,23 @@ class State:
     ended: str | None = None  # how it ended, the last time that it did
 
     @classmethod
-    def read(cls, path: Path) -> "State | None":
-        """None: no supervisor has written it yet, or one of another version has, or a power cut
-        left half of it.
+    def read(cls, path: Path) -> "ServiceState | None":
+        """Return what was written; None if it can't be read.
+
+        No supervisor has written it yet, or one of another version has, or a power cut left half
+        of it.
         """
         try:
             return cls(**json.loads(path.read_text()))
         except (FileNotFoundError, ValueError, TypeError):
             return None
+
+    @property
+    def told(self) -> str:
+        """How the server fares, in words."""
+        if not self.restarts:
+            return self.phase
+        return f"{self.phase} after {self.restarts} restarts, the last time {self.ended}"
 
     def write(self, path: Path) -> None:
         new = path.with_suffix(".new")
@@ -82,9 +98,25 @@ class State:
         new.replace(path)
 
 
+def open_private(path: str, flags: int) -> int:
+    """Open a file that only its owner may read: an `opener` for open()."""
+    return os.open(path, flags, 0o600)
+
+
+def write_private(path: Path, text: str) -> None:
+    """Write a file that only its owner may read, whole or not at all."""
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    new = path.with_name(f"{path.name}.new")
+    new.unlink(missing_ok=True)
+    with open(new, "x", encoding="utf-8", opener=open_private) as file:
+        file.write(text)
+    new.replace(path)
+
+
 def acquire(lock: Path, patience: float = 2.0) -> int:
-    """The open lock file, empty. Raises BlockingIOError if another process holds it for longer than
-    `patience` s.
+    """Return the open lock file, empty.
+
+    Raise BlockingIOError if another process holds it for longer than `patience` s.
     """
     fd = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
     deadline = time.monotonic() + patience  # who asks for the holder has it for a moment
@@ -105,7 +137,7 @@ def note_pid(fd: int, pid: int) -> None:
 
 
 def holder(lock: Path) -> int | None:
-    """The pid of the process that holds it, 0 if it has not said yet; None: nobody does."""
+    """Return the pid of the process that holds it, 0 if it has not said yet; None: nobody does."""
     try:
         fd = os.open(lock, os.O_RDONLY | os.O_NOFOLLOW)
     except FileNotFoundError:
@@ -121,7 +153,8 @@ def holder(lock: Path) -> int | None:
 
 def end(lock: Path, patience: float) -> None:
     """End the process that holds a lock, if one does: SIGTERM, and SIGKILL after `patience` s.
-    Raises ServiceError.
+
+    Raise ServiceError if it does not end.
     """
     for number, wait in ((signal.SIGTERM, patience), (signal.SIGKILL, 5.0)):
         deadline = time.monotonic() + wait

@@ -1,6 +1,4 @@
-"""What the three kinds of service have in common: what is installed, and how their tools are
-called.
-"""
+"""Kinds of service: what all of them need, and the plain one, where there is no init system."""
 
 import os
 import subprocess
@@ -8,24 +6,36 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from .files import ServiceError, ServiceFiles
+from ..errors import program
+from .files import ServiceError, ServiceFiles, open_private
 
 COMMAND = (sys.executable, "-m", "agentmem.service.supervisor")
 STOP_SECONDS = 60  # beyond the grace time: tails are written, the model leaves
 _ENVIRONMENT = (
-    *("AGENTMEM_BLAS", "HF_HOME", "HF_HUB_CACHE", "HF_ENDPOINT", "HF_HUB_OFFLINE"),
-    *("HTTPS_PROXY", "HTTP_PROXY", "NO_PROXY", "https_proxy", "http_proxy", "no_proxy"),
+    "AGENTMEM_BLAS",
+    "HF_HOME",
+    "HF_HUB_CACHE",
+    "HF_ENDPOINT",
+    "HF_HUB_OFFLINE",
+    "HTTPS_PROXY",
+    "HTTP_PROXY",
+    "NO_PROXY",
+    "https_proxy",
+    "http_proxy",
+    "no_proxy",
 )
 
 
 @dataclass(frozen=True)
 class Description:
+    """What a service is made of."""
+
     files: ServiceFiles
     grace: float  # seconds that the server's running answers get
 
     @property
     def stop_seconds(self) -> int:
-        """After SIGTERM, before SIGKILL."""
+        """The time from SIGTERM to SIGKILL."""
         return int(self.grace) + STOP_SECONDS
 
     @property
@@ -35,7 +45,7 @@ class Description:
 
 
 def tool(*command: str, check: bool = True) -> subprocess.CompletedProcess[str]:
-    """Of an init system. Raises ServiceError with what it says."""
+    """Call a tool of an init system. Raise ServiceError with what it says."""
     done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True)
     if check and done.returncode:
         said = " ".join((done.stderr or done.stdout).split()) or "no message"
@@ -43,13 +53,45 @@ def tool(*command: str, check: bool = True) -> subprocess.CompletedProcess[str]:
     return done
 
 
-def write_private(path: Path, text: str) -> None:
-    """0600, whole or not at all."""
-    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    new = path.with_name(f"{path.name}.new")
-    new.unlink(missing_ok=True)
-    with os.fdopen(
-        os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8"
-    ) as file:
-        file.write(text)
-    new.replace(path)
+class Background:
+    """A plain process: its settings are all that is installed."""
+
+    name = "background process"
+
+    def __init__(self, description: Description):
+        self._files = description.files
+
+    @property
+    def limits(self) -> str:
+        return (
+            "There is neither launchd nor a systemd user session here, so nothing starts it at "
+            f"login or after a reboot: run `{program()} service start` then, say from cron's "
+            "@reboot or a login script."
+        )
+
+    @property
+    def file(self) -> Path:
+        return self._files.settings
+
+    def available(self) -> bool:
+        return True
+
+    def install(self) -> None:
+        pass
+
+    def uninstall(self) -> None:
+        pass
+
+    def start(self) -> None:
+        with open(self._files.log, "a", opener=open_private) as log:
+            subprocess.Popen(
+                COMMAND,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                cwd="/",
+                start_new_session=True,
+            )
+
+    def stop(self) -> None:
+        pass  # whoever holds the locks is ended, see control.py

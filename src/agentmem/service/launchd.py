@@ -6,17 +6,24 @@ import shutil
 import time
 from pathlib import Path
 
-from .files import ServiceError
-from .kinds import COMMAND, Description, tool, write_private
+from .files import ServiceError, write_private
+from .kinds import COMMAND, Description, tool
 
 LABEL = "local.agentmem.server"
 
 _COMMENTS = {
     "Label": "Written by `agentmem service install`, taken away by `agentmem service uninstall`.",
-    "ProgramArguments": "The supervisor: it starts the server, again after a crash, and keeps its log within bounds.",
+    "ProgramArguments": (
+        "The supervisor: it starts the server, again after a crash, and keeps its log within "
+        "bounds."
+    ),
     "RunAtLoad": "Start it at login.",
-    "KeepAlive": "Start the supervisor again should it end, but not more often than every so many seconds.",
-    "ExitTimeOut": "Seconds from SIGTERM to SIGKILL: running answers may finish, caches are written.",
+    "KeepAlive": (
+        "Start the supervisor again should it end, but not more often than every so many seconds."
+    ),
+    "ExitTimeOut": (
+        "Seconds from SIGTERM to SIGKILL: running answers may finish, caches are written."
+    ),
     "ProcessType": "As much CPU and disk as an app gets: launchd slows down agents of other types.",
     "Umask": "0077: nobody else reads what it writes.",
     "EnvironmentVariables": "What a model's download needs; from the shell that installed it.",
@@ -24,6 +31,8 @@ _COMMENTS = {
 
 
 class Launchd:
+    """A launchd agent of this user."""
+
     name = "launchd agent"
     limits = (
         "launchd runs it while you are logged in at the Mac's screen, and starts it at that login."
@@ -37,13 +46,14 @@ class Launchd:
         return Path.home() / "Library" / "LaunchAgents" / f"{LABEL}.plist"
 
     def available(self) -> bool:
-        """Not over SSH alone, where there is no session to run it in."""
+        """Return whether there is a session to run it in; over SSH alone there is none."""
         return (
             shutil.which("launchctl") is not None
             and tool("launchctl", "print", _domain(), check=False).returncode == 0
         )
 
     def text(self) -> str:
+        """Return the plist, with a comment on each entry."""
         d = self._description
         log = str(d.files.log)
         values = {
@@ -62,9 +72,8 @@ class Launchd:
             values["EnvironmentVariables"] = d.environment
         text = plistlib.dumps(values, sort_keys=False).decode()
         for key, comment in _COMMENTS.items():
-            text = text.replace(
-                f"\n\t<key>{key}</key>", f"\n\t<!-- {comment} -->\n\t<key>{key}</key>"
-            )
+            entry = f"\n\t<key>{key}</key>"
+            text = text.replace(entry, f"\n\t<!-- {comment} -->{entry}")
         return text
 
     def install(self) -> None:
@@ -80,7 +89,10 @@ class Launchd:
             tool("launchctl", "bootstrap", _domain(), str(self.file))
 
     def stop(self) -> None:
-        """bootout may return early, with "in progress"; bootstrap fails until it is done."""
+        """Stop it, and wait until it is gone.
+
+        bootout may return early, with "in progress"; bootstrap fails until it is done.
+        """
         if not _loaded():
             return
         said = tool("launchctl", "bootout", _target(), check=False)

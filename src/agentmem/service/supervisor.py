@@ -1,7 +1,8 @@
-"""Keeps the server running and its log within bounds: what launchd and systemd start, and what
-`start` does elsewhere.
+"""Keeps the server running and its log within bounds.
 
     python -m agentmem.service.supervisor
+
+launchd and systemd start it, and `agentmem service start` does where there is neither.
 
 It starts `agentmem serve`, and again whenever that ends, after 0.5 s, then twice as long each time,
 60 s at most. What the server prints goes through a pipe into the log, so that crashes of native
@@ -19,9 +20,10 @@ from collections.abc import AsyncIterator
 from dataclasses import replace
 from logging.handlers import RotatingFileHandler
 
-from .files import ServiceFiles, State, acquire, end, note_pid, service_files
+from .files import ServiceFiles, ServiceState, acquire, end, note_pid, service_files
 
-LOG_BYTES, OLD_LOGS = 10 << 20, 3
+LOG_BYTES = 10 << 20  # after which a log becomes server.log.1
+OLD_LOGS = 3
 STARTED = "agentmem service: starting the server"
 _READY = b"Ready: "  # what `agentmem serve` prints once it answers, and its URL
 _FIRST_DELAY, _LONGEST_DELAY = 0.5, 60.0  # s
@@ -56,12 +58,14 @@ def _open_log(files: ServiceFiles) -> logging.Logger:
 
 class _Supervisor:
     def __init__(self, files: ServiceFiles, log: logging.Logger):
-        self._files, self._log = files, log
+        self._files = files
+        self._log = log
         self._stop = asyncio.Event()
-        self._state = State("starting", time.time())
+        self._state = ServiceState("starting", time.time())
         self._ready_at: float | None = None
 
     async def run(self) -> None:
+        """Keep the server running until SIGTERM or SIGINT."""
         for number in (signal.SIGTERM, signal.SIGINT):
             asyncio.get_running_loop().add_signal_handler(number, self._stop.set)
         delay = _FIRST_DELAY
@@ -102,14 +106,12 @@ class _Supervisor:
         lock = acquire(self._files.server)
         try:
             process = await asyncio.create_subprocess_exec(
-                *(
-                    sys.executable,
-                    "-m",
-                    "agentmem.cli.main",
-                    "serve",
-                    "--config",
-                    str(self._files.settings),
-                ),
+                sys.executable,
+                "-m",
+                "agentmem",
+                "serve",
+                "--config",
+                str(self._files.settings),
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=asyncio.subprocess.PIPE,
                 stderr=asyncio.subprocess.STDOUT,
@@ -133,9 +135,8 @@ class _Supervisor:
 
     def _note(self, **changes: object) -> None:
         self._state = replace(self._state, **changes)  # type: ignore[arg-type]
-        with contextlib.suppress(
-            OSError
-        ):  # on a full disk the server goes on, and so it is supervised
+        # on a full disk the server goes on, and so it is supervised
+        with contextlib.suppress(OSError):
             self._state.write(self._files.state)
 
     def _say(self, text: str) -> None:
@@ -143,17 +144,20 @@ class _Supervisor:
 
 
 def _environment() -> dict[str, str]:
-    """The file has the settings, whoever's environment this is. A progress bar is a line of the log
-    every 10 s.
+    """Return the server's environment: without settings, which the file has.
+
+    A progress bar is a line of the log every 10 s.
     """
-    kept = {
-        k: v for k, v in os.environ.items() if not k.startswith("AGENTMEM_") or k == "AGENTMEM_BLAS"
-    }
+    settings = {name for name in os.environ if name.startswith("AGENTMEM_")} - {"AGENTMEM_BLAS"}
+    kept = {name: value for name, value in os.environ.items() if name not in settings}
     return kept | {"TQDM_MININTERVAL": "10"}
 
 
 async def _lines(stream: asyncio.StreamReader) -> AsyncIterator[bytes]:
-    """Without their ends, those of progress bars too; what is longer than _LONGEST_LINE in parts."""
+    """Yield lines without their ends, those of progress bars too.
+
+    What is longer than _LONGEST_LINE comes in parts.
+    """
     rest = b""
     while chunk := await stream.read(1 << 16):
         *lines, rest = (rest + chunk).replace(b"\r\n", b"\n").replace(b"\r", b"\n").split(b"\n")

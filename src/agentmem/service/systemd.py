@@ -3,7 +3,8 @@
 import shutil
 from pathlib import Path
 
-from .kinds import COMMAND, Description, tool, write_private
+from .files import write_private
+from .kinds import COMMAND, Description, tool
 
 UNIT = "agentmem.service"
 
@@ -36,6 +37,8 @@ WantedBy=default.target
 
 
 class Systemd:
+    """A systemd unit of this user."""
+
     name = "systemd user unit"
     limits = (
         "systemd runs it while you are logged in. To have it from boot on, and after logout: "
@@ -57,10 +60,10 @@ class Systemd:
         )
 
     def text(self) -> str:
+        """Return the unit."""
         d = self._description
-        environment = "".join(
-            f"Environment={_quoted(f'{k}={v}')}\n" for k, v in d.environment.items()
-        )
+        variables = (f"{name}={value}" for name, value in d.environment.items())
+        environment = "".join(f"Environment={_quoted(variable)}\n" for variable in variables)
         return _TEXT.format(
             command=" ".join(_quoted(part) for part in COMMAND),
             stop_seconds=d.stop_seconds,
@@ -91,5 +94,5 @@ def _systemctl(*arguments: str, check: bool = True) -> int:
 
 
 def _quoted(text: str) -> str:
-    """One word of ExecStart= or Environment=."""
+    """Return text as one word of ExecStart= or Environment=."""
     return '"' + text.replace("\\", "\\\\").replace('"', '\\"').replace("%", "%%") + '"'

@@ -1,0 +1,5 @@
+"""`python -m agentmem`."""
+
+from .cli.main import main
+
+main()
