@@ -18,6 +18,7 @@ from ..store.manifest.schema import Damaged
 from ..store.records import written_in_last_hour
 from ..store.upkeep import fsck
 from ..store.upkeep.locks import InUse
+from ..store.upkeep.quota import disk_usage
 from .options import Config, Home, Json, Key, connect
 from .show import ago, console, print_json, progress_bar, size, table
 
@@ -127,7 +128,7 @@ def gc(
         except StoreError as e:
             refused.append(e)  # the others are collected all the same
     quota = resolve(settings.store_quota, _disk(settings).total)
-    before = sum(fsck.disk_usage(layout.root) for layout in _stores(settings))
+    before = sum(disk_usage(layout.root) for layout in _stores(settings))
     left = fsck.collect_garbage(settings.store_dir, quota)
     if as_json:
         sizes = {"freed_for_quota": before - left, "bytes": left, "quota": quota}
@@ -146,7 +147,7 @@ def _collect(layout: Layout, api_key: str | None) -> int:
 
     Raise StoreError where the store is of a newer format, or about to be served.
     """
-    before = fsck.disk_usage(layout.root)
+    before = disk_usage(layout.root)
     try:
         freed: int = before - _guarded(fsck.shrink, layout, 0)
     except InUse as e:
@@ -180,7 +181,7 @@ def _writes(row: fsck.StoreStats) -> dict[str, int]:
 
 
 def _bytes(layout: Layout) -> int:
-    row = _guarded(fsck.store_stats, layout)
+    row: fsck.StoreStats = _guarded(fsck.store_stats, layout)
     return row.block_bytes + row.tail_bytes
 
 
