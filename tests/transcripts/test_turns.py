@@ -16,6 +16,8 @@ from agentmem.transcripts import registry, turns
 from agentmem.transcripts.registry import TranscriptRegistry
 from agentmem.transcripts.turns import TurnTree, new_turn
 
+KEY = AgentKey("ns", "a")
+
 
 def said(role: str, text: str, **more) -> dict:
     return {"role": role, "content": text, **more}
@@ -39,9 +41,9 @@ def unlock(may_create: bool) -> Vault:
 
 
 async def add(kept: TranscriptRegistry, agent: str, *texts: str, parent=None, **more):
-    tree = await kept.tree("ns", agent)
+    tree = await kept.tree(AgentKey("ns", agent))
     turn = new_turn("chat", parent, chat(*texts))
-    assert kept.add("ns", agent, tree, [turn], **more)
+    assert kept.add(tree, [turn], **more)
     return turn
 
 
@@ -49,7 +51,7 @@ async def add(kept: TranscriptRegistry, agent: str, *texts: str, parent=None, **
 
 
 def test_the_longest_prefix_is_found_however_messages_are_written():
-    tree = TurnTree()
+    tree = TurnTree(KEY)
     call = {
         "id": "c1",
         "type": "function",
@@ -88,7 +90,7 @@ def test_the_longest_prefix_is_found_however_messages_are_written():
 
 
 def test_what_is_removed_takes_hidden_ancestors_along_and_leaves_what_others_build_on():
-    tree = TurnTree()
+    tree = TurnTree(KEY)
     one = new_turn("chat", None, chat("a"))
     two, three = (new_turn("chat", one, chat(text)) for text in "bc")
     for turn in (one, two, three):
@@ -103,7 +105,7 @@ def test_what_is_removed_takes_hidden_ancestors_along_and_leaves_what_others_bui
 
 def test_off_the_newest_path_the_oldest_turns_go_and_never_what_others_follow(monkeypatch):
     monkeypatch.setattr(turns, "MAX_OFF_PATH", 3)
-    tree, chain = TurnTree(), [new_turn("chat", None, chat("0"))]
+    tree, chain = TurnTree(KEY), [new_turn("chat", None, chat("0"))]
     tree.add(chain[0])
     for i in range(1, 6):
         chain.append(new_turn("chat", chain[-1], chat(str(i))))
@@ -118,7 +120,7 @@ def test_off_the_newest_path_the_oldest_turns_go_and_never_what_others_follow(mo
 
 
 def test_off_the_newest_path_there_are_no_more_bytes_than_may_be_however_long_that_path_is():
-    tree, last = TurnTree(), None
+    tree, last = TurnTree(KEY), None
     for i in range(20):
         last = new_turn("chat", last, chat("x" * 1000))
         tree.add(last)
@@ -138,14 +140,14 @@ def test_turns_are_there_at_once_and_after_the_store_was_opened_again(tmp_path):
         kept = TranscriptRegistry(store.turns)
         one = await add(kept, "a", "hi", "there")
         two = await add(kept, "a", "more", "words", parent=one)
-        assert (await kept.find("ns", two.id))[2] == two
+        assert (await kept.find("ns", two.id))[1] == two
         return two
 
     async def second(store):
         kept = TranscriptRegistry(store.turns)
         assert await kept.find("other", two.id) is None
-        agent, tree, turn = await kept.find("ns", two.id)
-        assert (agent, turn) == ("a", two)
+        tree, turn = await kept.find("ns", two.id)
+        assert (tree.agent, turn) == (KEY, two)
         assert tree.messages(turn) == chat("hi", "there", "more", "words")
 
     with opened(tmp_path) as store:
@@ -158,13 +160,13 @@ def test_a_deleted_agent_takes_its_turns_along_and_what_it_was_still_being_told(
     async def run(store):
         kept = TranscriptRegistry(store.turns)
         await add(kept, "a", "secret")
-        begun = kept.open("ns", "a")
-        kept.forget("ns", "a", lambda: store.delete_agent(AgentKey("ns", "a")))
-        assert not kept.add("ns", "a", begun, [new_turn("chat", None, chat("late"))])
-        assert not (await kept.tree("ns", "a")).turns
+        begun = kept.open(KEY)
+        kept.forget(KEY, lambda: store.delete_agent(KEY))
+        assert not kept.add(begun, [new_turn("chat", None, chat("late"))])
+        assert not (await kept.tree(KEY)).turns
         await add(kept, "a", "new life")
         store.flush().result(10)
-        assert [t.content for t in store.turns.read(AgentKey("ns", "a")).result(10)] == [
+        assert [t.content for t in store.turns.read(KEY).result(10)] == [
             b'{"items":[{"role":"user","content":"new life"}],"kind":"chat"}'
         ]
 
@@ -184,7 +186,7 @@ def test_idle_agents_turns_leave_ram_and_come_back_those_that_are_nowhere_else_s
             await add(kept, f"a{i}", f"text {i}", ephemeral=i == 0)
         assert len(kept._trees) == 4  # the ephemeral one, two idle, the last
         for i in range(6):
-            assert (await kept.tree("ns", f"a{i}")).newest.items == chat(f"text {i}")
+            assert (await kept.tree(AgentKey("ns", f"a{i}"))).newest.items == chat(f"text {i}")
         store.flush().result(10)
         assert store.turns.read(AgentKey("ns", "a0")).result(10) == []
 
@@ -201,7 +203,7 @@ def test_over_their_quota_the_turns_of_the_least_recently_used_agents_go(tmp_pat
             await asyncio.sleep(0.02)
         held = [i for i in range(8) if store.turns.read(AgentKey("ns", f"a{i}")).result(10)]
         assert held == list(range(8 - len(held), 8)) and 3 <= len(held) <= 5
-        assert [i for i in range(8) if (await kept.tree("ns", f"a{i}")).turns] == held
+        assert [i for i in range(8) if (await kept.tree(AgentKey("ns", f"a{i}"))).turns] == held
 
     with opened(tmp_path) as store:
         asyncio.run(run(store))
@@ -214,7 +216,7 @@ def test_turns_outlive_the_blocks_of_their_agent_and_another_calibration(tmp_pat
     with opened(tmp_path) as store:
         asyncio.run(write(store))
     other = AgentStore.open(tmp_path, "f1", {"calibration": "another"})
-    assert len(other.turns.read(AgentKey("ns", "a")).result(10)) == 1
+    assert len(other.turns.read(KEY).result(10)) == 1
     assert [agent.key.agent_id for agent in other.index().agents] == ["a"]
     other.close()
 
@@ -240,7 +242,7 @@ def test_a_turn_whose_parent_or_row_is_damaged_is_not_half_told(tmp_path):
         db.execute(trigger)
 
     async def read(store):
-        tree = await TranscriptRegistry(store.turns).tree("ns", "a")
+        tree = await TranscriptRegistry(store.turns).tree(KEY)
         assert tree.newest is None
 
     with opened(tmp_path) as store:
@@ -258,9 +260,9 @@ def test_encrypted_turns_are_read_with_their_key_and_the_store_is_opened_in_no_o
     with pytest.raises(StoreError, match="encrypted"):
         AgentStore.open(tmp_path, "f1", {"calibration": "c"})
     with opened(tmp_path, unlock=unlock) as store:
-        assert b"a secret text" in store.turns.read(AgentKey("ns", "a")).result(10)[0].content
-        store.move_agent(AgentKey("ns", "a"), AgentKey("ns", "b")).result(10)
-        assert store.turns.read(AgentKey("ns", "a")).result(10) == []
+        assert b"a secret text" in store.turns.read(KEY).result(10)[0].content
+        store.move_agent(KEY, AgentKey("ns", "b")).result(10)
+        assert store.turns.read(KEY).result(10) == []
         assert b"a secret text" in store.turns.read(AgentKey("ns", "b")).result(10)[0].content
 
 
@@ -272,7 +274,7 @@ def test_agents_that_are_merged_keep_the_turns_of_both_under_one_key(tmp_path):
 
     with opened(tmp_path, unlock=unlock) as store:
         asyncio.run(write(store))
-        store.move_agent(AgentKey("ns", "a"), AgentKey("ns", "b")).result(10)
+        store.move_agent(KEY, AgentKey("ns", "b")).result(10)
         found = [t.content for t in store.turns.read(AgentKey("ns", "b")).result(10)]
     assert len(found) == 2 and b"of a" in found[0] and b"of b" in found[1]
 
@@ -290,7 +292,7 @@ def test_a_store_of_the_format_before_gets_the_table(tmp_path):
         db.execute("PRAGMA user_version = 3")
         db.execute(f"PRAGMA application_id = {schema._APP + 3}")
     with opened(tmp_path) as store:
-        assert store.turns.read(AgentKey("ns", "a")).result(10) == []
+        assert store.turns.read(KEY).result(10) == []
 
 
 def test_a_cut_is_still_one_after_the_store_was_opened_again(tmp_path):
@@ -302,13 +304,13 @@ def test_a_cut_is_still_one_after_the_store_was_opened_again(tmp_path):
             two = await add(kept, "a", "two", parent=one)
             edit = await add(kept, "a", "edit", parent=one)
             three = await add(kept, "a", "three", parent=two)
-            tree = await kept.tree("ns", "a")
-            await kept.cut("ns", "a", tree, [two, three])
+            tree = await kept.tree(KEY)
+            await kept.cut(tree, [two, three])
             assert tree.messages(tree.newest) == chat("one") and tree.messages(edit) == chat(
                 "one"
             ) + chat("edit")
         with opened(tmp_path) as store:
-            again = await TranscriptRegistry(store.turns).tree("ns", "a")
+            again = await TranscriptRegistry(store.turns).tree(KEY)
             assert again.turns == tree.turns
             assert again.messages(again.newest) == chat("one")
 

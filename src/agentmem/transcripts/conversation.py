@@ -1,6 +1,4 @@
-"""Where a request stands in its agent's transcript: what was said before it, and the turn that it
-leaves.
-"""
+"""A request's place in its agent's transcript: what was said before it, and the turn it leaves."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,6 +15,8 @@ class TranscriptNotFound(NotFound):
 
 @dataclass(eq=False)
 class Conversation:
+    """What one request goes on from, what it says, and what becomes of it."""
+
     turns: TranscriptRegistry
     agent: AgentKey
     tree: TurnTree | None  # None: nothing was said before, and no turn is left
@@ -39,49 +39,54 @@ class Conversation:
     async def finish(
         self, kind: Kind, answer: Messages, turn_id: str | None = None, **more: Any
     ) -> str | None:
-        """Leave a turn; its id. None: nothing is to be left, or the agent was deleted, or the store
-        can't be read.
+        """Leave a turn with the answer, and return its id; `more` is kept in the turn's `about`.
+
+        None: nothing is to be left, or the agent was deleted, or the store can't be read.
         """
         if self.tree is None or not self.keep:
             return None
         try:
-            tree = await self.turns.loaded(*self.agent, self.tree)
+            tree = await self.turns.loaded(self.tree)
         except StoreFailed:  # /health has it; the answer is there all the same
             return None
-        parent, known = (self.parent, 0) if self.resumed else tree.longest_prefix(self.new)
+        parent, known = self.parent, 0
+        if not self.resumed:
+            parent, known = tree.longest_prefix(self.new)
         about = {"instructions": self.instructions or None, "tools": self.tools or None, **more}
-        turn = new_turn(
-            kind, parent, [*self.new[known:], *answer], turn_id, about=_news(tree, parent, about)
-        )
+        items = [*self.new[known:], *answer]
+        turn = new_turn(kind, parent, items, turn_id, about=_news(tree, parent, about))
         told = self._told_meanwhile(tree)
-        added = [turn, *copies(told, turn)]
-        kept = self.turns.add(*self.agent, tree, added, ephemeral=self.ephemeral)
-        self.turns.drop(*self.agent, tree, told[::-1])
+        kept = self.turns.add(tree, [turn, *copies(told, turn)], ephemeral=self.ephemeral)
+        self.turns.drop(tree, told[::-1])
         return turn.id if kept else None
 
     def _told_meanwhile(self, tree: TurnTree) -> list[Turn]:
-        """What was appended while the answer was written comes after it."""
+        """Return what was appended while the answer was written, which comes after it."""
+        if not self.from_newest or self.parent is None:
+            return []
         path = tree.path(tree.newest)
-        before = next(
-            (i for i, turn in enumerate(path) if self.parent and turn.id == self.parent.id), None
-        )
-        told = path[before + 1 :] if self.from_newest and before is not None else []
+        ids = [turn.id for turn in path]
+        if self.parent.id not in ids:
+            return []
+        told = path[ids.index(self.parent.id) + 1 :]
         return told if all(turn.kind == "context" for turn in told) else []
 
 
 def system(instructions: str | None) -> Messages:
+    """Return the system message that instructions are to a model, if there are any."""
     return [{"role": "system", "content": instructions}] if instructions else []
 
 
 def inherited(tree: TurnTree, turn: Turn | None, name: str) -> Any:
-    """What the nearest turn up the path from `turn` tells about itself under a name; else None."""
-    return next(
-        (step.about[name] for step in reversed(tree.path(turn)) if name in step.about), None
-    )
+    """Return what the nearest turn up the path from `turn` tells about itself, else None."""
+    for step in reversed(tree.path(turn)):
+        if name in step.about:
+            return step.about[name]
+    return None
 
 
 def _news(tree: TurnTree, parent: Turn | None, about: dict[str, Any]) -> dict[str, Any]:
-    """Without tools and instructions that are its parent's: they are long."""
+    """Return `about` without tools and instructions that are the parent's: they are long."""
     same = [
         name
         for name in ("instructions", "tools")
@@ -93,8 +98,8 @@ def _news(tree: TurnTree, parent: Turn | None, about: dict[str, Any]) -> dict[st
 def begin(
     turns: TranscriptRegistry, agent: AgentKey, messages: Messages, *, keep: bool
 ) -> Conversation:
-    """Begin that of a request that says all that was said before. `keep`: it leaves a turn."""
-    return Conversation(turns, agent, turns.open(*agent) if keep else None, messages)
+    """Return that of a request that says all that was said before. `keep`: it leaves a turn."""
+    return Conversation(turns, agent, turns.open(agent) if keep else None, messages)
 
 
 async def resume(
@@ -105,13 +110,12 @@ async def resume(
     *,
     retried: bool,
 ) -> Conversation:
-    """Of a request that goes on from a turn of the agent, by default its newest. Raises NotFound,
-    StoreFailed.
+    """Return that of a request that goes on from a turn of the agent, by default its newest.
 
     `retried`: the client may have sent the request before; if it left a turn then, that one is not
-    gone on from.
+    gone on from. Raises NotFound and StoreFailed.
     """
-    tree = await turns.tree(*agent)
+    tree = await turns.tree(agent)
     async with tree.appending:  # what is being appended is said before
         parent = tree.newest if turn_id is None else tree.turns.get(turn_id)
     if parent is None or parent.hidden:

@@ -24,10 +24,9 @@ from ..agent_key import AgentKey
 from ..store.writer.turns import TurnRecord
 
 MAX_OFF_PATH = 1000  # turns of one agent that are not on its newest path; the oldest go
-Messages = list[dict[str, Any]]
-Kind = Literal[
-    "chat", "response", "context", "cut"
-]  # a cut says nothing: what follows it goes on from its parent
+Messages = list[dict[str, Any]]  # in the shape of OpenAI's chat API
+# a cut says nothing: what follows it goes on from its parent
+Kind = Literal["chat", "response", "context", "cut"]
 
 
 @dataclass(frozen=True)
@@ -42,6 +41,7 @@ class Turn:
     hidden: bool = False  # deleted, but what follows it builds on its messages
 
     def record(self, agent: AgentKey) -> TurnRecord:
+        """Return the turn as the store keeps it."""
         said = {
             "items": self.items,
             "kind": self.kind,
@@ -50,13 +50,13 @@ class Turn:
             "hidden": self.hidden,
         }
         told = {name: value for name, value in said.items() if value}
-        content = json.dumps(told, ensure_ascii=False, separators=(",", ":")).encode(
-            errors="surrogatepass"
-        )
+        text = json.dumps(told, ensure_ascii=False, separators=(",", ":"))
+        content = text.encode(errors="surrogatepass")
         return TurnRecord(self.id, agent, self.parent, content, self.created)
 
     @classmethod
     def of(cls, record: TurnRecord) -> "Turn":
+        """Return the turn that a record holds."""
         said = {"items": [], **json.loads(record.content)}
         return cls(record.id, record.parent, created=record.created, **said)
 
@@ -64,13 +64,15 @@ class Turn:
 def new_turn(
     kind: Kind, parent: Turn | None, items: Messages, turn_id: str | None = None, **more: Any
 ) -> Turn:
+    """Return a turn that follows `parent`; `more` are other fields of Turn."""
     turn_id = turn_id or f"{'resp' if kind == 'response' else 'turn'}_{uuid.uuid4().hex}"
     return Turn(turn_id, parent.id if parent else None, items, kind, time.time(), **more)
 
 
 def copies(turns: Iterable[Turn], parent: Turn | None) -> list[Turn]:
-    """The same turns, one after the other, after another parent. A response is told by its own id
-    alone.
+    """Return the same turns, one after the other, after another parent.
+
+    They are no responses: a response is known by its own id alone.
     """
     made: list[Turn] = []
     for turn in turns:
@@ -82,9 +84,13 @@ def copies(turns: Iterable[Turn], parent: Turn | None) -> list[Turn]:
 
 
 class TurnTree:
-    """One agent's. On the event loop; `deleted` changes under the lock of Turns."""
+    """The turns of one agent.
 
-    def __init__(self) -> None:
+    It belongs to the event loop; but `deleted` changes under the registry's lock.
+    """
+
+    def __init__(self, agent: AgentKey) -> None:
+        self.agent = agent
         self.turns: dict[str, Turn] = {}  # in the order in which they came
         self._children: dict[str | None, list[str]] = {None: []}
         self._said: dict[str, list[str]] = {}  # canonical messages, by turn
@@ -93,20 +99,20 @@ class TurnTree:
         self.in_ram_only = False
         # what the store has of it, until that is loaded
         self.reading: Future[list[TurnRecord]] | None = None
-        self.continued = WeakKeyDictionary[
-            Any, str
-        ]()  # requests that run: the turns that theirs will follow
-        self.appending = (
-            asyncio.Lock()
-        )  # of what is told without being asked: one thing after the other
+        # conversations of requests that run: the turns that theirs will follow
+        self.continued = WeakKeyDictionary[Any, str]()
+        # held while something is told without being asked: one thing after the other
+        self.appending = asyncio.Lock()
 
     @property
     def newest(self) -> Turn | None:
+        """The turn that was added last, where the newest path ends."""
         return next((turn for turn in reversed(self.turns.values()) if not turn.hidden), None)
 
     def load(self, turns: Iterable[Turn]) -> None:
-        """Turns after their parents; one whose parent is lost would tell half of it, and is left
-        out.
+        """Add turns, which come after their parents.
+
+        One whose parent is lost would tell half of it, and is left out.
         """
         for turn in turns:
             if turn.parent is None or turn.parent in self.turns:
@@ -122,8 +128,9 @@ class TurnTree:
         self.turns[turn.id] = turn
 
     def remove(self, turn_id: str) -> list[str]:
-        """A turn and its ancestors that are hidden, as far as nothing else follows them: what is
-        gone.
+        """Remove a turn and its hidden ancestors, as far as nothing else follows them.
+
+        Returns the ids of what is gone.
         """
         gone: list[str] = []
         turn: Turn | None = self.turns[turn_id]
@@ -139,11 +146,11 @@ class TurnTree:
         return not self._children[turn_id]
 
     def is_free(self, turn_id: str) -> bool:
-        """Whether nothing follows it, nor will when a request ends that runs."""
+        """Return whether nothing follows the turn, nor will when a request ends that runs."""
         return self.is_leaf(turn_id) and turn_id not in self.continued.values()
 
     def path(self, turn: Turn | None) -> list[Turn]:
-        """From the first turn to this one."""
+        """Return the turns from the first one to this."""
         path = []
         while turn is not None:
             path.append(turn)
@@ -151,12 +158,13 @@ class TurnTree:
         return path[::-1]
 
     def messages(self, turn: Turn | None) -> Messages:
-        """All that was said up to the end of this turn."""
+        """Return all that was said up to the end of this turn."""
         return [message for step in self.path(turn) for message in step.items]
 
     def longest_prefix(self, messages: Sequence[dict[str, Any]]) -> tuple[Turn | None, int]:
-        """The turn whose messages, from the root on, are the most of the first of these: it, and
-        how many.
+        """Return the turn whose messages, from the root on, begin `messages`, and their number.
+
+        Of several turns it is the one with the most messages; (None, 0) where there is none.
         """
         wanted = [canonical(message) for message in messages]
         best: tuple[Turn | None, int] = (None, 0)
@@ -173,36 +181,40 @@ class TurnTree:
         return best
 
     def surplus(self, max_bytes: float = math.inf) -> list[str]:
-        """Removes what is too much off the newest path, oldest leaves first; what is gone."""
+        """Remove what is too much off the newest path, oldest leaves first; return its ids."""
         gone: list[str] = []
         on_path = {turn.id for turn in self.path(self.newest)}
         most = max_bytes + sum(_size(self._said[turn_id]) for turn_id in on_path)
         while len(self.turns) > len(on_path) and (
             len(self.turns) > len(on_path) + MAX_OFF_PATH or self.nbytes > most
         ):
-            gone += self.remove(next(t for t in self.turns if t not in on_path and self.is_leaf(t)))
+            oldest = next(t for t in self.turns if t not in on_path and self.is_leaf(t))
+            gone += self.remove(oldest)
         return gone
 
     def hide(self, turn_id: str) -> Turn:
+        """Mark a turn as deleted which others build on; return it."""
         turn = replace(self.turns[turn_id], hidden=True)
         self.turns[turn_id] = turn
         return turn
 
 
 def canonical(message: dict[str, Any]) -> str:
-    """Equal for messages that say the same: clients drop reasoning, trim answers, and send text as
-    parts.
+    """Return a text that is equal for messages that say the same.
+
+    Clients drop reasoning, trim answers, and send text as parts.
     """
     role = "system" if message["role"] == "developer" else message["role"]
-    text = text_of(message.get("content"))
+    text = _text(message.get("content"))
     calls = [_call(call) for call in message.get("tool_calls") or ()]
     said = [role, text.strip() if role == "assistant" else text, calls, message.get("tool_call_id")]
     return json.dumps([*said, message.get("name")])
 
 
-def text_of(content: Any) -> str:
-    """Of a message's content: a string, parts with text, or nothing. What is none of these is
-    refused elsewhere.
+def _text(content: Any) -> str:
+    """Return the text of a content: a string, parts with text, or nothing.
+
+    What is none of these is refused elsewhere.
     """
     if isinstance(content, list):
         return "".join(str(part.get("text") or "") for part in content if isinstance(part, dict))

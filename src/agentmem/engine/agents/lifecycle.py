@@ -275,7 +275,7 @@ class Lifecycle(Operations):
                 done.set_result(stored.result() or agent is not None)
 
         store = self._core.store
-        forgotten = self._core.turns.forget(*key, lambda: store.delete_agent(key))
+        forgotten = self._core.turns.forget(key, lambda: store.delete_agent(key))
         forgotten.add_done_callback(deleted)
 
     def collect_garbage(self, done: "Future[int]") -> None:

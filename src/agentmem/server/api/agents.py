@@ -202,7 +202,7 @@ async def _begins_with_templates_own(services: Services, agent: AgentKey, first:
 
     The template puts it in where a chat has no system message, so it begins a chat of one word too.
     """
-    tree = await services.transcripts.tree(*agent)
+    tree = await services.transcripts.tree(agent)
     said = tree.messages(tree.newest)
     if inherited(tree, tree.newest, "instructions") or (said and said[0]["role"] in SYSTEM_ROLES):
         return False
@@ -221,7 +221,7 @@ async def _cut_transcript(
     What follows them on other paths keeps its messages. `branches`: the agent's, from before its
     cache was cut to its first `num_tokens`.
     """
-    tree = await services.transcripts.tree(*agent)
+    tree = await services.transcripts.tree(agent)
     async with tree.appending:
         path = tree.path(tree.newest)
         fits = 0  # turns
@@ -233,7 +233,7 @@ async def _cut_transcript(
                 fits = middle
             else:
                 too_many = middle
-        await services.transcripts.cut(*agent, tree, path[fits:])
+        await services.transcripts.cut(tree, path[fits:])
 
 
 async def _length(

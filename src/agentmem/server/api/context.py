@@ -52,7 +52,7 @@ def add_routes(app: FastAPI, services: Services) -> None:
     @app.get("/v1/agents/{agent_id:path}/transcript", response_model=None)
     async def show_transcript(agent_id: str, request: Request, turn: str | None = None) -> Response:
         """Show all that was said up to a turn, by default the newest."""
-        tree = await services.transcripts.tree(*agent_of(request, agent_id))
+        tree = await services.transcripts.tree(agent_of(request, agent_id))
         last = tree.newest if turn is None else tree.turns.get(turn)
         if last is None or last.hidden:
             what = "no transcript" if turn is None else f"no turn {turn[:200]!r}"
@@ -67,7 +67,7 @@ def add_routes(app: FastAPI, services: Services) -> None:
         agent = agent_of(request, check_agent_id(agent_id))
 
         async def work(on_progress: OnProgress | None) -> dict[str, Any]:
-            tree = await services.transcripts.tree(*agent)
+            tree = await services.transcripts.tree(agent)
             async with tree.appending:  # what arrives in pieces is kept in their order
                 told = _Told(services, agent, tree, body, is_retried(request))
                 return await told.run(on_progress)
@@ -185,11 +185,11 @@ class _Told:
             return
         turns = self.services.transcripts
         ephemeral = bool(self.body.agentmem and self.body.agentmem.ephemeral)
-        if not turns.add(*self.agent, self.tree, change.turns, ephemeral=ephemeral):
+        if not turns.add(self.tree, change.turns, ephemeral=ephemeral):
             raise self._deleted()
         for turn in reversed(change.replaced):
             if turn.id in self.tree.turns and self.tree.is_free(turn.id):
-                turns.drop(*self.agent, self.tree, [turn])
+                turns.drop(self.tree, [turn])
 
     def _check_kept(self) -> None:
         if self.tree.deleted:  # or it would be prefilled for an agent that is there again

@@ -18,7 +18,7 @@ from ...errors import AgentMemError, ContextLengthExceeded, InvalidRequest, NotF
 from ...transcripts.conversation import Conversation, inherited
 from ...transcripts.turns import Turn, TurnTree
 from ..answer import Ping, RunningAnswer, Services, ask, converse
-from ..auth import agent_of, namespace_of
+from ..auth import namespace_of
 from ..sse import PING, stream, whole
 from .identity import agent_id_of
 from .response_events import GrowingResponse
@@ -53,7 +53,7 @@ def add_routes(app: FastAPI, services: Services) -> None:
             raise InvalidRequest(
                 "stream: a response that is there comes as a whole; leave it out", param="stream"
             )
-        _, tree, turn = await _find(services, namespace_of(request), response_id)
+        tree, turn = await _find(services, request, response_id)
         tools, instructions = (inherited(tree, turn, name) for name in ("tools", "instructions"))
         shown = turn.about["response"] | {
             "tools": flat_tools(tools or []),
@@ -65,15 +65,14 @@ def add_routes(app: FastAPI, services: Services) -> None:
 
     @app.delete("/v1/responses/{response_id}")
     async def delete_response(response_id: str, request: Request) -> dict[str, Any]:
-        namespace = namespace_of(request)
-        agent, tree, turn = await _find(services, namespace, response_id)
-        await services.transcripts.remove(namespace, agent, tree, [turn])
+        tree, turn = await _find(services, request, response_id)
+        await services.transcripts.remove(tree, [turn])
         return {"id": response_id, "object": "response", "deleted": True}
 
 
-async def _find(services: Services, namespace: str, response_id: str) -> tuple[str, TurnTree, Turn]:
-    found = await services.transcripts.find(namespace, response_id)
-    if found is None or found[2].kind != "response":
+async def _find(services: Services, request: Request, response_id: str) -> tuple[TurnTree, Turn]:
+    found = await services.transcripts.find(namespace_of(request), response_id)
+    if found is None or found[1].kind != "response":
         raise NotFound(f"Response with id {response_id[:200]!r} not found.", param="response_id")
     return found
 
@@ -104,10 +103,10 @@ async def _after_previous(
     if found is None:
         message = f"Previous response with id {body.previous_response_id[:200]!r} not found."
         raise PreviousResponseNotFound(message, param="previous_response_id")
-    agent_id, tree, turn = found
+    tree, turn = found
     return Conversation(
         services.transcripts,
-        agent_of(request, agent_id),
+        tree.agent,
         tree,
         body.messages,
         parent=turn,
