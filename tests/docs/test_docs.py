@@ -12,7 +12,7 @@ from typer.main import get_command
 
 from agentmem.cli.main import app as cli
 from agentmem.config import Settings, load_settings
-from agentmem.engine.api import Cause
+from agentmem.prefix_cache.info import Cause
 from agentmem.server.app import create_app
 from agentmem.server.auth import read_api_keys
 from support.fake_engine import FakeEngine

@@ -548,7 +548,7 @@ def test_of_an_import_that_ends_half_way_nothing_is_left(server, other, archive)
 
 
 def test_an_import_that_finds_no_room_on_disk_can_be_tried_again(tmp_path):
-    app = create_app(FakeEngine(import_limit=100), Settings(home=tmp_path / "unmounted"), None)
+    app = create_app(FakeEngine(room_bytes=100), Settings(home=tmp_path / "unmounted"), None)
 
     async def post_import() -> httpx.Response:
         async with httpx.AsyncClient(

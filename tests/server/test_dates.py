@@ -12,7 +12,7 @@ from agentmem.chat.dates import MOST, session_days
 from agentmem.chat.messages import Message
 from agentmem.chat.renderer import ChatRenderer
 from agentmem.config import Settings
-from agentmem.engine.api import Explanation
+from agentmem.prefix_cache.info import Explanation
 from agentmem.server.app import create_app
 from support.chat.families import load, tokenizer_of
 from support.fake_engine import FakeEngine

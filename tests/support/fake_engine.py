@@ -6,9 +6,9 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from agentmem.engine.api import AgentInfo, Finished, RequestStats, TextDelta
+from agentmem.engine.api import Finished, RequestStats, TextDelta
 from agentmem.errors import ShuttingDown
-from agentmem.transcripts.registry import TranscriptRegistry
+from agentmem.prefix_cache.info import AgentInfo
 
 CHATML = (
     "{% if messages[0].role == 'assistant' %}{{ raise_exception('the user speaks first') }}{% endif %}"
@@ -34,11 +34,11 @@ class FakeEngine:
     """
 
     model_name, max_context, why_max_context, vocab_size, status = "org/tiny", 64, "", 8, "ok"
+    turn_table, room_bytes = None, 1 << 30
     words, delay, first_delay, error, failed = ("Hello", " wörld"), 0.0, 0.0, None, False
 
     def __init__(self, **options):
         self.tokenizer, self.requests, self.cancelled, self.log = tiny_tokenizer(), [], 0, []
-        self.turns = TranscriptRegistry()
         self.agent_ids = ["alice", "../x", "ü/🦊"]
         vars(self).update(options)
 
@@ -79,6 +79,12 @@ class FakeEngine:
     @staticmethod
     def info(name):
         return AgentInfo(name, "warm", 5, 1, 0, 100, 1.0, 2.0, False, None, False, 1, 3)
+
+    def is_ephemeral(self, key):
+        return False
+
+    def on_forget(self, forget):
+        self.forget = forget
 
     def announce(self, url):
         self.url = url

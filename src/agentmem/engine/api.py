@@ -1,15 +1,16 @@
 """What crosses the engine's border: a request goes in, deltas and one Finished come out."""
 
 from collections.abc import AsyncIterator, Callable, Iterator
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import IO, Any, Literal, Protocol
 
 import numpy as np
 
 from ..agent_key import AgentKey
-from ..transcripts.registry import TranscriptRegistry
+from ..prefix_cache.info import AgentDetail, AgentInfo, Cause, Explanation
+from ..store.writer.turns import TurnTable
 
-Tier = Literal["warm", "hot"]
 CacheState = Literal["cold", "warm", "hot"]  # nothing cached; read from disk; in RAM
 FinishReason = Literal["stop", "length"]
 
@@ -72,26 +73,6 @@ class TextDelta:
     logprobs: tuple[TokenLogprob, ...] = ()
 
 
-Cause = Literal["first", "extended", "repeated", "parted", "lost", "scored"]
-
-
-@dataclass(frozen=True)
-class Explanation:
-    """Why a prompt was cached as far as it was; see explain.py for the causes.
-
-    Token ids are of the agent's branch that has most in common with the prompt, and of the prompt.
-    """
-
-    cause: Cause
-    prompt_tokens: int
-    cached_tokens: int
-    common_tokens: int  # that the nearest branch has, cached or not
-    branch_tokens: int  # all of that branch
-    before: list[int]  # the last ids that both have
-    branch: list[int]  # what the branch has next
-    prompt: list[int]  # what the prompt has next
-
-
 @dataclass(frozen=True)
 class RequestStats:
     """What one request cost. Times in ms; `ttft_ms` runs from submission to the first sampled
@@ -125,44 +106,16 @@ class Finished:
 
 
 @dataclass(frozen=True)
-class AgentInfo:
-    """One row of GET /v1/agents. Bytes count a shared block once for each agent that holds it."""
-
-    agent_id: str
-    tier: Tier
-    tokens: int  # of the longest branch
-    branches: int
-    ram_bytes: int
-    disk_bytes: int
-    created: float  # Unix seconds
-    last_used: float
-    pinned: bool  # stays in RAM, and on disk
-    ttl: float | None  # seconds that it is kept after its last use
-    ephemeral: bool  # never written to disk
-    requests: int
-    hit_tokens: int  # of its prompts, that were cached
-
-
-@dataclass(frozen=True)
-class BranchInfo:
-    tokens: int
-    tier: Tier
-    last_used: float
-    unsaved_tokens: int  # that a crash would cost
-
-
-@dataclass(frozen=True)
-class AgentDetail:
-    agent: AgentInfo
-    branches: list[BranchInfo]  # newest first
-
-
-@dataclass(frozen=True)
 class Export:
     """An agent as a file. `close` it, read to its end or not."""
 
     chunks: Iterator[bytes]  # to be read on a thread that may wait for the disk
     close: Callable[[], None]
+
+
+# deletes an agent, by what it is given: whoever keeps more of the agent lets go of it just before.
+# Called on the engine thread
+Forget = Callable[[AgentKey, Callable[[], Future[bool]]], Future[bool]]
 
 
 class EngineAPI(Protocol):
@@ -173,7 +126,7 @@ class EngineAPI(Protocol):
     why_max_context: str  # what sets it, if not the model
     vocab_size: int  # every token of a prompt is below
     tokenizer: Any  # mlx_lm TokenizerWrapper
-    turns: TranscriptRegistry  # what was said
+    turn_table: TurnTable | None  # where what was said is written
 
     @property
     def failed(self) -> bool:
@@ -206,6 +159,14 @@ class EngineAPI(Protocol):
         """Token ids of what the agent has cached, branch by branch; while it changes, perhaps of
         none.
         """
+        ...
+
+    def on_forget(self, forget: Forget) -> None:
+        """Have agents deleted through `forget` from now on."""
+        ...
+
+    def is_ephemeral(self, key: AgentKey) -> bool:
+        """Tell whether there is such an agent, and it is never written to disk. On any thread."""
         ...
 
     def agent_times(self, key: AgentKey) -> tuple[float, float] | None:
@@ -255,8 +216,8 @@ class EngineAPI(Protocol):
         ...
 
     @property
-    def import_limit(self) -> int:
-        """Bytes of a file that there may be room for."""
+    def room_bytes(self) -> int:
+        """Bytes of disk that the store has room for."""
         ...
 
     async def collect_garbage(self) -> int:

@@ -22,18 +22,12 @@ from ..config import Settings
 from ..errors import AgentMemError, ContextLengthExceeded, EngineFailed, ShuttingDown, StartupError
 from ..kvcache.spec import describe
 from ..models.loading import LoadedModel
+from ..prefix_cache.info import AgentDetail, AgentInfo, Explanation
+from ..store.writer.turns import TurnTable
 from .agents.export import export_chunks, import_agent, read_archive
 from .agents.fork import Forks
 from .agents.lifecycle import Lifecycle
-from .api import (
-    AgentDetail,
-    AgentInfo,
-    Explanation,
-    Export,
-    Finished,
-    GenerateRequest,
-    TextDelta,
-)
+from .api import Export, Finished, Forget, GenerateRequest, TextDelta
 from .footprint import process_footprint
 from .loop import EngineLoop
 from .sequence import Event, Sequence
@@ -65,7 +59,7 @@ class Engine:
         self.why_max_context = self._core.budget.why_max_context
         self.vocab_size = self._core.vocab_size
         self.tokenizer = self._core.model.tokenizer
-        self.turns = self._core.turns
+        self.turn_table: TurnTable | None = self._core.store.turns
 
     async def generate(self, request: GenerateRequest) -> AsyncIterator[TextDelta | Finished]:
         self._check_open()
@@ -140,6 +134,14 @@ class Engine:
     def branch_tokens(self, key: AgentKey) -> list[np.ndarray]:
         return self._core.prefix_cache.branch_tokens(key)
 
+    def on_forget(self, forget: Forget) -> None:
+        """Have agents deleted through `forget` from now on."""
+        self._lifecycle.forget = forget
+
+    def is_ephemeral(self, key: AgentKey) -> bool:
+        """Tell whether there is such an agent, and it is never written to disk. On any thread."""
+        return self._core.prefix_cache.is_ephemeral(key)
+
     def agent_times(self, key: AgentKey) -> tuple[float, float] | None:
         agent = self._core.prefix_cache.agents.get(key)
         return (agent.created, agent.last_used) if agent else None
@@ -201,7 +203,7 @@ class Engine:
         return detail
 
     @property
-    def import_limit(self) -> int:
+    def room_bytes(self) -> int:
         return self._core.store.room_bytes
 
     async def collect_garbage(self) -> int:

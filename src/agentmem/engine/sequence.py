@@ -10,9 +10,10 @@ from ..kvcache.layers.opaque import OpaqueCache
 from ..kvcache.sequence import SequenceCache
 from ..prefix_cache.agent import Branch
 from ..prefix_cache.block_pool import CachedBlock, Entry
+from ..prefix_cache.info import Cause
 from ..prefix_cache.match import Match
 from ..prefix_cache.unneeded import Holder
-from .api import CacheState, Cause, Finished, FinishReason, GenerateRequest, RequestStats, TextDelta
+from .api import CacheState, Finished, FinishReason, GenerateRequest, RequestStats, TextDelta
 from .output import OutputStream
 from .sampling import Sampler
 

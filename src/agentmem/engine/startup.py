@@ -26,7 +26,6 @@ from ..store.files import segment
 from ..store.files.crypto import Vault, master_key
 from ..store.upkeep.fsck import collect_garbage
 from ..store.upkeep.quota import Limits
-from ..transcripts.registry import MAX_DISK, TranscriptRegistry
 from .budget import RamBudget
 from .footprint import physical_memory, room_for_caches
 from .model_runner import ModelRunner
@@ -51,7 +50,6 @@ class Core:
     scheduler: Scheduler
     budget: RamBudget
     trace: Trace
-    turns: TranscriptRegistry
     post: Callable[[Callable[[], None]], None]  # runs a function on the engine thread
     fingerprint: str  # of what gives a stored byte its meaning: weights, cache layout, calibration
     vocab_size: int  # ids that the tokenizer knows; some models' logits are padded beyond
@@ -145,13 +143,10 @@ def _core(
         max_context=min(settings.max_context or model.max_context, model.max_context),
         active=lambda: scheduler.active,
     )
-    turns = TranscriptRegistry(
-        store.turns, prefix_cache.is_ephemeral, min(MAX_DISK, store.room_bytes // 4)
-    )
     vocab_size = min(runner.vocab_size, max(model.tokenizer.get_vocab().values()) + 1)
     return Core(
         *(model, runner, prefix_cache, restorer, write_back, store, scheduler, budget),
-        *(trace, turns, post, fingerprint, vocab_size),
+        *(trace, post, fingerprint, vocab_size),
     )
 
 

@@ -6,10 +6,10 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from ..agent_key import AgentKey
-from ..engine.api import AgentInfo, Explanation, Tier
 from ..kvcache.spec import KVCacheSpec
 from ..store.records import AgentRecord
 from .block_pool import CachedBlock, CachedTail, Entry
+from .info import AgentInfo, Explanation, Tier
 from .resume import missing
 
 

@@ -16,12 +16,12 @@ from weakref import WeakValueDictionary
 import numpy as np
 
 from ..agent_key import AgentKey
-from ..engine.api import AgentInfo
 from ..kvcache.block import SealedBlock, Tail
 from ..kvcache.spec import KVCacheSpec
 from ..tensors import common_prefix, is_state, part_of
 from .agent import Agent, Branch, agent_info
 from .block_pool import FRESH, BlockPool, CachedBlock, CachedTail, Entry
+from .info import AgentInfo
 from .match import Match, matched, preference
 from .unneeded import Holder, drop_unneeded
 

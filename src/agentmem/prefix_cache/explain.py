@@ -4,9 +4,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ..engine.api import Cause, Explanation
 from ..tensors import common_prefix
 from .agent import Agent
+from .info import Cause, Explanation
 from .match import Match
 
 _SHOWN = 24  # tokens on each side of where two sequences part

@@ -8,6 +8,7 @@ from .. import __version__
 from ..chat.renderer import ChatRenderer
 from ..config import Settings
 from ..engine.api import EngineAPI
+from ..transcripts.registry import MAX_DISK, TranscriptRegistry
 from .answer import Services
 from .api import agents, chat_completions, context, explain, models, responses
 from .auth import ApiKeyCheck, ApiKeys
@@ -38,7 +39,7 @@ def create_app(engine: EngineAPI, settings: Settings, keys: ApiKeys | None) -> F
         engine=engine,
         settings=settings,
         renderer=ChatRenderer(engine.tokenizer, engine.max_context, engine.why_max_context),
-        transcripts=engine.turns,
+        transcripts=_transcripts(engine),
         errors=ErrorResponses(),
     )
     _add_middleware(app, services, keys)
@@ -47,6 +48,14 @@ def create_app(engine: EngineAPI, settings: Settings, keys: ApiKeys | None) -> F
         api.add_routes(app, services)
     _add_state_routes(app, engine)
     return app
+
+
+def _transcripts(engine: EngineAPI) -> TranscriptRegistry:
+    """Return what was said, kept in the engine's store; agents are deleted through it."""
+    max_disk = min(MAX_DISK, engine.room_bytes // 4)
+    transcripts = TranscriptRegistry(engine.turn_table, engine.is_ephemeral, max_disk)
+    engine.on_forget(transcripts.forget)
+    return transcripts
 
 
 def _add_middleware(app: FastAPI, services: Services, keys: ApiKeys | None) -> None:

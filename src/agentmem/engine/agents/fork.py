@@ -12,9 +12,9 @@ from ...errors import AgentNotFound, Busy, Conflict, InvalidRequest, NotFound, S
 from ...kvcache.block import Tail
 from ...prefix_cache.agent import Agent, Branch
 from ...prefix_cache.block_pool import CachedBlock, CachedTail, Entry
+from ...prefix_cache.info import AgentDetail
 from ...prefix_cache.match import Match
 from ...store.records import BranchHead
-from ..api import AgentDetail
 from .operations import Operations
 
 

@@ -10,10 +10,11 @@ from ...agent_key import AgentKey
 from ...errors import AgentMemError, AgentNotFound, Busy, Conflict, StoreFailed
 from ...prefix_cache.agent import Agent
 from ...prefix_cache.block_pool import CachedBlock, CachedTail, Entry
+from ...prefix_cache.info import AgentDetail
 from ...prefix_cache.load import enter
 from ...store.agent_store import Linked
 from ...store.records import BlockRecord, BranchRecord
-from ..api import AgentDetail, GenerateRequest
+from ..api import Forget, GenerateRequest
 from ..startup import Core
 from .operations import Operations
 
@@ -41,6 +42,7 @@ class Lifecycle(Operations):
     def __init__(self, core: Core):
         super().__init__(core)
         self._importing: set[AgentKey] = set()
+        self.forget: Forget = lambda key, delete: delete()
 
     # -- what is known, and kept
 
@@ -275,7 +277,7 @@ class Lifecycle(Operations):
                 done.set_result(stored.result() or agent is not None)
 
         store = self._core.store
-        forgotten = self._core.turns.forget(key, lambda: store.delete_agent(key))
+        forgotten = self.forget(key, lambda: store.delete_agent(key))
         forgotten.add_done_callback(deleted)
 
     def collect_garbage(self, done: "Future[int]") -> None:

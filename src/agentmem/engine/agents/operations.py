@@ -13,7 +13,7 @@ from ...agent_key import AgentKey
 from ...errors import AgentMemError, AgentNotFound, Conflict, StoreFailed
 from ...prefix_cache.agent import Agent, Branch, agent_info
 from ...prefix_cache.explain import explain
-from ..api import AgentDetail, BranchInfo, Explanation
+from ...prefix_cache.info import AgentDetail, BranchInfo, Explanation
 from ..startup import Core
 
 

@@ -17,8 +17,9 @@ from starlette.types import Receive, Scope, Send
 
 from ...agent_key import AgentKey, check_agent_id
 from ...chat.messages import SYSTEM_ROLES, Chat
-from ...engine.api import AgentDetail, Export, SamplingParams
+from ...engine.api import Export, SamplingParams
 from ...errors import AgentNotFound, InvalidRequest, StoreFailed
+from ...prefix_cache.info import AgentDetail
 from ...transcripts.conversation import inherited, system
 from ...transcripts.turns import Turn, TurnTree
 from ..answer import Services
@@ -75,7 +76,7 @@ def add_routes(app: FastAPI, services: Services) -> None:
             with tempfile.TemporaryFile(
                 dir=services.settings.home_dir
             ) as file:  # it has no name: nothing is left of it
-                await _receive(request, file, engine.import_limit)
+                await _receive(request, file, engine.room_bytes)
                 return _shown(await engine.import_agent(namespace_of(request), name, file))
         except OSError as e:
             raise StoreFailed(f"The archive could not be put on disk: {e.strerror}.") from e

@@ -5,9 +5,10 @@ from typing import Any
 from fastapi import FastAPI, Request
 from pydantic import Field, model_validator
 
-from ...engine.api import EngineAPI, Explanation
+from ...engine.api import EngineAPI
 from ...errors import NotFound
 from ...prefix_cache.explain import WORDS
+from ...prefix_cache.info import Explanation
 from ..answer import Services
 from ..auth import agent_of
 from .wire import MAX_MESSAGES, ChatMessage, TemplateInput, Text
