@@ -1,5 +1,7 @@
 """The HTTP application: the APIs that it serves, and what every request passes first."""
 
+from importlib import import_module
+
 from fastapi import FastAPI
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.responses import JSONResponse, Response
@@ -10,20 +12,20 @@ from ..config import Settings
 from ..engine.api import EngineAPI
 from ..transcripts.registry import MAX_DISK, TranscriptRegistry
 from .answer import Services
-from .api import agents, chat_completions, context, explain, models, responses
+from .api.agents import IMPORT_PATH
 from .auth import ApiKeyCheck, ApiKeys
 from .errors import ErrorResponses
 from .middleware import BodyLimit, HostCheck, RequestId
 
-# each adds its routes, and its shape of errors where that is not OpenAI's; agents comes last, as
-# its paths begin like those of others
+# files under api/: each adds its routes, and its shape of errors where that is not OpenAI's; agents
+# comes last, as its paths begin like those of others
 APIS = (
-    chat_completions,
-    responses,
-    models,
-    context,
-    explain,
-    agents,
+    "chat_completions",
+    "responses",
+    "models",
+    "context",
+    "explain",
+    "agents",
 )
 
 
@@ -44,8 +46,8 @@ def create_app(engine: EngineAPI, settings: Settings, keys: ApiKeys | None) -> F
     )
     _add_middleware(app, services, keys)
     services.errors.add_handlers(app)
-    for api in APIS:
-        api.add_routes(app, services)
+    for name in APIS:
+        import_module(f".api.{name}", __package__).add_routes(app, services)
     _add_state_routes(app, engine)
     return app
 
@@ -63,7 +65,7 @@ def _add_middleware(app: FastAPI, services: Services, keys: ApiKeys | None) -> N
     settings = services.settings
     respond = services.errors.response
     hosts = ["localhost", "127.0.0.1", "::1", settings.host, *settings.allowed_hosts]
-    unlimited = (agents.IMPORT_PATH,)
+    unlimited = (IMPORT_PATH,)
     app.add_middleware(BodyLimit, limit=settings.max_body, unlimited=unlimited, on_error=respond)
     app.add_middleware(ApiKeyCheck, keys=keys, on_error=respond)
     app.add_middleware(HostCheck, allowed=hosts, on_error=respond)
