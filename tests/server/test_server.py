@@ -117,7 +117,7 @@ def refused(response, status, param=None, code=None):
     assert set(error) == {"message", "type", "param", "code"}
     assert (response.status_code, error["param"]) == (status, param), error
     assert code is None or error["code"] == code
-    assert response.headers["x-request-id"]
+    assert response.headers["x-request-id"] == response.headers["request-id"]
     return error["message"]
 
 
@@ -191,6 +191,7 @@ def test_sdk_lists_the_model_and_maps_errors_to_its_own_classes(engine, settings
     with listening(engine, settings) as address, sdk(address) as client:
         (model,) = client.models.list()
         assert (model.id, model.owned_by, model.max_context) == ("org/tiny", "agentmem", 64)
+        assert (model.type, model.object, model.max_input_tokens) == ("model", "model", 64)
         assert client.models.retrieve("org/tiny").id == "org/tiny"
         with pytest.raises(openai.NotFoundError) as e:
             client.chat.completions.create(model="gpt-4", messages=HELLO)

@@ -12,6 +12,7 @@ from starlette.types import Scope
 
 from ..errors import AgentMemError, Busy, InvalidRequest, Unauthorized
 
+REQUEST_ID_HEADERS = ("x-request-id", "request-id")  # OpenAI's, and Anthropic's
 ErrorShape = Callable[[AgentMemError, str], dict[str, Any]]  # an error, a request's id: the body
 
 
@@ -121,7 +122,8 @@ class ErrorResponses:
         """
         error = AgentMemError("The server had an internal error; its log says more.")
         request_id = request.scope["agentmem.request_id"]
-        return self.response(request.scope, error, {"x-request-id": request_id})
+        headers: dict[str, str] = dict.fromkeys(REQUEST_ID_HEADERS, str(request_id))
+        return self.response(request.scope, error, headers)
 
 
 def _invalid_body(problem: Any) -> InvalidRequest:

@@ -8,7 +8,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ..errors import InvalidRequest
-from .errors import OnError
+from .errors import REQUEST_ID_HEADERS, OnError
 
 _SANE_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 _DRAIN = (
@@ -17,7 +17,7 @@ _DRAIN = (
 
 
 class RequestId:
-    """Gives every response an x-request-id: the request's own where it is sane, else a new one."""
+    """Gives every response an id: the request's own x-request-id where it is sane, else a new one."""
 
     def __init__(self, app: ASGIApp):
         self._app = app
@@ -31,7 +31,8 @@ class RequestId:
 
         async def send_with_id(message: Message) -> None:
             if message["type"] == "http.response.start":
-                MutableHeaders(scope=message)["x-request-id"] = request_id
+                for name in REQUEST_ID_HEADERS:
+                    MutableHeaders(scope=message)[name] = request_id
             await send(message)
 
         await self._app(scope, receive, send_with_id)
