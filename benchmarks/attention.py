@@ -1,5 +1,6 @@
-"""A decode step with attention on codes and on their dequantized copy, by context length: which one
-a device wants.
+"""A decode step with attention on codes and on their dequantized copy, by context length.
+
+It says which of the two a device wants.
 
 python benchmarks/attention.py --contexts 1024,4096 --json benchmarks/results/attention-demo.json
 """
@@ -33,10 +34,8 @@ def main() -> None:
     rows = []
     for context in map(int, args.contexts.split(",")):
         rows.append({"context": context, **runner.choose_attention(context)})
-        print(
-            "  ".join(f"{k} {v:,.0f}" for k, v in rows[-1].items())
-            + "  (ms a decode step, median of 4)"
-        )
+        figures = "  ".join(f"{name} {value:,.0f}" for name, value in rows[-1].items())
+        print(f"{figures}  (ms a decode step, median of 4)")
     result = {
         "benchmark": "attention",
         "machine": describe_machine(),

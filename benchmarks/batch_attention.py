@@ -31,7 +31,7 @@ load_fast_blas(HOME)
 import mlx.core as mx  # noqa: E402  (after the BLAS)
 from machine import describe_machine, write_result  # noqa: E402
 
-from agentmem.bench.decode import random_snapshot  # noqa: E402
+from agentmem.bench.decode_steps import random_snapshot  # noqa: E402
 from agentmem.engine.model_runner import ModelRunner  # noqa: E402
 from agentmem.kvcache.attention import ON_CPU  # noqa: E402
 from agentmem.kvcache.quantize import CacheSpace  # noqa: E402
@@ -43,8 +43,9 @@ STEP = 256  # buffers grow, and groups are formed, by this many tokens
 
 @dataclass
 class Group:
-    """Sequences that share buffers and end at the same column. A row's first `width - length`
-    columns are padding:
+    """Sequences that share buffers and end at the same column.
+
+    A row's first `width - length` columns are padding:
 
     lengths 3, 5:   . . a a a
                     b b b b b
@@ -55,7 +56,7 @@ class Group:
     width: int
 
     def mask(self) -> mx.array | None:
-        """[B, 1, 1, width + 1], True where a row has a token; None where no row is padded."""
+        """Return [B, 1, 1, width + 1], True where a row has a token; None if no row is padded."""
         if len(set(self.lengths)) == 1:
             return None
         padding = mx.array([max(self.lengths) - n for n in self.lengths])
@@ -66,9 +67,18 @@ class GroupedLayer:
     """What a model's file sees as one layer's cache, for one pass of one token a sequence."""
 
     def __init__(
-        self, index: int, space: CacheSpace, groups: list[Group], masks: list[Any], offset: mx.array
+        self,
+        index: int,
+        space: CacheSpace,
+        groups: list[Group],
+        *,
+        masks: list[Any],
+        offset: mx.array,
     ):
-        self._index, self._space, self._groups, self._masks = index, space, groups, masks
+        self._index = index
+        self._space = space
+        self._groups = groups
+        self._masks = masks
         self.offset = offset
 
     def make_mask(self, n: int, return_array: bool = False, window_size: int | None = None) -> None:
@@ -81,18 +91,18 @@ class GroupedLayer:
 
     def attend(self, queries: mx.array, scale: float, sinks: mx.array | None) -> mx.array:
         q, [new] = self._space.enter(self._index, queries, *self._pending)
-        out, row = [], 0
+        out = []
+        row = 0
         for group, mask in zip(self._groups, self._masks, strict=True):
-            rows, buffer, stop = (
-                slice(row, row + len(group.lengths)),
-                group.buffers[self._index],
-                group.width + 1,
-            )
+            rows = slice(row, row + len(group.lengths))
+            buffer = group.buffers[self._index]
+            stop = group.width + 1
             buffer[:, :, group.width : stop] = new[rows]
             keys, values = mx.split(buffer[:, :, :stop], 2, axis=1)
-            out.append(
-                mx.fast.scaled_dot_product_attention(q[rows], keys, values, scale=scale, mask=mask)
+            attended = mx.fast.scaled_dot_product_attention(
+                q[rows], keys, values, scale=scale, mask=mask
             )
+            out.append(attended)
             row = rows.stop
         left = self._space.leave(out[0] if len(out) == 1 else mx.concatenate(out, axis=0))
         if ON_CPU:
@@ -106,8 +116,10 @@ class GroupedBatch:
     def __init__(
         self, runner: ModelRunner, caches: list[SequenceCache], lengths: list[int], sizes: list[int]
     ):
-        """`sizes`: of groups of neighbours. The copies made here are what a join costs."""
-        self._runner, self._space, self._groups = runner, caches[0].space, []
+        """`sizes` are of groups of neighbours. The copies made here are what a join costs."""
+        self._runner = runner
+        self._space = caches[0].space
+        self._groups = []
         for stop, size in zip(itertools.accumulate(sizes), sizes, strict=True):
             members = slice(stop - size, stop)
             self._groups.append(_merge(caches[members], lengths[members]))
@@ -117,11 +129,12 @@ class GroupedBatch:
         return sum(b.nbytes for group in self._groups for b in group.buffers)
 
     def step(self, tokens: list[int]) -> mx.array:
-        offset = mx.array([n for group in self._groups for n in group.lengths])
+        offset = mx.array(list(itertools.chain(*[group.lengths for group in self._groups])))
         masks = [group.mask() for group in self._groups]
         num_layers = len(self._runner.spec.layers)
         layers = [
-            GroupedLayer(i, self._space, self._groups, masks, offset) for i in range(num_layers)
+            GroupedLayer(i, self._space, self._groups, masks=masks, offset=offset)
+            for i in range(num_layers)
         ]
         logits = self._runner.model(mx.array(tokens)[:, None], cache=layers)[:, -1]
         mx.eval(logits)
@@ -137,11 +150,10 @@ def _merge(caches: list[SequenceCache], lengths: list[int]) -> Group:
     arrays = [cache.arrays() for cache in caches]  # one a layer
 
     def merged(i: int) -> mx.array:
-        pads = [(width - n, capacity - width) for n in lengths]
-        rows = [
-            mx.pad(a[i][:, :, :n], [(0, 0), (0, 0), p, (0, 0)])
-            for a, n, p in zip(arrays, lengths, pads, strict=True)
-        ]
+        rows = []
+        for of_layer, n in zip(arrays, lengths, strict=True):
+            padding = (width - n, capacity - width)
+            rows.append(mx.pad(of_layer[i][:, :, :n], [(0, 0), (0, 0), padding, (0, 0)]))
         out = mx.concatenate(rows, axis=0)
         mx.eval(out)
         return out
@@ -153,7 +165,8 @@ class PerSequenceBatch:
     """The served code."""
 
     def __init__(self, runner: ModelRunner, caches: list[SequenceCache]):
-        self._runner, self._caches = runner, caches
+        self._runner = runner
+        self._caches = caches
 
     @property
     def nbytes(self) -> int:
@@ -166,19 +179,30 @@ class PerSequenceBatch:
 
 
 def group_sizes(lengths: list[int]) -> list[int]:
-    """Sizes of the runs of `lengths` (ascending) that round up to the same multiple of STEP."""
+    """Return the sizes of runs of `lengths` that round up to the same multiple of STEP.
+
+    `lengths` are ascending.
+    """
     return [len(list(run)) for _, run in itertools.groupby(lengths, key=lambda n: -(-n // STEP))]
 
 
 def cases(batches: list[int]) -> list[tuple[str, list[int]]]:
-    """(name, lengths, ascending): equal ones, and 64 to 2,048 spread evenly in their logarithm."""
-    out = [(f"{b} x {n}", [n] * b) for n in (64, 512, 1024) for b in batches]
-    spread = [(b, [round(64 * 32 ** (i / (b - 1))) for i in range(b)]) for b in batches if b > 1]
-    return out + [(f"{b} of 64 to 2048", lengths) for b, lengths in spread]
+    """Return (name, lengths, ascending) of each case.
+
+    Lengths are equal, or 64 to 2,048, spread evenly in their logarithm.
+    """
+    out = []
+    for n in (64, 512, 1024):
+        out += [(f"{batch} x {n}", [n] * batch) for batch in batches]
+    for batch in batches:
+        if batch > 1:
+            lengths = [round(64 * 32 ** (i / (batch - 1))) for i in range(batch)]
+            out.append((f"{batch} of 64 to 2048", lengths))
+    return out
 
 
 def measure(runner: ModelRunner, lengths: list[int], steps: int) -> dict[str, dict[str, float]]:
-    """Each way's step_ms, join_ms, bytes and logits_differ_by."""
+    """Return each way's step_ms, join_ms, bytes and logits_differ_by."""
     snapshots = {n: random_snapshot(runner, n) for n in set(lengths)}
     caches = [runner.new_cache(snapshots[n], n + steps + 1) for n in lengths]
     mx.eval([cache.arrays() for cache in caches])
@@ -210,7 +234,8 @@ def check_model(runner: ModelRunner) -> None:
         x.window or x.attention_sinks or x.model_attends for x in runner.spec.layers
     ):
         raise SystemExit(
-            "this benchmark takes models whose layers are all alike, with global attention and no sinks"
+            "this benchmark takes models whose layers are all alike, "
+            "with global attention and no sinks"
         )
 
 
@@ -236,9 +261,10 @@ def main() -> None:
     for name, lengths in cases([int(b) for b in args.batches.split(",")]):
         for way, row in measure(runner, lengths, args.steps).items():
             table.append({"case": name, "lengths": lengths, "way": way, **row})
+            times = f"{row['step_ms']:9.1f} {row['join_ms']:8.1f}"
+            megabytes = row["bytes"] / 1e6
             print(
-                f"{name:18} {way:14} {row['step_ms']:9.1f} {row['join_ms']:8.1f} {row['bytes'] / 1e6:6.0f} "
-                f"{row['logits_differ_by']:8.1g}",
+                f"{name:18} {way:14} {times} {megabytes:6.0f} {row['logits_differ_by']:8.1g}",
                 flush=True,
             )
     result = {

@@ -1,9 +1,8 @@
-"""What a model that never lost anything would have answered: every token of an answer against its
-logits.
+"""What a model that never lost anything would have answered.
 
-An answer is right if each of its tokens is the likeliest one after the prompt and the tokens before
-it, computed from nothing. Where two tokens are as good as equal, a batch's rounding may choose the
-other: a tie, counted, not wrong.
+Every token of an answer is held against its logits. An answer is right if each of its tokens is the
+likeliest one after the prompt and the tokens before it, computed from nothing. Where two tokens are
+as good as equal, a batch's rounding may choose the other: a tie, counted, not wrong.
 """
 
 from collections import Counter
@@ -47,32 +46,34 @@ class Control:
         self.tally = Tally()
 
     def check(self, prompt: list[int], answer: list[int]) -> str | None:
-        """What is wrong with the answer. It is counted either way."""
+        """Say what is wrong with the answer. It is counted either way."""
         gaps = self.gaps(prompt, answer)
         wrong = [i for i, gap in enumerate(gaps) if gap >= TIE]
         self.tally.answers += 1
         self.tally.tokens += len(answer)
         self.tally.ties += sum(0 < gap < TIE for gap in gaps)
-        self.tally.largest_tie = max(
-            self.tally.largest_tie, *(gap for gap in gaps if gap < TIE), 0.0
-        )
+        ties = [gap for gap in gaps if gap < TIE]
+        self.tally.largest_tie = max([self.tally.largest_tie, *ties])
         self.tally.wrong += len(wrong)
         if not wrong:
             return None
-        return f"token {wrong[0]} of {len(answer)} is {gaps[wrong[0]]:.3g} from the likeliest, {len(wrong)} are wrong"
+        first = wrong[0]
+        return (
+            f"token {first} of {len(answer)} is {gaps[first]:.3g} from the likeliest, "
+            f"{len(wrong)} are wrong"
+        )
 
     def gaps(self, prompt: list[int], answer: list[int]) -> list[float]:
-        """Of each token of the answer: how far its logit is below the highest, 0 if it is that."""
-        key = tuple(prompt), tuple(answer)
+        """Return how far each answer token's logit is below the highest, 0 if it is that."""
+        key = (tuple(prompt), tuple(answer))
         if key not in self._known:
             self._known[key] = self._gaps(prompt, answer)
         return self._known[key]
 
     def _gaps(self, prompt: list[int], answer: list[int]) -> list[float]:
         tokens = prompt + answer
-        logits, _ = self._runner.forward(
-            mx.array([tokens[:-1]]), [self._runner.new_cache(capacity=len(tokens))]
-        )
+        cache = self._runner.new_cache(capacity=len(tokens))
+        logits, _ = self._runner.forward(mx.array([tokens[:-1]]), [cache])
         rows = np.array(logits[0, len(prompt) - 1 :])
         rows[:, :NUM_SPECIAL] = -np.inf
         said: Counter[int] = Counter()

@@ -1,12 +1,12 @@
-"""One bit flipped, or the end cut off, in one file of a store: nobody gets a wrong token, everybody
-gets an answer.
+"""One bit flipped, or the end cut off, in one file of a store: what its agents get.
 
-A few agents talk to an engine, whose store is then copied once for each of 500 cases (--cases). In
-each, one random file of one kind, in turn, is damaged; an engine starts on the copy, and every
-agent asks its next turn. The engine must start, or refuse the store in one line; every token must
-be the likeliest one to a control that computes from nothing (control.py). A damaged block or tail
-must be noticed: put aside, and made again. A damaged export is refused, or its damage is where
-nothing is (the tar's padding). The model is a tiny llama of random weights.
+Nobody may get a wrong token, everybody must get an answer. A few agents talk to an engine, whose
+store is then copied once for each of 500 cases (--cases). In each, one random file of one kind, in
+turn, is damaged; an engine starts on the copy, and every agent asks its next turn. The engine must
+start, or refuse the store in one line; every token must be the likeliest one to a control that
+computes from nothing (control.py). A damaged block or tail must be noticed: put aside, and made
+again. A damaged export is refused, or its damage is where nothing is (the tar's padding). The model
+is a tiny llama of random weights.
 
     python benchmarks/corruption.py --json benchmarks/results/corruption-tiny.json
 """
@@ -36,7 +36,14 @@ from control import LOGIT_BIAS, SAMPLING, Control, Tally  # noqa: E402  (after t
 from machine import describe_machine, write_result  # noqa: E402
 
 from agentmem.errors import InvalidRequest, StartupError  # noqa: E402
-from support.tiny import BLOCK, EngineThread, random_tokens, tiny_engine, tiny_loader, word_ids  # noqa: E402
+from support.tiny import (  # noqa: E402
+    BLOCK,
+    EngineThread,
+    random_tokens,
+    tiny_engine,
+    tiny_loader,
+    word_ids,
+)
 
 AGENTS = ("alice", "bob", "carol")
 SHARED = 70  # first tokens, the same for all agents
@@ -46,7 +53,7 @@ ANSWER = 10
 
 @dataclass(frozen=True)
 class Kind:
-    """Of file. `killed`: from a store whose server was killed, else from one that was stopped."""
+    """A kind of file. `killed`: from a store whose server was killed, else from a stopped one's."""
 
     name: str
     pattern: str  # of paths in the home
@@ -79,10 +86,12 @@ class Original:
 
 
 def make_original(directory: Path) -> Original:
-    """Two turns of each agent, each after a restart; the agents share a prefix. On an idle disk it
-    takes a second.
+    """Ask each agent two turns, each after a restart; the agents share a prefix.
+
+    On an idle disk it takes a second.
     """
-    stopped, killed = directory / "stopped", directory / "killed"
+    stopped = directory / "stopped"
+    killed = directory / "killed"
     histories = {agent: random_tokens(SHARED) for agent in AGENTS}
     for turn in range(2):
         with tiny_engine(stopped) as engine:
@@ -112,13 +121,13 @@ def next_prompt(histories: dict[str, list[int]], agent: str) -> list[int]:
 
 
 def ask(engine: EngineThread, agent: str, prompt: list[int]) -> tuple[list[int], int]:
-    """The answer's tokens, and how many of the prompt's were cached."""
+    """Return the answer's tokens, and how many of the prompt's were cached."""
     text, stats = engine.ask(agent, prompt, ANSWER, seed=None, logit_bias=LOGIT_BIAS, **SAMPLING)
     return word_ids(text), stats.cached_tokens
 
 
 def damage(path: Path, rng: random.Random) -> str:
-    """What was done to the file."""
+    """Damage a file, and say how."""
     data = bytearray(path.read_bytes())
     at = rng.randrange(len(data))
     if rng.random() < 0.5:
@@ -142,8 +151,9 @@ class Outcome:
 
 
 def after_damage(home: Path, original: Original, control: Control) -> Outcome:
-    """Start an engine on a damaged home and ask every agent's next turn. Raises what the engine
-    raises.
+    """Start an engine on a damaged home and ask every agent's next turn.
+
+    Raises what the engine raises.
     """
     try:
         engine = EngineThread(home, tiny_loader())
@@ -152,30 +162,33 @@ def after_damage(home: Path, original: Original, control: Control) -> Outcome:
     try:
         prompts = {agent: next_prompt(original.histories, agent) for agent in AGENTS}
         answers = {agent: ask(engine, agent, prompt) for agent, prompt in prompts.items()}
-        engine.call(
-            engine.engine.delete_agent(AgentKey("default", "nobody"))
-        )  # after every quarantine before it
+        # comes after every quarantine before it
+        engine.call(engine.engine.delete_agent(AgentKey("default", "nobody")))
         health = engine.engine.health()
     finally:
         engine.stop()
-    wrong = [f"/health: {health['errors']}"] if health["status"] != "ok" else []
+    wrong = []
+    if health["status"] != "ok":
+        wrong.append(f"/health: {health['errors']}")
     missed = 0
     for agent, (answer, cached) in answers.items():
         missed += max(0, original.cached[agent] - cached)
-        said = (
-            f"{len(answer)} tokens"
-            if len(answer) != ANSWER
-            else control.check(prompts[agent], answer)
-        )
-        wrong += [f"{agent}: {said}"] if said else []
+        if len(answer) != ANSWER:
+            wrong.append(f"{agent}: {len(answer)} tokens")
+        elif said := control.check(prompts[agent], answer):
+            wrong.append(f"{agent}: {said}")
     return Outcome(
-        None, health["store"]["quarantined"], health["store"]["damaged_rows"], missed, wrong
+        quarantined=health["store"]["quarantined"],
+        damaged_rows=health["store"]["damaged_rows"],
+        missed=missed,
+        wrong=wrong,
     )
 
 
 def after_import(home: Path, original: Original, control: Control) -> Outcome:
     """Import a damaged export into an empty store: refused, or as good as the undamaged one."""
-    archive, prompt = (home / EXPORT).read_bytes(), next_prompt(original.histories, "alice")
+    archive = (home / EXPORT).read_bytes()
+    prompt = next_prompt(original.histories, "alice")
     with tiny_engine(home / "empty") as engine:
         try:
             engine.call(engine.engine.import_agent("default", None, io.BytesIO(archive)))
@@ -210,7 +223,9 @@ class Cases:
     """Damages copies, one after the other; `result` has what became of them."""
 
     def __init__(self, directory: Path, *, seed: int = 0, kinds: tuple[Kind, ...] = KINDS):
-        self._directory, self._rng, self._kinds = directory, random.Random(seed), kinds
+        self._directory = directory
+        self._rng = random.Random(seed)
+        self._kinds = kinds
         self._original = make_original(directory)
         self._control = Control(tiny_loader()(), BLOCK)
         self.result = Result({kind.name: Row() for kind in kinds}, self._control.tally, [], [])
@@ -221,9 +236,8 @@ class Cases:
             kind = self._kinds[number % len(self._kinds)]
             self._case(kind)
             if number % 50 == 49:
-                progress(
-                    f"{number + 1} cases, {time.monotonic() - began:.0f} s, {len(self.result.failures)} failures"
-                )
+                took = f"{time.monotonic() - began:.0f} s"
+                progress(f"{number + 1} cases, {took}, {len(self.result.failures)} failures")
         self.result.seconds = round(time.monotonic() - began, 1)
         return self.result
 
@@ -241,7 +255,7 @@ class Cases:
         self.result.failures += [f"{what}: {said}" for said in self._count(kind, what, future)]
 
     def _count(self, kind: Kind, what: str, future: "Future[Outcome]") -> list[str]:
-        """What was wrong."""
+        """Count a case, and say what was wrong."""
         row = self.result.rows[kind.name]
         row.cases += 1
         if (error := future.exception()) is not None:
@@ -255,17 +269,15 @@ class Cases:
             self.result.refusals = [*self.result.refusals, f"{what}: {outcome.refused}"][:10]
             return ["refused in more than one line"] if "\n" in outcome.refused else []
         unnoticed = kind.must_be_noticed and not (outcome.quarantined and outcome.missed)
-        return [*outcome.wrong, *(["not noticed"] if unnoticed else [])]
+        return [*outcome.wrong, "not noticed"] if unnoticed else outcome.wrong
 
 
 def print_table(result: Result) -> None:
-    print(
-        f"{'kind':14} {'cases':>6} {'noticed':>8} {'put aside':>10} {'tokens missed':>14} {'refused':>8}"
-    )
+    line = "{:14} {:>6} {:>8} {:>10} {:>14} {:>8}"
+    print(line.format("kind", "cases", "noticed", "put aside", "tokens missed", "refused"))
     for name, row in result.rows.items():
-        print(
-            f"{name:14} {row.cases:6} {row.noticed:8} {row.quarantined:10} {row.missed_tokens:14} {row.refused:8}"
-        )
+        put_aside = row.quarantined
+        print(line.format(name, row.cases, row.noticed, put_aside, row.missed_tokens, row.refused))
     print(json.dumps(dataclasses.asdict(result.tally)))
 
 

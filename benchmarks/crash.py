@@ -1,13 +1,14 @@
-"""A server under load is killed (SIGKILL) and started again, 100 times (--kills), always on the
-same home.
+"""A server under load is killed and started again, 100 times (--kills), on the same home.
 
 Four clients talk for eight agents, whose conversations grow turn by turn; a long one is deleted,
 and a new one begins. At a random moment the server is stopped for an instant, its manifest is read
-from outside, and it is killed; some servers are killed while they start. Demands:
+from outside, and it is killed (SIGKILL); some servers are killed while they start. Demands:
   - it always starts again, and answers 200 to everything while it lives
-  - every token is the likeliest one to a control that computes from nothing (control.py), ties of a rounding apart
-  - whatever the manifest named when the process was killed is there afterwards, verifies, and is used: the agent's next
-    turn finds at least its blocks cached; an agent whose deletion was answered is gone
+  - every token is the likeliest one to a control that computes from nothing (control.py), ties of a
+    rounding apart
+  - whatever the manifest named when the process was killed is there afterwards, verifies, and is
+    used: the agent's next turn finds at least its blocks cached; an agent whose deletion was
+    answered is gone
 The model is a tiny llama of random weights, whose tokens are words.
 
     python benchmarks/crash.py --json benchmarks/results/crash-tiny.json
@@ -18,6 +19,7 @@ import asyncio
 import dataclasses
 import json
 import random
+import shlex
 import signal
 import sqlite3
 import subprocess
@@ -44,30 +46,26 @@ from support.server_process import ServerProcess  # noqa: E402
 from support.tiny import BLOCK, word_ids  # noqa: E402
 from support.tiny_model_dir import write_tiny_model  # noqa: E402
 
-CLIENTS, AGENTS = 4, 8
-FLAGS = (
-    "--block-size",
-    str(BLOCK),
-    "--prefill-chunk",
-    "64",
-    "--tail-delay",
-    "0.02",
-    "--kv-budget",
-    "8M",
+CLIENTS = 4
+AGENTS = 8
+FLAGS = shlex.split(
+    f"--block-size {BLOCK} --prefill-chunk 64 --tail-delay 0.02 --kv-budget 8M "
+    "--attention dequantized --log-level warning"
 )
-FLAGS += ("--attention", "dequantized", "--log-level", "warning")
 LONGEST_LIFE = 1.5  # s of a server, once it is up
 STARTING = 10  # every tenth server is killed before it is up
 SYSTEM = " ".join(f"w{i}" for i in range(10, 80))
 LONGEST = 500  # tokens of a conversation
-SHORTEST_ANSWER, LONGEST_ANSWER = 8, 16
+SHORTEST_ANSWER = 8
+LONGEST_ANSWER = 16
 BODY = {**SAMPLING, "logit_bias": {str(token): bias for token, bias in LOGIT_BIAS}}
 
 
 @dataclass
 class Chat:
-    """An agent's conversation. `messages` ends with the user's word that waits for an answer, or
-    with an answer.
+    """An agent's conversation.
+
+    `messages` ends with the user's word that waits for an answer, or with an answer.
     """
 
     agent: str
@@ -76,7 +74,7 @@ class Chat:
     )
 
     def num_tokens(self) -> int:
-        """Of the prompt: each message has three tokens around it, and the answer begins with two."""
+        """Count the prompt: each message has three tokens around it, an answer begins with two."""
         return sum(len(m["content"].split()) + 3 for m in self.messages) + 2
 
     def speak(self, rng: random.Random) -> None:
@@ -94,7 +92,7 @@ class Chat:
             self.messages[-1]["content"] += f" w{rng.randint(8, 255)}"
 
     def room(self) -> int:
-        """Tokens of the answer."""
+        """Return how many tokens the answer may have."""
         return min(LONGEST_ANSWER, BLOCK - 1 - self.num_tokens() % BLOCK)
 
 
@@ -126,24 +124,26 @@ class Crashes:
     """A home, its servers, and the clients, who outlive them."""
 
     def __init__(self, directory: Path, *, seed: int = 0):
-        self._model, self._home = write_tiny_model(directory / "tiny"), directory / "home"
+        self._model = write_tiny_model(directory / "tiny")
+        self._home = directory / "home"
         loaded = load_model(str(self._model), directory)
-        self._tokenizer, self._control = loaded.tokenizer, Control(loaded, BLOCK)
+        self._tokenizer = loaded.tokenizer
+        self._control = Control(loaded, BLOCK)
         self._rng = random.Random(seed)
         self._chats = [Chat(f"agent {i}") for i in range(AGENTS)]
         self._named = AGENTS
         self._said: list[Said] = []
         self._deleted: set[str] = set()
         self._deleting: set[str] = set()
-        self._expected: dict[
-            str, int
-        ] = {}  # blocks that an agent's first turn after a restart must find
+        # blocks that an agent's first turn after a restart must find
+        self._expected: dict[str, int] = {}
         self._dying = False
         self.outcome = Outcome(control=self._control.tally)
 
     def run(self, kills: int, progress: Callable[[str], None] = lambda text: None) -> Outcome:
-        """Ends early if a server does not start."""
-        began, outcome = time.monotonic(), self.outcome
+        """Kill so many servers; end early if one does not start."""
+        began = time.monotonic()
+        outcome = self.outcome
         while outcome.kills < kills:
             if outcome.kills % STARTING == STARTING - 1:
                 self._kill_one_that_starts()
@@ -154,9 +154,8 @@ class Crashes:
                 self._fail(f"the server does not start: {e}")
                 break
             self._check_answers()
-            progress(
-                f"{outcome.kills} kills, {time.monotonic() - began:.0f} s, {asdict(outcome.control)}"
-            )
+            took = f"{time.monotonic() - began:.0f} s"
+            progress(f"{outcome.kills} kills, {took}, {asdict(outcome.control)}")
         outcome.seconds = round(time.monotonic() - began, 1)
         return outcome
 
@@ -168,9 +167,8 @@ class Crashes:
     async def _one_life(self) -> None:
         began = time.monotonic()
         server = ServerProcess(self._home, *FLAGS, model=self._model)
-        self.outcome.slowest_start = max(
-            self.outcome.slowest_start, round(time.monotonic() - began, 2)
-        )
+        took = round(time.monotonic() - began, 2)
+        self.outcome.slowest_start = max(self.outcome.slowest_start, took)
         self._dying = False
         async with httpx.AsyncClient(base_url=server.url, timeout=30) as client:
             free = asyncio.Queue[Chat]()
@@ -189,7 +187,7 @@ class Crashes:
             self._fail(f"/health: {health['status']}, {health['errors']}, {health['store']}")
 
     def _kill(self, server: ServerProcess) -> Persisted | None:
-        """What the manifest said at that moment."""
+        """Kill a server. Returns what its manifest said at that moment."""
         self._dying = True
         before = self._read_manifest_of(server.process)
         server.stop(signal.SIGKILL)
@@ -197,7 +195,7 @@ class Crashes:
         return before
 
     def _read_manifest_of(self, server: "subprocess.Popen[Any]") -> Persisted | None:
-        """The server is stopped afterwards."""
+        """Read the manifest of a server, which is stopped (SIGSTOP) afterwards."""
         for _ in range(100):
             server.send_signal(signal.SIGSTOP)
             try:
@@ -208,19 +206,9 @@ class Crashes:
         raise TimeoutError("the manifest is always locked")
 
     def _kill_one_that_starts(self) -> None:
-        command = [
-            sys.executable,
-            "-m",
-            "agentmem.cli.main",
-            "serve",
-            "--home",
-            str(self._home),
-            "--port",
-            "0",
-        ]
-        server = subprocess.Popen(
-            [*command, "--model", str(self._model), *FLAGS], stdout=subprocess.PIPE
-        )
+        command = [sys.executable, "-m", "agentmem", "serve", "--port", "0"]
+        command += ["--home", str(self._home), "--model", str(self._model), *FLAGS]
+        server = subprocess.Popen(command, stdout=subprocess.PIPE)
         time.sleep(self._rng.uniform(0.0, 1.2) * self.outcome.slowest_start)
         before = self._read_manifest_of(server)
         server.kill()
@@ -233,7 +221,7 @@ class Crashes:
         if before is None:
             return
         self.outcome.branches_seen += len(before.paths)
-        self.outcome.blocks_seen += len({key for path in before.paths for key in path.keys})
+        self.outcome.blocks_seen += len(set().union(*[path.keys for path in before.paths]))
         for what in lost(self._home, before, deleted=self._deleted, deleting=self._deleting):
             self._fail(what)
         self._expected = {chat.agent: before.blocks_of(chat.agent) for chat in self._chats}
@@ -262,10 +250,13 @@ class Crashes:
                 self._fail(f"a server that was not killed: {type(e).__name__}: {e}")
 
     async def _start_afresh(self, client: httpx.AsyncClient, chat: Chat) -> None:
-        """Delete the agent; the chat goes on under another name. Given up by a kill, the agent may
-        be there or not.
+        """Delete the agent; the chat goes on under another name.
+
+        Given up by a kill, the agent may be there or not.
         """
-        old, chat.agent, chat.messages = chat.agent, f"agent {self._named}", Chat("").messages
+        old = chat.agent
+        chat.agent = f"agent {self._named}"
+        chat.messages = Chat("").messages
         self._named += 1
         self._deleting.add(old)
         response = await client.delete(f"agents/{old}")
@@ -290,7 +281,8 @@ class Crashes:
             self._fail(f"HTTP {response.status_code}: {response.text}")
             return
         answer = response.json()
-        text, usage = answer["choices"][0]["message"]["content"], answer["usage"]
+        text = answer["choices"][0]["message"]["content"]
+        usage = answer["usage"]
         if usage["prompt_tokens"] != chat.num_tokens() or len(text.split()) != body["max_tokens"]:
             self._fail(
                 f"asked {chat.num_tokens()} tokens for {body['max_tokens']}: {usage}, {text!r}"
@@ -302,11 +294,15 @@ class Crashes:
         chat.messages.append({"role": "assistant", "content": text})
 
     def _check_cached(self, chat: Chat, cached: int) -> None:
-        """What was persisted is used: of its blocks, those that lie before the prompt's last token."""
+        """Check that what was persisted is used.
+
+        Those of its blocks are meant that lie before the prompt's last token.
+        """
         blocks = min(self._expected.pop(chat.agent, 0), (chat.num_tokens() - 1) // BLOCK)
         if cached < blocks * BLOCK:
             self._fail(
-                f"{chat.agent} had {blocks} blocks of its prompt on disk, and {cached} tokens were cached"
+                f"{chat.agent} had {blocks} blocks of its prompt on disk, "
+                f"and {cached} tokens were cached"
             )
 
 

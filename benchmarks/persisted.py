@@ -1,6 +1,4 @@
-"""What a store's manifest said of its agents when the server was killed, and whether a restart
-would still have it.
-"""
+"""What a store's manifest said when its server was killed, and whether a restart has it still."""
 
 import shutil
 import sqlite3
@@ -24,8 +22,9 @@ class Chain:
     has_tail: bool
 
     def covers(self, other: "Chain") -> bool:
-        """Whether nothing of `other` is missing here: the same blocks, and more or a tail where it
-        has one.
+        """Tell whether nothing of `other` is missing here.
+
+        It has the same blocks, and more or a tail where `other` has one.
         """
         if self.agent != other.agent or self.keys[: len(other.keys)] != other.keys:
             return False
@@ -39,21 +38,21 @@ class Persisted:
     paths: list[Chain]
 
     def blocks_of(self, agent: str) -> int:
-        """Of its longest branch."""
+        """Return how many blocks the longest branch of an agent has."""
         return max((len(path.keys) for path in self.paths if path.agent == agent), default=0)
 
 
 def read_manifest(home: Path) -> Persisted | None:
-    """From outside, beside a server or after one; None before there is a store."""
+    """Read from outside, beside a server or after one; None before there is a store."""
     for path in home.glob("store/*/manifest.sqlite"):
-        with closing(
-            sqlite3.connect(path.absolute().as_uri() + "?mode=ro", uri=True, timeout=1.0)
-        ) as db:
+        uri = path.absolute().as_uri() + "?mode=ro"
+        with closing(sqlite3.connect(uri, uri=True, timeout=1.0)) as db:
             db.execute("BEGIN")  # one state for all that is read
             meta = dict(db.execute("SELECT key, value FROM meta"))
             parents = dict(db.execute("SELECT key, parent FROM blocks"))
             branches = db.execute(
-                "SELECT name, head, tail_generation FROM branches JOIN agents ON agents.id = agent_id"
+                "SELECT name, head, tail_generation FROM branches "
+                "JOIN agents ON agents.id = agent_id"
             ).fetchall()
         paths = [
             Chain(name, _chain(parents, head), tail is not None) for name, head, tail in branches
@@ -71,7 +70,7 @@ def _chain(parents: dict[bytes, bytes | None], head: bytes | None) -> tuple[byte
 
 
 def lost(home: Path, before: Persisted, *, deleted: set[str], deleting: set[str]) -> list[str]:
-    """What of `before` a copy of the store has not, and what it has that it should not.
+    """Find what of `before` a copy of the store has not, and what it has that it should not.
 
     `deleted`: agents whose deletion was acknowledged; `deleting`: asked for, which may have
     happened or not.
@@ -89,11 +88,9 @@ def lost(home: Path, before: Persisted, *, deleted: set[str], deleting: set[str]
 def _unreadable(store: AgentStore) -> Iterator[str]:
     index = store.index()
     reads = {f"block {block.key.hex()}": store.read_block(block.key) for block in index.blocks}
-    reads |= {
-        f"tail of {b.agent.agent_id}": store.read_tail(b.id)
-        for b in index.branches
-        if b.tail is not None
-    }
+    for branch in index.branches:
+        if branch.tail is not None:
+            reads[f"tail of {branch.agent.agent_id}"] = store.read_tail(branch.id)
     for what, future in reads.items():
         if isinstance(error := future.exception(), CorruptSegment):
             yield f"{what}: {error}"
@@ -105,10 +102,14 @@ def _missing(
     index: StoreIndex, before: Persisted, deleted: set[str], deleting: set[str]
 ) -> Iterator[str]:
     parents = {block.key: block.parent for block in index.blocks}
-    after = [
-        Chain(b.agent.agent_id, _chain(parents, b.head), b.tail is not None) for b in index.branches
-    ]
-    yield from (f"{path.agent} was deleted, and is back" for path in after if path.agent in deleted)
+    after = []
+    for branch in index.branches:
+        keys = _chain(parents, branch.head)
+        after.append(Chain(branch.agent.agent_id, keys, branch.tail is not None))
+    for path in after:
+        if path.agent in deleted:
+            yield f"{path.agent} was deleted, and is back"
     for path in before.paths:
         if path.agent not in deleted | deleting and not any(now.covers(path) for now in after):
-            yield f"{path.agent} had {len(path.keys)} blocks{' and a tail' if path.has_tail else ''}, they are lost"
+            tail = " and a tail" if path.has_tail else ""
+            yield f"{path.agent} had {len(path.keys)} blocks{tail}, they are lost"

@@ -1,5 +1,6 @@
-"""What could make 4 bits better at the same size: variants of the cache's quantization against the
-one in use.
+"""What could make 4 bits better at the same size: variants of the cache's quantization.
+
+They stand against the one in use.
 
 python benchmarks/quality.py --json benchmarks/results/quality-demo-pydoc.json
 
@@ -12,6 +13,7 @@ output.
 """
 
 import argparse
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -28,13 +30,19 @@ import mlx.core as mx  # noqa: E402  (after the BLAS)
 import numpy as np  # noqa: E402
 from machine import describe_machine, write_result  # noqa: E402
 
-from agentmem.bench.scores import Score, delta_percent, log_probabilities, score  # noqa: E402
-from agentmem.bench.windows import Protocol, Window, cut_windows, read_corpus  # noqa: E402
+from agentmem.bench.harness.corpus import Window, Windows, cut_windows, read_corpus  # noqa: E402
+from agentmem.bench.perplexity_scores import (  # noqa: E402
+    Score,
+    delta_percent,
+    log_probabilities,
+    score,
+)
 from agentmem.kvcache.attention import install_seam  # noqa: E402
 from agentmem.kvcache.calibrate import calibration_tokens  # noqa: E402
 from agentmem.models.loading import LoadedModel, load_model  # noqa: E402
 
-BLOCK, GROUP = 256, 64
+BLOCK = 256
+GROUP = 64
 FACTORS = (1.0, 0.96, 0.92, 0.88, 0.84, 0.8)  # by which `mse` shrinks a group's range
 FIT_FACTOR = {3: 0.86, 4: 0.96, 5: 0.98}  # by bits, least squared error of rotated keys and values
 Quantizer = Callable[[mx.array, int], mx.array]  # x [..., D], bits: what its codes stand for
@@ -42,8 +50,9 @@ Quantizer = Callable[[mx.array, int], mx.array]  # x [..., D], bits: what its co
 
 @dataclass(frozen=True)
 class Moments:
-    """Of one layer over the calibration text less its sinks, per KV head: means [H, 1, D], second
-    moments [H, D, D].
+    """Moments of one layer over the calibration text less its sinks, for each KV head.
+
+    Means are [H, 1, D], second moments [H, D, D].
     """
 
     key_mean: np.ndarray
@@ -56,8 +65,9 @@ class Moments:
 
 @dataclass(frozen=True)
 class Space:
-    """Of one layer: how to enter cache space and leave it. Matrices [H, D, D] for row vectors,
-    centres [H, 1, D].
+    """How one layer enters cache space and leaves it.
+
+    Matrices are [H, D, D], for row vectors, centres [H, 1, D].
     """
 
     key_in: np.ndarray
@@ -70,19 +80,22 @@ class Space:
 
 def minmax(x: mx.array, bits: int) -> mx.array:
     packed, scales, biases = mx.quantize(x, group_size=GROUP, bits=bits)
-    scales, biases = (a.astype(mx.float16).astype(x.dtype) for a in (scales, biases))
-    return mx.dequantize(packed, scales, biases, group_size=GROUP, bits=bits)
+    return mx.dequantize(
+        packed, _in_16_bits(scales), _in_16_bits(biases), group_size=GROUP, bits=bits
+    )
+
+
+def _in_16_bits(x: mx.array) -> mx.array:
+    return x.astype(mx.float16).astype(x.dtype)
 
 
 def mse(x: mx.array, bits: int) -> mx.array:
-    """The range of each group shrunk by the factor that leaves the least squared error."""
+    """Shrink the range of each group by the factor that leaves the least squared error."""
     return _best(x, bits, lambda groups, scale, bias: _affine(groups, scale, bias, bits))
 
 
 def refit(x: mx.array, bits: int) -> mx.array:
-    """Codes as by `mse`'s shrinking, then scale and bias by least squares on the codes, then codes
-    again.
-    """
+    """Take codes as by `mse`, then scale and bias by least squares, then codes again."""
 
     def value(groups: mx.array, scale: mx.array, bias: mx.array) -> mx.array:
         for _ in range(2):
@@ -93,34 +106,42 @@ def refit(x: mx.array, bits: int) -> mx.array:
 
 
 def fit(x: mx.array, bits: int) -> mx.array:
-    """The cheap form of `refit`: the range shrunk by one factor, then scale and bias by least
-    squares on the codes.
+    """Shrink the range by one factor, then take scale and bias by least squares on the codes.
+
+    It is the cheap form of `refit`.
     """
     groups = x.reshape(*x.shape[:-1], -1, GROUP)
-    codes = _codes(groups, *_shrunk(groups, FIT_FACTOR[bits], bits), bits)
-    scale, bias = (a.astype(mx.float16).astype(x.dtype) for a in _least_squares(groups, codes))
-    return (codes * scale + bias).reshape(x.shape)
+    scale, bias = _shrunk(groups, FIT_FACTOR[bits], bits)
+    codes = _codes(groups, scale, bias, bits)
+    scale, bias = _least_squares(groups, codes)
+    return (codes * _in_16_bits(scale) + _in_16_bits(bias)).reshape(x.shape)
 
 
 def _best(
     x: mx.array, bits: int, value: Callable[[mx.array, mx.array, mx.array], mx.array]
 ) -> mx.array:
-    """Of what `value` makes of the groups of `x`, their scale and bias for each factor, what is
-    nearest, by group.
+    """Return the nearest, by group, of what `value` makes of `x` with each factor.
+
+    `value` takes groups, their scale and bias.
     """
     groups = x.reshape(*x.shape[:-1], -1, GROUP)
-    best, least = groups, mx.full((*groups.shape[:-1], 1), mx.inf)
+    best = groups
+    least = mx.full((*groups.shape[:-1], 1), mx.inf)
     for factor in FACTORS:
-        tried = value(groups, *_shrunk(groups, factor, bits))
+        scale, bias = _shrunk(groups, factor, bits)
+        tried = value(groups, scale, bias)
         error = ((tried - groups) ** 2).sum(axis=-1, keepdims=True)
-        best, least = mx.where(error < least, tried, best), mx.minimum(error, least)
+        best = mx.where(error < least, tried, best)
+        least = mx.minimum(error, least)
     return best.reshape(x.shape)
 
 
 def _shrunk(groups: mx.array, factor: float, bits: int) -> tuple[mx.array, mx.array]:
-    """Scale and bias of each group's range, shrunk by `factor` about its middle."""
-    low, high = groups.min(axis=-1, keepdims=True), groups.max(axis=-1, keepdims=True)
-    middle, reach = (low + high) / 2, (high - low) / 2 * factor
+    """Return scale and bias of each group's range, shrunk by `factor` about its middle."""
+    low = groups.min(axis=-1, keepdims=True)
+    high = groups.max(axis=-1, keepdims=True)
+    middle = (low + high) / 2
+    reach = (high - low) / 2 * factor
     return 2 * reach / (2**bits - 1), middle - reach
 
 
@@ -129,19 +150,18 @@ def _codes(groups: mx.array, scale: mx.array, bias: mx.array, bits: int) -> mx.a
 
 
 def _least_squares(groups: mx.array, codes: mx.array) -> tuple[mx.array, mx.array]:
-    """(scale, bias) of the line that leads from codes to values."""
-    mean_c, mean_x = codes.mean(axis=-1, keepdims=True), groups.mean(axis=-1, keepdims=True)
+    """Return (scale, bias) of the line that leads from codes to values."""
+    mean_c = codes.mean(axis=-1, keepdims=True)
+    mean_x = groups.mean(axis=-1, keepdims=True)
     spread = ((codes - mean_c) ** 2).sum(axis=-1, keepdims=True)
-    scale = ((codes - mean_c) * (groups - mean_x)).sum(axis=-1, keepdims=True) / mx.maximum(
-        spread, 1e-8
-    )
+    together = ((codes - mean_c) * (groups - mean_x)).sum(axis=-1, keepdims=True)
+    scale = together / mx.maximum(spread, 1e-8)
     return scale, mean_x - scale * mean_c
 
 
 def _affine(groups: mx.array, scale: mx.array, bias: mx.array, bits: int) -> mx.array:
-    scale, bias = (
-        a.astype(mx.float16).astype(groups.dtype) for a in (mx.maximum(scale, 1e-4), bias)
-    )
+    scale = _in_16_bits(mx.maximum(scale, 1e-4))
+    bias = _in_16_bits(bias)
     return _codes(groups, scale, bias, bits) * scale + bias
 
 
@@ -155,17 +175,19 @@ class Variant:
     keys: str = "as they are"  # or "balanced", "whitened": see _key_map
     values: str = "as they are"  # or "centred", "whitened"
     signs: bool = False  # random signs before the rotation
-    bits: dict[int, tuple[int, int]] = field(
-        default_factory=dict
-    )  # of layers that differ from `default_bits`
+    # of layers that differ from `default_bits`
+    bits: dict[int, tuple[int, int]] = field(default_factory=dict)
     default_bits: tuple[int, int] = (4, 4)  # keys, values
 
     def layer_bits(self, layer: int) -> tuple[int, int]:
         return self.bits.get(layer, self.default_bits)
 
     def ratio_to_fp16(self, num_layers: int) -> float:
-        """Size of a sealed token."""
-        mean = sum(sum(self.layer_bits(i)) for i in range(num_layers)) / (2 * num_layers)
+        """Return the size of a sealed token over FP16."""
+        total = 0
+        for i in range(num_layers):
+            total += sum(self.layer_bits(i))
+        mean = total / (2 * num_layers)
         return (mean + 32 / GROUP) / 16
 
 
@@ -237,20 +259,22 @@ VARIANTS = (
 
 
 class LayerCache:
-    """One layer of one sequence, fed a block or less at a time, as mlx-lm's model files and the
-    seam see it.
+    """One layer of one sequence, as mlx-lm's model files and the seam see it.
+
+    It is fed a block or less at a time.
     """
 
     def __init__(self, variant: Variant, layer: int, space: Space | None):
-        """`space` None: nothing is quantized."""
+        """`space` is None where nothing is quantized."""
         self.offset = 0
-        self._variant, self._bits = variant, variant.layer_bits(layer)
-        self._space = space and {
-            name: mx.array(a.astype(np.float32)) for name, a in vars(space).items()
-        }
-        self._kept: list[
-            tuple[mx.array, mx.array]
-        ] = []  # (keys, values) of sealed blocks, then the open one
+        self._variant = variant
+        self._bits = variant.layer_bits(layer)
+        self._space: dict[str, mx.array] = {}
+        if space:
+            for name, a in vars(space).items():
+                self._space[name] = mx.array(a.astype(np.float32))
+        # (keys, values) of sealed blocks, then the open one
+        self._kept: list[tuple[mx.array, mx.array]] = []
 
     def make_mask(self, n: int, **_: Any) -> None:
         return None
@@ -264,7 +288,8 @@ class LayerCache:
         return keys, values
 
     def attend(self, queries: mx.array, scale: float, sinks: mx.array | None) -> mx.array:
-        keys, values = (mx.concatenate([pair[i] for pair in self._kept], axis=2) for i in (0, 1))
+        keys = mx.concatenate([keys for keys, _ in self._kept], axis=2)
+        values = mx.concatenate([values for _, values in self._kept], axis=2)
         if not self._space:
             return _attention(queries, keys, values, scale)
         heads = keys.shape[1]
@@ -275,19 +300,19 @@ class LayerCache:
         return out + mx.repeat(self._space["value_centre"], out.shape[1] // heads, axis=0)
 
     def _seal(self) -> None:
-        pairs = zip(self._kept[-1], self._bits, strict=True)
-        n = self._variant.num_sinks if len(self._kept) == 1 else 0
-        keys, values = (
-            mx.concatenate([x[:, :, :n], self._code(x[:, :, n:], bits)], axis=2)
-            for x, bits in pairs
-        )
-        self._kept[-1] = keys, values
+        keys, values = self._kept[-1]
+        key_bits, value_bits = self._bits
+        self._kept[-1] = self._code(keys, key_bits), self._code(values, value_bits)
 
     def _code(self, x: mx.array, bits: int) -> mx.array:
-        return x if bits == 16 else self._variant.quantize(x, bits)
+        """Return what codes of a block stand for; the sequence's first tokens are not coded."""
+        if bits == 16:
+            return x
+        n = self._variant.num_sinks if len(self._kept) == 1 else 0
+        return mx.concatenate([x[:, :, :n], self._variant.quantize(x[:, :, n:], bits)], axis=2)
 
     def arrays(self) -> list[mx.array]:
-        return [a for pair in self._kept for a in pair]
+        return list(itertools.chain(*self._kept))
 
 
 def _attention(q: mx.array, k: mx.array, v: mx.array, scale: float) -> mx.array:
@@ -295,13 +320,13 @@ def _attention(q: mx.array, k: mx.array, v: mx.array, scale: float) -> mx.array:
 
 
 def _by_head(x: mx.array, matrices: mx.array, heads: int) -> mx.array:
-    """x [1, Hq, L, D] times matrices [H, D, D]: query heads in groups share a KV head."""
+    """Multiply x [1, Hq, L, D] by matrices [H, D, D]: query heads in groups share a KV head."""
     grouped = x.reshape(heads, -1, x.shape[-1]) @ matrices
     return grouped.reshape(x.shape)
 
 
 class _Collector(LayerCache):
-    """Nothing quantized; keeps what passes through."""
+    """Quantizes nothing, and keeps what passes through."""
 
     def __init__(self) -> None:
         super().__init__(BASELINE, 0, None)
@@ -326,19 +351,20 @@ def collect_moments(loaded: LoadedModel) -> list[Moments]:
 
 def _moments(collected: _Collector, o_proj: np.ndarray) -> Moments:
     first = BASELINE.num_sinks
-    keys, values, queries = (
-        np.array(a[0, :, first:]) for a in (*collected.arrays(), collected.queries)
-    )
-    heads, dim = keys.shape[0], keys.shape[-1]
-    key_mean, value_mean = keys.mean(axis=1, keepdims=True), values.mean(axis=1, keepdims=True)
+    passed = [*collected.arrays(), collected.queries]
+    keys, values, queries = [np.array(a[0, :, first:]) for a in passed]
+    heads = keys.shape[0]
+    dim = keys.shape[-1]
+    key_mean = keys.mean(axis=1, keepdims=True)
+    value_mean = values.mean(axis=1, keepdims=True)
     rows = o_proj.T.reshape(heads, -1, dim, o_proj.shape[0])  # [H, query heads of each, D, hidden]
     return Moments(
-        key_mean,
-        value_mean,
-        _second(keys - key_mean),
-        _second(values - value_mean),
-        _second(queries.reshape(heads, -1, dim)),
-        np.einsum("hgdo,hgeo->hde", rows, rows),
+        key_mean=key_mean,
+        value_mean=value_mean,
+        keys=_second(keys - key_mean),
+        values=_second(values - value_mean),
+        queries=_second(queries.reshape(heads, -1, dim)),
+        outputs=np.einsum("hgdo,hgeo->hde", rows, rows),
     )
 
 
@@ -352,7 +378,12 @@ def make_space(variant: Variant, m: Moments) -> Space:
     values = _map(variant.values, m.values, m.outputs) @ rotation
     centre = m.value_mean if variant.values == "centred" else np.zeros_like(m.value_mean)
     return Space(
-        keys, np.linalg.inv(keys).swapaxes(1, 2), values, np.linalg.inv(values), m.key_mean, centre
+        key_in=keys,
+        query_in=np.linalg.inv(keys).swapaxes(1, 2),
+        value_in=values,
+        value_out=np.linalg.inv(values),
+        key_centre=m.key_mean,
+        value_centre=centre,
     )
 
 
@@ -360,16 +391,16 @@ def _rotation(variant: Variant, dim: int) -> np.ndarray:
     size = variant.rotation
     block = np.array(mx.hadamard_transform(mx.eye(size), scale=size**-0.5))
     matrix = np.kron(np.eye(dim // size), block)
-    return (
-        np.random.default_rng(0).choice([-1.0, 1.0], dim)[:, None] * matrix
-        if variant.signs
-        else matrix
-    )
+    if not variant.signs:
+        return matrix
+    signs = np.random.default_rng(0).choice([-1.0, 1.0], dim)
+    return signs[:, None] * matrix
 
 
 def _map(kind: str, x: np.ndarray, readers: np.ndarray) -> np.ndarray:
-    """[H, D, D] that vectors with second moments x go through before the rotation; what reads them,
-    by its inverse.
+    """Return [H, D, D] that vectors with second moments x go through before the rotation.
+
+    What reads them goes through its inverse.
 
     After a rotation errors are alike in all directions and as large as the vectors: their variance
     is in proportion to tr(P' x P), and what a reader sees of it to tr(P^-1 r P^-T). The product is
@@ -379,19 +410,21 @@ def _map(kind: str, x: np.ndarray, readers: np.ndarray) -> np.ndarray:
     if kind in ("as they are", "centred"):
         return np.broadcast_to(np.eye(x.shape[-1]), x.shape)
     if kind == "balanced":
-        r, k = (np.einsum("hdd->hd", a) for a in (readers, x))
-        return (
-            np.eye(x.shape[-1]) * ((r + 1e-3 * r.mean()) / (k + 1e-3 * k.mean()))[:, None] ** 0.25
-        )
+        r = np.einsum("hdd->hd", readers)
+        k = np.einsum("hdd->hd", x)
+        ratio = (r + 1e-3 * r.mean()) / (k + 1e-3 * k.mean())
+        return np.eye(x.shape[-1]) * ratio[:, None] ** 0.25
     return np.stack([_whitening(a, b) for a, b in zip(x, readers, strict=True)])
 
 
 def _whitening(x: np.ndarray, readers: np.ndarray) -> np.ndarray:
-    """The root of that geometric mean, turned so that the moments come out diagonal, for the
-    rotation to mix.
+    """Return the root of that geometric mean.
+
+    It is turned so that the moments come out diagonal, for the rotation to mix.
     """
     dim = len(x)
-    x, readers = (a + 1e-3 * np.trace(a) / dim * np.eye(dim) for a in (x, readers))
+    x = x + 1e-3 * np.trace(x) / dim * np.eye(dim)
+    readers = readers + 1e-3 * np.trace(readers) / dim * np.eye(dim)
     root = _power(x, 0.5)
     inverse = _power(x, -0.5)
     p = _power(inverse @ _power(root @ readers @ root, 0.5) @ inverse, 0.5)
@@ -409,29 +442,28 @@ class Run:
     def __init__(self, loaded: LoadedModel, variants: tuple[Variant, ...], moments: list[Moments]):
         self._model: Any = loaded.model
         self._variants = variants
-        self._spaces = [[make_space(v, m) for m in moments] for v in variants]
+        self._spaces = []
+        for variant in variants:
+            self._spaces.append([make_space(variant, m) for m in moments])
 
     def score(self, windows: Iterator[Window]) -> tuple[list[list[Score]], list[list[Score]]]:
-        """Per variant and window, and for the unquantized cache per window as its only row."""
+        """Return scores by variant and window, and those of the unquantized cache, its only row."""
         found = [self._score_window(window) for window in windows]
-        return [[w[i + 1] for w in found] for i in range(len(self._variants))], [
-            [w[0] for w in found]
-        ]
+        reference, *scores = [list(of) for of in zip(*found, strict=True)]
+        return scores, [reference]
 
     def _score_window(self, window: Window) -> list[Score]:
         layers = range(len(self._model.layers))
         plain = [LayerCache(BASELINE, i, None) for i in layers]
-        caches = [
-            [LayerCache(v, i, s[i]) for i in layers]
-            for v, s in zip(self._variants, self._spaces, strict=True)
-        ]
-        scores = [Score()] * (1 + len(caches))
+        caches = [plain]
+        for variant, spaces in zip(self._variants, self._spaces, strict=True):
+            caches.append([LayerCache(variant, i, spaces[i]) for i in layers])
+        scores = [Score()] * len(caches)
         for start in range(0, len(window.inputs), BLOCK):
-            tokens, targets = (
-                part[start : start + BLOCK] for part in (window.inputs, window.targets)
-            )
+            tokens = window.inputs[start : start + BLOCK]
+            targets = window.targets[start : start + BLOCK]
             reference = None
-            for i, cache in enumerate([plain, *caches]):
+            for i, cache in enumerate(caches):
                 log_probs = log_probabilities(self._model(mx.array([tokens]), cache=cache)[0])
                 mx.eval([layer.arrays() for layer in cache])
                 reference = log_probs if reference is None else reference
@@ -447,7 +479,8 @@ def rows_of(
     rows = []
     for variant, scores in zip(variants, scored, strict=True):
         total = sum(scores, Score())
-        kl, least = total.kl / total.tokens, sum(scored[0], Score()).kl / total.tokens
+        kl = total.kl / total.tokens
+        least = sum(scored[0], Score()).kl / total.tokens
         rows.append(
             {
                 "variant": variant.name,
@@ -480,16 +513,17 @@ def main() -> None:
     names = args.only.split(",") if args.only else [v.name for v in VARIANTS]
     variants = tuple(v for v in VARIANTS if v is BASELINE or v.name in names)
     run = Run(loaded, variants, collect_moments(loaded))
-    protocol = Protocol(2048, 2048, 2048 * args.windows)
+    asked = Windows(window=2048, stride=2048, tokens=2048 * args.windows)
     corpus, text = read_corpus(args.corpus)
     tokens = loaded.tokenizer.encode(
-        text[: 32 * protocol.num_scored], add_special_tokens=False, verbose=False
+        text[: 32 * asked.num_scored], add_special_tokens=False, verbose=False
     )
-    rows = rows_of(variants, run, cut_windows(tokens, protocol, []), len(loaded.model.layers))
+    rows = rows_of(variants, run, cut_windows(tokens, asked, []), len(loaded.model.layers))
     print(f"\n{corpus}")
     for row in rows:
+        kl = f"KL {row['kl']:.5f} ({row['kl_over_baseline']:.2f})"
         print(
-            f"{row['variant']:<16} {row['ratio_to_fp16']:.3f}  KL {row['kl']:.5f} ({row['kl_over_baseline']:.2f})  "
+            f"{row['variant']:<16} {row['ratio_to_fp16']:.3f}  {kl}  "
             f"dPPL {row['delta_percent']:+.2f} %  top-1 {row['top1']:.2%}  {row['what']}"
         )
     result = {
@@ -498,7 +532,7 @@ def main() -> None:
         "model": loaded.name,
         "corpus": corpus,
     }
-    write_result(result | {"tokens": protocol.num_scored, "window": 2048, "rows": rows}, args.json)
+    write_result(result | {"tokens": asked.num_scored, "window": 2048, "rows": rows}, args.json)
 
 
 if __name__ == "__main__":

@@ -1,16 +1,16 @@
-"""More agents than RAM has room for take turns, over HTTP. Two parts; exits with 1 and a line for
-each failed demand.
+"""More agents than RAM has room for take turns, over HTTP.
+
+Two parts; it exits with 1 and a line for each failed demand.
 
 A. 20 agents of about 800 tokens, RAM for 5, 100 requests round robin, one at a time: the first 20
-cold, each later one
-   the agent's conversation so far and a short message. All must be answered; every return warm, with at most 2 of the
-   tokens that the agent had computed again (the last sampled one is never in a cache); no agent's tokens prefilled
-   twice (from the trace); cache bytes, sampled every 50 ms, never over the budget; the process's RSS flat over the last
-   half: medians of the third and the last quarter within 2 %.
+   cold, each later one the agent's conversation so far and a short message. All must be answered;
+   every return warm, with at most 2 of the tokens that the agent had computed again (the last
+   sampled one is never in a cache); no agent's tokens prefilled twice (from the trace); cache
+   bytes, sampled every 50 ms, never over the budget; the process's RSS flat over the last half:
+   medians of the third and the last quarter within 2 %.
 B. 5 agents, RAM for 2, 3 requests in flight: at least 80 % of the total restore time must lie under
-decode steps of
-   other agents, from the timestamps in the trace. Pauses under 1 ms between two such steps belong to them; prefill
-   steps do not, and are shown apart.
+   decode steps of other agents, from the timestamps in the trace. Pauses under 1 ms between two
+   such steps belong to them; prefill steps do not, and are shown apart.
 
 Budgets come from a first small run of one agent through all its turns. I is what it takes when idle
 (`ram_bytes` of GET /v1/agents), W the working copy of a running one: its tokens, rounded up to 256,
@@ -48,7 +48,7 @@ from machine import describe_machine
 from sealing import read_trace
 from streams import StreamError, read_metrics, report
 
-from agentmem.bench.prompts import Prompts
+from agentmem.bench.harness.corpus import Prompts
 from support.server_process import ServerProcess
 
 DEMO = Path("~/.agentmem/models/demo").expanduser()
@@ -74,10 +74,12 @@ class Turn:
 
 
 class Conversation:
-    """One agent's; a turn at a time."""
+    """One agent's conversation; a turn at a time."""
 
     def __init__(self, agent: str, messages: list[dict[str, str]]):
-        self.agent, self._messages, self._tokens = agent, messages, 0
+        self.agent = agent
+        self._messages = messages
+        self._tokens = 0
         self._lock = threading.Lock()
 
     def turn(self, server: ServerProcess, max_tokens: int, **body: Any) -> Turn:
@@ -91,18 +93,25 @@ class Conversation:
             response = server.client.post("/chat/completions", json=body)
             if response.status_code != 200:
                 raise StreamError(f"{self.agent}: HTTP {response.status_code}: {response.text}")
-            answer, had, ended = response.json(), self._tokens, time.perf_counter()
-            usage, said = answer["usage"], answer["choices"][0]["message"]
-            said = {"role": "assistant", "content": said["content"]}
+            ended = time.perf_counter()
+            answer = response.json()
+            usage = answer["usage"]
+            said = {"role": "assistant", "content": answer["choices"][0]["message"]["content"]}
             self._messages = [*self._messages, said, {"role": "user", "content": "Go on."}]
-            self._tokens = usage["total_tokens"]
-            return Turn(
-                self.agent, had, usage["prompt_tokens"], self._tokens, ended, answer["agentmem"]
+            turn = Turn(
+                agent=self.agent,
+                had_tokens=self._tokens,
+                prompt_tokens=usage["prompt_tokens"],
+                total_tokens=usage["total_tokens"],
+                ended=ended,
+                agentmem=answer["agentmem"],
             )
+            self._tokens = turn.total_tokens
+            return turn
 
 
 def conversations(model: Path, agents: int, tokens: int) -> list[Conversation]:
-    """Of about `tokens` each: 20 less leave room for the turns."""
+    """Begin conversations of about `tokens` each: 20 less leave room for the turns."""
     prompts = Prompts(load_tokenizer(model))
     return [Conversation(f"agent-{i}", prompts.messages(tokens - 20)) for i in range(agents)]
 
@@ -125,22 +134,31 @@ class Run:
 
     def watch(self, stop: threading.Event) -> None:
         while not stop.wait(0.05):
-            m, rss = read_metrics(self.server), rss_bytes(self.server.process.pid)
-            ram, reserved = m["agentmem_ram_bytes"], m["agentmem_reserved_bytes"]
-            self.samples.append(Sample(time.perf_counter(), ram, reserved, rss))
+            metrics = read_metrics(self.server)
+            rss = rss_bytes(self.server.process.pid)
+            sample = Sample(
+                at=time.perf_counter(),
+                ram_bytes=metrics["agentmem_ram_bytes"],
+                reserved_bytes=metrics["agentmem_reserved_bytes"],
+                rss_bytes=rss,
+            )
+            self.samples.append(sample)
 
     def over_budget(self, budget: int) -> list[str]:
         peak = max(s.ram_bytes for s in self.samples)
-        return (
-            [f"cache bytes reached {peak:,.0f}, the budget is {budget:,}"] if peak > budget else []
-        )
+        if peak <= budget:
+            return []
+        return [f"cache bytes reached {peak:,.0f}, the budget is {budget:,}"]
 
 
 @contextmanager
 def started(model: Path, kv_budget: int | None = None) -> Iterator[Run]:
     with tempfile.TemporaryDirectory() as directory:
-        trace, stop = Path(directory) / "trace.json", threading.Event()
-        flags = ["--trace", str(trace), *(["--kv-budget", str(kv_budget)] if kv_budget else [])]
+        trace = Path(directory) / "trace.json"
+        stop = threading.Event()
+        flags = ["--trace", str(trace)]
+        if kv_budget:
+            flags += ["--kv-budget", str(kv_budget)]
         with (
             ServerProcess(Path(directory) / "home", *flags, model=model) as server,
             ThreadPoolExecutor(1) as pool,
@@ -159,33 +177,33 @@ def started(model: Path, kv_budget: int | None = None) -> Iterator[Run]:
 def rss_bytes(pid: int) -> int:
     if sys.platform == "linux":
         return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    return (
-        int(
-            subprocess.run(
-                ["ps", "-o", "rss=", "-p", str(pid)], capture_output=True, text=True
-            ).stdout
-        )
-        * 1024
-    )
+    command = ["ps", "-o", "rss=", "-p", str(pid)]
+    return int(subprocess.run(command, capture_output=True, text=True).stdout) * 1024
 
 
 def one_agent(model: Path, tokens: int, turns: int, max_tokens: int) -> dict[str, Any]:
-    """What one agent takes, in bytes: idle after each turn, and its working copy in the last one."""
-    chat, idle, total = conversations(model, 1, tokens)[0], [], 0
+    """Return what one agent takes, in bytes.
+
+    It is idle after each turn, and has a working copy in the last one.
+    """
+    (chat,) = conversations(model, 1, tokens)
+    idle = []
+    total = 0
     with started(model) as run:
         for _ in range(turns):
             total = chat.turn(run.server, max_tokens, ignore_eos=True).total_tokens
             (agent,) = run.server.client.get("/agents").json()["data"]
             idle.append(agent["ram_bytes"])
-    working, reserved = (
-        -(-total // 256) * 256 * bytes_per_token(model),
-        max(s.reserved_bytes for s in run.samples),
-    )
-    return {"idle": idle, "tokens": total, "working_copy": working, "reserved": int(reserved)}
+    return {
+        "idle": idle,
+        "tokens": total,
+        "working_copy": -(-total // 256) * 256 * bytes_per_token(model),
+        "reserved": int(max(s.reserved_bytes for s in run.samples)),
+    }
 
 
 def bytes_per_token(model: Path) -> int:
-    """Of keys and values in the dtype that the server runs in: float32 on a CPU, else 16 bits."""
+    """Return the bytes of keys and values in the server's dtype: float32 on a CPU, else 16 bits."""
     config = json.loads((model / "config.json").read_text())
     dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
     size = 4 if mx.default_device() == mx.Device(mx.cpu) else 2
@@ -193,29 +211,28 @@ def bytes_per_token(model: Path) -> int:
 
 
 def part_a(args: argparse.Namespace) -> Figures:
-    one = one_agent(args.model, args.tokens, -(-args.requests // args.agents), args.answer_tokens)
+    rounds = -(-args.requests // args.agents)
+    one = one_agent(args.model, args.tokens, rounds, args.answer_tokens)
     budget = args.fit * int(statistics.median(one["idle"])) + one["working_copy"]
-    chats, turns = conversations(args.model, args.agents, args.tokens), []
+    chats = conversations(args.model, args.agents, args.tokens)
+    turns = []
     with started(args.model, budget) as run:
         for i in range(args.requests):
-            turns.append(turn := chats[i % len(chats)].turn(run.server, args.answer_tokens))
+            turn = chats[i % len(chats)].turn(run.server, args.answer_tokens)
+            turns.append(turn)
             print(f"A {i + 1}/{args.requests}  {turn.agent} {turn.agentmem}", file=sys.stderr)
-    cold, returns = turns[: len(chats)], turns[len(chats) :]
+    cold = turns[: len(chats)]
+    returns = turns[len(chats) :]
     rss = [quarter_rss(run.samples, turns, quarter) for quarter in (2, 3)]
     failures = run.over_budget(budget)
-    caches, again = (
-        Counter(t.agentmem["cache"] for t in returns),
-        [t.computed_again for t in returns],
-    )
-    failures += [
-        f"{n} of {len(returns)} returns were {cache}"
-        for cache, n in caches.items()
-        if cache != "warm"
-    ]
+    caches = Counter(t.agentmem["cache"] for t in returns)
+    again = [t.computed_again for t in returns]
+    for cache, n in caches.items():
+        if cache != "warm":
+            failures.append(f"{n} of {len(returns)} returns were {cache}")
     if max(again) > AGAIN:
-        failures.append(
-            f"returns computed up to {max(again)} tokens again, {sum(n > AGAIN for n in again)} over {AGAIN}"
-        )
+        over = sum(n > AGAIN for n in again)
+        failures.append(f"returns computed up to {max(again)} tokens again, {over} over {AGAIN}")
     failures += prefilled_twice(run.trace, turns)
     if rss[1] > rss[0] * RSS_GROWTH:
         failures.append(f"RSS grew over the last half from {rss[0]:,.0f} to {rss[1]:,.0f} bytes")
@@ -239,7 +256,10 @@ def part_a(args: argparse.Namespace) -> Figures:
 
 
 def prefilled_twice(trace: list[dict[str, Any]], turns: list[Turn]) -> list[str]:
-    """An agent prefills its last prompt, less the answers in it: decode put those into the cache."""
+    """Find agents that prefilled more than they were sent.
+
+    An agent prefills its last prompt, less the answers in it: decode put those into the cache.
+    """
     most: Counter[str] = Counter()
     for turn in turns:
         most[turn.agent] += turn.prompt_tokens - turn.had_tokens + AGAIN
@@ -247,36 +267,41 @@ def prefilled_twice(trace: list[dict[str, Any]], turns: list[Turn]) -> list[str]
         if event["name"] == "prefill":
             most[event["args"]["agent"]] -= event["args"]["tokens"]
     over = [-left for left in most.values() if left < 0]
-    return (
-        [f"{len(over)} agents prefilled up to {max(over)} tokens more than they were sent"]
-        if over
-        else []
-    )
+    if not over:
+        return []
+    return [f"{len(over)} agents prefilled up to {max(over)} tokens more than they were sent"]
 
 
 def quarter_rss(samples: list[Sample], turns: list[Turn], quarter: int) -> float:
-    """Median over the requests of one quarter (1 to 3; 0 is the first) of the run."""
-    start, stop = (turns[len(turns) * n // 4 - 1].ended for n in (quarter, quarter + 1))
+    """Return the median over the requests of one quarter (1 to 3; 0 is the first) of the run."""
+    start = turns[len(turns) * quarter // 4 - 1].ended
+    stop = turns[len(turns) * (quarter + 1) // 4 - 1].ended
     return statistics.median(s.rss_bytes for s in samples if start < s.at <= stop)
 
 
 def part_b(args: argparse.Namespace) -> Figures:
-    shortest, longest = args.overlap_answer_tokens * 3 // 4, args.overlap_answer_tokens * 5 // 4
+    shortest = args.overlap_answer_tokens * 3 // 4
+    longest = args.overlap_answer_tokens * 5 // 4
     one = one_agent(args.model, args.tokens, args.rounds, longest)
     budget = 2 * (max(one["idle"]) + one["reserved"])
-    chats, rng, turns = conversations(args.model, 5, args.tokens), random.Random(0), []
+    chats = conversations(args.model, 5, args.tokens)
+    rng = random.Random(0)
+    turns = []
     with started(args.model, budget) as run, ThreadPoolExecutor(args.in_flight) as pool:
-        asked = [  # of unequal lengths, or they would end, and restore, together
-            pool.submit(chat.turn, run.server, rng.randint(shortest, longest), ignore_eos=True)
-            for _ in range(args.rounds)
-            for chat in chats
-        ]
+        asked = []
+        for _ in range(args.rounds):
+            for chat in chats:
+                # of unequal lengths, or they would end, and restore, together
+                length = rng.randint(shortest, longest)
+                asked.append(pool.submit(chat.turn, run.server, length, ignore_eos=True))
         for future in asked:
-            turns.append(turn := future.result())
+            turn = future.result()
+            turns.append(turn)
             print(f"B {len(turns)}/{len(asked)}  {turn.agent} {turn.agentmem}", file=sys.stderr)
     restores = [e for e in run.trace if e["name"] == "restore"]
     total = sum(e["dur"] for e in restores) or 1.0
     under_decode = sum(overlap(e, run.trace, "decode") for e in restores) / total
+    under_any = sum(overlap(e, run.trace, "decode", "prefill") for e in restores) / total
     result = {
         "one_agent": one,
         "kv_budget": budget,
@@ -285,22 +310,24 @@ def part_b(args: argparse.Namespace) -> Figures:
         "restores": len(restores),
         "restore_ms": total / 1e3,
         "share_under_decode": under_decode,
-        "share_under_any_step": sum(overlap(e, run.trace, "decode", "prefill") for e in restores)
-        / total,
+        "share_under_any_step": under_any,
         "ram_bytes_max": max(s.ram_bytes for s in run.samples),
     }
-    short = [
-        f"{under_decode:.0%} of the restore time lies under decode of other agents, not {OVERLAP:.0%}"
-    ]
-    return result, run.over_budget(budget) + (short if under_decode < OVERLAP else [])
+    failures = run.over_budget(budget)
+    if under_decode < OVERLAP:
+        failures.append(
+            f"{under_decode:.0%} of the restore time lies under decode of other agents, "
+            f"not {OVERLAP:.0%}"
+        )
+    return result, failures
 
 
 def overlap(restore: dict[str, Any], trace: list[dict[str, Any]], *names: str) -> float:
-    """us of a restore that lie under steps of these names in which another agent took part."""
-    total, stop = 0.0, restore["ts"] + restore["dur"]
-    covered = (
-        restore["ts"] - 2 * _GAP_US
-    )  # up to here; a step that follows within the gap begins here
+    """Return the us of a restore under steps of these names in which another agent took part."""
+    total = 0.0
+    stop = restore["ts"] + restore["dur"]
+    # up to here; a step that follows within the gap begins here
+    covered = restore["ts"] - 2 * _GAP_US
     for event in sorted((e for e in trace if e["name"] in names), key=lambda e: e["ts"]):
         agents = event["args"].get("agents") or [event["args"]["agent"]]
         if all(agent == restore["args"]["agent"] for agent in agents):

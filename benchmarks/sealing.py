@@ -23,12 +23,12 @@ from support.server_process import ServerProcess
 
 
 def read_trace(path: Path) -> list[dict[str, Any]]:
-    """Chrome's trace events: a line "[", then one event a line, each with a comma behind it."""
-    return [
-        json.loads(line.rstrip(",\n"))
-        for line in path.read_text().splitlines()
-        if line.startswith("{")
-    ]
+    """Read Chrome's trace events: a line "[", then one event a line, with a comma behind it."""
+    events = []
+    for line in path.read_text().splitlines():
+        if line.startswith("{"):
+            events.append(json.loads(line.rstrip(",\n")))
+    return events
 
 
 def measure(model: Path, agents: int, answer_tokens: int) -> dict[str, Any]:
@@ -38,12 +38,8 @@ def measure(model: Path, agents: int, answer_tokens: int) -> dict[str, Any]:
             server.client.timeout = 600
 
             def talk(i: int) -> None:
-                messages = [
-                    {
-                        "role": "user",
-                        "content": f"Story {i}. Tell me a long one." + " And on." * 40 * i,
-                    }
-                ]
+                text = f"Story {i}. Tell me a long one." + " And on." * 40 * i
+                messages = [{"role": "user", "content": text}]
                 server.chat(messages, f"agent-{i}", max_tokens=answer_tokens, ignore_eos=True)
 
             with ThreadPoolExecutor(agents) as pool:
@@ -54,12 +50,21 @@ def measure(model: Path, agents: int, answer_tokens: int) -> dict[str, Any]:
     plain = [e["dur"] / 1e3 for e in steps if not e["args"]["sealed"]]
     sealing = [e["dur"] / 1e3 for e in steps if e["args"]["sealed"] == 1]
     handing = [e["dur"] / 1e3 for e in events if e["name"] == "seal"]
-    row: dict[str, Any] = {"agents": agents, "steps": len(plain), "seals": len(sealing)}
-    row |= {"step_ms": statistics.median(plain), "sealing_step_ms": statistics.median(sealing)}
-    row |= {"hand_over_ms": statistics.median(handing), "hand_over_max_ms": max(handing)}
-    row["seal_ms"] = row["sealing_step_ms"] - row["step_ms"] + row["hand_over_ms"]
-    row["seal_over_step"] = row["seal_ms"] / row["step_ms"]
-    return row
+    step_ms = statistics.median(plain)
+    sealing_step_ms = statistics.median(sealing)
+    hand_over_ms = statistics.median(handing)
+    seal_ms = sealing_step_ms - step_ms + hand_over_ms
+    return {
+        "agents": agents,
+        "steps": len(plain),
+        "seals": len(sealing),
+        "step_ms": step_ms,
+        "sealing_step_ms": sealing_step_ms,
+        "hand_over_ms": hand_over_ms,
+        "hand_over_max_ms": max(handing),
+        "seal_ms": seal_ms,
+        "seal_over_step": seal_ms / step_ms,
+    }
 
 
 def main() -> None:
@@ -72,7 +77,8 @@ def main() -> None:
     args = parser.parse_args()
     rows = []
     for agents in (1, 4):
-        rows.append(row := measure(args.model, agents, args.answer_tokens))
+        row = measure(args.model, agents, args.answer_tokens)
+        rows.append(row)
         print({k: round(v, 2) for k, v in row.items()}, flush=True)
     result = {
         "benchmark": "sealing",

@@ -1,13 +1,12 @@
-"""The corpus of conversations (tests/chat): tokens of all prompts, of what must be prefilled, and
-of what would be.
+"""The corpus of conversations (tests/support/chat): tokens to prefill, and what others prefill.
 
     python benchmarks/splice.py [--by-conversation] [--json FILE]
 
 Columns, summed over all requests: the prompts' tokens; ideal, those after the first place where the
 rendered text differs from every earlier request and answer of the agent, and one each; naive, those
 after the first token that differs when each prompt is tokenized as a whole; linear, the same where
-the last request's tokens alone are kept (definitions: tests/chat/ideal.py); prefilled, what this
-server prefills (tests/chat/served.py).
+the last request's tokens alone are kept (definitions: tests/support/chat/ideal.py);
+prefilled, what this server prefills (tests/support/chat/served.py).
 """
 
 import argparse
@@ -21,17 +20,18 @@ from support.chat.families import FAMILIES
 from support.chat.ideal import Need
 from support.chat.served import table
 
-COLUMNS = ("prefilled", "ideal", "naive", "linear")
+COLUMNS = ("requests", "tokens", "prefilled", "ideal", "naive", "linear")
 
 
 def row(steps: Iterable[tuple[Need, int]]) -> dict[str, float]:
     steps = list(steps)
-    sums = (sum(getattr(need, key) for need, _ in steps) for key in ("total", *COLUMNS[1:]))
-    total, *rest = sums
     return {
         "requests": len(steps),
-        "tokens": total,
-        **dict(zip(COLUMNS, (sum(n for _, n in steps), *rest), strict=True)),
+        "tokens": sum(need.total for need, _ in steps),
+        "prefilled": sum(prefilled for _, prefilled in steps),
+        "ideal": sum(need.ideal for need, _ in steps),
+        "naive": sum(need.naive for need, _ in steps),
+        "linear": sum(need.linear for need, _ in steps),
     }
 
 
@@ -45,7 +45,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     rows: dict[str, dict[str, float]] = {}
-    print(f"{'':32}" + "".join(f"{key:>10}" for key in ("requests", "tokens", *COLUMNS)))
+    print(f"{'':32}" + "".join(f"{key:>10}" for key in COLUMNS))
     for family in FAMILIES:
         steps = table(family)
         rows[family] = row((need, count) for _, _, need, count in steps)

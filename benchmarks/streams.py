@@ -1,11 +1,11 @@
-"""Many concurrent streams over HTTP, a third of them cut by the client at a random moment; then all
-must be quiet.
+"""Many concurrent streams over HTTP, a third of them cut by the client; then all must be quiet.
 
 Each of 64 clients (--streams) opens one stream after another for --seconds: agents old and new,
-prompts short and long. A stream that was not cut must be complete: role, content, finish_reason,
-usage of exactly max_tokens, [DONE]. After the last one running, waiting and reserved bytes must
-return to zero, /health be ok, and the server hold no more file descriptors than after a warm-up of
-the same kind. The model is a tiny llama of random weights, whose tokens are words.
+prompts short and long. Cuts come at a random moment. A stream that was not cut must be complete:
+role, content, finish_reason, usage of exactly max_tokens, [DONE]. After the last one running,
+waiting and reserved bytes must return to zero, /health be ok, and the server hold no more file
+descriptors than after a warm-up of the same kind. The model is a tiny llama of random weights,
+whose tokens are words.
 
     python benchmarks/streams.py --seconds 120 --json benchmarks/results/streams-tiny.json
 """
@@ -16,6 +16,7 @@ import contextlib
 import json
 import os
 import random
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -27,6 +28,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import httpx
+from httpx_sse import EventSource
 from prometheus_client.parser import text_string_to_metric_families
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
@@ -35,16 +37,7 @@ from machine import describe_machine, write_result
 from support.server_process import ServerProcess
 from support.tiny_model_dir import write_tiny_model
 
-SERVER_FLAGS = (
-    "--block-size",
-    "32",
-    "--prefill-chunk",
-    "64",
-    "--max-running",
-    "16",
-    "--max-queue",
-    "256",
-)
+SERVER_FLAGS = shlex.split("--block-size 32 --prefill-chunk 64 --max-running 16 --max-queue 256")
 QUIET_S = 10.0  # within which everything must have returned to zero
 _PATIENCE_S = 60.0  # without a byte: longer than any queue here, and pings come every 5 s
 _ROOM = 600  # words of a conversation: longer ones start afresh
@@ -52,9 +45,10 @@ T = TypeVar("T")
 
 
 @dataclass
-class Answer:
-    """One streamed answer, as far as it came. `times`: arrival of each content chunk,
-    time.perf_counter().
+class StreamedAnswer:
+    """One streamed answer, as far as it came.
+
+    `times` are the arrivals of content chunks, as time.perf_counter() tells them.
     """
 
     times: list[float] = field(default_factory=list)
@@ -78,8 +72,9 @@ class Answer:
         self.agentmem = chunk.get("agentmem") or self.agentmem
 
     def lacks(self, max_tokens: int) -> str | None:
-        """What a complete answer of `max_tokens` words would have and this one has not."""
-        got, words = self.usage.get("completion_tokens"), len(self.text.split())
+        """Name what a complete answer of `max_tokens` words would have and this one has not."""
+        got = self.usage.get("completion_tokens")
+        words = len(self.text.split())
         checks = {
             "no role": self.has_role,
             f"{words} of {max_tokens} words": words == max_tokens,
@@ -97,34 +92,36 @@ class StreamError(Exception):
 
 async def stream_chat(
     client: httpx.AsyncClient, body: dict[str, Any], cut_after: int | None = None
-) -> Answer:
-    """Ask for a stream and read it; with `cut_after` hang up after that many content chunks (0: at
-    the headers).
+) -> StreamedAnswer:
+    """Ask for a stream and read it.
 
-    Raises StreamError and httpx.HTTPError.
+    With `cut_after` hang up after that many content chunks (0: at the headers). Raises StreamError
+    and httpx.HTTPError.
     """
-    answer = Answer()
+    answer = StreamedAnswer()
     body = body | {"stream": True, "stream_options": {"include_usage": True}}
     async with client.stream("POST", "chat/completions", json=body) as response:
         if response.status_code != 200:
             raise StreamError(f"HTTP {response.status_code}: {(await response.aread()).decode()}")
         if cut_after == 0:
             return answer
-        async for line in response.aiter_lines():
-            if line == "data: [DONE]":
+        async for event in EventSource(response).aiter_sse():
+            if event.data == "[DONE]":
                 answer.is_done = True
-            elif line.startswith("data: "):
-                answer.take(json.loads(line[6:]))
+            else:
+                answer.take(event.json())
             if cut_after and len(answer.times) >= cut_after:
                 return answer
     return answer
 
 
 def read_metrics(server: ServerProcess) -> dict[str, float]:
-    """The metrics that have no labels, by name."""
+    """Return the metrics that have no labels, by name."""
     text = server.client.get(server.url.removesuffix("/v1") + "/metrics").text
-    samples = (s for family in text_string_to_metric_families(text) for s in family.samples)
-    return {s.name: s.value for s in samples if not s.labels}
+    found = {}
+    for family in text_string_to_metric_families(text):
+        found |= {s.name: s.value for s in family.samples if not s.labels}
+    return found
 
 
 def report(result: dict[str, Any], failures: list[str], path: Path | None) -> None:
@@ -138,12 +135,15 @@ def report(result: dict[str, Any], failures: list[str], path: Path | None) -> No
 
 
 class Load:
-    """Clients that stream one answer after another until the time is over; what became of the
-    streams is counted.
+    """Clients that stream one answer after another until the time is over.
+
+    What became of the streams is counted.
     """
 
     def __init__(self, url: str, *, streams: int, seconds: float, seed: int):
-        self._url, self._streams, self._seconds = url, streams, seconds
+        self._url = url
+        self._streams = streams
+        self._seconds = seconds
         self._random = random.Random(seed)
         self._chats: dict[str, list[dict[str, str]]] = {}  # agent to messages, an answer last
         self.tally: Counter[str] = Counter()  # complete, cut, failed, tokens, and cold, warm, hot
@@ -168,24 +168,25 @@ class Load:
             except (StreamError, httpx.HTTPError) as e:
                 self.tally["failed"] += 1
                 self.errors.append(f"{type(e).__name__}: {e}")
-                await asyncio.sleep(
-                    0.5
-                )  # a server that refuses everything is not asked at full speed
+                # a server that refuses everything is not asked at full speed
+                await asyncio.sleep(0.5)
 
     async def _one(self, client: httpx.AsyncClient) -> None:
         rng = self._random
         agent = f"agent-{rng.randrange(self._streams * 5 // 4)}"  # some are asked twice at once
-        messages, max_tokens = self._prompt(agent), rng.randint(8, 64)
+        messages = self._prompt(agent)
+        max_tokens = rng.randint(8, 64)
         body = {
             "messages": messages,
             "agent_id": agent,
             "seed": rng.randrange(1000),
             "ignore_eos": True,
+            "max_tokens": max_tokens,
         }
-        body["max_tokens"] = max_tokens
-        answer = await (
-            self._cut(client, body) if rng.random() < 1 / 3 else stream_chat(client, body)
-        )
+        if rng.random() < 1 / 3:
+            answer = await self._cut(client, body)
+        else:
+            answer = await stream_chat(client, body)
         if answer is None:
             self.tally["cut"] += 1
             return
@@ -196,9 +197,10 @@ class Load:
         self.tally["tokens"] += max_tokens
         self._chats[agent] = [*messages, {"role": "assistant", "content": answer.text}]
 
-    async def _cut(self, client: httpx.AsyncClient, body: dict[str, Any]) -> Answer | None:
-        """Hang up while it waits or prefills, or in the middle of the answer. None, unless the
-        answer was faster.
+    async def _cut(self, client: httpx.AsyncClient, body: dict[str, Any]) -> StreamedAnswer | None:
+        """Hang up while it waits or prefills, or in the middle of the answer.
+
+        Returns None, unless the answer was faster.
         """
         if self._random.random() < 2 / 3:
             await stream_chat(client, body, cut_after=self._random.randrange(body["max_tokens"]))
@@ -210,14 +212,12 @@ class Load:
             return None
 
     def _prompt(self, agent: str) -> list[dict[str, str]]:
-        """The agent's conversation so far and a new message, or a new conversation."""
+        """Return the agent's conversation so far and a new message, or a new conversation."""
         before = self._chats.get(agent, [])
         if sum(len(m["content"].split()) for m in before) > _ROOM or self._random.random() < 0.2:
             before = []
-        words = (
-            f"w{self._random.randint(8, 255)}"
-            for _ in range(self._random.randint(1, 30 if before else 300))
-        )
+        length = self._random.randint(1, 30 if before else 300)
+        words = [f"w{self._random.randint(8, 255)}" for _ in range(length)]
         return [*before, {"role": "user", "content": " ".join(words)}]
 
 
@@ -226,25 +226,21 @@ class Outcome:
     seconds: float
     tally: dict[str, int]
     errors: list[str]
-    after: dict[
-        str, float
-    ]  # running, waiting, restoring requests and reserved bytes, once all streams have ended
+    # running, waiting, restoring requests and reserved bytes, once all streams have ended
+    after: dict[str, float]
     health: str
     open_files: tuple[int, int]  # of the server: after the warm-up, and at the end
 
     def failures(self) -> list[str]:
         found = [f"{n} x {error}" for error, n in Counter(self.errors).most_common(5)]
-        found += [
-            f"after the last stream {name} is {value:g}"
-            for name, value in self.after.items()
-            if value != 0
-        ]
+        for name, value in self.after.items():
+            if value != 0:
+                found.append(f"after the last stream {name} is {value:g}")
         if self.health != "ok":
             found.append(f"/health says {self.health}")
-        if self.open_files[1] > self.open_files[0]:
-            found.append(
-                "file descriptors of the server grew from {} to {}".format(*self.open_files)
-            )
+        before, after = self.open_files
+        if after > before:
+            found.append(f"file descriptors of the server grew from {before} to {after}")
         if not self.tally.get("complete") or not self.tally.get("cut"):
             found.append(f"nothing was complete, or nothing cut: {self.tally}")
         return found
@@ -258,21 +254,29 @@ def run_streams(
     seed: int = 0,
     progress: Callable[[str], None] = lambda text: None,
 ) -> Outcome:
-    """Drive `server` (a tiny model with SERVER_FLAGS) with streams; the outcome's failures() must
-    be empty.
+    """Drive `server` (a tiny model with SERVER_FLAGS) with streams.
+
+    The outcome's failures() must be empty.
     """
     warm_up = Load(server.url, streams=streams, seconds=min(5.0, seconds / 4), seed=seed + 1)
     asyncio.run(warm_up.run(progress))
     _quiet(server)
     files_before = open_files(server.process.pid)
-    load, began = Load(server.url, streams=streams, seconds=seconds, seed=seed), time.monotonic()
+    load = Load(server.url, streams=streams, seconds=seconds, seed=seed)
+    began = time.monotonic()
     asyncio.run(load.run(progress))
     took = time.monotonic() - began
     after = _quiet(server)
     health = server.client.get(server.url.removesuffix("/v1") + "/health").json()["status"]
     files_after = _settled(lambda: open_files(server.process.pid), lambda n: n <= files_before)
-    errors = warm_up.errors + load.errors
-    return Outcome(took, dict(load.tally), errors, after, health, (files_before, files_after))
+    return Outcome(
+        seconds=took,
+        tally=dict(load.tally),
+        errors=warm_up.errors + load.errors,
+        after=after,
+        health=health,
+        open_files=(files_before, files_after),
+    )
 
 
 def _quiet(server: ServerProcess) -> dict[str, float]:
@@ -286,7 +290,7 @@ def _quiet(server: ServerProcess) -> dict[str, float]:
 
 
 def _settled(read: Callable[[], T], holds: Callable[[T], bool]) -> T:
-    """The first value that holds, or the one after QUIET_S."""
+    """Return the first value that holds, or the one after QUIET_S."""
     end = time.monotonic() + QUIET_S
     while not holds(value := read()) and time.monotonic() < end:
         time.sleep(0.1)
@@ -296,9 +300,8 @@ def _settled(read: Callable[[], T], holds: Callable[[T], bool]) -> T:
 def open_files(pid: int) -> int:
     if sys.platform == "linux":
         return len(os.listdir(f"/proc/{pid}/fd"))
-    return len(
-        subprocess.run(["lsof", "-p", str(pid)], capture_output=True, text=True).stdout.splitlines()
-    )
+    listed = subprocess.run(["lsof", "-p", str(pid)], capture_output=True, text=True)
+    return len(listed.stdout.splitlines())
 
 
 @contextlib.contextmanager

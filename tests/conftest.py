@@ -69,18 +69,16 @@ def refused(tmp_path, monkeypatch, capsys) -> Callable[..., str]:
 
     In this process, and without a look at the noise: a process of its own takes seconds to say it.
     """
-    from agentmem.bench import session
+    from agentmem.bench.harness import options, session
     from agentmem.cli.main import main
-    from agentmem.cli_bench import common
     from support.bench_process import FAULT
 
     for name in [name for name in os.environ if name.startswith("AGENTMEM_")]:
         monkeypatch.delenv(name)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     monkeypatch.setattr(session, "probe_ms", lambda: 1.0)
-    monkeypatch.setattr(
-        common, "prepare_mlx", lambda home: None
-    )  # the allocator stays as it is for other tests
+    # the allocator stays as it is for other tests
+    monkeypatch.setattr(options, "prepare_mlx", lambda home: None)
 
     def bench(*arguments: object) -> str:
         monkeypatch.setattr(sys, "argv", ["agentmem", "bench", *map(str, arguments)])

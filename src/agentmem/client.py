@@ -1,13 +1,14 @@
-"""Talks to a running server, for the command line."""
+"""The HTTP client of a running server, and the one reader of event streams."""
 
 import json
 import re
-from collections.abc import Generator
-from contextlib import closing
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
 from typing import Any
 from urllib.parse import quote
 
 import httpx
+from httpx_sse import EventSource
 
 from .errors import AgentMemError, StartupError, Unauthorized, program
 
@@ -72,24 +73,24 @@ class Client:
     def events(
         self, method: str, path: str, **request: Any
     ) -> Generator[dict[str, Any], None, None]:
-        """The JSON of a stream of server-sent events, as it comes. RequestFailed: also an error
-        among them.
+        """Yield the JSON of a stream of server-sent events, as it comes.
+
+        RequestFailed: also an error among them.
         """
-        rest = b""
-        with closing(self.stream(method, path, **request)) as chunks:
-            for chunk in chunks:
-                *lines, rest = (rest + chunk).split(b"\n")
-                for line in lines:
-                    if line.startswith(b"data: {"):
-                        event = json.loads(line.removeprefix(b"data: "))
-                        if "error" in event:
-                            raise RequestFailed(
-                                event["error"]["message"], code=event["error"]["code"]
-                            )
-                        yield event
+        with self._response(method, path, **request) as response:
+            for event in read_events(response):
+                if "error" in event:
+                    raise RequestFailed(event["error"]["message"], code=event["error"]["code"])
+                yield event
 
     def stream(self, method: str, path: str, **request: Any) -> Generator[bytes, None, None]:
-        """The answer's body, as it comes."""
+        """Yield the answer's body, as it comes."""
+        with self._response(method, path, **request) as response:
+            yield from response.iter_bytes()
+
+    @contextmanager
+    def _response(self, method: str, path: str, **request: Any) -> Iterator[httpx.Response]:
+        """Give an answer whose body is still to come. Errors are those of `call`."""
         try:
             with (
                 httpx.Client(
@@ -103,7 +104,7 @@ class Client:
                 if response.status_code >= 400:
                     response.read()
                     raise _failed(response)
-                yield from response.iter_bytes()
+                yield response
         except httpx.ConnectError:
             raise self._nobody() from None
         except (httpx.RemoteProtocolError, httpx.ReadError):
@@ -115,6 +116,16 @@ class Client:
 
     def _nobody(self) -> StartupError:
         return StartupError(f"no server answers at {self.url}: {self._if_absent}")
+
+
+def read_events(response: httpx.Response) -> Iterator[dict[str, Any]]:
+    """Yield the JSON object of each server-sent event, as soon as its bytes are there.
+
+    Pings and the end's [DONE] are none. Raises SSEError where the answer is no stream of events.
+    """
+    for event in EventSource(response).iter_sse():
+        if event.data.startswith("{"):
+            yield json.loads(event.data)
 
 
 def agent_path(agent_id: str, operation: str = "") -> str:

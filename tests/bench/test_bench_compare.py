@@ -16,9 +16,9 @@ from mlx_lm.utils import load_model as load_mlx_model
 
 from agentmem.bench.compare import ROUNDS, STATES, rate_side_by_side
 from agentmem.bench.compare_rows import decode_rows
-from agentmem.bench.contenders import check_names
-from agentmem.bench.float32 import write_float32
-from agentmem.bench.server import Answer, BenchError
+from agentmem.bench.harness.contenders import check_names
+from agentmem.bench.harness.float32 import write_float32
+from agentmem.bench.harness.server import BenchError, TimedAnswer
 from agentmem.errors import StartupError
 from support.tiny import random_tokens, tiny_model
 from support.tiny_model_dir import write_tiny_model
@@ -184,8 +184,8 @@ def test_the_float32_copy_is_the_quantized_model_dequantized(tmp_path):
     assert mx.allclose(before(tokens), after(tokens), atol=1e-3)
 
 
-def answer(began: float, times: list[float], tokens: int) -> Answer:
-    return Answer(began=began, times=times, usage={"completion_tokens": tokens})
+def answer(began: float, times: list[float], tokens: int) -> TimedAnswer:
+    return TimedAnswer(began=began, times=times, usage={"completion_tokens": tokens})
 
 
 def test_tokens_count_only_while_all_stream_and_a_chunk_counts_for_its_tokens():

@@ -17,9 +17,15 @@ from mlx_lm.models.cache import (
     make_prompt_cache,
 )
 
-from agentmem.bench.plain import plain_cache
-from agentmem.bench.scores import Score, delta_percent, log_probabilities, score, student_t
-from agentmem.bench.windows import Protocol, cut_windows
+from agentmem.bench.harness.corpus import Windows, cut_windows
+from agentmem.bench.perplexity_scores import (
+    Score,
+    delta_percent,
+    log_probabilities,
+    score,
+    student_t,
+)
+from agentmem.bench.plain_cache import plain_cache
 from agentmem.errors import ModelError, StartupError
 from support import tiny
 from support.bench_process import run_bench
@@ -135,7 +141,7 @@ def test_perplexity_of_16_bits_is_that_of_mlx_lms_own_cache(result):
     "window, stride, tokens", [(8, 8, 20), (8, 4, 21), (8, 3, 8), (8, 1, 12), (512, 256, 7935)]
 )
 def test_each_token_is_scored_once_and_from_the_tokens_before_it(window, stride, tokens, bos):
-    protocol, corpus = Protocol(window, stride, tokens), list(range(100, 9000))
+    protocol, corpus = Windows(window, stride, tokens), list(range(100, 9000))
     scored = []
     for w in cut_windows(corpus, protocol, bos):
         assert len(w.inputs) == len(w.targets) == window
@@ -146,7 +152,7 @@ def test_each_token_is_scored_once_and_from_the_tokens_before_it(window, stride,
 
 
 def test_windows_need_a_corpus_that_is_long_enough():
-    protocol = Protocol(8, 4, 12)
+    protocol = Windows(8, 4, 12)
     assert len(list(cut_windows(list(range(13)), protocol, []))) == 2
     with pytest.raises(StartupError, match="has 12 tokens, 13 are needed"):
         list(cut_windows(list(range(12)), protocol, []))

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from agentmem.bench.harness.schemas import RESULTS
 from agentmem.bench.report import _widths
-from agentmem.bench.schemas import RESULTS
 
 COMMITTED = Path(__file__).parents[2] / "benchmarks/results"
 FAULT = 2  # exit code

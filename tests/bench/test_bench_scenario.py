@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from agentmem.bench.harness.options import show
 from agentmem.bench.scenario_checks import Said, distinct_ngrams, judge, own_words
 from agentmem.bench.scenario_file import Scenario, built_in, parse, read_scenario
-from agentmem.cli.agents import table
-from agentmem.cli_bench.common import show
+from agentmem.cli.show import table
 from agentmem.errors import StartupError
 from support.bench_process import result_of
 from support.tiny import BLOCK, random_tokens

@@ -9,8 +9,8 @@ import pytest
 from jsonschema import Draft202012Validator, ValidationError
 
 import agentmem.bench
-from agentmem.bench.result import Result
-from agentmem.bench.schemas import RESULTS, result_class, schema
+from agentmem.bench.harness.result import Result
+from agentmem.bench.harness.schemas import RESULTS, result_class, schema
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 SCHEMAS = sorted((BENCHMARKS / "schemas").glob("*.json"))
@@ -24,7 +24,7 @@ COMMITTED = [
 def test_the_committed_schemas_are_those_of_the_classes():
     committed = {path.stem: json.loads(path.read_text()) for path in SCHEMAS}
     assert committed == {name: schema(name) for name in RESULTS}, (
-        "python -m agentmem.bench.schemas benchmarks/schemas"
+        "python -m agentmem.bench.harness.schemas benchmarks/schemas"
     )
 
 

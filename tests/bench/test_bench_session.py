@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from agentmem.bench.process import Process
-from agentmem.bench.session import bench_session
+from agentmem.bench.harness.process import Process
+from agentmem.bench.harness.session import bench_session
 from support.bench_process import BENCH, FAULT, environment, run_bench, write_words
 from support.tiny_model_dir import write_tiny_model
 
@@ -156,7 +156,7 @@ http.server.HTTPServer(("127.0.0.1", int(sys.argv[sys.argv.index("--port") + 1])
 
 def test_a_server_of_others_that_will_not_stop_is_killed(tmp_path, monkeypatch):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    monkeypatch.setattr("agentmem.bench.process._PATIENCE", 0.3)
+    monkeypatch.setattr("agentmem.bench.harness.process._PATIENCE", 0.3)
     with bench_session(lambda line: None) as session:
         server = Process(session, [sys.executable, "-c", STUBBORN], session.directory / "log")
         server.stop()

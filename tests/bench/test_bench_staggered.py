@@ -3,7 +3,7 @@
 import pytest
 from pytest import approx
 
-from agentmem.bench.server import Answer
+from agentmem.bench.harness.server import TimedAnswer
 from agentmem.bench.staggered import gaps_ms
 from support.bench_process import result_of
 from support.tiny_model_dir import write_tiny_model
@@ -52,6 +52,6 @@ def test_the_tables_show_both_scenes(result):
 
 
 def test_a_gap_counts_where_a_part_of_it_lies_in_between():
-    c = Answer(began=10.0, times=[1.0, 2.0, 4.0, 7.0, 8.0])
+    c = TimedAnswer(began=10.0, times=[1.0, 2.0, 4.0, 7.0, 8.0])
     assert gaps_ms(c, 13.0, 15.0) == approx([2000, 3000])
     assert gaps_ms(c, 12.0, 14.0) == approx([2000])

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from agentmem.bench.paper import ttft_of
+from agentmem.bench.harness.paper import ttft_of
+from agentmem.bench.harness.session import check_room
 from agentmem.bench.restore import _sources
-from agentmem.bench.session import check_room
-from agentmem.bench.ttft import Samples, rows
+from agentmem.bench.ttft import TtftSamples, rows
 from agentmem.config import Settings
 from agentmem.errors import StartupError
 from support.bench_process import FAULT, result_of, run_bench, write_words
@@ -55,7 +55,7 @@ def test_ttft_shows_what_it_writes(ttft):
 
 
 def test_ttft_on_a_model_of_the_paper_has_its_figures_beside():
-    sample = Samples(http={"cold": [2.0], "warm": [1.0], "hot": [1.0]}, prompt_tokens=1024)
+    sample = TtftSamples(http={"cold": [2.0], "warm": [1.0], "hot": [1.0]}, prompt_tokens=1024)
     papers = ttft_of("mlx-community/Meta-Llama-3.1-8B-Instruct-4bit")
     assert papers is not None
     assert list(papers) == [1024, 2048, 4096, 8192, 16384]
@@ -156,8 +156,11 @@ def test_a_result_that_can_not_be_written_is_not_lost(tmp_path, model):
     done = run_bench(
         tmp_path, "write", "--turns", 2, "--tokens", 64, *inputs, "--json", "/dev/full"
     )
-    assert (done.returncode, len(done.stderr.strip().splitlines())) == (FAULT, 1)
-    assert "/dev/full: " in done.stderr
+    said = done.stderr.strip().splitlines()
+    if "not a quiet run" in said[0]:  # the machine may be busy
+        del said[0]
+    assert (done.returncode, len(said)) == (FAULT, 1)
+    assert "/dev/full: " in said[0]
     assert len(json.loads(done.stdout)["rows"]) == 2
 
 

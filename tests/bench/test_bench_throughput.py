@@ -7,10 +7,10 @@ import httpx
 import pytest
 from pytest import approx
 
-from agentmem.bench.decode import random_snapshot
-from agentmem.bench.paper import batch_2_of
-from agentmem.bench.server import Answer, Server, tokens_per_s
-from agentmem.bench.session import bench_session
+from agentmem.bench.decode_steps import random_snapshot
+from agentmem.bench.harness.paper import batch_2_of
+from agentmem.bench.harness.server import Server, TimedAnswer, tokens_per_s
+from agentmem.bench.harness.session import bench_session
 from agentmem.bench.throughput import STATES, end_to_end_tokens_per_s
 from agentmem.config import Settings
 from agentmem.kvcache.block import Snapshot
@@ -102,8 +102,8 @@ def test_a_made_up_cache_has_the_shapes_of_a_prefilled_one(kind, kv_bits):
     assert shapes(random_snapshot(runner, length)) == shapes(cache.snapshot())
 
 
-def answer(began: float, times: list[float], tokens: int) -> Answer:
-    return Answer(began=began, times=times, usage={"completion_tokens": tokens})
+def answer(began: float, times: list[float], tokens: int) -> TimedAnswer:
+    return TimedAnswer(began=began, times=times, usage={"completion_tokens": tokens})
 
 
 def test_tokens_count_only_while_all_stream():

@@ -13,8 +13,10 @@ import mlx.core as mx
 import pytest
 from mlx_lm.models.cache import make_prompt_cache
 
-from agentmem.bench.capacity import (
-    Capacity,
+from agentmem.bench.capacity import capacity
+from agentmem.bench.footprints import (
+    ModelCapacity,
+    compare_with_paper,
     disk_bytes,
     footprint,
     fp16_window_bytes,
@@ -22,9 +24,8 @@ from agentmem.bench.capacity import (
     rest_bytes,
     worst_rest_bytes,
 )
-from agentmem.bench.find_config import BUILT_IN, built_in_names, read_config
-from agentmem.bench.paper import CONTEXTS, PAPER_TABLE, compare
-from agentmem.cli_bench.capacity import capacity
+from agentmem.bench.harness.model_config import BUILT_IN, built_in_names, read_config
+from agentmem.bench.harness.paper import CONTEXTS, PAPER_TABLE
 from agentmem.engine.model_runner import ModelRunner
 from agentmem.errors import ModelError, StartupError
 from agentmem.kvcache.block import SealedBlock, Snapshot, from_host, to_host
@@ -54,7 +55,7 @@ def built_in(name: str, **options) -> KVCacheSpec:
 
 @pytest.mark.parametrize("row", PAPER_TABLE, ids=lambda row: row.model)
 def test_the_papers_table_comes_out_of_its_rule(row):
-    for cell in compare(row, built_in(row.model)):
+    for cell in compare_with_paper(row, built_in(row.model)):
         assert cell.by_its_rule == cell.paper
         assert cell.agentmem >= cell.paper[1]
 
@@ -69,7 +70,7 @@ def test_no_single_reading_of_10_2_gb_gives_the_papers_table():
         lowest.append(max(count * nbytes for count, nbytes in counts))
         beyond.append(min((count + 1) * nbytes for count, nbytes in counts))
         assert lowest[-1] <= row.budget < beyond[-1]
-    assert max(lowest) >= min(beyond)  # else bench/paper.py should have one budget
+    assert max(lowest) >= min(beyond)  # else bench/harness/paper.py should have one budget
 
 
 def test_the_papers_layout_of_gemma_at_32k_takes_3_4_gib_and_ours_less_than_0_75_gb():
@@ -305,7 +306,8 @@ def test_a_cache_that_only_mlx_lm_can_hold_is_said_to_be_kept_by_nobody():
     spec = spec_of_config(zoo.config_of(OPAQUE))
     row = footprint(spec, 1000)
     assert spec.opaque and row.agentmem is None and row.paper_q4 is None and row.fp16_windows > 0
-    assert Capacity(OPAQUE, OPAQUE, spec, (row,)).to_json(2**30)["not_kept"] == spec.opaque.reason
+    shown = ModelCapacity(OPAQUE, OPAQUE, spec, (row,)).to_json(2**30)
+    assert shown["not_kept"] == spec.opaque.reason
 
 
 @pytest.mark.parametrize(

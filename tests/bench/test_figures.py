@@ -8,9 +8,8 @@ from xml.etree import ElementTree
 
 import figures
 import pytest
-from typer.main import get_command
 
-from agentmem.cli_bench import app
+from agentmem.bench.app import COMMANDS, command_of
 
 IDS = [page.name for page in figures.PAGES]
 BLOCKS = [
@@ -186,7 +185,6 @@ def commands() -> dict[str, str]:
 
 def test_every_committed_result_has_a_command_that_there_is():
     assert commands().keys() == {path.name for path in figures.RESULTS.iterdir()}
-    known = get_command(app).commands
     for command in commands().values():
         words = command.split()
         options = {word for word in words if word.startswith("--")} | {"--json"}
@@ -195,14 +193,13 @@ def test_every_committed_result_has_a_command_that_there_is():
             assert all(f'"{option}"' in script for option in options), command
         else:
             assert words[:2] == ["agentmem", "bench"]
-            assert options <= {
-                name for parameter in known[words[2]].params for name in parameter.opts
-            }, command
+            parameters = command_of(words[2]).params
+            assert options <= {name for one in parameters for name in one.opts}, command
 
 
 def test_every_benchmark_and_script_is_explained():
     text = (figures.ROOT / "docs/benchmarks.md").read_text()
-    assert all(f"`bench {name}`" in text for name in get_command(app).commands if name != "report")
+    assert all(f"`bench {name}`" in text for name in COMMANDS if name != "report")
     helpers = {"machine.py", "control.py", "persisted.py", "figures.py"}
     text = (figures.ROOT / "benchmarks/README.md").read_text()
     scripts = {path.name for path in (figures.ROOT / "benchmarks").glob("*.py")}

@@ -334,6 +334,8 @@ class Reasons(BaseHTTPRequestHandler):
 
     def _send(self, status, *events):
         self.send_response(status)
+        kind = "application/json" if status == 404 else "text/event-stream"
+        self.send_header("content-type", kind)
         self.end_headers()
         self.wfile.write(
             b"".join(

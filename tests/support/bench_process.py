@@ -9,7 +9,7 @@ from typing import Any
 
 import jsonschema
 
-from agentmem.bench.schemas import RESULTS, schema
+from agentmem.bench.harness.schemas import RESULTS, schema
 from support.tiny import random_tokens
 
 BENCH = (sys.executable, "-m", "agentmem", "bench")

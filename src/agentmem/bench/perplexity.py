@@ -1,31 +1,30 @@
-"""What fewer bits cost: the production cache at each precision against 16 bits, over windows of a
-text.
+"""What fewer bits cost: the production cache at each precision against 16 bits.
 
-Each window starts an empty cache and is fed block by block as in serving. KL divergence is of the
-next token's distribution from that of 16 bits, a mean over all tokens scored; top-1 how often both
-have the same likeliest token. The interval of the change of perplexity is of 95 %, by Student's t
-over the windows. Nothing here is timed.
+Both are fed windows of a text. Each window starts an empty cache and is fed block by block as in
+serving. KL divergence is of the next token's distribution from that of 16 bits, a mean over all
+tokens scored; top-1 how often both have the same likeliest token. The interval of the change of
+perplexity is of 95 %, by Student's t over the windows. Nothing here is timed.
 """
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from math import exp
-from typing import Any, Protocol, cast
+from typing import TYPE_CHECKING, Annotated, Any
 
-import mlx.core as mx
+import typer
 
-from ..engine.model_runner import ModelRunner
-from ..errors import ModelError
-from ..kvcache.calibrate import calibration_tokens
-from ..kvcache.spec import KVBits, KVCacheSpec
-from ..models.loading import LoadedModel
-from .plain import plain_cache
-from .scores import Score, delta_percent, log_probabilities, score
-from .windows import Window
+from ..cli.show import table
+from ..errors import StartupError
+from .harness.corpus import Window, Windows, cut_windows, read_corpus
+from .harness.machine import describe_machine
+from .harness.options import Shared, Shown, benchmark
 
-PLAIN = "plain4"
-REFERENCE = "16"
-PRESETS = (REFERENCE, "8", "k5v4", "k5v3", "4", PLAIN)
+if TYPE_CHECKING:
+    from ..models.loading import LoadedModel
+    from .perplexity_scores import Preset, Score
+
+# the order of the table; 16 bits are what the others are compared with
+PRESETS = ("16", "8", "k5v4", "k5v3", "4", "plain4")
 
 
 @dataclass(frozen=True)
@@ -33,171 +32,173 @@ class PresetResult:
     """A row of the table; figures are None where `unavailable` says why."""
 
     kv_bits: str
-    bytes_per_token: (
-        float | None
-        # of a sealed token, sinks and snapshots of state aside; 16-bit values count 2 bytes on a
-        # CPU too
-    )
+    # of a sealed token, sinks and snapshots of state aside; 16-bit values count 2 bytes on a CPU
+    # too
+    bytes_per_token: float | None
     ratio_to_fp16: float | None
     ppl: float | None = None
     delta_percent: float | None = None  # of perplexity, against 16 bits
-    # see delta_percent(); None for one window
-    delta_ci95_percent: tuple[float, float] | None = None
+    delta_ci95_percent: tuple[float, float] | None = None  # None for one window
     kl: float | None = None  # nats a token
     top1: float | None = None  # share of tokens, 0 to 1
     unavailable: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         row = asdict(self)
-        return (
-            row
-            if self.unavailable
-            else {name: value for name, value in row.items() if name != "unavailable"}
-        )
-
-
-class _Sequence(Protocol):
-    """One preset's cache in one window: the next tokens to logits [n, vocab]."""
-
-    def __call__(self, tokens: list[int]) -> mx.array: ...
-
-
-Begin = Callable[[int], _Sequence]  # with an empty cache that has room for so many tokens
-
-
-@dataclass(frozen=True)
-class _Preset:
-    kv_bits: str
-    begin: Begin
-    sizes: tuple[float, float]  # bytes a token, ratio to FP16
+        if not self.unavailable:
+            del row["unavailable"]
+        return row
 
 
 def measure(
-    loaded: LoadedModel,
-    windows: Iterable[Window],
-    presets: Sequence[str],
+    loaded: "LoadedModel",
+    windows: Sequence[Window],
+    names: Sequence[str],
     *,
     block_size: int = 256,
     progress: Callable[[int], object] = lambda tokens: None,
 ) -> list[PresetResult]:
-    """Rows in the order of PRESETS, 16 bits always among them. `progress` gets tokens done, counted
-    for each preset.
+    """Return a row of each preset, those that are not available last.
 
-    All presets go through a window together, a block at a time, so that of logits one block's are
-    in memory.
+    `names` are in the order of PRESETS, 16 bits among them.
     """
-    ready, missing = _prepare(
-        loaded, [p for p in PRESETS if p in presets or p == REFERENCE], block_size
-    )
-    scores = score_windows([preset.begin for preset in ready], windows, block_size, progress)
-    rows = [_result(preset, scores[0], of) for preset, of in zip(ready, scores, strict=True)]
-    return rows + missing
+    from .perplexity_scores import presets, score_windows
+
+    made = presets(loaded, names, block_size)
+    begin = [preset.begin for preset in made if preset.begin]
+    scores = score_windows(begin, windows, block_size, progress)
+    ready = [preset for preset in made if preset.begin]
+    missing = [preset for preset in made if not preset.begin]
+    rows = [_row(preset, scores[0], of) for preset, of in zip(ready, scores, strict=True)]
+    for preset in missing:
+        rows.append(PresetResult(preset.kv_bits, None, None, unavailable=preset.unavailable))
+    return rows
 
 
-def _prepare(
-    loaded: LoadedModel, names: list[str], block_size: int
-) -> tuple[list[_Preset], list[PresetResult]]:
-    """What can be measured, 16 bits first, and rows for what can't."""
-    runners = {
-        n: ModelRunner(loaded.model, kv_bits=cast(KVBits, n), block_size=block_size)
-        for n in names
-        if n != PLAIN
-    }
-    quantized = [runner for runner in runners.values() if runner.spec.bits is not None]
-    if quantized:
-        tokens = calibration_tokens(
-            lambda text: loaded.tokenizer.encode(text, add_special_tokens=False)
-        )
-        centres = quantized[0].calibrate(tokens)
-        for runner in quantized:
-            runner.use_centres(centres)
-    ready = [
-        _Preset(name, production(runner), _sizes(runner.spec)) for name, runner in runners.items()
-    ]
-    if PLAIN not in names:
-        return ready, []
-    try:
-        mx.eval(loaded.model(mx.array([[0]]), cache=plain_cache(loaded.model)))
-    except ModelError as e:
-        return ready, [PresetResult(PLAIN, None, None, unavailable=e.message)]
-    sizes = _sizes(
-        replace(runners[REFERENCE].spec, kv_bits="4")
-    )  # the same codes and scales, of other numbers
-    return [*ready, _Preset(PLAIN, lambda capacity: _plain(loaded.model), sizes)], []
+def _row(preset: "Preset", reference: list["Score"], scores: list["Score"]) -> PresetResult:
+    from .perplexity_scores import Score, delta_percent
 
-
-def production(runner: ModelRunner) -> Begin:
-    def begin(capacity: int) -> _Sequence:
-        cache = runner.new_cache(capacity=capacity)
-
-        def feed(tokens: list[int]) -> mx.array:
-            logits, fresh = runner.forward(mx.array([tokens]), [cache])
-            mx.eval(logits, [block.arrays for blocks in fresh for block in blocks])
-            return logits[0]
-
-        return feed
-
-    return begin
-
-
-def _plain(model: Any) -> _Sequence:
-    cache = plain_cache(model)
-    return lambda tokens: model(mx.array([tokens]), cache=cache)[0]
-
-
-def _sizes(spec: KVCacheSpec) -> tuple[float, float]:
-    fp16 = spec.dense_bytes / spec.dtype.size * 2
-    sealed = fp16 if spec.bits is None else spec.sealed_bytes
-    return (
-        sealed,
-        sealed / fp16 if fp16 else 1.0,
-    )  # a recurrent model keeps nothing of a single token
-
-
-def score_windows(
-    begin: Sequence[Begin],
-    windows: Iterable[Window],
-    block_size: int,
-    progress: Callable[[int], object] = lambda tokens: None,
-) -> list[list[Score]]:
-    """For each way to begin a sequence its score in every window; the first is the reference of
-    all.
-    """
-    by_window = [_score_window(begin, window, block_size, progress) for window in windows]
-    return [list(scores) for scores in zip(*by_window, strict=True)]
-
-
-def _score_window(
-    begin: Sequence[Begin], window: Window, block_size: int, progress: Callable[[int], object]
-) -> list[Score]:
-    feeds = [with_room(len(window.inputs)) for with_room in begin]
-    scores = [Score() for _ in begin]
-    for start in range(0, len(window.inputs), block_size):
-        tokens = window.inputs[start : start + block_size]
-        first = max(0, window.first_scored - start)
-        targets = window.targets[start : start + block_size][first:]
-        reference = None
-        for i, feed in enumerate(feeds):
-            logits = feed(tokens)
-            if targets:
-                log_probs = log_probabilities(logits[first:])
-                reference = log_probs if reference is None else reference
-                scores[i] += score(reference, log_probs, targets)
-            else:
-                mx.eval(logits)
-            progress(len(tokens))
-    return scores
-
-
-def _result(preset: _Preset, reference: list[Score], scores: list[Score]) -> PresetResult:
     total = sum(scores, Score())
     change, interval = delta_percent(reference, scores)
     return PresetResult(
         preset.kv_bits,
-        *preset.sizes,
+        bytes_per_token=preset.bytes_per_token,
+        ratio_to_fp16=preset.ratio_to_fp16,
         ppl=exp(total.nll / total.tokens),
         delta_percent=change,
         delta_ci95_percent=interval,
         kl=total.kl / total.tokens,
         top1=total.agreed / total.tokens,
     )
+
+
+def tables(result: dict[str, Any]) -> list[Shown]:
+    rows = [PresetResult(**row) for row in result["presets"]]
+    windows = 1 + (result["tokens"] - result["window"]) // result["stride"]
+    text = f"{result['corpus']}, {result['tokens']:,} tokens in {windows} windows"
+    lines = table(
+        "kv bits", "ppl", "dPPL", "95 % interval", "KL", "top-1", "bytes/token", "of FP16"
+    )
+    missing = []
+    for row in rows:
+        if row.unavailable:
+            lines.add_row(row.kv_bits, *["-"] * 7)
+            missing.append(f"{row.kv_bits}: not available: {row.unavailable}")
+            continue
+        ci = row.delta_ci95_percent
+        lines.add_row(
+            row.kv_bits,
+            f"{row.ppl:.3f}",
+            f"{row.delta_percent:+.2f} %",
+            f"{ci[0]:+.2f} ... {ci[1]:+.2f} %" if ci else "-",
+            f"{row.kl:.5f}",
+            f"{row.top1:.2%}",
+            f"{row.bytes_per_token:,.0f}",
+            f"{row.ratio_to_fp16:.3f}",
+        )
+    return [f"{result['model']}, {text}", lines, *missing]
+
+
+WindowTokens = Annotated[int, typer.Option(help="tokens fed into one cache")]
+Stride = Annotated[
+    int | None,
+    typer.Option(
+        help="tokens from window to window; a window's last STRIDE are scored (default: the window)"
+    ),
+]
+Tokens = Annotated[int, typer.Option(help="tokens to score at least; rounded up to whole windows")]
+Presets = Annotated[
+    str,
+    typer.Option(
+        help="rows besides 16, comma-separated: 8, k5v4, k5v3, 4, or plain4, 4 bits as in mlx-lm"
+    ),
+]
+BlockSize = Annotated[int | None, typer.Option(help="tokens a block (default: 256)")]
+
+
+@benchmark(tables)
+def perplexity(
+    shared: Shared,
+    window: WindowTokens = 2048,
+    stride: Stride = None,
+    tokens: Tokens = 8192,
+    kv_bits: Presets = "16,8,k5v4,4,plain4",
+    block_size: BlockSize = None,
+) -> dict[str, Any]:
+    """What fewer bits cost in quality: perplexity, KL divergence and top-1 agreement against 16
+    bits.
+
+    The cache is the server's own, fed block by block as in serving. The interval of dPPL is of 95
+    %, by Student's t over the windows. The paper's protocol: --window 512 --stride 256 --tokens
+    7935.
+    """
+    with shared.run(block_size=block_size) as run:
+        names = _presets(kv_bits)
+        asked = Windows(window, window if stride is None else stride, tokens)
+        corpus, text = read_corpus(run.corpus)
+        loaded = run.load()
+        if asked.window > loaded.max_context:
+            raise StartupError(
+                f"--window {window} is more than the model's context of {loaded.max_context} tokens"
+            )
+        ids = _encode(loaded, text, asked)
+        windows = list(cut_windows(ids, asked, _bos(loaded)))
+        done = run.task("scoring", len(windows) * window * len(names))
+        block = run.settings.block_size
+        rows = measure(loaded, windows, names, block_size=block, progress=done)
+        machine = describe_machine()
+        return {
+            "benchmark": "perplexity",
+            "presets": [row.to_json() for row in rows],
+            "machine": machine,
+            "model": run.settings.model,
+            "corpus": corpus,
+            "window": asked.window,
+            "stride": asked.stride,
+            "tokens": asked.num_scored,
+            "date": machine["date"],
+        }
+
+
+def _presets(text: str) -> list[str]:
+    """Return the presets in an option's text, and 16 bits. Raises StartupError."""
+    asked = [part.strip() for part in text.split(",") if part.strip()]
+    if unknown := [name for name in asked if name not in PRESETS]:
+        raise StartupError(
+            f"--kv-bits {', '.join(unknown)}: not known; choose from {','.join(PRESETS)}"
+        )
+    return [name for name in PRESETS if name in asked or name == "16"]
+
+
+def _encode(loaded: "LoadedModel", text: str, asked: Windows) -> list[int]:
+    """Encode as much of the corpus as can be needed: few tokens are longer than 32 characters."""
+    text = text[: 32 * (asked.num_scored + 1)]
+    # it would warn of a text longer than the model's context
+    tokens: list[int] = loaded.tokenizer.encode(text, add_special_tokens=False, verbose=False)
+    return tokens
+
+
+def _bos(loaded: "LoadedModel") -> list[int]:
+    """Return what the tokenizer puts before any text, if it puts anything."""
+    bos = loaded.tokenizer.bos_token_id
+    return [bos] if bos is not None and loaded.tokenizer.encode("")[:1] == [bos] else []

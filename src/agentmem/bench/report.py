@@ -1,5 +1,6 @@
-"""Result files to one HTML page that needs nothing else: tables, pictures, and the files
-themselves.
+"""Result files to one HTML page that needs nothing else.
+
+It has tables, pictures, and the files themselves.
 """
 
 import base64
@@ -8,16 +9,26 @@ import json
 import re
 import statistics
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.resources import files
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import typer
 from jinja2 import Environment
+from pydantic import ValidationError
 from rich.table import Table
 
-Plotter = Callable[[dict[str, Any], Path], None]
+from ..errors import StartupError
+from .harness.options import Shown, check_writable, plotter, tables
+from .harness.plot import Plotter
+from .harness.schemas import RESULTS, result_class
+
+_OF_DICTS = ("perplexity", "capacity")  # whose files have no class
+_MACHINE = "{cpu}, {cores} cores, {ram_gib} GiB of RAM"
+_NOISE = "a fixed computation took {probe_before_ms:.0f} ms before, {probe_after_ms:.0f} after"
 
 
 @dataclass(frozen=True)
@@ -44,10 +55,11 @@ class Section:
     json: str
 
 
-def section(
-    file: str, result: dict[str, Any], shown: list[str | Table], plot: Plotter | None
-) -> Section:
-    """`shown`: what the command prints. Raises KeyError where the result is not whole."""
+def section(file: str, result: dict[str, Any], shown: list[Shown], plot: Plotter | None) -> Section:
+    """Make the section of one result. `shown`: what its command prints.
+
+    Raises KeyError where the result is not whole.
+    """
     return Section(
         name=result["benchmark"],
         file=file,
@@ -61,47 +73,45 @@ def section(
 
 
 def page(sections: list[Section]) -> str:
-    template = Environment(autoescape=True).from_string(
-        (files(__package__) / "report.html").read_text("utf-8")
-    )
-    return template.render(sections=sections)
+    text = (files(__package__) / "report.html").read_text("utf-8")
+    return Environment(autoescape=True).from_string(text).render(sections=sections)
 
 
 def _head(result: dict[str, Any]) -> dict[str, str]:
-    machine, noise = result.get("machine") or {}, result.get("noise")
-    settings = [f"{name} = {value}" for name, value in (result.get("settings") or {}).items()]
-    versions = [f"agentmem {result['agentmem']}"] if "agentmem" in result else []
+    machine = result.get("machine") or {}
+    noise = result.get("noise")
+    settings = result.get("settings") or {}
+    versions = []
+    if "agentmem" in result:
+        versions.append(f"agentmem {result['agentmem']}")
     if machine:
-        versions += [
-            f"MLX {machine['mlx']}",
-            f"mlx-lm {machine['mlx_lm']}",
-            f"Python {machine['python']}",
-        ]
+        versions.append("MLX {mlx}, mlx-lm {mlx_lm}, Python {python}".format(**machine))
     parts = {
         "model": result.get("model"),
-        "settings": ", ".join(settings),
+        "settings": ", ".join(f"{name} = {value}" for name, value in settings.items()),
         "date": result.get("date") or machine.get("date"),
-        "machine": machine
-        and f"{machine['cpu']}, {machine['cores']} cores, {machine['ram_gib']} GiB of RAM",
-        "system": machine and f"{machine['platform']}, {machine['device']}",
+        "machine": machine and _MACHINE.format(**machine),
+        "system": machine and "{platform}, {device}".format(**machine),
         "versions": ", ".join(versions),
         "passes": result.get("passes"),
         "spread": _spread(sorted(_widths(result))),
-        "noise": noise
-        and "a fixed computation took {probe_before_ms:.0f} ms before, {probe_after_ms:.0f} after".format(
-            **noise
-        ),
+        "noise": noise and _NOISE.format(**noise),
     }
     return {name: str(value) for name, value in parts.items() if value}
 
 
 def _widths(part: Any) -> Iterator[float]:
-    """Of every figure in a result with several values: most less least, over the median."""
+    """Yield the width of every figure with several values: most less least, over the median."""
+    inner = []
     if isinstance(part, dict):
         values = part.get("values") or part.get("values_ms") or []
-        if len(values) > 1 and (middle := statistics.median(values)):
-            yield (max(values) - min(values)) / abs(middle)
-    inner = part.values() if isinstance(part, dict) else part if isinstance(part, list) else ()
+        if len(values) > 1:
+            middle = statistics.median(values)
+            if middle:
+                yield (max(values) - min(values)) / abs(middle)
+        inner = list(part.values())
+    elif isinstance(part, list):
+        inner = part
     for child in inner:
         yield from _widths(child)
 
@@ -109,42 +119,51 @@ def _widths(part: Any) -> Iterator[float]:
 def _spread(widths: list[float]) -> str | None:
     if not widths:
         return None
-    half, widest = (f"{100 * width:.0f} %" for width in (widths[len(widths) // 2], widths[-1]))
-    return f"from a figure's least value to its most: {half} of the median in half of the figures, {widest} at most"
+    half = f"{100 * widths[len(widths) // 2]:.0f} %"
+    widest = f"{100 * widths[-1]:.0f} %"
+    return (
+        f"from a figure's least value to its most: {half} of the median "
+        f"in half of the figures, {widest} at most"
+    )
 
 
 def _method(benchmark: str) -> list[str | list[str]]:
-    """The docstring of its module: paragraphs, and lists of lines such as "- ITEM" and "NAME   WHAT
-    IT IS".
+    """Return the docstring of its module: paragraphs, and lists.
+
+    The items of a list are lines such as "- ITEM" and "NAME   WHAT IT IS".
     """
     text = importlib.import_module(f".{benchmark}", __package__).__doc__
     assert text
-    return [
-        _items(part) if re.match(_ITEM, part) else " ".join(part.split())
-        for part in text.strip().split("\n\n")
-    ]
+    made: list[str | list[str]] = []
+    for part in text.strip().split("\n\n"):
+        made.append(_items(part) if re.match(_ITEM, part) else " ".join(part.split()))
+    return made
 
 
 _ITEM = r"- |\w+ {2,}"
 
 
 def _items(paragraph: str) -> list[str]:
-    items = re.split(rf"\n(?={_ITEM})", paragraph)
-    return [
-        " ".join(re.sub(r"^(\w+) {2,}", r"\1: ", item.removeprefix("- ")).split()) for item in items
-    ]
+    items = []
+    for item in re.split(rf"\n(?={_ITEM})", paragraph):
+        text = re.sub(r"^(\w+) {2,}", r"\1: ", item.removeprefix("- "))
+        items.append(" ".join(text.split()))
+    return items
 
 
 def _warning(result: dict[str, Any]) -> str | None:
     noise = result.get("noise")
     if noise is None or noise["quiet"]:
         return None
-    return f"Not a quiet run: a fixed computation's time changed by {100 * noise['change']:+.0f} %. Measure again."
+    change = f"{100 * noise['change']:+.0f} %"
+    return f"Not a quiet run: a fixed computation's time changed by {change}. Measure again."
 
 
-def _html_table(table: Table) -> HtmlTable:
-    columns = [Column(str(column.header), column.justify == "left") for column in table.columns]
-    cells = ([str(cell) for cell in column.cells] for column in table.columns)
+def _html_table(shown: Table) -> HtmlTable:
+    columns = [Column(str(column.header), column.justify == "left") for column in shown.columns]
+    cells = []
+    for column in shown.columns:
+        cells.append([str(cell) for cell in column.cells])
     return HtmlTable(columns, [list(row) for row in zip(*cells, strict=True)])
 
 
@@ -153,3 +172,67 @@ def _picture(plot: Plotter, result: dict[str, Any]) -> str:
         path = Path(directory) / "picture.svg"
         plot(result, path)
         return "data:image/svg+xml;base64," + base64.b64encode(path.read_bytes()).decode()
+
+
+Directory = Annotated[
+    Path, typer.Argument(help="directory with result files (*.json)", metavar="DIR")
+]
+Output = Annotated[
+    Path | None, typer.Option("--output", "-o", help="the page (default: DIR/report.html)")
+]
+
+
+def report(directory: Directory, output: Output = None) -> None:
+    """One self-contained HTML page of all result files in a directory, with pictures where
+    matplotlib is installed.
+    """
+    output = output or directory / "report.html"
+    check_writable(output)
+    pictures = find_spec("matplotlib") is not None
+    sections = []
+    for file in sorted(directory.glob("*.json")):
+        result = _read(file)
+        if result is None:
+            print(f"{file.name}: left out: not a result of agentmem bench, or of an older one")
+            continue
+        plot = plotter(result["benchmark"]) if pictures else None
+        sections.append(_section_of(file, result, plot))
+    if not sections:
+        raise StartupError(
+            f"{directory}: no results of agentmem bench there; write some with --json"
+        )
+    order = [*RESULTS, *_OF_DICTS]
+    sections.sort(key=lambda of: order.index(of.name))
+    output.write_text(page(sections), encoding="utf-8")
+    hint = "" if pictures else "; pip install 'agentmem[bench]' adds pictures"
+    print(f"{output}: {len(sections)} results{hint}")
+
+
+def _read(file: Path) -> dict[str, Any] | None:
+    """Read a result; None where it is something else.
+
+    Raises StartupError where it can't be read.
+    """
+    try:
+        result = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as e:
+        raise StartupError(f"{file}: {e}") from None
+    if not isinstance(result, dict):
+        return None
+    name = str(result.get("benchmark"))
+    known = name in _OF_DICTS or (name in RESULTS and "agentmem" in result)
+    return result if known else None
+
+
+def _section_of(file: Path, result: dict[str, Any], plot: Plotter | None) -> Section:
+    name = result["benchmark"]
+    broken = f"{file}: not a whole result of agentmem bench {name}"
+    try:
+        read = result_class(name)(**result) if name in RESULTS else result
+        return section(file.name, result, tables(name, read), plot)
+    except ValidationError as e:
+        first = e.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise StartupError(f"{broken}: {where}: {first['msg']}") from None
+    except (KeyError, TypeError, IndexError, AttributeError, StartupError) as e:
+        raise StartupError(f"{broken}: {e!r}") from None

@@ -1,10 +1,10 @@
-"""How fast agents come back from disk, beside reading the same files and copying them once; and
-what a fork costs.
+"""How fast agents come back from disk, and what a fork costs.
 
-In process: the engine evicts the agents, then prefetches them: their codes are read, verified and
-made into arrays, before a warm request makes its working copy of them. Once with the files in the
-system's cache, once without (Linux, where the directory is on a disk). One agent is computed, the
-others are imported from its export.
+Beside a restore stands reading the same files and copying them once. In process: the engine evicts
+the agents, then prefetches them: their codes are read, verified and made into arrays, before a warm
+request makes its working copy of them. Once with the files in the system's cache, once without
+(Linux, where the directory is on a disk). One agent is computed, the others are imported from its
+export.
 """
 
 import asyncio
@@ -12,23 +12,27 @@ import io
 import os
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from ..agent_key import AgentKey
-from ..config import Settings
-from ..engine.engine import Engine
-from ..models.loading import LoadedModel
-from .in_process import NAMESPACE, ask_engine, running_engine
-from .machine import process_writes
-from .result import Part, Result, Spread, spread
-from .session import Session
+import typer
+
+from ..cli.show import size, table
+from .harness.in_process import NAMESPACE, ask_engine, key_of, running_engine
+from .harness.machine import process_writes
+from .harness.options import BenchRun, Passes, Shared, Shown, benchmark
+from .harness.result import Result, ResultPart, Spread, spread
+
+if TYPE_CHECKING:
+    from ..engine.engine import Engine
+    from ..models.loading import LoadedModel
 
 Source = Literal["system's cache", "disk"]
 _FIRST = "agent-0"
 
 
-class RestoreRow(Part):
+class RestoreRow(ResultPart):
     source: Source
     agents: int  # at once
     bytes: int  # of their files
@@ -48,64 +52,76 @@ class RestoreResult(Result):
     fork_written_bytes: Spread | None  # by the process; Linux only
 
 
+@dataclass
+class _Times:
+    """ms of reading and of restoring, by pass."""
+
+    raw: list[float] = field(default_factory=list)
+    restore: list[float] = field(default_factory=list)
+
+
 def measure(
-    session: Session,
-    settings: Settings,
-    loaded: LoadedModel,
+    run: BenchRun,
+    loaded: "LoadedModel",
     tokens: list[int],
     agents: int,
+    *,
     passes: int,
     done: Callable[[], None],
 ) -> dict[str, Any]:
-    """The result's own fields. `done` is told when the agents are there, and of each pass."""
+    """Return the result's own fields.
+
+    `done` is told when the agents are there, and of each pass.
+    """
     # each with files of its own, as agents have that are not copies
-    settings = settings.model_copy(
-        update={"home": session.directory / "engine", "sharing": "agent"}
-    )
-    with running_engine(settings, loaded) as (engine, run):
-        return {"tokens": len(tokens)} | run(
-            _measure(engine, settings.store_dir, tokens, agents, passes, done)
-        )
+    changes = {"home": run.session.directory / "engine", "sharing": "agent"}
+    settings = run.settings.model_copy(update=changes)
+    with running_engine(settings, loaded) as (engine, do):
+        store = settings.store_dir
+        found = do(_measure(engine, store, tokens, agents, passes=passes, done=done))
+        return {"tokens": len(tokens)} | found
 
 
 async def _measure(
-    engine: Engine,
+    engine: "Engine",
     store: Path,
     tokens: list[int],
     agents: int,
+    *,
     passes: int,
     done: Callable[[], None],
 ) -> dict[str, Any]:
     await _build(engine, tokens, 1)
-    await engine.evict_agent(AgentKey(NAMESPACE, _FIRST))
+    await engine.evict_agent(key_of(_FIRST))
     of_one = _files(store)
     await _build(engine, tokens, agents)
-    for name in _names(agents):
-        await engine.evict_agent(AgentKey(NAMESPACE, name))
+    await _evict(engine, agents)
     of_all = _files(store)
     done()
-    times: dict[tuple[Source, int], tuple[list[float], list[float]]] = {}
+    times: dict[tuple[Source, int], _Times] = {}
     forks: list[float] = []
     written: list[float] = []
     for number in range(passes):
+        # what comes second may find it easier
+        order = (True, False) if number % 2 else (False, True)
         for source in _sources(store):
             for count, files in ((1, of_one), (agents, of_all)):
-                raw, restore = times.setdefault((source, count), ([], []))
-                for reading in (
-                    (True, False) if number % 2 else (False, True)
-                ):  # what comes second may find it easier
+                of = times.setdefault((source, count), _Times())
+                for reading in order:
                     _prepare(of_all, source)
                     if reading:
-                        raw.append(_read_ms(files))
-                        continue
-                    restore.append(await _restore_ms(engine, count))
-                    for name in _names(agents):
-                        await engine.evict_agent(AgentKey(NAMESPACE, name))
+                        of.raw.append(_read_ms(files))
+                    else:
+                        of.restore.append(await _restore_ms(engine, count))
+                        await _evict(engine, agents)
         took, nbytes = await _fork(engine)
         forks.append(took)
-        written += [] if nbytes is None else [nbytes]
+        if nbytes is not None:
+            written.append(nbytes)
         done()
-    rows = [_row(source, n, of_one if n == 1 else of_all, *t) for (source, n), t in times.items()]
+    rows = []
+    for (source, count), of in times.items():
+        rows.append(_row(source, count, of_one if count == 1 else of_all, of))
     return {
         "rows": rows,
         "fork_ms": spread(forks),
@@ -113,14 +129,19 @@ async def _measure(
     }
 
 
-async def _build(engine: Engine, tokens: list[int], agents: int) -> None:
-    """As many agents of the same tokens; the first is computed if need be."""
+async def _build(engine: "Engine", tokens: list[int], agents: int) -> None:
+    """Make as many agents of the same tokens; the first is computed if need be."""
     await ask_engine(engine, _FIRST, tokens)
-    export = await engine.export_agent(AgentKey(NAMESPACE, _FIRST))
+    export = await engine.export_agent(key_of(_FIRST))
     archive = b"".join(export.chunks)
     await asyncio.to_thread(export.close)
     for name in _names(agents)[1:]:
         await engine.import_agent(NAMESPACE, name, io.BytesIO(archive))
+
+
+async def _evict(engine: "Engine", agents: int) -> None:
+    for name in _names(agents):
+        await engine.evict_agent(key_of(name))
 
 
 def _names(agents: int) -> list[str]:
@@ -128,34 +149,28 @@ def _names(agents: int) -> list[str]:
 
 
 def _files(store: Path) -> list[Path]:
-    return [
-        path
-        for kind in ("blocks", "tails")
-        for path in sorted(store.glob(f"*/{kind}/**/*"))
-        if path.is_file()
-    ]
+    found = []
+    for kind in ("blocks", "tails"):
+        found += sorted(store.glob(f"*/{kind}/**/*"))
+    return [path for path in found if path.is_file()]
 
 
 def _sources(directory: Path) -> tuple[Source, ...]:
-    """A file system in RAM, as /tmp often is, has no disk to read from."""
+    """Return what can be read from: a file system in RAM, as /tmp often is, has no disk."""
     number = directory.stat().st_dev
     mounts = Path("/proc/self/mountinfo")
     device = f" {os.major(number)}:{os.minor(number)} "
-    lines = (
-        [line for line in mounts.read_text().splitlines() if device in line]
-        if mounts.exists()
-        else []
-    )
-    in_ram = any(" - tmpfs " in line for line in lines)
-    return (
-        ("system's cache", "disk")
-        if hasattr(os, "posix_fadvise") and not in_ram
-        else ("system's cache",)
-    )
+    in_ram = False
+    if mounts.exists():
+        lines = mounts.read_text().splitlines()
+        in_ram = any(device in line and " - tmpfs " in line for line in lines)
+    if hasattr(os, "posix_fadvise") and not in_ram:
+        return ("system's cache", "disk")
+    return ("system's cache",)
 
 
 def _prepare(files: list[Path], source: Source) -> None:
-    """In the system's cache, or out of it."""
+    """Bring files into the system's cache, or out of it."""
     for path in files:
         with path.open("rb") as file:
             if source == "disk":
@@ -174,42 +189,94 @@ def _read_ms(files: list[Path]) -> float:
     return (time.perf_counter() - began) * 1e3
 
 
-async def _restore_ms(engine: Engine, agents: int) -> float:
+async def _restore_ms(engine: "Engine", agents: int) -> float:
     assert not any(agent.ram_bytes for agent in await engine.agents(NAMESPACE))
     began = time.perf_counter()
-    read = await asyncio.gather(
-        *(engine.prefetch_agent(AgentKey(NAMESPACE, name)) for name in _names(agents))
-    )
+    asked = [engine.prefetch_agent(key_of(name)) for name in _names(agents)]
+    read = await asyncio.gather(*asked)
     took = (time.perf_counter() - began) * 1e3
     assert all(read), f"bytes read, by agent: {read}"
     return took
 
 
-async def _fork(engine: Engine) -> tuple[float, int | None]:
-    """(ms, bytes that the process gave to the disk)."""
-    before, began = process_writes("self"), time.perf_counter()
-    await engine.fork_agent(AgentKey(NAMESPACE, _FIRST), "fork", None)
-    took, after = (time.perf_counter() - began) * 1e3, process_writes("self")
-    await engine.delete_agent(AgentKey(NAMESPACE, "fork"))  # it would hold the blocks in RAM
+async def _fork(engine: "Engine") -> tuple[float, int | None]:
+    """Return (ms, bytes that the process gave to the disk)."""
+    before = process_writes("self")
+    began = time.perf_counter()
+    await engine.fork_agent(key_of(_FIRST), "fork", None)
+    took = (time.perf_counter() - began) * 1e3
+    after = process_writes("self")
+    await engine.delete_agent(key_of("fork"))  # it would hold the blocks in RAM
     return took, None if before is None or after is None else after - before
 
 
-def _row(
-    source: Source, agents: int, files: list[Path], raw: list[float], restore: list[float]
-) -> RestoreRow:
-    nbytes, of_raw, of_restore = (
-        sum(path.stat().st_size for path in files),
-        spread(raw),
-        spread(restore),
-    )
+def _row(source: Source, agents: int, files: list[Path], times: _Times) -> RestoreRow:
+    nbytes = sum(path.stat().st_size for path in files)
+    raw = spread(times.raw)
+    restore = spread(times.restore)
     return RestoreRow(
         source=source,
         agents=agents,
         bytes=nbytes,
         files=len(files),
-        raw_ms=of_raw,
-        restore_ms=of_restore,
-        raw_bytes_per_s=int(nbytes / of_raw.median * 1e3),
-        restore_bytes_per_s=int(nbytes / of_restore.median * 1e3),
-        restore_over_raw=round(of_restore.median / of_raw.median, 2),
+        raw_ms=raw,
+        restore_ms=restore,
+        raw_bytes_per_s=int(nbytes / raw.median * 1e3),
+        restore_bytes_per_s=int(nbytes / restore.median * 1e3),
+        restore_over_raw=round(restore.median / raw.median, 2),
     )
+
+
+def tables(result: RestoreResult) -> list[Shown]:
+    lines = table(
+        "from",
+        "agents",
+        "bytes",
+        "files",
+        "read ms",
+        "restore ms",
+        "read /s",
+        "restore /s",
+        "restore/read",
+    )
+    for row in result.rows:
+        lines.add_row(
+            row.source,
+            str(row.agents),
+            size(row.bytes),
+            str(row.files),
+            f"{row.raw_ms.median:,.1f}",
+            f"{row.restore_ms.median:,.1f}",
+            size(row.raw_bytes_per_s),
+            size(row.restore_bytes_per_s),
+            f"{row.restore_over_raw:.1f}x",
+        )
+    fork = f"A fork: {result.fork_ms.median:.1f} ms"
+    if result.fork_written_bytes:
+        fork += f", {size(result.fork_written_bytes.median)} written"
+    passes = f"medians of {result.passes} passes"
+    return [f"Agents of {result.tokens:,} tokens, {result.model}, {passes}", lines, fork]
+
+
+Tokens = Annotated[int, typer.Option(min=64, help="tokens of an agent")]
+Agents = Annotated[
+    int, typer.Option(min=2, help="agents that come back at once, besides one alone")
+]
+
+
+@benchmark(tables)
+def restore(
+    shared: Shared, tokens: Tokens = 4000, agents: Agents = 4, passes: Passes = 9
+) -> RestoreResult:
+    """Bytes a second from disk into RAM, verified, beside reading the same files and copying them
+    once; cost of a fork.
+
+    JSON: {"rows": [{"source", "agents", "bytes", "raw_ms", "restore_ms", "raw_bytes_per_s",
+    "restore_bytes_per_s", "restore_over_raw"}], "fork_ms", "fork_written_bytes"}.
+    """
+    with shared.run() as run:
+        ids = run.prompts.ids(tokens)
+        loaded = run.load()
+        done = run.task("restoring", passes + 1)
+        found = measure(run, loaded, ids, agents, passes=passes, done=done)
+        return RestoreResult(**found, **run.head(passes))

@@ -1,12 +1,11 @@
-"""A workflow of several agents in phases, between which the server restarts; over HTTP, streamed,
-turn by turn.
+"""A workflow of several agents in phases, between which the server restarts.
 
-The same turns in up to three modes:
+Each turn is asked over HTTP, streamed. The same turns are played in up to three modes:
 
 - persistent: agentmem as it is, one store over all restarts.
 - restart: a server that forgets with its process. Agents are ephemeral: never written, kept in RAM
-while it runs. So
-  the first turn of an agent after a restart is prefilled whole. A prefix cache in RAM, as most servers have, does this.
+while it runs. So the first turn of an agent after a restart is prefilled whole. A prefix cache in
+RAM, as most servers have, does this.
 - cold: nothing is reused at all. Each turn is by an agent of its own, ephemeral, which shares
 nothing.
 
@@ -21,21 +20,30 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, cast, get_args
 
-from ..config import Settings
+import typer
+
+from ..cli.show import table
 from ..errors import StartupError
-from .prompts import Prompts
+from .harness.corpus import Prompts
+from .harness.options import BenchRun, Passes, Shared, Shown, benchmark
+from .harness.server import WARM_UP, BenchError, ChatMessages, Server, TimedAnswer, ask
 from .scenario_checks import Said, judge
-from .scenario_file import Mode, Phase, Scenario, Turn
-from .scenario_result import ScenarioResult, Times, TurnRow, phase_rows, totals
-from .server import WARM_UP, Answer, BenchError, Messages, Server, ask
-from .session import Session
+from .scenario_file import Mode, Scenario, ScenarioPhase, ScenarioTurn, read_scenario
+from .scenario_result import (
+    PhaseRow,
+    PhaseTimes,
+    ScenarioResult,
+    TurnRow,
+    phase_rows,
+    totals,
+)
 
-Act = Sequence[Phase]  # between two restarts
+Act = Sequence[ScenarioPhase]  # between two restarts
 
 
-def acts(phases: Sequence[Phase]) -> Iterator[Act]:
+def acts(phases: Sequence[ScenarioPhase]) -> Iterator[Act]:
     starts = [i for i, phase in enumerate(phases) if phase.restart or i == 0]
     for start, end in zip(starts, [*starts[1:], len(phases)], strict=True):
         yield phases[start:end]
@@ -43,17 +51,17 @@ def acts(phases: Sequence[Phase]) -> Iterator[Act]:
 
 @dataclass(frozen=True)
 class Cast:
+    """The scenario, and the documents of its agents."""
+
     scenario: Scenario
     documents: dict[str, str]  # by agent, of those that have one
 
-    def system(self, name: str) -> Messages:
+    def system(self, name: str) -> ChatMessages:
+        """Return the system message of one agent."""
         text = next(agent.system for agent in self.scenario.agents if agent.name == name)
-        return [
-            {
-                "role": "system",
-                "content": "\n\n".join(filter(None, (text, self.documents.get(name)))),
-            }
-        ]
+        if document := self.documents.get(name):
+            text = f"{text}\n\n{document}"
+        return [{"role": "system", "content": text}]
 
 
 def cast_of(
@@ -63,12 +71,11 @@ def cast_of(
     documents = {}
     for agent in scenario.agents:
         if agent.file is not None:
+            path = directory / agent.file
             try:
-                documents[agent.name] = (directory / agent.file).read_text(encoding="utf-8")
+                documents[agent.name] = path.read_text(encoding="utf-8")
             except (OSError, UnicodeDecodeError) as e:
-                raise StartupError(
-                    f"the document of {agent.name}: {directory / agent.file}: {e}"
-                ) from None
+                raise StartupError(f"the document of {agent.name}: {path}: {e}") from None
         elif agent.corpus is not None:
             documents[agent.name] = prompts.text(tokens or agent.corpus)
         elif agent.document is not None:
@@ -81,58 +88,55 @@ class Stage:
 
     def __init__(self, cast: Cast):
         self._messages = {agent.name: cast.system(agent.name) for agent in cast.scenario.agents}
-        self._said: list[tuple[Phase, str, str]] = []  # (phase, agent, answer)
+        self._said: list[tuple[ScenarioPhase, str, str]] = []  # (phase, agent, answer)
         self._heard: dict[str, set[int]] = {name: set() for name in self._messages}
 
-    def prompt(self, phase: Phase, turn: Turn) -> Messages:
-        """All that `turn.agent` has, and what it is asked now."""
-        heard, lines = self._heard[turn.agent], []
+    def prompt(self, phase: ScenarioPhase, turn: ScenarioTurn) -> ChatMessages:
+        """Return all that `turn.agent` has, and what it is asked now."""
+        heard = self._heard[turn.agent]
+        lines = []
         for i, (when, who, text) in enumerate(self._said):
-            if who in turn.hear and i not in heard and (turn.since == "start" or when is phase):
+            recent = turn.since == "start" or when is phase
+            if who in turn.hear and i not in heard and recent:
                 lines.append(f"{who}: {text}")
                 heard.add(i)
-        self._messages[turn.agent].append(
-            {"role": "user", "content": "\n\n".join([*lines, turn.message])}
-        )
+        content = "\n\n".join([*lines, turn.message])
+        self._messages[turn.agent].append({"role": "user", "content": content})
         return list(self._messages[turn.agent])
 
-    def answered(self, phase: Phase, turn: Turn, text: str) -> None:
+    def answered(self, phase: ScenarioPhase, turn: ScenarioTurn, text: str) -> None:
         self._messages[turn.agent].append({"role": "assistant", "content": text})
         self._said.append((phase, turn.agent, text))
 
 
 class Play:
-    """One pass in one mode. `script`: the answers that all modes go on with, of who was first to
-    come to each turn.
+    """One pass in one mode.
+
+    `script` has the answers that all modes go on with, of who was first to come to each turn.
     """
 
-    def __init__(self, cast: Cast, mode: Mode, run: int, script: list[str], prompts: Prompts):
+    def __init__(self, cast: Cast, mode: Mode, number: int, script: list[str], *, run: BenchRun):
+        """`number` is that of the pass, from 0."""
         self.mode = mode
         self.rows: list[TurnRow] = []
-        self._run, self._prompts, self._script = run, prompts, script
+        self._number = number
+        self._script = script
+        self._run = run
+        self._prompts = run.prompts
         self._stage = Stage(cast)
         self._stopping = 0.0  # s that the last server took to stop
 
-    def act(
-        self,
-        phases: Act,
-        session: Session,
-        settings: Settings,
-        model: Path,
-        times: Times,
-        done: Callable[[], None],
-    ) -> None:
-        """`done` is called after each turn."""
+    def act(self, phases: Act, times: PhaseTimes, done: Callable[[], None]) -> None:
+        """Play what is between two restarts. `done` is called after each turn."""
+        settings = self._run.settings
         if self.mode == "cold":
             settings = settings.model_copy(update={"sharing": "agent"})
+        home = self._run.session.directory / f"{self.mode}-{self._number}"
         began = time.perf_counter()
-        with Server(
-            session, settings, model, session.directory / f"{self.mode}-{self._run}"
-        ) as server:
+        with self._run.server(home, settings) as server:
             if self.rows:
-                times.restart[self.mode, phases[0].name].append(
-                    self._stopping + time.perf_counter() - began
-                )
+                took = self._stopping + time.perf_counter() - began
+                times.restart[self.mode, phases[0].name].append(took)
             server.warm_up(self._prompts.messages(WARM_UP))
             for phase in phases:
                 began = time.perf_counter()
@@ -143,13 +147,13 @@ class Play:
                 times.wall[self.mode, phase.name].append(ended - began)
         self._stopping = time.perf_counter() - ended
 
-    def _turn(self, server: Server, phase: Phase, turn: Turn, number: int) -> None:
-        """`number`: of the turn in its phase."""
-        place, back = len(self.rows), any(row.agent == turn.agent for row in self.rows)
+    def _turn(self, server: Server, phase: ScenarioPhase, turn: ScenarioTurn, number: int) -> None:
+        """Play one turn; `number` is that in its phase."""
+        place = len(self.rows)
+        back = any(row.agent == turn.agent for row in self.rows)
         messages = self._stage.prompt(phase, turn)
-        agent = f"{turn.agent}-{place}" if self.mode == "cold" else turn.agent
         options: dict[str, Any] = {
-            "agent_id": agent,
+            "agent_id": f"{turn.agent}-{place}" if self.mode == "cold" else turn.agent,
             "agentmem": {"ephemeral": self.mode != "persistent"},
         }
         answer = ask(server.client, messages, turn.max_tokens, may_be_empty=True, **options)
@@ -158,21 +162,21 @@ class Play:
         if place == len(self._script):
             self._script.append(answer.text)
         said = Said(
-            run=self._run,
+            run=self._number,
             mode=self.mode,
             phase=phase.name,
             turn=number,
             agent=turn.agent,
             answer=answer.text,
         )
-        row = _row(said, answer, answer.text == self._script[place])
+        row = _row(said, answer, same=answer.text == self._script[place])
         _check_cache(row, back)
         self.rows.append(row)
         self._stage.answered(phase, turn, self._script[place])
 
 
 def _check_cache(row: TurnRow, back: bool) -> None:
-    """Raises BenchError where it isn't what the mode says; `back`: the agent had a turn before."""
+    """Raise BenchError where it isn't what the mode says; `back`: the agent had a turn before."""
     wrong = {
         "cold": row.cached_tokens > 0,
         "restart": row.cache == "warm",
@@ -184,7 +188,7 @@ def _check_cache(row: TurnRow, back: bool) -> None:
         )
 
 
-def _row(said: Said, answer: Answer, same: bool) -> TurnRow:
+def _row(said: Said, answer: TimedAnswer, *, same: bool) -> TurnRow:
     return TurnRow(
         **said.model_dump(),
         cache=answer.details["cache"],
@@ -198,23 +202,157 @@ def _row(said: Said, answer: Answer, same: bool) -> TurnRow:
     )
 
 
-def result_of(
-    name: str,
-    cast: Cast,
-    modes: Sequence[Mode],
-    turns: Sequence[TurnRow],
-    times: Times,
-    head: dict[str, Any],
-) -> ScenarioResult:
-    """`head`: of the run."""
-    return ScenarioResult(
-        scenario=name,
-        description=cast.scenario.description,
-        modes=list(modes),
-        rows=phase_rows(cast.scenario, modes, turns, times),
-        totals=totals(modes, turns, times),
-        answers_equal=all(turn.same_answer for turn in turns),
-        checks=judge(cast.scenario, cast.documents, turns),
-        turns=list(turns),
-        **head,
+def measure(
+    run: BenchRun, cast: Cast, modes: Sequence[Mode], passes: int, times: PhaseTimes
+) -> list[TurnRow]:
+    """Play all passes in all modes. Returns their turns; `times` takes the phases'."""
+    answers: list[str] = []
+    turns: list[TurnRow] = []
+    total = passes * len(modes) * cast.scenario.num_turns
+    task = run.progress.add_task("turns", total=total)
+    for number in range(passes):
+        plays = [Play(cast, mode, number, answers, run=run) for mode in modes]
+        for act in acts(cast.scenario.phases):
+            for play in plays:
+                what = f"{play.mode}, {act[0].name}, pass {number + 1}"
+                run.progress.update(task, description=what)
+                play.act(act, times, lambda: run.progress.advance(task))
+                run.session.cool_down()
+        for play in plays:
+            turns += play.rows
+    return turns
+
+
+def tables(result: ScenarioResult) -> list[Shown]:
+    shown: list[Shown] = [
+        f"{result.scenario}, {result.model}, passes: {result.passes}. {result.description}"
+    ]
+    lines = table(
+        "phase",
+        "mode",
+        "turns by cache",
+        "prompt",
+        "prefilled",
+        "TTFT ms",
+        "mean ms",
+        "wall s",
+        "mean/persistent",
+        left=3,
     )
+    for row in result.rows:
+        lines.add_row(row.phase if row.mode == result.modes[0] else "", *_cells(row))
+    shown.append(lines)
+    for row in result.rows:
+        for other, factor in row.faster_than.items():
+            faster = f"{factor.median:.1f}x faster to the first token than {other} (medians)"
+            shown.append(f"{row.phase}, {row.mode}: {faster}")
+    return [*shown, _totals_table(result), *_said(result)]
+
+
+def _cells(row: PhaseRow) -> list[str]:
+    over = row.over_persistent
+    return [
+        row.mode,
+        ", ".join(f"{n} {cache}" for cache, n in row.cache.items()),
+        f"{row.prompt_tokens:,}",
+        f"{row.prefilled_tokens:,}",
+        f"{row.ttft.ttft_ms:,.0f}",
+        f"{row.ttft_mean_ms:,.0f}",
+        f"{row.wall_s.median:,.1f}",
+        f"{over.mean:.1f}x" if over else "",
+    ]
+
+
+def _totals_table(result: ScenarioResult) -> Shown:
+    lines = table("in all", "prompt", "prefilled", "wall s", "restarts s", "persistent saves")
+    for total in result.totals:
+        saves = total.persistent_saves
+        lines.add_row(
+            total.mode,
+            f"{total.prompt_tokens:,}",
+            f"{total.prefilled_tokens:,}",
+            f"{total.wall_s.median:,.1f}",
+            f"{total.restart_s.median:,.1f}",
+            "--" if saves is None else f"{saves:.0%}",
+        )
+    return lines
+
+
+def _said(result: ScenarioResult) -> list[Shown]:
+    """Tell of the answers."""
+    others = sum(not turn.same_answer for turn in result.turns)
+    shown: list[Shown] = ["All answers equal."]
+    if not result.answers_equal:
+        shown = [f"{others} answers differ from the first's."]
+    for check in result.checks:
+        line = f"{check.passed} of {check.of} {check.mode}: {check.check}"
+        if check.failed:
+            line += f"; not {', '.join(check.failed[:4])}"
+        if len(check.failed) > 4:
+            line += " ..."
+        shown.append(line)
+    return shown
+
+
+NameOrFile = Annotated[
+    str, typer.Argument(help="prisoner, routing, or a YAML file", show_default=False)
+]
+Compare = Annotated[
+    str | None,
+    typer.Option(help="of persistent, restart and cold, comma-separated (default: the scenario's)"),
+]
+Tokens = Annotated[
+    int | None, typer.Option(min=16, help="of each document that is cut from the corpus")
+]
+
+
+@benchmark(tables)
+def scenario(
+    shared: Shared,
+    name: NameOrFile,
+    compare: Compare = None,
+    tokens: Tokens = None,
+    passes: Passes = 1,
+) -> ScenarioResult:
+    """Agents that work in phases, between which the server restarts.
+
+    persistent: agentmem as it is. restart: a server that keeps caches in RAM and loses them with
+    its process. cold: each turn is prefilled whole. Turns and texts are the same in all; time to
+    first token is the client's, streamed.
+
+    prisoner: a prisoner's dilemma, 4 agents, 25 turns in 5 phases. routing: 10 experts with an
+    article each, primed, asked after a restart, asked again. How to write one:
+    benchmarks/scenarios/README.md.
+
+    JSON: {"rows": [{"phase": .., "mode": .., "ttft": {..}, "wall_s": {..}, "prefilled_tokens": ..},
+    ...], "totals": [..], "answers_equal": true, "checks": [..], "turns": [..]}; the whole is in
+    benchmarks/schemas/scenario.json.
+    """
+    script, directory = read_scenario(name)
+    modes = _modes(compare) if compare else script.compare
+    if tokens and not any(agent.corpus for agent in script.agents):
+        raise StartupError(f"--tokens {tokens}: no agent of {name} has a document from the corpus")
+    with shared.run() as run:
+        cast = cast_of(script, directory, run.prompts, tokens)
+        times = PhaseTimes()
+        turns = measure(run, cast, modes, passes, times)
+        return ScenarioResult(
+            scenario=name,
+            description=script.description,
+            modes=modes,
+            rows=phase_rows(script, modes, turns, times),
+            totals=totals(modes, turns, times),
+            answers_equal=all(turn.same_answer for turn in turns),
+            checks=judge(script, cast.documents, turns),
+            turns=turns,
+            **run.head(passes),
+        )
+
+
+def _modes(text: str) -> list[Mode]:
+    """Return the modes in an option's text, each once. Raises StartupError."""
+    known = get_args(Mode)
+    names = [part.strip() for part in text.split(",")]
+    if not set(names) <= set(known) or len(set(names)) < len(names):
+        raise StartupError(f"--compare {text}: choose from {', '.join(known)}, each once")
+    return cast(list[Mode], names)

@@ -1,21 +1,24 @@
-"""A scenario in YAML: who takes part, what is said to whom in which phase, and what an answer must
-be like.
+"""A scenario in YAML: who takes part, what is said to whom, and what an answer must be like.
 
     description: one line
-    compare: [persistent, restart, cold]        # what bench/scenario.py calls modes; default: the first two
+    compare: [persistent, restart, cold]    # what scenario.py calls modes; default: the first two
     agents:
       - name: warden
         system: what it is told once, before all else
-        document: text | corpus: 4000 | file: case.txt    # one of them, optional: follows in the system message;
-                                                          # tokens of --corpus; a file beside this one
+        # one of these, optional, follows in the system message: text; so many tokens of --corpus;
+        # a file beside this one
+        document: text | corpus: 4000 | file: case.txt
     phases:
       - name: interrogation
-        restart: true                           # of the server, before this phase; default: false
-        faster_than: prime                      # an earlier phase to compare the time to first token with; optional
+        restart: true                       # of the server, before this phase; default: false
+        # an earlier phase to compare the time to first token with; optional
+        faster_than: prime
         turns:
           - {agent: warden, message: text, max_tokens: 32, hear: [marco], since: phase}
-    checks:                                     # of answers; each has one or more of these, for all phases or some
-      - {phases: [interrogation], min_chars: 20, distinct_4grams: 0.5, differ: true, mentions: document}
+    # of answers; each has one or more of these, for all phases or some
+    checks:
+      - {phases: [interrogation], min_chars: 20, distinct_4grams: 0.5, differ: true,
+         mentions: document}
 
 `hear` puts before the message what those agents answered since the phase began (`since: start`:
 since the beginning) and this one wasn't told yet.
@@ -33,14 +36,15 @@ from ..errors import StartupError
 
 Mode = Literal["persistent", "restart", "cold"]
 Name = Annotated[str, Field(min_length=1, max_length=64)]
-Place = tuple[int | str, ...]  # ("phases", 0, "name")
+YamlPath = tuple[int | str, ...]  # ("phases", 0, "name")
+Fault = tuple[YamlPath, str]  # where, and what is wrong
 
 
 class _Model(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class Agent(_Model):
+class ScenarioAgent(_Model):
     name: Name
     system: str = Field(min_length=1)
     document: str | None = None
@@ -49,10 +53,14 @@ class Agent(_Model):
 
     @property
     def has_document(self) -> bool:
-        return (self.document, self.corpus, self.file) != (None,) * 3
+        return self.num_documents > 0
+
+    @property
+    def num_documents(self) -> int:
+        return sum(one is not None for one in (self.document, self.corpus, self.file))
 
 
-class Turn(_Model):
+class ScenarioTurn(_Model):
     agent: str
     message: str = Field(min_length=1)
     max_tokens: int = Field(48, ge=1)
@@ -60,19 +68,18 @@ class Turn(_Model):
     since: Literal["phase", "start"] = "phase"
 
 
-class Phase(_Model):
+class ScenarioPhase(_Model):
     name: Name
     restart: bool = False
     faster_than: str | None = None
-    turns: list[Turn] = Field(min_length=1)
+    turns: list[ScenarioTurn] = Field(min_length=1)
 
 
-class Check(_Model):
+class ScenarioCheck(_Model):
     phases: list[str] | None = None  # all
     min_chars: int | None = Field(None, ge=1)
-    distinct_4grams: float | None = Field(
-        None, gt=0, le=1
-    )  # at least this share of sequences of four words
+    # at least this share of sequences of four words
+    distinct_4grams: float | None = Field(None, gt=0, le=1)
     differ: bool = False  # no two agents' answers of a phase are the same
     # a word of it that no other agent's has; or one of these
     mentions: Literal["document"] | list[str] | None = None
@@ -81,9 +88,9 @@ class Check(_Model):
 class Scenario(_Model):
     description: str = ""
     compare: list[Mode] = Field(["persistent", "restart"], min_length=1)
-    agents: list[Agent] = Field(min_length=1)
-    phases: list[Phase] = Field(min_length=1)
-    checks: list[Check] = [Check(min_chars=1, distinct_4grams=0.5)]
+    agents: list[ScenarioAgent] = Field(min_length=1)
+    phases: list[ScenarioPhase] = Field(min_length=1)
+    checks: list[ScenarioCheck] = [ScenarioCheck(min_chars=1, distinct_4grams=0.5)]
 
     @property
     def num_turns(self) -> int:
@@ -101,15 +108,14 @@ def _directory() -> Any:
 
 
 def read_scenario(name: str) -> tuple[Scenario, Path]:
-    """Of a built-in one's name or a path; and the directory that its files are in.
+    """Read a built-in one by its name, or a file. Returns it and the directory of its files.
 
     Raises StartupError, which names the line and the field.
     """
     path = Path(name)
     if name in built_in():
-        return parse(
-            _directory().joinpath(f"{name}.yaml").read_text(encoding="utf-8"), name
-        ), Path()
+        file = _directory().joinpath(f"{name}.yaml")
+        return parse(file.read_text(encoding="utf-8"), name), Path()
     try:
         return parse(path.read_text(encoding="utf-8"), name), path.parent
     except OSError as e:
@@ -121,6 +127,7 @@ def read_scenario(name: str) -> tuple[Scenario, Path]:
 
 
 def parse(text: str, name: str) -> Scenario:
+    """Make a scenario of YAML text, which errors call `name`. Raises StartupError."""
     try:
         loader = yaml.SafeLoader(text)
         root = loader.get_single_node()
@@ -143,14 +150,13 @@ def parse(text: str, name: str) -> Scenario:
     else:
         faults = list(_faults(scenario))
     if faults:
-        raise StartupError(
-            "; ".join(f"{name}, line {_line(root, at)}: {_field(at)}: {why}" for at, why in faults)
-        )
+        said = [f"{name}, line {_line(root, at)}: {_field(at)}: {why}" for at, why in faults]
+        raise StartupError("; ".join(said))
     return scenario
 
 
-def _faults(scenario: Scenario) -> Iterator[tuple[Place, str]]:
-    """Names that stand for nothing, or for two things."""
+def _faults(scenario: Scenario) -> Iterator[Fault]:
+    """Find names that stand for nothing, or for two things."""
     agents = [agent.name for agent in scenario.agents]
     phases = [phase.name for phase in scenario.phases]
     for kind, names in (("agents", agents), ("phases", phases), ("compare", scenario.compare)):
@@ -158,33 +164,41 @@ def _faults(scenario: Scenario) -> Iterator[tuple[Place, str]]:
             if names[i] in names[:i]:
                 yield (kind, i), f"{names[i]!r} is there twice"
     for i, agent in enumerate(scenario.agents):
-        if sum(one is not None for one in (agent.document, agent.corpus, agent.file)) > 1:
+        if agent.num_documents > 1:
             yield ("agents", i), "give one of document, corpus and file"
     for i, phase in enumerate(scenario.phases):
         if phase.faster_than is not None and phase.faster_than not in phases[:i]:
             yield ("phases", i, "faster_than"), f"{phase.faster_than!r} is no earlier phase"
         for j, turn in enumerate(phase.turns):
-            for at, who in (("agent", turn.agent), *(("hear", other) for other in turn.hear)):
+            named = [("agent", turn.agent)]
+            named += [("hear", other) for other in turn.hear]
+            for at, who in named:
                 if who not in agents:
                     yield ("phases", i, "turns", j, at), f"{who!r} is none of the agents"
+    yield from _faults_of_checks(scenario)
+
+
+def _faults_of_checks(scenario: Scenario) -> Iterator[Fault]:
+    phases = [phase.name for phase in scenario.phases]
     without = {agent.name for agent in scenario.agents if not agent.has_document}
     for i, check in enumerate(scenario.checks):
-        for name in check.phases or ():
+        checked = check.phases or phases
+        for name in checked:
             if name not in phases:
                 yield ("checks", i, "phases"), f"{name!r} is none of the phases"
-        asked = {
-            t.agent
-            for phase in scenario.phases
-            if phase.name in (check.phases or phases)
-            for t in phase.turns
-        }
+        asked: set[str] = set()
+        for phase in scenario.phases:
+            if phase.name in checked:
+                asked |= {turn.agent for turn in phase.turns}
         if check.mentions == "document" and asked & without:
-            yield ("checks", i, "mentions"), f"{', '.join(sorted(asked & without))} has no document"
+            names = ", ".join(sorted(asked & without))
+            yield ("checks", i, "mentions"), f"{names} has no document"
 
 
-def _line(node: yaml.Node, place: Place) -> int:
-    """Where it is written, or what it would be in; steps that the file doesn't have (names of
-    types) are skipped.
+def _line(node: yaml.Node, place: YamlPath) -> int:
+    """Return the line where it is written, or that of what it would be in.
+
+    Steps that the file doesn't have (names of types) are skipped.
     """
     line = node.start_mark.line
     for step in place:
@@ -194,11 +208,11 @@ def _line(node: yaml.Node, place: Place) -> int:
         elif isinstance(node, yaml.MappingNode):
             for key, value in node.value:
                 if key.value == step:
-                    node, line = value, key.start_mark.line
+                    node = value
+                    line = key.start_mark.line
     return int(line) + 1
 
 
-def _field(place: Place) -> str:
-    return "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in place).lstrip(
-        "."
-    )
+def _field(place: YamlPath) -> str:
+    steps = [f"[{step}]" if isinstance(step, int) else f".{step}" for step in place]
+    return "".join(steps).lstrip(".")

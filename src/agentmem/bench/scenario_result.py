@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from .result import Part, Result, Spread, Ttft, spread, ttft
+from .harness.result import Result, ResultPart, Spread, Ttft, spread, ttft
 from .scenario_checks import CheckRow, Said
 from .scenario_file import Mode, Scenario
 
@@ -22,14 +22,14 @@ class TurnRow(Said):
     same_answer: bool  # as in the mode that ran first
 
 
-class Factor(Part):
+class TtftFactor(ResultPart):
     """How many times as long another one's time to first token is."""
 
     median: float
     mean: float
 
 
-class PhaseRow(Part):
+class PhaseRow(ResultPart):
     """Token counts and caches are of one pass; times of all."""
 
     phase: str
@@ -44,11 +44,11 @@ class PhaseRow(Part):
     ttft_mean_ms: float
     wall_s: Spread
     restart_s: Spread | None  # from the last answer before it to a server that is ready
-    over_persistent: Factor | None = None
-    faster_than: dict[str, Factor]  # by the earlier phase that the scenario names, same mode
+    over_persistent: TtftFactor | None = None
+    faster_than: dict[str, TtftFactor]  # by the earlier phase that the scenario names, same mode
 
 
-class Total(Part):
+class ModeTotal(ResultPart):
     mode: str
     prompt_tokens: int
     prefilled_tokens: int
@@ -63,43 +63,49 @@ class ScenarioResult(Result):
     description: str
     modes: list[Mode]
     rows: list[PhaseRow]
-    totals: list[Total]
+    totals: list[ModeTotal]
     answers_equal: bool
     checks: list[CheckRow]
     turns: list[TurnRow]
 
 
-@dataclass
-class Times:
-    """s, by (mode, phase), of each pass."""
+ByPhase = dict[tuple[str, str], list[float]]
 
-    wall: dict[tuple[str, str], list[float]] = field(default_factory=lambda: defaultdict(list))
-    restart: dict[tuple[str, str], list[float]] = field(default_factory=lambda: defaultdict(list))
+
+@dataclass
+class PhaseTimes:
+    """Times of each pass in s, by (mode, phase)."""
+
+    wall: ByPhase = field(default_factory=lambda: defaultdict(list))
+    restart: ByPhase = field(default_factory=lambda: defaultdict(list))
 
 
 def phase_rows(
-    scenario: Scenario, modes: Sequence[str], turns: Sequence[TurnRow], times: Times
+    scenario: Scenario, modes: Sequence[str], turns: Sequence[TurnRow], times: PhaseTimes
 ) -> list[PhaseRow]:
+    """Make a row of each phase in each mode."""
     by: dict[tuple[str, str], list[TurnRow]] = {}
     for turn in turns:
         by.setdefault((turn.mode, turn.phase), []).append(turn)
     rows = []
     for phase in scenario.phases:
         for mode in modes:
-            row = _phase_row(by[mode, phase.name], times)
+            these = by[mode, phase.name]
+            row = _phase_row(these, times)
             if mode != "persistent" and "persistent" in modes:
-                row.over_persistent = _factor(by[mode, phase.name], by["persistent", phase.name])
+                row.over_persistent = _factor(these, by["persistent", phase.name])
             if phase.faster_than:
-                row.faster_than = {
-                    phase.faster_than: _factor(by[mode, phase.faster_than], by[mode, phase.name])
-                }
+                earlier = by[mode, phase.faster_than]
+                row.faster_than = {phase.faster_than: _factor(earlier, these)}
             rows.append(row)
     return rows
 
 
-def _phase_row(turns: Sequence[TurnRow], times: Times) -> PhaseRow:
-    """Of one phase in one mode."""
-    key = mode, phase = turns[0].mode, turns[0].phase
+def _phase_row(turns: Sequence[TurnRow], times: PhaseTimes) -> PhaseRow:
+    """Make the row of one phase in one mode."""
+    mode = turns[0].mode
+    phase = turns[0].phase
+    key = (mode, phase)
     once = [t for t in turns if t.run == 0]
     return PhaseRow(
         phase=phase,
@@ -118,23 +124,26 @@ def _phase_row(turns: Sequence[TurnRow], times: Times) -> PhaseRow:
     )
 
 
-def _factor(longer: Sequence[TurnRow], shorter: Sequence[TurnRow]) -> Factor:
-    above, below = ([t.ttft_ms for t in turns] for turns in (longer, shorter))
-    over = {f.__name__: round(f(above) / f(below), 2) for f in (statistics.median, statistics.mean)}
-    return Factor(**over)
+def _factor(longer: Sequence[TurnRow], shorter: Sequence[TurnRow]) -> TtftFactor:
+    above = [t.ttft_ms for t in longer]
+    below = [t.ttft_ms for t in shorter]
+    return TtftFactor(
+        median=round(statistics.median(above) / statistics.median(below), 2),
+        mean=round(statistics.mean(above) / statistics.mean(below), 2),
+    )
 
 
-def totals(modes: Sequence[str], turns: Sequence[TurnRow], times: Times) -> list[Total]:
+def totals(modes: Sequence[str], turns: Sequence[TurnRow], times: PhaseTimes) -> list[ModeTotal]:
+    """Make a row of each mode, over all phases."""
     wall = {mode: _sums(times.wall, mode) for mode in modes}
     made = []
     for mode in modes:
         once = [t for t in turns if (t.mode, t.run) == (mode, 0)]
         saves = None
         if mode != "persistent" and "persistent" in wall:
-            saves = round(
-                1 - statistics.median(wall["persistent"]) / statistics.median(wall[mode]), 3
-            )
-        total = Total(
+            persistent = statistics.median(wall["persistent"])
+            saves = round(1 - persistent / statistics.median(wall[mode]), 3)
+        total = ModeTotal(
             mode=mode,
             prompt_tokens=sum(t.prompt_tokens for t in once),
             prefilled_tokens=sum(t.prefilled_tokens for t in once),
@@ -147,8 +156,6 @@ def totals(modes: Sequence[str], turns: Sequence[TurnRow], times: Times) -> list
 
 
 def _sums(times: Mapping[tuple[str, str], list[float]], mode: str) -> list[float]:
-    """Over all phases, of each pass."""
-    return [
-        sum(of)
-        for of in zip(*(values for (m, _), values in times.items() if m == mode), strict=True)
-    ]
+    """Return one mode's sum over all phases, of each pass."""
+    by_phase = [values for (of, _), values in times.items() if of == mode]
+    return [sum(one_pass) for one_pass in zip(*by_phase, strict=True)]

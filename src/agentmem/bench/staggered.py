@@ -16,14 +16,14 @@ import time
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from ..config import Settings
-from .prompts import Prompts
-from .result import Part, Result, Spread, Ttft, spread, ttft
-from .server import WARM_UP, Answer, BenchError, Server, check_state, stream
-from .session import Session
+import typer
+
+from ..cli.show import table
+from .harness.options import BenchRun, Passes, Shared, Shown, benchmark
+from .harness.result import Result, ResultPart, Spread, Ttft, spread, ttft
+from .harness.server import WARM_UP, BenchError, Server, TimedAnswer, check_state, stream
 
 B_CONTEXT = 500  # tokens
 ROUNDS = 6  # of each pass, as `done` counts them
@@ -31,10 +31,11 @@ _NUM_B = 5
 _DELAY = 2.0  # s between the two of a pair
 _ANSWER = 4  # tokens, of A and B's
 _PAIR_ANSWER = 64
-_C_CONTEXT, _C_ANSWER = 64, 2048  # C's answer is cut before its end
+_C_CONTEXT = 64
+_C_ANSWER = 2048  # cut before its end
 
 
-class Gaps(Part):
+class Gaps(ResultPart):
     """ms between two tokens, of all passes."""
 
     median: float
@@ -43,7 +44,7 @@ class Gaps(Part):
     count: int
 
 
-class Meanwhile(Part):
+class Meanwhile(ResultPart):
     b: Ttft  # of those that came before A's first token
     b_alone: Ttft
     b_over_alone: float
@@ -54,7 +55,7 @@ class Meanwhile(Part):
     c_gap_alone_ms: Gaps
 
 
-class Pair(Part):
+class Pair(ResultPart):
     wall_ms: Spread
     sequential_wall_ms: Spread
     wall_ratio: float
@@ -64,7 +65,7 @@ class Pair(Part):
     second_over_sequential: float
 
 
-class Line(Part):
+class Line(ResultPart):
     """One agent in the last pass; s after A's request."""
 
     agent: str
@@ -82,8 +83,8 @@ class StaggeredResult(Result):
 
 
 @dataclass
-class Samples:
-    """ms."""
+class StaggeredSamples:
+    """What was measured, in ms."""
 
     b: list[float] = field(default_factory=list)
     b_alone: list[float] = field(default_factory=list)
@@ -99,67 +100,63 @@ class Samples:
     timeline: list[Line] = field(default_factory=list)
 
 
-def measure(
-    session: Session,
-    settings: Settings,
-    model: Path,
-    prompts: Prompts,
-    context: int,
-    limit: int,
-    passes: int,
-    done: Callable[[], None],
-) -> Samples:
-    """`limit`: the model's context. `done` is told of each of passes x ROUNDS."""
-    samples = Samples()
-    with Server(session, settings, model, session.directory / "staggered") as server:
-        server.warm_up(prompts.messages(WARM_UP))
-        scene = _Scene(server, prompts, context, min(_C_ANSWER, limit - _C_CONTEXT), samples, done)
+def measure(run: BenchRun, context: int, passes: int, done: Callable[[], None]) -> StaggeredSamples:
+    """Play both scenes in each pass. `done` is told of each of passes x ROUNDS."""
+    samples = StaggeredSamples()
+    with run.server(run.session.directory / "staggered") as server:
+        server.warm_up(run.prompts.messages(WARM_UP))
+        scene = _Scene(server, run, context, samples, done=done)
         for _ in range(passes):
             scene.alone()
             scene.meanwhile()
             scene.pair()
-            session.cool_down()
+            run.session.cool_down()
     if not samples.b:
         raise BenchError("A's prompt was prefilled before any B came: ask for a longer --context")
     return samples
 
 
 class _Scene:
-    """B's and C are the same agents in every pass; the others have new prompts and are forgotten
-    after each round.
+    """The agents of all passes.
+
+    B's and C are the same in every pass; the others have new prompts and are forgotten after each
+    round.
     """
 
     def __init__(
         self,
         server: Server,
-        prompts: Prompts,
+        run: BenchRun,
         context: int,
-        c_answer: int,
-        samples: Samples,
+        samples: StaggeredSamples,
+        *,
         done: Callable[[], None],
     ):
-        self._server, self._prompts, self._context, self._c_answer = (
-            server,
-            prompts,
-            context,
-            c_answer,
-        )
-        self._samples, self._done = samples, done
-        self._bs = {f"b{i}": prompts.messages(B_CONTEXT) for i in range(1, _NUM_B + 1)}
-        self._c = prompts.messages(_C_CONTEXT)
+        self._server = server
+        self._prompts = run.prompts
+        self._context = context
+        self._c_answer = min(_C_ANSWER, run.max_context - _C_CONTEXT)
+        self._samples = samples
+        self._done = done
+        self._bs = {f"b{i}": self._prompts.messages(B_CONTEXT) for i in range(1, _NUM_B + 1)}
+        self._c = self._prompts.messages(_C_CONTEXT)
         for agent, messages in self._bs.items():
             check_state(server.ask(agent, messages, _ANSWER), "cold")
         server.ask("c", self._c, _ANSWER)
 
     def alone(self) -> None:
+        """Ask B's and C, one after the other."""
         self._evict()
         self._samples.b_alone += [self._b(agent).ttft_ms for agent in self._bs]
         answer = self._server.ask("c", self._c, _PAIR_ANSWER)
-        self._samples.gaps_alone += gaps_ms(answer, answer.began, _ended(answer))
+        self._samples.gaps_alone += gaps_ms(answer, answer.began, answer.ended)
         self._done()
 
     def meanwhile(self) -> None:
-        """Without B's first: that tells how long A takes, through which they are to come."""
+        """Ask A and C without B's, then with them.
+
+        The first tells how long A takes, through which B's are to come.
+        """
         samples = self._samples
         a, _, _ = self._round(spacing=None)
         samples.a_without_b.append(a.total_ms)
@@ -172,10 +169,12 @@ class _Scene:
         lines = {"C": c, "A": a} | {f"B{i}": b for i, b in enumerate(bs, 1)}
         samples.timeline = [_line(name, of, a.began) for name, of in lines.items()]
 
-    def _round(self, spacing: float | None) -> tuple[Answer, list[Answer], Answer]:
-        """The answers of A, of the B's, so many s apart (None: there are none), and of C."""
-        messages, bs = self._prompts.messages(self._context), []
-        talks, enough = threading.Event(), threading.Event()
+    def _round(self, spacing: float | None) -> tuple[TimedAnswer, list[TimedAnswer], TimedAnswer]:
+        """Return the answers of A, of the B's, so many s apart (None: there are none), and of C."""
+        messages = self._prompts.messages(self._context)
+        bs = []
+        talks = threading.Event()
+        enough = threading.Event()
         with self._server.threads() as pool:
             c = pool.submit(self._talk, talks, enough)
             while not talks.wait(0.1):
@@ -196,8 +195,8 @@ class _Scene:
         self._done()
         return a, bs, c_answer
 
-    def _talk(self, talks: threading.Event, enough: threading.Event) -> Answer:
-        """C's answer, cut when A has its own."""
+    def _talk(self, talks: threading.Event, enough: threading.Event) -> TimedAnswer:
+        """Return C's answer, cut when A has its own."""
         answers = stream(
             self._server.client, self._c, self._c_answer, agent_id="c", ignore_eos=True
         )
@@ -211,7 +210,7 @@ class _Scene:
             f"C's answer of {self._c_answer} tokens ended before A's: ask for a shorter --context"
         )
 
-    def _b(self, agent: str) -> Answer:
+    def _b(self, agent: str) -> TimedAnswer:
         answer = self._server.ask(agent, self._bs[agent], _ANSWER)
         check_state(answer, "warm")
         return answer
@@ -221,7 +220,9 @@ class _Scene:
             self._server.post(f"/agents/{agent}/evict")
 
     def pair(self) -> None:
-        samples, agents = self._samples, ("first", "second")
+        """Ask two cold agents, first 2 s apart, then one after the other."""
+        samples = self._samples
+        agents = ("first", "second")
         with self._server.threads() as pool:
             asked = pool.submit(self._cold, "first")
             time.sleep(_DELAY)
@@ -229,7 +230,7 @@ class _Scene:
             first = asked.result()
         samples.first.append(first.ttft_ms)
         samples.second.append(second.ttft_ms)
-        samples.wall.append((max(_ended(first), _ended(second)) - first.began) * 1e3)
+        samples.wall.append((max(first.ended, second.ended) - first.began) * 1e3)
         for agent in agents:
             self._server.delete(f"/agents/{agent}")
         one_by_one = [self._cold(agent) for agent in agents]
@@ -238,43 +239,46 @@ class _Scene:
         for agent in agents:
             self._server.delete(f"/agents/{agent}")
 
-    def _cold(self, agent: str) -> Answer:
-        answer = self._server.ask(agent, self._prompts.messages(self._context), _PAIR_ANSWER)
+    def _cold(self, agent: str) -> TimedAnswer:
+        messages = self._prompts.messages(self._context)
+        answer = self._server.ask(agent, messages, _PAIR_ANSWER)
         check_state(answer, "cold")
         self._done()
         return answer
 
 
-def gaps_ms(answer: Answer, start: float, stop: float) -> list[float]:
-    """Between its tokens, those that have a part from `start` to `stop`, time.perf_counter()."""
-    start, stop = start - answer.began, stop - answer.began
-    return [(b - a) * 1e3 for a, b in itertools.pairwise(answer.times) if a < stop and b > start]
+def gaps_ms(answer: TimedAnswer, start: float, stop: float) -> list[float]:
+    """Return the gaps between its tokens that have a part from `start` to `stop`.
+
+    Both are of time.perf_counter().
+    """
+    start -= answer.began
+    stop -= answer.began
+    pairs = itertools.pairwise(answer.times)
+    return [(b - a) * 1e3 for a, b in pairs if a < stop and b > start]
 
 
-def _ended(answer: Answer) -> float:
-    return answer.began + answer.total_ms / 1e3
-
-
-def _line(agent: str, answer: Answer, origin: float) -> Line:
+def _line(agent: str, answer: TimedAnswer, origin: float) -> Line:
     asked = answer.began - origin
-    return Line(
-        agent=agent, asked_s=round(asked, 4), tokens_s=[round(asked + t, 4) for t in answer.times]
-    )
+    tokens = [round(asked + t, 4) for t in answer.times]
+    return Line(agent=agent, asked_s=round(asked, 4), tokens_s=tokens)
 
 
 def _gaps(values: list[float]) -> Gaps:
     values = sorted(values)
-    shown = {
-        "median": statistics.median(values),
-        "p99": values[int(len(values) * 0.99)],
-        "max": values[-1],
-    }
-    return Gaps(**{name: round(ms, 2) for name, ms in shown.items()}, count=len(values))
+    return Gaps(
+        median=round(statistics.median(values), 2),
+        p99=round(values[int(len(values) * 0.99)], 2),
+        max=round(values[-1], 2),
+        count=len(values),
+    )
 
 
-def meanwhile_of(samples: Samples) -> Meanwhile:
-    b, alone = ttft(samples.b), ttft(samples.b_alone)
-    a, without_b = spread(samples.a), spread(samples.a_without_b)
+def meanwhile_of(samples: StaggeredSamples) -> Meanwhile:
+    b = ttft(samples.b)
+    alone = ttft(samples.b_alone)
+    a = spread(samples.a)
+    without_b = spread(samples.a_without_b)
     return Meanwhile(
         b=b,
         b_alone=alone,
@@ -287,9 +291,11 @@ def meanwhile_of(samples: Samples) -> Meanwhile:
     )
 
 
-def pair_of(samples: Samples) -> Pair:
-    wall, one_by_one = spread(samples.wall), spread(samples.sequential_wall)
-    second, sequential = ttft(samples.second), ttft(samples.sequential)
+def pair_of(samples: StaggeredSamples) -> Pair:
+    wall = spread(samples.wall)
+    one_by_one = spread(samples.sequential_wall)
+    second = ttft(samples.second)
+    sequential = ttft(samples.sequential)
     return Pair(
         wall_ms=wall,
         sequential_wall_ms=one_by_one,
@@ -299,3 +305,83 @@ def pair_of(samples: Samples) -> Pair:
         sequential=sequential,
         second_over_sequential=round(second.ttft_ms / sequential.ttft_ms, 2),
     )
+
+
+def tables(result: StaggeredResult) -> list[Shown]:
+    return [
+        f"{result.model}, over HTTP, {result.passes} passes",
+        _meanwhile_table(result),
+        _pair_table(result.pair),
+        "The paper's pair: 4K tokens each on an M4 Pro, wall time 1x, first token of the second 2x",
+    ]
+
+
+def _meanwhile_table(result: StaggeredResult) -> Shown:
+    of = result.meanwhile
+    lines = table("ms, medians", "together", "alone", "")
+    lines.add_row(
+        f"B, warm, {result.b_context:,} tokens: first token",
+        f"{of.b.ttft_ms:,.0f}",
+        f"{of.b_alone.ttft_ms:,.0f}",
+        f"{of.b_over_alone:.1f}x",
+    )
+    lines.add_row(
+        f"A prefills {result.context:,} tokens: done",
+        f"{of.a_finish_ms.median:,.0f}",
+        f"{of.a_finish_without_b_ms.median:,.0f} without B",
+        f"{of.a_delay:+.1%}",
+    )
+    for name in ("median", "p99", "max"):
+        together = getattr(of.c_gap_ms, name)
+        alone = getattr(of.c_gap_alone_ms, name)
+        what = f"C answers: between two tokens, {name}"
+        lines.add_row(what, f"{together:,.0f}", f"{alone:,.0f}", "")
+    return lines
+
+
+def _pair_table(pair: Pair) -> Shown:
+    lines = table("two cold agents, ms", "2 s apart", "one after the other", "")
+    lines.add_row(
+        "wall time",
+        f"{pair.wall_ms.median:,.0f}",
+        f"{pair.sequential_wall_ms.median:,.0f}",
+        f"{pair.wall_ratio:.2f}x",
+    )
+    lines.add_row(
+        "first token of the second",
+        f"{pair.second.ttft_ms:,.0f}",
+        f"{pair.sequential.ttft_ms:,.0f}",
+        f"{pair.second_over_sequential:.2f}x",
+    )
+    return lines
+
+
+Context = Annotated[
+    int, typer.Option(min=64, help="tokens of A's cold prompt, and of each of the pair")
+]
+
+
+@benchmark(tables)
+def staggered(shared: Shared, context: Context = 2000, passes: Passes = 3) -> StaggeredResult:
+    """Warm agents B that arrive while A prefills a long cold prompt and C answers: who waits how
+    long for whom.
+
+    Then the paper's staggered arrivals: two cold agents, the second 2 s after the first, beside one
+    after the other.
+
+    JSON: {"meanwhile": {"b": {"ttft_ms": ..}, "b_alone": {..}, "a_finish_ms": {"median": ..},
+    "a_delay", "c_gap_ms": {"median", "p99", "max"}, ..}, "pair": {"wall_ms", "wall_ratio",
+    "second", ..}, "timeline": [{"agent", "asked_s", "tokens_s"}, ..]}.
+    """
+    with shared.run() as run:
+        run.check_context(max(context, B_CONTEXT) + 64, f"--context {context}")
+        done = run.task("arriving", passes * ROUNDS)
+        samples = measure(run, context, passes, done)
+        return StaggeredResult(
+            context=context,
+            b_context=B_CONTEXT,
+            meanwhile=meanwhile_of(samples),
+            pair=pair_of(samples),
+            timeline=samples.timeline,
+            **run.head(passes),
+        )

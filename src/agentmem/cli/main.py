@@ -68,7 +68,7 @@ class _Commands(LazyGroup):
             "Check device, BLAS, compiler, model and store, and say what to do about them.",
         ),
         "bench": Lazy(
-            "agentmem.cli_bench", "app", "Measure on this machine what the cache costs and gains."
+            "agentmem.bench.app", "app", "Measure on this machine what the cache costs and gains."
         ),
     }
 

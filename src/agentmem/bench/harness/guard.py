@@ -1,10 +1,9 @@
-"""Cleans up after a benchmark however it ended, by `kill -9` too: stops what it started, removes
-its directory.
+"""Clean up after a benchmark however it ended, by `kill -9` too.
 
-`python -m agentmem.bench.guard DIRECTORY` reads "+PID" and "-PID", a line each: process groups that
-run and that have ended. When its input ends, those still running are killed and the directory is
-removed. It holds the benchmark's lock until then (inherited, so that the next benchmark waits for
-it).
+`python -m agentmem.bench.harness.guard DIRECTORY` reads "+PID" and "-PID", a line each: process
+groups that run and that have ended. When its input ends, those still running are killed and the
+directory is removed. It holds the benchmark's lock until then (inherited, so that the next
+benchmark waits for it).
 """
 
 import os
@@ -28,7 +27,7 @@ def main() -> None:
 
 
 def _remove(directory: Path) -> None:
-    """A process that is being killed may still write a file there."""
+    """Remove it again and again: a process that is being killed may still write a file there."""
     for _ in range(50):
         shutil.rmtree(directory, ignore_errors=True)
         if not directory.exists():

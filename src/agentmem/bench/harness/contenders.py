@@ -1,5 +1,6 @@
-"""Who takes part in a comparison: agentmem, mlx-lm and llama.cpp, which are started, and servers
-that run already.
+"""Who takes part in a comparison: servers that are started here, and servers that run already.
+
+Started here are agentmem, mlx-lm and llama.cpp.
 """
 
 import importlib.metadata
@@ -12,20 +13,19 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-from mlx_lm.utils import load_config
 
-from ..config import Settings
-from ..errors import StartupError
-from .float32 import on_cpu, write_float32
-from .process import Process, connect
-from .result import Part
-from .server import Answer, BenchError, Messages, Server, ask
-from .session import Session
+from ...errors import StartupError
+from .options import BenchRun
+from .process import Process
+from .result import ResultPart
+from .server import BenchError, ChatMessages, Server, TimedAnswer, ask, connect
 
-AGENTMEM, MLX_LM, LLAMA_CPP = "agentmem", "mlx-lm", "llama.cpp"
+AGENTMEM = "agentmem"
+MLX_LM = "mlx-lm"
+LLAMA_CPP = "llama.cpp"
 
 
-class About(Part):
+class About(ResultPart):
     """What was compared, for whoever wants to know whether it was fair."""
 
     name: str
@@ -37,10 +37,11 @@ class About(Part):
 
 @dataclass
 class Contender:
+    """A server, as one of several that are asked the same."""
+
     about: About
-    start: (
-        Callable[[], Server | Process] | None
-    )  # None: it runs already, and keeps what it has cached
+    # None: it runs already, and keeps what it has cached
+    start: Callable[[], Server | Process] | None
     body: dict[str, Any]  # of each request
     client: httpx.Client | None = None
     running: Server | Process | None = field(default=None, init=False)
@@ -50,7 +51,7 @@ class Contender:
         return self.about.name
 
     def restart(self) -> None:
-        """Stopped as an administrator would, and started again; what it persisted, it has."""
+        """Stop it as an administrator would, and start it again; what it persisted, it has."""
         if self.start:
             self.stop()
             self.running = self.start()
@@ -62,22 +63,24 @@ class Contender:
             self.running = None
 
     def warm_up(self, text: str) -> None:
-        """Without a chat template where one's first tokens would stay cached, and the next prompt
-        not be cold.
+        """Let it answer once.
+
+        No chat template where one's first tokens would stay cached, and the next prompt not be
+        cold.
         """
         assert self.client
         if self.name not in (MLX_LM, LLAMA_CPP):
             self.ask("warm-up", [{"role": "user", "content": text}], 2)
             return
-        response = self.client.post(
-            "/completions", json={"prompt": text, "max_tokens": 2, "temperature": 0}
-        )
+        body = {"prompt": text, "max_tokens": 2, "temperature": 0}
+        response = self.client.post("/completions", json=body)
         if response.status_code != 200:
             raise BenchError(f"{self.name}: {response.status_code} {response.text[:300]}")
 
-    def ask(self, agent: str, messages: Messages, max_tokens: int) -> Answer:
-        """Greedy. The end of an answer is made unlikely where a server knows `logit_bias` or
-        `ignore_eos`.
+    def ask(self, agent: str, messages: ChatMessages, max_tokens: int) -> TimedAnswer:
+        """Return a greedy answer.
+
+        Its end is made unlikely where a server knows `logit_bias` or `ignore_eos`.
         """
         assert self.client
         of_agent: dict[str, Any] = {"agent_id": agent} if self.name == AGENTMEM else {}
@@ -85,42 +88,53 @@ class Contender:
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where and with what contenders are started."""
+class ContenderFactory:
+    """Starts contenders, in one place and with the same model."""
 
-    session: Session
-    settings: Settings
-    model: Path  # a directory
+    run: BenchRun
     gguf: Path | None
     tokens: int  # of the longest prompt with its answers
     agents: int  # most that are held at once
 
     def contenders(self, names: list[str]) -> list[Contender]:
-        """Of command line arguments that passed `check_names`; `restart` starts them. Raises
-        StartupError.
+        """Return those that `names`, which passed `check_names`, stand for; `restart` starts them.
+
+        Raises StartupError.
         """
-        makers = {AGENTMEM: self._agentmem, MLX_LM: self._mlx_lm, LLAMA_CPP: self._llama_cpp}
-        model, weights = self.model, "as in the model directory"
+        from .float32 import on_cpu, write_float32
+
+        run = self.run
+        model = run.model
+        weights = "as in the model directory"
         if on_cpu() and {AGENTMEM, MLX_LM} & set(names):
-            model = write_float32(
-                self.model, self.settings.home_dir, self.session.directory / "float32" / "model"
+            copy = run.session.directory / "float32" / "model"
+            model = write_float32(run.model, run.settings.home_dir, copy)
+            weights = (
+                "dequantized to float32, one copy for agentmem and mlx-lm "
+                "(the only dtype that is fast on a CPU)"
             )
-            weights = "dequantized to float32, one copy for agentmem and mlx-lm (the only dtype that is fast on a CPU)"
-        return [
-            makers[name](model, weights, self._body())
-            if name in makers
-            else _connected(name, self._body())
-            for name in names
-        ]
+        makers = {AGENTMEM: self._agentmem, MLX_LM: self._mlx_lm, LLAMA_CPP: self._llama_cpp}
+        body = self._body()
+        made = []
+        for name in names:
+            maker = makers.get(name)
+            made.append(maker(model, weights, body) if maker else _connected(name, body))
+        return made
 
     def _body(self) -> dict[str, Any]:
-        eos = load_config(self.model).get("eos_token_id")
-        ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
-        return {"ignore_eos": True, "logit_bias": {str(i): -100 for i in ids}}
+        from mlx_lm.utils import load_config
+
+        eos = load_config(self.run.model).get("eos_token_id")
+        ids = eos if isinstance(eos, list) else [eos]
+        unlikely = {str(i): -100 for i in ids if i is not None}
+        return {"ignore_eos": True, "logit_bias": unlikely}
+
+    def _process(self, command: list[str], log: str) -> Process:
+        return Process(self.run.session, command, self.run.session.directory / log)
 
     def _agentmem(self, model: Path, weights: str, body: dict[str, Any]) -> Contender:
-        home = self.session.directory / AGENTMEM
-        start = lambda: Server(self.session, self.settings, model, home)  # noqa: E731
+        run = self.run
+        home = run.session.directory / AGENTMEM
         about = About(
             name=AGENTMEM,
             what="agentmem serve",
@@ -128,18 +142,25 @@ class Place:
             weights=weights,
             preparation=None,
         )
-        return Contender(about, start, body)
+        return Contender(about, lambda: Server(run.session, run.settings, model, home), body)
 
     def _mlx_lm(self, model: Path, weights: str, body: dict[str, Any]) -> Contender:
+        from .float32 import on_cpu
+
         options = ["--model", str(model), "--prompt-cache-size", "64", "--log-level", "WARNING"]
         if on_cpu():
             # 1,000 tokens took 10 % more time in its default, one step of 2,048
-            options += ["--prefill-step-size", str(self.settings.prefill_chunk)]
-            home = str(self.session.directory / "blas")
-            command = [sys.executable, "-m", "agentmem.bench.mlx_lm_server", home, *options]
-            preparation = "agentmem's BLAS and allocator settings are loaded before MLX, so that both compute alike"
+            options += ["--prefill-step-size", str(self.run.settings.prefill_chunk)]
+            home = str(self.run.session.directory / "blas")
+            module = "agentmem.bench.harness.mlx_lm_server"
+            command = [sys.executable, "-m", module, home, *options]
+            preparation = (
+                "agentmem's BLAS and allocator settings are loaded before MLX, "
+                "so that both compute alike"
+            )
         else:
-            command, preparation = [sys.executable, "-m", "mlx_lm", "server", *options], None
+            command = [sys.executable, "-m", "mlx_lm", "server", *options]
+            preparation = None
         about = About(
             name=MLX_LM,
             what=f"mlx_lm.server {shlex.join(options[2:])}",
@@ -147,14 +168,10 @@ class Place:
             weights=weights,
             preparation=preparation,
         )
-        return Contender(
-            about,
-            lambda: Process(self.session, command, self.session.directory / "mlx-lm.log"),
-            body,
-        )
+        return Contender(about, lambda: self._process(command, "mlx-lm.log"), body)
 
     def _llama_cpp(self, model: Path, weights: str, body: dict[str, Any]) -> Contender:
-        """A slot for each agent, so that none loses its cache to another. Its defaults otherwise."""
+        """Give each agent a slot, so that none loses its cache to another; defaults otherwise."""
         assert self.gguf
         options = ["--parallel", str(self.agents), "--ctx-size", str(self.agents * self.tokens)]
         command = ["llama-server", "--model", str(self.gguf), *options]
@@ -165,25 +182,20 @@ class Place:
             weights=f"{self.gguf.name}, not those of the others",
             preparation=None,
         )
-        return Contender(
-            about,
-            lambda: Process(self.session, command, self.session.directory / "llama.log"),
-            body,
-        )
+        return Contender(about, lambda: self._process(command, "llama.log"), body)
 
 
 def check_names(names: list[str], gguf: Path | None) -> None:
-    """Before any work. Raises StartupError."""
-    if LLAMA_CPP in names and (
-        shutil.which("llama-server") is None or gguf is None or not gguf.is_file()
-    ):
+    """Raise StartupError, before any work, for a server that can't be started or told apart."""
+    has_gguf = gguf is not None and gguf.is_file()
+    if LLAMA_CPP in names and (shutil.which("llama-server") is None or not has_gguf):
         raise StartupError(
             "llama.cpp needs llama-server on the PATH, and a model of its own kind: --gguf FILE"
         )
     for name in names:
-        if name not in (AGENTMEM, MLX_LM, LLAMA_CPP) and not name.partition("=")[2].startswith(
-            ("http://", "https://")
-        ):
+        url = name.partition("=")[2]
+        started = name in (AGENTMEM, MLX_LM, LLAMA_CPP)
+        if not started and not url.startswith(("http://", "https://")):
             raise StartupError(
                 f"{name}: name {AGENTMEM}, {MLX_LM}, {LLAMA_CPP}, or NAME=http://host:port/v1"
             )
@@ -193,8 +205,9 @@ def check_names(names: list[str], gguf: Path | None) -> None:
 
 
 def _connected(argument: str, body: dict[str, Any]) -> Contender:
-    """One that runs already. The model it is asked for is the one it lists; of several, its
-    default.
+    """Connect to one that runs already.
+
+    The model it is asked for is the one it lists; of several, its default.
     """
     name, _, url = argument.partition("=")
     client = connect(url, proxies=True)

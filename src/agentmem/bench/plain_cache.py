@@ -1,5 +1,6 @@
-"""The cache to compare with: affine 4-bit codes as in the paper and in mlx-lm, nothing rotated,
-centred or kept.
+"""The cache to compare with: affine 4-bit codes as in the paper and in mlx-lm.
+
+Nothing is rotated, centred or kept.
 """
 
 from typing import Any
@@ -9,7 +10,8 @@ from mlx_lm.models.cache import ArraysCache, CacheList, KVCache, RotatingKVCache
 
 from ..errors import ModelError
 
-_BITS, _GROUP = 4, 64
+_BITS = 4
+_GROUP = 64
 
 
 def _round_trip(x: mx.array) -> mx.array:
@@ -22,12 +24,14 @@ def _round_trip(x: mx.array) -> mx.array:
 class _PlainQ4:
     """Every token becomes what its codes stand for before anything attends to it.
 
-    The numbers of mlx-lm's QuantizedKVCache(group_size=64, bits=4), up to rounding; that one's
-    attention is a scalar loop on a CPU, and takes neither sliding windows nor sinks.
+    The numbers are those of mlx-lm's QuantizedKVCache(group_size=64, bits=4), up to rounding; that
+    one's attention is a scalar loop on a CPU, and takes neither sliding windows nor sinks.
     """
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-        return super().update_and_fetch(_round_trip(keys), _round_trip(values))  # type: ignore[misc]
+        keys = _round_trip(keys)
+        values = _round_trip(values)
+        return super().update_and_fetch(keys, values)  # type: ignore[misc]
 
 
 class _PlainQ4KVCache(_PlainQ4, KVCache):
@@ -39,14 +43,15 @@ class _PlainQ4RotatingKVCache(_PlainQ4, RotatingKVCache):
 
 
 def plain_cache(model: Any) -> list[Any]:
-    """What the model takes as its cache. As in mlx-lm, recurrent state stays what it is.
+    """Make what the model takes as its cache. As in mlx-lm, recurrent state stays what it is.
 
     Raises ModelError, with the reason, where nothing can be quantized that way.
     """
     made = [_of_layer(cache) for cache in make_prompt_cache(model)]
-    if not any(
-        isinstance(part, _PlainQ4) for cache in made for part in getattr(cache, "caches", (cache,))
-    ):
+    parts: list[Any] = []
+    for cache in made:
+        parts += getattr(cache, "caches", (cache,))
+    if not any(isinstance(part, _PlainQ4) for part in parts):
         raise ModelError("mlx-lm quantizes no layer of this model")
     return made
 

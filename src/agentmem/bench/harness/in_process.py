@@ -5,23 +5,30 @@ import time
 from collections.abc import Coroutine, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
-from ..agent_key import AgentKey
-from ..config import Settings
-from ..engine.api import Finished, GenerateRequest, RequestStats, SamplingParams
-from ..engine.engine import Engine
-from ..models.loading import LoadedModel
+from ...agent_key import AgentKey
+from ...config import Settings
+from ...engine.api import Finished, GenerateRequest, RequestStats, SamplingParams
+
+if TYPE_CHECKING:
+    from ...engine.engine import Engine
+    from ...models.loading import LoadedModel
 
 NAMESPACE = "default"
 T = TypeVar("T")
 
 
 @contextmanager
-def running_engine(settings: Settings, loaded: LoadedModel) -> Iterator[tuple[Engine, "Run"]]:
-    """With what runs a coroutine: on one event loop, there until the engine, which calls it, has
-    stopped.
+def running_engine(
+    settings: Settings, loaded: "LoadedModel"
+) -> Iterator[tuple["Engine", "RunCoroutine"]]:
+    """Start an engine; give it and what runs a coroutine, and stop it in the end.
+
+    All run on one event loop, which is there until the engine, which calls it, has stopped.
     """
+    from ...engine.engine import Engine
+
     engine = Engine(settings, lambda: loaded)
     with asyncio.Runner() as runner:
         try:
@@ -31,8 +38,8 @@ def running_engine(settings: Settings, loaded: LoadedModel) -> Iterator[tuple[En
             runner.run(_stop(engine))
 
 
-async def _stop(engine: Engine) -> None:
-    """Whatever an interruption left asking is cancelled first."""
+async def _stop(engine: "Engine") -> None:
+    """Stop the engine; whatever an interruption left asking is cancelled first."""
     left = asyncio.all_tasks() - {asyncio.current_task()}
     for task in left:
         task.cancel()
@@ -40,7 +47,12 @@ async def _stop(engine: Engine) -> None:
     await engine.stop()
 
 
-class Run(Protocol):
+def key_of(agent: str) -> AgentKey:
+    """Return what the engine knows a benchmark's agent by."""
+    return AgentKey(NAMESPACE, agent)
+
+
+class RunCoroutine(Protocol):
     def __call__(self, todo: Coroutine[Any, Any, T], /) -> T: ...
 
 
@@ -52,13 +64,15 @@ class Reply:
 
 
 async def ask_engine(
-    engine: Engine, agent: str, prompt: list[int], max_tokens: int = 1, **params: Any
+    engine: "Engine", agent: str, prompt: list[int], max_tokens: int = 1, **params: Any
 ) -> Reply:
-    """Greedy, unless `params` (of SamplingParams) say otherwise; exactly `max_tokens`."""
+    """Return an answer of exactly `max_tokens`.
+
+    It is greedy, unless `params` (of SamplingParams) say otherwise.
+    """
     params = {"temperature": 0.0, "ignore_eos": True} | params
-    request = GenerateRequest(
-        AgentKey(NAMESPACE, agent), prompt, SamplingParams(max_tokens, **params)
-    )
+    sampling = SamplingParams(max_tokens, **params)
+    request = GenerateRequest(key_of(agent), prompt, sampling)
     text = ""
     times: list[float] = []
     async for event in engine.generate(request):

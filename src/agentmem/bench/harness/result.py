@@ -1,5 +1,6 @@
-"""What a benchmark writes: the same head for all, then rows of its own. benchmarks/schemas/ has the
-JSON schemas.
+"""What a benchmark writes: the same head for all, then rows of its own.
+
+benchmarks/schemas/ has the JSON schemas.
 """
 
 import statistics
@@ -8,15 +9,15 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-from .. import __version__
+from ... import __version__
 
 
-class Part(BaseModel):
+class ResultPart(BaseModel):
     model_config = ConfigDict(extra="forbid", json_schema_serialization_defaults_required=True)
 
 
-class Spread(Part):
-    """Of several measurements."""
+class Spread(ResultPart):
+    """Several measurements of one thing."""
 
     median: float
     min: float
@@ -25,6 +26,7 @@ class Spread(Part):
 
 
 def spread(values: Sequence[float], digits: int = 2) -> Spread:
+    """Summarize measurements, each rounded to so many digits after the point."""
     rounded = [round(v, digits) for v in values]
     return Spread(
         median=round(statistics.median(values), digits),
@@ -34,7 +36,7 @@ def spread(values: Sequence[float], digits: int = 2) -> Spread:
     )
 
 
-class Ttft(Part):
+class Ttft(ResultPart):
     """Time to first token in ms: the median, and what it is the median of."""
 
     ttft_ms: float
@@ -44,11 +46,12 @@ class Ttft(Part):
 
 
 def ttft(values: Sequence[float]) -> Ttft:
+    """Summarize times to first token, in ms."""
     of = spread(values)
     return Ttft(ttft_ms=of.median, min_ms=of.min, max_ms=of.max, values_ms=of.values)
 
 
-class Noise(Part):
+class Noise(ResultPart):
     """A fixed computation's time before and after the run; quiet: within 10 %."""
 
     probe_before_ms: float
@@ -57,7 +60,7 @@ class Noise(Part):
     quiet: bool
 
 
-class Result(Part):
+class Result(ResultPart):
     """The head. Each benchmark adds `rows`."""
 
     benchmark: str

@@ -9,10 +9,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
-import mlx.core as mx
-
 
 def describe_machine() -> dict[str, Any]:
+    """Return what a result says of its machine, and the date."""
+    import mlx.core as mx  # loaded after its BLAS
+
     return {
         "date": datetime.now(UTC).date().isoformat(),
         "platform": platform.platform(),
@@ -27,7 +28,7 @@ def describe_machine() -> dict[str, Any]:
 
 
 def process_writes(pid: int | Literal["self"]) -> int | None:
-    """Bytes that a process gave to the disk so far; None where only Linux tells."""
+    """Return the bytes that a process gave to the disk so far; None where only Linux tells."""
     with suppress(OSError):
         return int(Path(f"/proc/{pid}/io").read_text().split("write_bytes: ")[1].split()[0])
     return None
@@ -35,9 +36,10 @@ def process_writes(pid: int | Literal["self"]) -> int | None:
 
 def _cpu_name() -> str:
     if platform.system() == "Darwin":
-        return subprocess.run(
-            ["sysctl", "-n", "machdep.cpu.brand_string"], capture_output=True, text=True
-        ).stdout.strip()
+        command = ["sysctl", "-n", "machdep.cpu.brand_string"]
+        return subprocess.run(command, capture_output=True, text=True).stdout.strip()
     with open("/proc/cpuinfo") as file:
-        names = [line.partition(":")[2].strip() for line in file if line.startswith("model name")]
-    return names[0] if names else platform.processor()
+        for line in file:
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor()

@@ -1,13 +1,10 @@
-"""The config.json of a model to look into, by name: a file, a directory, one of the built-in ones,
-a model.
-"""
+"""The config.json of a model to look into: of a file, a directory, a built-in, a model's name."""
 
 import json
 from pathlib import Path
 from typing import Any
 
-from ..errors import ModelError
-from ..models.loading import find_config
+from ...errors import ModelError
 
 BUILT_IN = Path(__file__).parent / "configs"
 
@@ -17,11 +14,13 @@ def built_in_names() -> list[str]:
 
 
 def find(name: str, home: Path) -> Path:
-    """The config.json that `name` stands for: a file, a directory, a built-in, or a model as serve
-    takes it.
+    """Return the config.json that `name` stands for.
 
-    Of a hub name that is not on this machine the config alone is downloaded. Raises ModelError.
+    It is a file, a directory, a built-in, or a model as serve takes it. Of a hub name that is not
+    on this machine the config alone is downloaded. Raises ModelError.
     """
+    from ...models.loading import find_config
+
     path = Path(name).expanduser()
     if path.is_file():
         return path
@@ -32,13 +31,12 @@ def find(name: str, home: Path) -> Path:
     try:
         return find_config(name, home)
     except ModelError as e:
-        raise ModelError(
-            f"{e.message}; a config.json or one of {', '.join(built_in_names())} will do too"
-        ) from None
+        names = ", ".join(built_in_names())
+        raise ModelError(f"{e.message}; a config.json or one of {names} will do too") from None
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """Raises ModelError, in one line, for what is no model's config."""
+    """Read a model's config. Raises ModelError, in one line, for what is none."""
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except OSError as e:

@@ -1,6 +1,5 @@
-"""An agentmem server for a benchmark: a process of its own, on a store of its own, asked over HTTP."""
+"""An agentmem server for a benchmark: a process of its own, on a store of its own, over HTTP."""
 
-import json
 import os
 import signal
 import subprocess
@@ -14,14 +13,19 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+from httpx_sse import SSEError
 
-from ..config import Settings
-from ..errors import AgentMemError
+from ...client import read_events
+from ...config import Settings
+from ...errors import AgentMemError
 from .session import Session
 
 WARM_UP = 64  # prompt tokens that warm a server up
-Messages = list[dict[str, str]]
+ChatMessages = list[dict[str, str]]
 _THREADS = 256  # at most; as many sequences as a server decodes at once
+# what a server is not told of a benchmark's settings: where it listens, whom it knows, what it
+# serves
+_OWN_SETTINGS = {"model", "home", "host", "port", "api_keys", "allowed_hosts", "trace"}
 
 
 class BenchError(AgentMemError):
@@ -29,23 +33,18 @@ class BenchError(AgentMemError):
 
 
 class Server:
-    """Started at once; returns when it is ready. `home` keeps its store over restarts."""
+    """A server that is started at once and ready when the constructor returns.
+
+    `home` keeps its store over restarts.
+    """
 
     def __init__(self, session: Session, settings: Settings, model: Path, home: Path, *flags: str):
         self._session = session
         home.mkdir(parents=True, exist_ok=True)
         self.log = home / "server.log"
-        command = [sys.executable, "-m", "agentmem.cli.main", "serve", *_flags(settings), *flags]
-        command += [
-            "--model",
-            str(model),
-            "--home",
-            str(home),
-            "--host",
-            "127.0.0.1",
-            "--port",
-            "0",
-        ]
+        command = [sys.executable, "-m", "agentmem", "serve", *_flags(settings), *flags]
+        command += ["--model", str(model), "--home", str(home)]
+        command += ["--host", "127.0.0.1", "--port", "0"]
         environment = {k: v for k, v in os.environ.items() if k != "AGENTMEM_API_KEYS"}
         self.process = session.start(command, self.log, stdout=subprocess.PIPE, env=environment)
         assert self.process.stdout is not None
@@ -54,11 +53,12 @@ class Server:
                 self.url = line.split()[1]
                 break
         else:
-            raise BenchError(f"the server ended with {self.process.wait()}: {last_line(self.log)}")
+            ended = self.process.wait()
+            raise BenchError(f"the server ended with {ended}: {last_line(self.log)}")
         self.client = connect(self.url)
 
     def post(self, path: str, **body: Any) -> dict[str, Any]:
-        """`path` after /v1."""
+        """Post to `path`, which comes after /v1. Raises BenchError unless the status is 200."""
         return self._call("POST", path, json=body)
 
     def delete(self, path: str) -> dict[str, Any]:
@@ -71,10 +71,13 @@ class Server:
         answer: dict[str, Any] = response.json()
         return answer
 
-    def ask(self, agent: str, messages: Messages, max_tokens: int, **body: Any) -> "Answer":
-        """Greedy, of exactly `max_tokens`."""
+    def ask(
+        self, agent: str, messages: ChatMessages, max_tokens: int, **body: Any
+    ) -> "TimedAnswer":
+        """Return a greedy answer of exactly `max_tokens`."""
         answer = ask(self.client, messages, max_tokens, agent_id=agent, ignore_eos=True, **body)
-        if (got := answer.usage["completion_tokens"]) != max_tokens:
+        got = answer.usage["completion_tokens"]
+        if got != max_tokens:
             raise BenchError(
                 f"an answer of {got} tokens, not {max_tokens}: does the context hold them?"
             )
@@ -82,8 +85,9 @@ class Server:
 
     @contextmanager
     def threads(self) -> Iterator[ThreadPoolExecutor]:
-        """For requests at the same time. Where one fails, or the user interrupts, nobody waits for
-        the others.
+        """Give threads for requests at the same time.
+
+        Where one fails, or the user interrupts, nobody waits for the others.
         """
         with ThreadPoolExecutor(_THREADS) as pool:
             try:
@@ -94,14 +98,14 @@ class Server:
                 self.stop()
                 raise
 
-    def warm_up(self, messages: Messages, max_tokens: int = 2) -> None:
-        """A cold prefill and a restore from disk, by an agent of its own."""
+    def warm_up(self, messages: ChatMessages, max_tokens: int = 2) -> None:
+        """Let an agent of its own take a cold prefill and a restore from disk."""
         self.ask("warm-up", messages, max_tokens)
         self.post("/agents/warm-up/evict")
         self.ask("warm-up", messages, max_tokens)
 
     def stop(self, signal_number: int = signal.SIGTERM) -> None:
-        """As an administrator would; `signal.SIGKILL`: as a crash."""
+        """Stop it as an administrator would; `signal.SIGKILL`: as a crash."""
         self.client.close()
         self.process.send_signal(signal_number)
         self.process.wait()
@@ -118,13 +122,13 @@ class Server:
 
 
 @dataclass
-class Answer:
+class TimedAnswer:
     """A streamed answer, timed by the client."""
 
     began: float = field(default_factory=time.perf_counter)
     ttft_ms: float = 0.0  # from before the request to the first text
     total_ms: float = 0.0
-    times: list[float] = field(default_factory=list)  # s after the request, of each chunk with text
+    times: list[float] = field(default_factory=list)  # s after the request, of each text chunk
     text: str = ""
     usage: dict[str, Any] = field(default_factory=dict)
     details: dict[str, Any] = field(default_factory=dict)  # the `agentmem` object
@@ -137,23 +141,37 @@ class Answer:
     def cached_tokens(self) -> int:
         return int((self.usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0)
 
+    @property
+    def ended(self) -> float:
+        """The moment when it was whole, as time.perf_counter() tells it."""
+        return self.began + self.total_ms / 1e3
+
 
 def connect(url: str, *, proxies: bool = False) -> httpx.Client:
-    """For any number of requests at once; an answer may take its time."""
-    limits, timeout = httpx.Limits(max_connections=None), httpx.Timeout(10.0, read=None)
-    return httpx.Client(base_url=url, timeout=timeout, limits=limits, trust_env=proxies)
+    """Return a client for any number of requests at once; an answer may take its time."""
+    return httpx.Client(
+        base_url=url,
+        timeout=httpx.Timeout(10.0, read=None),
+        limits=httpx.Limits(max_connections=None),
+        trust_env=proxies,
+    )
 
 
 def ask(
     client: httpx.Client,
-    messages: Messages,
+    messages: ChatMessages,
     max_tokens: int,
     *,
     may_be_empty: bool = False,
     **body: Any,
-) -> Answer:
-    """A whole greedy answer of any OpenAI-compatible server. Raises BenchError, httpx.HTTPError."""
-    answer = [Answer(), *stream(client, messages, max_tokens, **body)][-1]
+) -> TimedAnswer:
+    """Return a whole greedy answer of any OpenAI-compatible server.
+
+    Raises BenchError, httpx.HTTPError.
+    """
+    answer = TimedAnswer()
+    for grown in stream(client, messages, max_tokens, **body):
+        answer = grown
     answer.total_ms = (time.perf_counter() - answer.began) * 1e3
     if not answer.usage or not (answer.times or may_be_empty):
         raise BenchError(f"{client.base_url} sent no text or no usage; a benchmark needs both")
@@ -162,37 +180,48 @@ def ask(
 
 
 def stream(
-    client: httpx.Client, messages: Messages, max_tokens: int, **body: Any
-) -> Generator[Answer, None, None]:
-    """The same, as it grows; who stops reading hangs up."""
-    body = {"messages": messages, "max_tokens": max_tokens, "temperature": 0, "stream": True} | body
-    body |= {"stream_options": {"include_usage": True}}
-    answer = Answer()
-    with client.stream("POST", "/chat/completions", json=body) as response:
+    client: httpx.Client, messages: ChatMessages, max_tokens: int, **body: Any
+) -> Generator[TimedAnswer, None, None]:
+    """Yield the same answer as it grows; who stops reading hangs up."""
+    asked = {
+        "messages": messages,
+        "max_tokens": max_tokens,
+        "temperature": 0,
+        "stream": True,
+        **body,
+        "stream_options": {"include_usage": True},
+    }
+    answer = TimedAnswer()
+    with client.stream("POST", "/chat/completions", json=asked) as response:
         if response.status_code != 200:
-            raise BenchError(
-                f"{response.url}: {response.status_code} {response.read().decode()[:300]}"
-            )
-        for line in response.iter_lines():
-            if line.startswith("data: {"):
-                _take(answer, json.loads(line[6:]), time.perf_counter() - answer.began)
+            said = response.read().decode()[:300]
+            raise BenchError(f"{response.url}: {response.status_code} {said}")
+        try:
+            for chunk in read_events(response):
+                _take(answer, chunk, time.perf_counter() - answer.began)
                 yield answer
+        except SSEError as e:
+            raise BenchError(f"{response.url}: {e}") from None
 
 
-def shares(answers: Sequence[Answer]) -> tuple[list[float], float]:
-    """Of each answer, what part of it came while all of them streamed; and the seconds that they
-    did, 0 if never.
+def shares(answers: Sequence[TimedAnswer]) -> tuple[list[float], float]:
+    """Return what part of each answer came while all of them streamed, and the s that they did.
+
+    The time is 0 where they never did.
     """
-    streams = [[a.began + t for t in a.times] for a in answers]
-    start, stop = max(times[0] for times in streams), min(times[-1] for times in streams)
-    return [sum(start < t <= stop for t in times) / len(times) for times in streams], max(
-        0.0, stop - start
-    )
+    start = max(answer.began + answer.times[0] for answer in answers)
+    stop = min(answer.began + answer.times[-1] for answer in answers)
+    parts = []
+    for answer in answers:
+        within = sum(start < answer.began + t <= stop for t in answer.times)
+        parts.append(within / len(answer.times))
+    return parts, max(0.0, stop - start)
 
 
-def tokens_per_s(answers: Sequence[Answer]) -> float | None:
-    """Of all together while all of them stream; None if they never do. A chunk counts as its
-    answer's mean.
+def tokens_per_s(answers: Sequence[TimedAnswer]) -> float | None:
+    """Return the rate of all together while all of them stream; None if they never do.
+
+    A chunk counts as its answer's mean.
     """
     parts, seconds = shares(answers)
     tokens = sum(
@@ -201,18 +230,20 @@ def tokens_per_s(answers: Sequence[Answer]) -> float | None:
     return float(tokens / seconds) if seconds else None
 
 
-def check_state(answer: Answer, state: str) -> None:
-    """Raises BenchError unless all of the prompt (or, cold, nothing) was cached: its last token
-    never is.
+def check_state(answer: TimedAnswer, state: str) -> None:
+    """Raise BenchError unless all of the prompt (or, cold, nothing) was cached.
+
+    A prompt's last token never is.
     """
     cached = 0 if state == "cold" else answer.prompt_tokens - 1
     if answer.details["cache"] != state or answer.cached_tokens != cached:
         raise BenchError(
-            f"{answer.details['cache']} with {answer.cached_tokens} tokens cached, not {state} with {cached}"
+            f"{answer.details['cache']} with {answer.cached_tokens} tokens cached, "
+            f"not {state} with {cached}"
         )
 
 
-def _take(answer: Answer, chunk: dict[str, Any], moment: float) -> None:
+def _take(answer: TimedAnswer, chunk: dict[str, Any], moment: float) -> None:
     if "error" in chunk:
         raise BenchError(f"an answer broke off: {chunk['error']}")
     for choice in chunk.get("choices") or []:
@@ -227,17 +258,9 @@ def _take(answer: Answer, chunk: dict[str, Any], moment: float) -> None:
 
 
 def _flags(settings: Settings) -> list[str]:
-    """What was set apart from where it listens, whom it knows and what it serves."""
+    """Return options of `serve` for what was set, besides _OWN_SETTINGS."""
     flags = []
-    for name in settings.model_fields_set - {
-        "model",
-        "home",
-        "host",
-        "port",
-        "api_keys",
-        "allowed_hosts",
-        "trace",
-    }:
+    for name in settings.model_fields_set - _OWN_SETTINGS:
         value = getattr(settings, name)
         flag = "--" + name.replace("_", "-")
         if isinstance(value, bool):

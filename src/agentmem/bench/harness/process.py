@@ -17,19 +17,21 @@ _PATIENCE = 30.0  # s that a server may take to stop
 
 
 class Process:
-    """Started at once; returns when /health says 200. Its model may still be loading: the first
-    request waits.
+    """A server that is started at once; its /health says 200 when the constructor returns.
+
+    Its model may still be loading: the first request waits.
     """
 
     def __init__(self, session: Session, command: Sequence[str], log: Path):
-        self._session, port = session, free_port()
-        self.process = session.start([*command, "--host", "127.0.0.1", "--port", str(port)], log)
+        self._session = session
+        port = free_port()
+        listen = ["--host", "127.0.0.1", "--port", str(port)]
+        self.process = session.start([*command, *listen], log)
         self.client = connect(f"http://127.0.0.1:{port}/v1")
         while not self._is_healthy():
             if self.process.poll() is not None:
-                raise BenchError(
-                    f"{command[0]} ended with {self.process.returncode}: {last_line(log)}"
-                )
+                ended = self.process.returncode
+                raise BenchError(f"{command[0]} ended with {ended}: {last_line(log)}")
             time.sleep(0.05)
 
     def _is_healthy(self) -> bool:

@@ -1,6 +1,4 @@
-"""One benchmark run: alone on the machine, on a store of its own, and nothing left behind however
-it ends.
-"""
+"""One benchmark run: alone on the machine, and nothing left behind however it ends."""
 
 import fcntl
 import os
@@ -17,10 +15,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-import mlx.core as mx
-
-from ..config import Settings
-from ..errors import StartupError
+from ...config import Settings
+from ...errors import StartupError
 
 NOISE = 0.10  # change of the probe's time above which a run counts as disturbed
 _ROOM = 10**9  # bytes of disk that a run may take
@@ -32,18 +28,21 @@ class Interrupted(KeyboardInterrupt):
 
 
 class Session:
-    """What a benchmark may use: a directory, processes that don't outlive it, and a measure of the
-    machine's calm.
+    """What a benchmark may use.
+
+    It is a directory, processes that don't outlive it, and a measure of the machine's calm.
     """
 
     def __init__(self, directory: Path, guard: IO[str], say: Callable[[str], None]):
-        self.directory, self.say = directory, say
+        self.directory = directory
+        self.say = say
         self._guard = guard
         self._probes = [probe_ms()]
 
     def start(self, command: Sequence[str], log: Path, **options: Any) -> "subprocess.Popen[str]":
-        """A process in a group of its own, killed with the session. Its output goes to `log`,
-        unless `options` say.
+        """Start a process in a group of its own, which is killed with the session.
+
+        Its output goes to `log`, unless `options` (of Popen) say.
         """
         with log.open("a") as file:
             options = {"stdout": file} | options
@@ -61,8 +60,9 @@ class Session:
         self._guard.flush()
 
     def cool_down(self) -> None:
-        """On a Mac, which slows down as it heats up: wait until a fixed computation takes what it
-        took at first.
+        """Wait until a fixed computation takes what it took at first.
+
+        Only on a Mac, which slows down as it heats up.
         """
         until = time.monotonic() + _COOL_DOWN
         while platform.system() == "Darwin" and time.monotonic() < until:
@@ -71,15 +71,15 @@ class Session:
             time.sleep(5.0)
 
     def noise(self) -> dict[str, Any]:
-        """A fixed computation's time before and now; `quiet` is false where it moved by more than
-        10 %.
-        """
+        """Time a fixed computation again; `quiet` is false where it moved by more than 10 %."""
         self._probes.append(probe_ms())
-        before, after = self._probes[0], self._probes[-1]
+        before = self._probes[0]
+        after = self._probes[-1]
         change = after / before - 1
         if abs(change) > NOISE:
             self.say(
-                f"warning: a fixed computation took {before:.0f} ms before and {after:.0f} ms after: not a quiet run"
+                f"warning: a fixed computation took {before:.0f} ms before "
+                f"and {after:.0f} ms after: not a quiet run"
             )
         return {
             "probe_before_ms": before,
@@ -90,11 +90,14 @@ class Session:
 
 
 def probe_ms() -> float:
-    """Median time of the same eight products of 1,024 x 1,024 matrices."""
+    """Return the median time of the same eight products of 1,024 x 1,024 matrices."""
+    import mlx.core as mx  # the session is made when its BLAS is loaded
+
     a = mx.full((1024, 1024), 1e-3)
     times = []
     for _ in range(5):
-        began, b = time.perf_counter(), a
+        b = a
+        began = time.perf_counter()
         for _ in range(8):
             b = a @ b
         mx.eval(b)
@@ -103,14 +106,16 @@ def probe_ms() -> float:
 
 
 def check_room(settings: Settings) -> None:
-    """Raises StartupError where the disk is so full that a store would soon keep nothing."""
-    directory, kept = tempfile.gettempdir(), settings.store_min_free
+    """Raise StartupError where the disk is so full that a store would soon keep nothing."""
+    directory = tempfile.gettempdir()
+    kept = settings.store_min_free
     disk = shutil.disk_usage(directory)
     need = _ROOM + int(kept if isinstance(kept, int) else kept * disk.total)
     if disk.free < need:
         raise StartupError(
-            f"{directory} has {disk.free / 1e9:.1f} GB free, a benchmark wants {need / 1e9:,.1f} "
-            "(store_min_free and 1 GB): set TMPDIR to a directory on another disk"
+            f"{directory} has {disk.free / 1e9:.1f} GB free, "
+            f"a benchmark wants {need / 1e9:,.1f} (store_min_free and 1 GB): "
+            "set TMPDIR to a directory on another disk"
         )
 
 
@@ -120,10 +125,10 @@ def lock_file() -> Path:
 
 @contextmanager
 def bench_session(say: Callable[[str], None]) -> Iterator[Session]:
-    """Raises StartupError where another benchmark of this user runs. Ctrl-C, SIGTERM and SIGHUP end
-    it cleanly.
+    """Hold the machine for one benchmark. Ctrl-C, SIGTERM and SIGHUP end it cleanly.
 
-    `say` shows a line of text to the user.
+    `say` shows a line of text to the user. Raises StartupError where another benchmark of this user
+    runs.
     """
     lock = os.open(lock_file(), os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     try:
@@ -141,10 +146,10 @@ def bench_session(say: Callable[[str], None]) -> Iterator[Session]:
 
 @contextmanager
 def _guarded(lock: int) -> Iterator[tuple[Path, IO[str]]]:
-    """A private directory, and the input of a guard that removes it."""
+    """Give a private directory, and the input of a guard that removes it."""
     directory = Path(tempfile.mkdtemp(prefix="agentmem-bench-"))
     guard = subprocess.Popen(
-        [sys.executable, "-m", "agentmem.bench.guard", str(directory)],
+        [sys.executable, "-m", "agentmem.bench.harness.guard", str(directory)],
         stdin=subprocess.PIPE,
         text=True,
         pass_fds=(lock,),
@@ -163,9 +168,8 @@ def _interruptible() -> Iterator[None]:
     def interrupt(number: int, frame: object) -> None:
         raise Interrupted
 
-    before = {
-        number: signal.signal(number, interrupt) for number in (signal.SIGTERM, signal.SIGHUP)
-    }
+    numbers = (signal.SIGTERM, signal.SIGHUP)
+    before = {number: signal.signal(number, interrupt) for number in numbers}
     try:
         yield
     finally:

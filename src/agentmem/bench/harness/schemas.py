@@ -1,4 +1,7 @@
-"""JSON schemas of the results: `python -m agentmem.bench.schemas DIR` writes one a benchmark."""
+"""JSON schemas of the results.
+
+`python -m agentmem.bench.harness.schemas DIR` writes one a benchmark.
+"""
 
 import importlib
 import json
@@ -8,7 +11,7 @@ from typing import Any
 
 from .result import Result
 
-# benchmark: its result's class, from this package
+# benchmark: its result's class, from agentmem.bench
 RESULTS = {
     "ttft": "ttft.TtftResult",
     "throughput": "throughput.ThroughputResult",
@@ -18,18 +21,18 @@ RESULTS = {
     "write": "write.WriteResult",
     "ablation": "ablation.AblationResult",
     "scenario": "scenario_result.ScenarioResult",
-    "compare": "compare.CompareResult",
+    "compare": "compare_rows.CompareResult",
 }
 
 
 def result_class(benchmark: str) -> type[Result]:
     module, _, name = RESULTS[benchmark].partition(".")
-    found: type[Result] = getattr(importlib.import_module(f".{module}", __package__), name)
+    found: type[Result] = getattr(importlib.import_module(f"agentmem.bench.{module}"), name)
     return found
 
 
 def schema(benchmark: str) -> dict[str, Any]:
-    """Of what is written: keys with a default are required too."""
+    """Return the schema of what is written: keys with a default are required too."""
     of_class = result_class(benchmark).model_json_schema(mode="serialization")
     return {"$schema": "https://json-schema.org/draft/2020-12/schema"} | of_class
 
