@@ -21,6 +21,7 @@ from .middleware import BodyLimit, HostCheck, RequestId
 # comes last, as its paths begin like those of others
 APIS = (
     "chat_completions",
+    "completions",
     "responses",
     "models",
     "context",

@@ -1,0 +1,317 @@
+"""POST /v1/completions: OpenAI's completions, of prompts that are plain text or token ids."""
+
+import asyncio
+import time
+import uuid
+from collections.abc import AsyncIterator, Iterable, Sequence
+from dataclasses import replace
+from typing import Annotated, Any
+
+from fastapi import FastAPI, Request
+from pydantic import BeforeValidator, Field, WithJsonSchema
+from starlette.responses import JSONResponse, Response
+
+from ...agent_key import AgentKey
+from ...chat.messages import check_encodable
+from ...chat.renderer import Prompt
+from ...chat.token_texts import TokenTexts
+from ...engine.api import Finished, TextDelta, TokenLogprob
+from ...errors import AgentMemError, ContextLengthExceeded, InvalidRequest
+from ..answer import Ping, RunningAnswer, Services
+from ..auth import agent_of
+from ..errors import openai_error
+from ..sse import PING, event_lines, stream, whole
+from .identity import resolve_agent_id
+from .wire import AgentLife, Only, SamplingInput, StreamOptions, Text
+
+DONE = "data: [DONE]\n\n"
+_MAX_TOKENS = 16  # by default, as OpenAI has it
+_MAX_PROMPTS = 2048
+_LEAST = -9999.0  # in place of minus infinity, which JSON can't say
+_PROMPT_SCHEMA = {
+    "anyOf": [
+        {"type": "string"},
+        {"type": "array", "items": {"type": "string"}},
+        {"type": "array", "items": {"type": "integer"}},
+        {"type": "array", "items": {"type": "array", "items": {"type": "integer"}}},
+    ]
+}
+
+
+def _is_ids(prompt: Any) -> bool:
+    return isinstance(prompt, list) and bool(prompt) and all(type(token) is int for token in prompt)
+
+
+def _prompts(prompt: Any) -> list[str | list[int]]:
+    """Return the prompts of a request as a list."""
+    prompts = [prompt] if isinstance(prompt, str) or _is_ids(prompt) else prompt
+    if not isinstance(prompts, list) or not 1 <= len(prompts) <= _MAX_PROMPTS:
+        raise ValueError(f"must be a text or a list of token ids, or 1 to {_MAX_PROMPTS} of them")
+    if not (all(isinstance(one, str) for one in prompts) or all(map(_is_ids, prompts))):
+        raise ValueError("must hold texts, or lists of token ids, none of them empty")
+    for one in prompts:
+        if isinstance(one, str):
+            check_encodable(one, "prompt")
+    return prompts
+
+
+class CompletionRequest(SamplingInput):
+    """The body of POST /v1/completions. Null means the default everywhere."""
+
+    model: Text = "default"
+    prompt: Annotated[Any, BeforeValidator(_prompts), WithJsonSchema(_PROMPT_SCHEMA)]
+    agent_id: Text | None = None
+    agentmem: AgentLife | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    max_tokens: Annotated[int, Field(ge=0)] | None = None  # 0: fill the cache, and answer nothing
+    echo: bool | None = None
+    logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
+    priority: Annotated[int, Field(ge=-1000, le=1000)] | None = None
+
+    # promise nothing about the output
+    user: str | None = None
+    metadata: dict[str, Any] | None = None
+    store: bool | None = None
+    service_tier: str | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+    prompt_cache_options: dict[str, Any] | None = None
+    prompt_cache_retention: str | None = None
+
+    # would promise something that isn't there
+    n: Annotated[Any, Only(1)] = None
+    best_of: Annotated[Any, Only(1)] = None
+    suffix: Annotated[Any, Only()] = None
+
+
+def add_routes(app: FastAPI, services: Services) -> None:
+    @app.post("/v1/completions", response_model=None)
+    async def create_completion(body: CompletionRequest, request: Request) -> Response:
+        services.check_model(body.model)
+        agent = agent_of(request, _agent_id(request, body))
+        choices = [
+            await _begin(services, body, agent, index, prompt)
+            for index, prompt in enumerate(body.prompt)
+        ]
+        answers = [choice.answer for choice in choices]
+        completion = _Completion(services, choices)
+        if body.stream:
+            include_usage = bool(body.stream_options and body.stream_options.include_usage)
+            return await stream(request, completion.chunks(include_usage), *answers)
+        return JSONResponse(await whole(request, completion.body(), *answers))
+
+
+def _agent_id(request: Request, body: CompletionRequest) -> str:
+    return resolve_agent_id(
+        request.headers,
+        agent_id=body.agent_id,
+        prompt_cache_key=body.prompt_cache_key,
+        metadata=body.metadata,
+        user=body.user,
+        safety_identifier=body.safety_identifier,
+    )
+
+
+async def _begin(
+    services: Services, body: CompletionRequest, agent: AgentKey, index: int, said: str | list[int]
+) -> "_Choice":
+    """Return a choice whose answer is not begun yet. InvalidRequest: the prompt."""
+    scores_prompt = bool(body.echo) and body.logprobs is not None
+    if not isinstance(said, str):
+        prompt = Prompt(said)
+    elif scores_prompt:  # nothing cached is used, so that its tokens are nobody else's
+        prompt = Prompt(await services.renderer.text_tokens(said, begins=True))
+    else:
+        prompt = await services.text_prompt(agent, said, begins=True)
+    _check_tokens(services, prompt.tokens)
+    max_tokens = _MAX_TOKENS if body.max_tokens is None else body.max_tokens
+    params = replace(
+        body.sampling_params(max_tokens),
+        logprobs=body.logprobs,
+        prompt_logprobs=body.logprobs if scores_prompt else None,
+    )
+    request = services.generate_request(
+        agent, prompt, params, life=body.agentmem, priority=body.priority or 0
+    )
+    answer = RunningAnswer(services, replace(request, continues_text=True))
+    texts = await services.renderer.token_texts()
+    echo = None
+    shift = 0
+    if body.echo:
+        spelled = texts.whole(prompt.tokens)
+        echo = said if isinstance(said, str) else spelled
+        shift = len(spelled) - len(echo)
+    table = _Table(texts, shift) if body.logprobs is not None else None
+    return _Choice(index, answer, echo, table)
+
+
+def _check_tokens(services: Services, tokens: Sequence[int]) -> None:
+    engine = services.engine
+    if not tokens:
+        raise InvalidRequest("prompt: has no tokens", param="prompt")
+    wrong = next((token for token in tokens if not 0 <= token < engine.vocab_size), None)
+    if wrong is not None:
+        known = f"the model's are 0 to {engine.vocab_size - 1}"
+        raise InvalidRequest(f"prompt: {wrong} is no token id; {known}", param="prompt")
+    if len(tokens) >= engine.max_context:
+        why = engine.why_max_context
+        raise ContextLengthExceeded(len(tokens), engine.max_context, why, param="prompt")
+
+
+class _Table:
+    """OpenAI's table of tokens, their log probabilities and where they begin in the text."""
+
+    def __init__(self, texts: TokenTexts, shift: int):
+        """`shift`: characters that the first tokens stand for and the text does not have."""
+        self._texts, self._shift = texts, shift
+
+    @staticmethod
+    def empty() -> dict[str, list[Any]]:
+        return {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
+
+    def first(self, token: int) -> dict[str, list[Any]]:
+        """Return the row of a prompt's first token, which has no log probability."""
+        table = self.empty()
+        self._append(table, token, None, None)
+        return table
+
+    def rows(self, told: Iterable[TokenLogprob]) -> dict[str, list[Any]]:
+        table = self.empty()
+        for one in told:
+            top: dict[str, float] = {}
+            for token, logprob in (*one.top, (one.token, one.logprob)):
+                top.setdefault(self._texts.text(token), max(logprob, _LEAST))
+            self._append(table, one.token, max(one.logprob, _LEAST), top)
+        return table
+
+    def _append(
+        self,
+        table: dict[str, list[Any]],
+        token: int,
+        logprob: float | None,
+        top: dict[str, float] | None,
+    ) -> None:
+        table["tokens"].append(self._texts.text(token))
+        table["token_logprobs"].append(logprob)
+        table["top_logprobs"].append(top)
+        table["text_offset"].append(max(0, self._texts.offset - self._shift))
+        self._texts.add(token)
+
+
+class _Choice:
+    """The answer to one prompt, whole or in pieces."""
+
+    def __init__(self, index: int, answer: RunningAnswer, echo: str | None, table: _Table | None):
+        """`echo`: the prompt's text, where the answer begins with it."""
+        self.answer = answer
+        self._echo, self._table = echo, table
+        self.body: dict[str, Any] = {
+            "index": index,
+            "text": "",
+            "logprobs": _Table.empty() if table else None,
+            "finish_reason": None,
+        }
+
+    async def pieces(self) -> AsyncIterator[dict[str, Any] | None]:
+        """Yield what is new, as chunks have it; None where nothing was for a while.
+
+        `body` grows with it.
+        """
+        if self._echo is not None:
+            first = self.answer.request.tokens[0]
+            yield self._add(self._echo, self._table.first(first) if self._table else None)
+        async for item in self.answer.items():
+            if isinstance(item, TextDelta):
+                yield self._add(item.text, self._rows(item))
+            elif isinstance(item, Finished):
+                end = {"finish_reason": item.reason, "agentmem": self.answer.cost()}
+                self.body |= end
+                yield self._add("", self._rows(TextDelta(""))) | end
+            elif isinstance(item, Ping):
+                yield None
+
+    def _rows(self, delta: TextDelta) -> dict[str, list[Any]] | None:
+        return self._table.rows(delta.logprobs) if self._table else None
+
+    def _add(self, text: str, table: dict[str, list[Any]] | None) -> dict[str, Any]:
+        self.body["text"] += text
+        for name, column in (table or {}).items():
+            self.body["logprobs"][name] += column
+        piece = {"index": self.body["index"], "text": text, "logprobs": table}
+        return piece | {"finish_reason": None}
+
+
+class _Completion:
+    """The answers to all prompts of a request, whole or in chunks."""
+
+    def __init__(self, services: Services, choices: list[_Choice]):
+        self._choices, self._at_once = choices, services.settings.max_running
+        self._head: dict[str, Any] = {
+            "id": f"cmpl-{uuid.uuid4().hex}",
+            "object": "text_completion",
+            "created": int(time.time()),
+            "model": services.engine.model_name,
+        }
+
+    async def body(self) -> dict[str, Any]:
+        """Return the answers when they are whole."""
+        async for _ in self._pieces():
+            pass
+        choices = [choice.body for choice in self._choices]
+        return {**self._head, "choices": choices, "usage": self._usage()}
+
+    async def chunks(self, include_usage: bool) -> AsyncIterator[str]:
+        """Yield the answers as they come. An engine's error becomes the last line."""
+        usage = {"usage": None} if include_usage else {}
+        try:
+            async for piece in self._pieces():
+                if piece is None:
+                    yield PING
+                else:
+                    yield event_lines({**self._head, "choices": [piece], **usage})
+            if include_usage:
+                yield event_lines({**self._head, "choices": [], "usage": self._usage()})
+            yield DONE
+        except AgentMemError as e:
+            yield event_lines(openai_error(e))
+
+    async def _pieces(self) -> AsyncIterator[dict[str, Any] | None]:
+        """Yield those of all choices as they come, of as many at a time as run at once."""
+        told = asyncio.Queue[dict[str, Any] | None | Exception]()
+        running = asyncio.Semaphore(self._at_once)
+
+        async def tell(choice: _Choice) -> None:
+            try:
+                async with running:
+                    async for piece in choice.pieces():
+                        told.put_nowait(piece)
+            except Exception as e:
+                told.put_nowait(e)
+
+        tasks = [asyncio.create_task(tell(choice)) for choice in self._choices]
+        try:
+            num_open = len(tasks)
+            while num_open:
+                piece = await told.get()
+                if isinstance(piece, Exception):
+                    raise piece
+                yield piece
+                num_open -= piece is not None and piece["finish_reason"] is not None
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    def _usage(self) -> dict[str, Any]:
+        """Return the tokens of all prompts and answers together."""
+        finished = [choice.answer.finished for choice in self._choices]
+        stats = [end.stats for end in finished if end is not None]
+        prompt_tokens = sum(one.prompt_tokens for one in stats)
+        completion_tokens = sum(one.completion_tokens for one in stats)
+        return {
+            "prompt_tokens": prompt_tokens,
+            "completion_tokens": completion_tokens,
+            "total_tokens": prompt_tokens + completion_tokens,
+            "prompt_tokens_details": {"cached_tokens": sum(one.cached_tokens for one in stats)},
+        }
