@@ -77,14 +77,14 @@ class Unit:
     name: str
 
 
-Text = Annotated[str, Unit("TEXT")]
-Number = Annotated[int, Unit("N")]
-Tokens = Annotated[int, Unit("TOKENS")]
-Ratio = Annotated[float, Unit("RATIO")]
-Seconds = Annotated[float, Unit("SECONDS")]
-Hours = Annotated[float, Unit("HOURS")]
-Bytes = Annotated[int, BeforeValidator(parse_bytes), Unit("SIZE")]
-BytesOrShare = Annotated[int | float, BeforeValidator(parse_share), Unit("SIZE|PERCENT")]
+_Text = Annotated[str, Unit("TEXT")]
+_Number = Annotated[int, Unit("N")]
+_Tokens = Annotated[int, Unit("TOKENS")]
+_Ratio = Annotated[float, Unit("RATIO")]
+_Seconds = Annotated[float, Unit("SECONDS")]
+_Hours = Annotated[float, Unit("HOURS")]
+_Bytes = Annotated[int, BeforeValidator(parse_bytes), Unit("SIZE")]
+_BytesOrShare = Annotated[int | float, BeforeValidator(parse_share), Unit("SIZE|PERCENT")]
 
 
 class Settings(BaseSettings):
@@ -95,9 +95,9 @@ class Settings(BaseSettings):
 
     model_config = SettingsConfigDict(env_prefix="AGENTMEM_", extra="forbid")
 
-    model: Text = Field("demo", description="'demo', a directory with an MLX model, or a hub name")
-    host: Text = Field("127.0.0.1", description="Address to listen on")
-    port: Number = Field(8000, ge=0, le=65535, description="Port to listen on; 0 picks a free one")
+    model: _Text = Field("demo", description="'demo', a directory with an MLX model, or a hub name")
+    host: _Text = Field("127.0.0.1", description="Address to listen on")
+    port: _Number = Field(8000, ge=0, le=65535, description="Port to listen on; 0 picks a free one")
     home: Annotated[Path, Unit("DIR")] = Field(
         Path("~/.agentmem"), description="Directory that holds models and stores"
     )
@@ -119,7 +119,7 @@ class Settings(BaseSettings):
         description="Bits of a sealed block: 4, 8, 16 (the model's own dtype), k5v3 (keys 5, "
         "values 3) or k5v4",
     )
-    block_size: Annotated[Tokens, AfterValidator(_multiple_of_32)] = Field(
+    block_size: Annotated[_Tokens, AfterValidator(_multiple_of_32)] = Field(
         256, ge=32, le=2048, description="Tokens of a block"
     )
     state_interval: Annotated[int | None, Unit("TOKENS")] = Field(
@@ -137,7 +137,7 @@ class Settings(BaseSettings):
         description="What attention of running sequences reads; auto: measured once per model and "
         "device",
     )
-    prefill_chunk: Tokens = Field(
+    prefill_chunk: _Tokens = Field(
         512, ge=16, le=8192, description="Prompt tokens of a forward pass"
     )
     max_itl_ms: Annotated[float | None, Unit("MILLISECONDS")] = Field(
@@ -146,11 +146,11 @@ class Settings(BaseSettings):
         description="Longest gap between two tokens of an answer that the prefill of other "
         "requests may cause; by default as long as the prefill of 128 tokens takes",
     )
-    max_running: Number = Field(8, ge=1, le=256, description="Sequences decoded at once")
-    max_queue: Number = Field(
+    max_running: _Number = Field(8, ge=1, le=256, description="Sequences decoded at once")
+    max_queue: _Number = Field(
         64, ge=1, le=10_000, description="Requests that may wait; one more is answered 429"
     )
-    max_branches: Number = Field(
+    max_branches: _Number = Field(
         4,
         ge=1,
         le=64,
@@ -160,25 +160,25 @@ class Settings(BaseSettings):
     max_context: Annotated[int | None, Unit("TOKENS")] = Field(
         None, ge=16, description="Tokens of prompt and answer; by default the model's"
     )
-    date_session: Hours = Field(
+    date_session: _Hours = Field(
         24.0,
         ge=0,
         description="Hours after an agent's last request in which its prompts keep the chat "
         "template's date; 0: none",
     )
-    default_max_tokens: Tokens = Field(
+    default_max_tokens: _Tokens = Field(
         2048, ge=1, description="Tokens of an answer where a request names no limit"
     )
     reasoning_alias: bool = Field(
         False, description="Send reasoning as `reasoning` too, not only as `reasoning_content`"
     )
-    kv_budget: BytesOrShare = Field(
+    kv_budget: _BytesOrShare = Field(
         0.6,
         gt=0,
         description="RAM for all caches: a size such as 8G, or a share of what the model leaves of "
         "the device's memory",
     )
-    memory_limit: BytesOrShare = Field(
+    memory_limit: _BytesOrShare = Field(
         0.9,
         gt=0,
         description="RAM of the process, a size or a share of all: above it idle caches go, then "
@@ -187,25 +187,25 @@ class Settings(BaseSettings):
     trace: Annotated[Path | None, Unit("FILE")] = Field(
         None, description="File for a trace of every step and restore (Chrome trace events)"
     )
-    tail_delay: Seconds = Field(
+    tail_delay: _Seconds = Field(
         3.0,
         ge=0,
         description="Seconds of rest after which an agent's tail is written, if "
         "write_amplification allows",
     )
-    write_amplification: Ratio = Field(
+    write_amplification: _Ratio = Field(
         1.25,
         ge=1,
         description="Bytes written over bytes stored, of one conversation: above it tails wait for "
         "eviction or stop",
     )
-    store_quota: BytesOrShare = Field(
+    store_quota: _BytesOrShare = Field(
         0.2,
         gt=0,
         description="Disk for all stores: a size, or a share of the disk; the least recently used "
         "leaves",
     )
-    store_min_free: BytesOrShare = Field(
+    store_min_free: _BytesOrShare = Field(
         1 << 30, ge=0, description="Space that the store leaves free on its disk"
     )
     encrypt: bool = Field(
@@ -216,13 +216,13 @@ class Settings(BaseSettings):
         description="Master key of --encrypt, 64 hex digits, made if need be; by default it is in "
         "the macOS keychain",
     )
-    grace: Seconds = Field(
+    grace: _Seconds = Field(
         10.0,
         ge=0,
         allow_inf_nan=False,
         description="Seconds that running answers get to finish at shutdown",
     )
-    max_body: Bytes = Field(8 << 20, ge=1024, description="Largest request body, such as 8M")
+    max_body: _Bytes = Field(8 << 20, ge=1024, description="Largest request body, such as 8M")
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         "info", description="Least level of what is logged"
     )

@@ -53,7 +53,7 @@ def chat(
     options: dict[str, Any] = {"max_tokens": max_tokens, "temperature": temperature}
     if think is not None:
         options["chat_template_kwargs"] = {"enable_thinking": think}
-    talk = Chat(ChatSession(connect(url, api_key), agent, options))
+    talk = ChatScreen(ChatSession(connect(url, api_key), agent, options))
     for stream in (sys.stdin, sys.stdout):
         stream.reconfigure(errors="replace")  # type: ignore[union-attr]
     found = talk.begin(os.fsencode(system).decode(errors="replace") if system else None)
@@ -64,7 +64,7 @@ def chat(
     talk.run(_Editor(load_settings({"home": home}).home_dir / "chat_history"))
 
 
-class Chat:
+class ChatScreen:
     """A conversation on the screen."""
 
     def __init__(self, session: ChatSession):

@@ -21,7 +21,9 @@ from .options import Config, Json, with_settings
 from .show import print_json
 
 Verdict = Literal["ok", "warn", "fail"]
-Check = dict[str, Any]  # name, status, summary, fix (None where nothing is to be done), and figures
+Finding = dict[
+    str, Any
+]  # name, status, summary, fix (None where nothing is to be done), and figures
 
 _SLOW_GFLOPS = 20  # reference BLAS gives 2-6; OpenBLAS over 20 on a single small core
 _LITTLE_SPACE = 5 << 30  # bytes: a few hundred agents of a small model
@@ -73,11 +75,11 @@ def render(report: dict[str, Any]) -> str:
 
 def _check(
     name: str, status: Verdict, summary: str, fix: str | None = None, **figures: Any
-) -> Check:
+) -> Finding:
     return {"name": name, "status": status, "summary": summary, "fix": fix, **figures}
 
 
-def _check_platform() -> Check:
+def _check_platform() -> Finding:
     python = platform.python_version()
     system = f"{platform.system()} {platform.release()} {platform.machine()}"
     known = sys.platform == "linux" or (sys.platform == "darwin" and platform.machine() == "arm64")
@@ -92,7 +94,7 @@ def _check_platform() -> Check:
     )
 
 
-def _check_mlx(blas: BlasInfo) -> Iterator[Check]:
+def _check_mlx(blas: BlasInfo) -> Iterator[Finding]:
     import mlx.core as mx
 
     device = mx.default_device()
@@ -110,7 +112,7 @@ def _check_mlx(blas: BlasInfo) -> Iterator[Check]:
     yield _check("blas", status, summary, fix, library=blas.name, path=blas.path, gflops=gflops)
 
 
-def _check_compiler() -> Check:
+def _check_compiler() -> Finding:
     """Tell whether mx.compile is on; that it is not is no fault.
 
     It is off on a CPU, see load_fast_blas; elsewhere it uses the GPU's own compiler.
@@ -122,7 +124,7 @@ def _check_compiler() -> Check:
     return _check("compiler", "ok", summary, mx_compile=is_on, path=compiler)
 
 
-def _check_model(settings: Settings) -> Iterator[Check]:
+def _check_model(settings: Settings) -> Iterator[Finding]:
     from ..models.loading import find_local
     from ..models.model_dir import read_model_dir
 
@@ -155,7 +157,7 @@ def _check_model(settings: Settings) -> Iterator[Check]:
     yield _check_cache(settings, found.config)
 
 
-def _check_cache(settings: Settings, config: dict[str, Any]) -> Check:
+def _check_cache(settings: Settings, config: dict[str, Any]) -> Finding:
     """Tell which kinds of layers the model has, what of their caches is kept, and in what bits."""
     from ..kvcache.spec import describe
     from ..kvcache.spec_of_config import spec_of_config
@@ -179,7 +181,7 @@ def _check_cache(settings: Settings, config: dict[str, Any]) -> Check:
     return _check("cache", "warn", describe(spec), fix, **figures)
 
 
-def _check_store(settings: Settings) -> Check:
+def _check_store(settings: Settings) -> Finding:
     there = store = settings.store_dir
     while not there.exists():
         there = there.parent
@@ -206,7 +208,7 @@ def _check_store(settings: Settings) -> Check:
     return _check("store", status, summary, fix, **figures)
 
 
-def _check_modes(settings: Settings) -> Check:
+def _check_modes(settings: Settings) -> Finding:
     """Tell whether others can read the store, which holds what agents said.
 
     A closed home protects all that is under it.

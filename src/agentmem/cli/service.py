@@ -16,7 +16,7 @@ from .show import ago, print_json, progress_bar
 _UNHEALTHY, _STOPPED = 1, 3  # exit codes of status; systemctl's is 3 too
 
 
-class _Commands(TyperGroup):
+class _ServiceCommands(TyperGroup):
     """Makes a user's fault of a file that can't be read or written."""
 
     def invoke(self, ctx: Any) -> Any:
@@ -29,7 +29,7 @@ class _Commands(TyperGroup):
 
 
 app = typer.Typer(
-    cls=_Commands,
+    cls=_ServiceCommands,
     no_args_is_help=True,
     help="Run the server in the background, from login on, and again after a crash.",
 )

@@ -19,7 +19,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import _download, dequantize_model, load_tokenizer
 from mlx_lm.utils import load_model as load_mlx_model
 
-from ..errors import ModelError
+from ..errors import ModelError, program
 from .model_dir import ModelDir, read_model_dir
 from .pull import Progress, pull_demo
 from .weights_hash import weights_hash
@@ -68,7 +68,8 @@ def find_config(name: str, home: Path) -> Path:
     if found is not None:
         return found / "config.json"
     if name == "demo":
-        raise ModelError("model 'demo' is not on this machine yet: agentmem pull demo")
+        hint = f"{program()} pull demo"
+        raise ModelError(f"model 'demo' is not on this machine yet: {hint}")
     return Path(_from_hub(name, lambda: hf_hub_download(name, "config.json")))
 
 

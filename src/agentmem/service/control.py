@@ -18,7 +18,7 @@ from .settings_file import render
 from .supervisor import OLD_LOGS, STARTED
 from .systemd import Systemd
 
-Kind = Launchd | Systemd | Background
+ServiceKind = Launchd | Systemd | Background
 _STARTS_WITHIN = 15.0  # s: the supervisor, which loads nothing
 _SHOWN_LINES = 15  # of the log, where a start fails
 # how names of our files begin; a key that a user put there is none
@@ -53,7 +53,7 @@ class Service:
         self.files = service_files()
         description = Description(self.files, self._grace())
         self._stop_seconds = description.stop_seconds
-        self._kinds: tuple[Kind, ...] = (
+        self._kinds: tuple[ServiceKind, ...] = (
             Launchd(description),
             Systemd(description),
             Background(description),
@@ -68,7 +68,7 @@ class Service:
             return default
 
     @property
-    def installed(self) -> Kind | None:
+    def installed(self) -> ServiceKind | None:
         return next((kind for kind in self._kinds if kind.file.exists()), None)
 
     @property
@@ -81,13 +81,13 @@ class Service:
                 "the service is installed and running: --force stops and replaces it"
             )
 
-    def check_installed(self) -> Kind:
+    def check_installed(self) -> ServiceKind:
         if (kind := self.installed) is None:
             raise StartupError(f"the service is not installed: {program()} service install")
         load_settings({}, self.files.settings)  # it may have been edited
         return kind
 
-    def install(self, settings: Settings) -> Kind:
+    def install(self, settings: Settings) -> ServiceKind:
         """Write what there is to write, for `settings` that have been checked.
 
         What was installed goes first.
@@ -103,7 +103,7 @@ class Service:
             raise
         return kind
 
-    def uninstall(self) -> Kind | None:
+    def uninstall(self) -> ServiceKind | None:
         """Stop it and take away every file, not models and stores; None: it was not installed."""
         kind = self.installed
         self.stop()
