@@ -31,7 +31,9 @@ from support.commands import KEY, chat
 from support.server_process import ServerProcess
 
 COMMAND = (sys.executable, "-m", "agentmem")
-REFUSED, FAULT = 1, 2  # exit codes: by the server; of the user, or no server
+# exit codes
+REFUSED = 1  # by the server
+FAULT = 2  # of the user, or no server
 
 
 @pytest.fixture(scope="module")
@@ -177,7 +179,8 @@ def test_what_the_server_refuses_is_one_line_and_exit_code_1(server, cli, tmp_pa
 
 def test_url_and_key_may_stand_before_and_after_the_verb(server, cli, environment):
     plain = {k: v for k, v in environment.items() if not k.startswith("AGENTMEM_")}
-    url, key = ("--url", server.url), ("--api-key", KEY)
+    url = ("--url", server.url)
+    key = ("--api-key", KEY)
     for arguments in (
         (*url, *key, "list", "--json"),
         ("list", "--json", *url, *key),
@@ -334,7 +337,8 @@ def stopped(model, tmp_path_factory) -> tuple[Path, str]:
 def test_a_flipped_bit_of_a_stopped_store_is_found_put_aside_and_survived(
     cli, model, environment, stopped, tmp_path
 ):
-    home, answer = shutil.copytree(stopped[0], tmp_path / "home"), stopped[1]
+    home = shutil.copytree(stopped[0], tmp_path / "home")
+    answer = stopped[1]
     environment = environment | {"AGENTMEM_HOME": str(home)}
     bad = max(blocks(home), key=lambda p: p.stat().st_mtime)
     flip(bad)
@@ -361,7 +365,8 @@ def test_a_flipped_bit_of_a_stopped_store_is_found_put_aside_and_survived(
 def test_a_store_of_a_newer_format_is_left_alone_and_the_others_are_collected(
     cli, model, environment, stopped, tmp_path
 ):
-    home, answer = shutil.copytree(stopped[0], tmp_path / "home"), stopped[1]
+    home = shutil.copytree(stopped[0], tmp_path / "home")
+    answer = stopped[1]
     environment = environment | {"AGENTMEM_HOME": str(home)}
     (store,) = (home / "store").iterdir()
     newer = store.with_name("0" * 32)

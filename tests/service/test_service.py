@@ -39,13 +39,14 @@ from support.tiny import BLOCK
 from support.tiny_model_dir import write_tiny_model
 
 COMMAND = (sys.executable, "-m", "agentmem", "service")
-UNHEALTHY, FAULT, STOPPED = 1, 2, 3
+# exit codes
+UNHEALTHY = 1
+FAULT = 2
+STOPPED = 3
 FAKE = Path(__file__).parents[1] / "support" / "fake_init.py"
 TOOLS = {"process": None, "launchd": "launchctl", "systemd": "systemctl"}
-PLIST, UNIT = (
-    "Library/LaunchAgents/local.agentmem.server.plist",
-    ".config/systemd/user/agentmem.service",
-)
+PLIST = "Library/LaunchAgents/local.agentmem.server.plist"
+UNIT = ".config/systemd/user/agentmem.service"
 FILES = {
     "process": [],
     "launchd": [PLIST],
@@ -62,7 +63,8 @@ class User:
     """A user with a home directory of their own, and perhaps an init system."""
 
     def __init__(self, home: Path, bin: Path, tool: str | None):
-        self.home, self.root = home, home / ".agentmem" / "service"
+        self.home = home
+        self.root = home / ".agentmem" / "service"
         home.mkdir()
         bin.mkdir()
         for name in filter(None, TOOLS.values()):  # none of the machine's own
@@ -608,7 +610,8 @@ def test_a_line_without_end_is_handed_on_in_parts():
 def test_logs_shows_the_last_lines_and_follows_through_a_rotation(user, model):
     assert "no log" in user.service("logs", code=FAULT)
     user.service("install", "--model", model)
-    log, older = user.root / "server.log", user.root / "server.log.1"
+    log = user.root / "server.log"
+    older = user.root / "server.log.1"
     older.write_text("a\nb\nc\n")
     log.write_text("d\ne\n")
     assert user.service("logs", "-n", 3) == "c\nd\ne\n"

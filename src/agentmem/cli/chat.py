@@ -56,7 +56,9 @@ def chat(
     talk = ChatScreen(ChatSession(connect(url, api_key), agent, options))
     for stream in (sys.stdin, sys.stdout):
         stream.reconfigure(errors="replace")  # type: ignore[union-attr]
-    found = talk.begin(os.fsencode(system).decode(errors="replace") if system else None)
+    if system is not None:
+        system = os.fsencode(system).decode(errors="replace")
+    found = talk.begin(system or None)
     if not sys.stdin.isatty():
         talk.answer_lines(line.rstrip("\n") for line in sys.stdin)
         return
@@ -107,7 +109,8 @@ class ChatScreen:
 
     def greet(self, found: dict[str, Any]) -> None:
         """Show how much is there already, and the last of it."""
-        name, messages = self._session.agent, found["messages"]
+        name = self._session.agent
+        messages = found["messages"]
         if not messages:
             self._say(f"{name} is new: nothing was said yet. /help for help")
             return
@@ -222,7 +225,8 @@ class ChatScreen:
         self._say("from the next message on")
 
     def _stats(self) -> None:
-        name, stats = self._session.agent, self._session.stats()
+        name = self._session.agent
+        stats = self._session.stats()
         if stats is None:
             self._say(f"{name} holds nothing yet")
             return
@@ -234,7 +238,8 @@ class ChatScreen:
 
 
 def _cost(answer: ChatAnswer) -> str:
-    cost, usage = answer.cost, answer.usage
+    cost = answer.cost
+    usage = answer.usage
     rate = answer.tokens_per_second
     speed = f" at {rate:.1f}/s" if rate else ""
     parts = [

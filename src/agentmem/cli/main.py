@@ -12,7 +12,10 @@ from .. import __version__
 from ..errors import AgentMemError, StartupError
 from .lazy import Lazy, LazyGroup
 
-_REFUSED, _FAULT, _INTERRUPTED = 1, 2, 130  # exit codes; the last is 128 and SIGINT's number
+# exit codes
+_REFUSED = 1
+_FAULT = 2
+_INTERRUPTED = 130  # 128 and SIGINT's number
 
 
 def main() -> None:
@@ -24,7 +27,8 @@ def main() -> None:
         app()
     except AgentMemError as e:
         print(f"agentmem: {e}", file=sys.stderr)
-        raise SystemExit(_FAULT if isinstance(e, StartupError) else _REFUSED) from None
+        code = _FAULT if isinstance(e, StartupError) else _REFUSED
+        raise SystemExit(code) from None
     except KeyboardInterrupt:
         raise SystemExit(_INTERRUPTED) from None
 

@@ -13,7 +13,9 @@ from ..service.control import Service, ServiceStatus, check
 from .options import Config, Json, with_settings
 from .show import ago, print_json, progress_bar
 
-_UNHEALTHY, _STOPPED = 1, 3  # exit codes of status; systemctl's is 3 too
+# exit codes of status
+_UNHEALTHY = 1
+_STOPPED = 3  # as systemctl's
 
 
 class _ServiceCommands(TyperGroup):
@@ -79,7 +81,8 @@ def status(as_json: Json = False) -> None:
     if as_json:
         print_json({"running": running} | asdict(found))
     else:
-        print(f"installed  {f'{found.installed}, {found.file}' if found.installed else 'no'}")
+        installed = f"{found.installed}, {found.file}" if found.installed else "no"
+        print(f"installed  {installed}")
         print(f"running    {_running(found) if running else 'no'}")
         print(f"healthy    {'yes' if found.healthy else 'no'}")
     if found.healthy:

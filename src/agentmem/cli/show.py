@@ -10,7 +10,10 @@ from rich.progress import Progress, ProgressColumn, TextColumn, TimeElapsedColum
 from rich.table import Table
 
 _WIDE = 200  # columns where nobody looks: a program wants whole lines
-_MINUTE, _HOUR, _DAY = 60, 3600, 86400  # s
+# s
+_MINUTE = 60
+_HOUR = 60 * _MINUTE
+_DAY = 24 * _HOUR
 
 
 def size(nbytes: float) -> str:

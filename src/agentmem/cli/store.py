@@ -48,6 +48,7 @@ def _print_table(rows: list[fsck.StoreStats]) -> None:
     )
     for row in rows:
         writes = _writes(row)
+        used = ago(row.last_used) if row.last_used else "-"
         lines.add_row(
             _short(row),
             str(row.agents),
@@ -56,7 +57,7 @@ def _print_table(rows: list[fsck.StoreStats]) -> None:
             size(row.disk_bytes),
             size(writes["last_hour"]),
             size(writes["last_day"]),
-            ago(row.last_used) if row.last_used else "-",
+            used,
         )
     console().print(lines)
     for row in rows:
@@ -95,7 +96,8 @@ def verify(
     else:
         for report in reports:
             _print_report(report, repair=repair)
-    raise typer.Exit(0 if all(report.ok for report in reports) or repair else 1)
+    is_well = repair or all(report.ok for report in reports)
+    raise typer.Exit(0 if is_well else 1)
 
 
 def _print_report(report: fsck.Verified, *, repair: bool) -> None:

@@ -26,7 +26,8 @@ LOG_BYTES = 10 << 20  # after which a log becomes server.log.1
 OLD_LOGS = 3
 STARTED = "agentmem service: starting the server"
 _READY = b"Ready: "  # what `agentmem serve` prints once it answers, and its URL
-_FIRST_DELAY, _LONGEST_DELAY = 0.5, 60.0  # s
+_FIRST_DELAY = 0.5  # s
+_LONGEST_DELAY = 60.0  # s
 _LONGEST_LINE = 1 << 16  # bytes
 _STEADY = 60.0  # s of answering, after which an end is no longer counted with those before
 _ORPHAN_PATIENCE = 30.0  # s that a server without supervisor gets to end
@@ -100,7 +101,8 @@ class _Supervisor:
         code = await process.wait()
         stopping.cancel()
         if not self._stop.is_set():
-            self._note_end(f"killed by signal {-code}" if code < 0 else f"exit code {code}")
+            ended = f"killed by signal {-code}" if code < 0 else f"exit code {code}"
+            self._note_end(ended)
 
     async def _spawn(self) -> asyncio.subprocess.Process:
         lock = acquire(self._files.server)
