@@ -8,7 +8,7 @@ from typing import Any
 from urllib.parse import quote
 
 import httpx
-from httpx_sse import EventSource
+from httpx_sse import EventSource, SSEError
 
 from .errors import AgentMemError, StartupError, Unauthorized, program
 
@@ -21,6 +21,8 @@ class RequestFailed(AgentMemError):
 
 
 class Client:
+    """Talks to one server. Errors are RequestFailed and, where nobody answers, StartupError."""
+
     def __init__(self, url: str, api_key: str | None = None, *, if_absent: str = ""):
         """Take a `url` with or without /v1; `if_absent` says what to do where nobody answers."""
         self._if_absent = if_absent or f"start it ({program()} serve), or give --url"
@@ -32,22 +34,18 @@ class Client:
         self._headers = {"authorization": f"Bearer {api_key}"} if api_key else {}
 
     def call(self, method: str, path: str, **request: Any) -> dict[str, Any]:
-        """The answer's JSON. RequestFailed: an error; StartupError: nobody answers."""
+        """Return the answer's JSON."""
         answer = b"".join(self.stream(method, path, **request))
         try:
             found = json.loads(answer)
         except ValueError:
             found = None
         if not isinstance(found, dict):
-            raise RequestFailed(
-                f"{self.url}{path} answered with no JSON object: is this an agentmem server?"
-            )
+            raise self._is_another(f"{path} answered with no JSON object")
         return found
 
     def health(self) -> dict[str, Any]:
-        """What /health says, of a server that isn't healthy too. Errors as those of `call`; it
-        waits 10 s at most.
-        """
+        """Return what /health says, of a server that isn't healthy too; wait 10 s at most."""
         try:
             response = httpx.get(
                 f"{self.url}/health",
@@ -62,12 +60,9 @@ class Client:
             raise StartupError(f"{self.url}: {type(e).__name__}: {e}") from None
         except ValueError:
             found = None
-        if (
-            not isinstance(found, dict) or not {"status", "errors"} <= found.keys()
-        ):  # others have a status too
-            raise RequestFailed(
-                f"{self.url}/health answered {response.status_code}: is this an agentmem server?"
-            )
+        # others have a status too
+        if not isinstance(found, dict) or not {"status", "errors"} <= found.keys():
+            raise self._is_another(f"/health answered {response.status_code}")
         return found
 
     def events(
@@ -75,13 +70,16 @@ class Client:
     ) -> Generator[dict[str, Any], None, None]:
         """Yield the JSON of a stream of server-sent events, as it comes.
 
-        RequestFailed: also an error among them.
+        An error among them is raised as RequestFailed.
         """
         with self._response(method, path, **request) as response:
-            for event in read_events(response):
-                if "error" in event:
-                    raise RequestFailed(event["error"]["message"], code=event["error"]["code"])
-                yield event
+            try:
+                for event in read_events(response):
+                    if "error" in event:
+                        raise RequestFailed(event["error"]["message"], code=event["error"]["code"])
+                    yield event
+            except SSEError:
+                raise self._is_another(f"{path} answered with no stream of events") from None
 
     def stream(self, method: str, path: str, **request: Any) -> Generator[bytes, None, None]:
         """Yield the answer's body, as it comes."""
@@ -90,7 +88,7 @@ class Client:
 
     @contextmanager
     def _response(self, method: str, path: str, **request: Any) -> Iterator[httpx.Response]:
-        """Give an answer whose body is still to come. Errors are those of `call`."""
+        """Give an answer whose body is still to come."""
         try:
             with (
                 httpx.Client(
@@ -114,6 +112,9 @@ class Client:
         except (httpx.HTTPError, httpx.InvalidURL) as e:
             raise StartupError(f"{self.url}: {type(e).__name__}: {e}") from None
 
+    def _is_another(self, what: str) -> RequestFailed:
+        return RequestFailed(f"{self.url}{what}: is this an agentmem server?")
+
     def _nobody(self) -> StartupError:
         return StartupError(f"no server answers at {self.url}: {self._if_absent}")
 
@@ -121,7 +122,7 @@ class Client:
 def read_events(response: httpx.Response) -> Iterator[dict[str, Any]]:
     """Yield the JSON object of each server-sent event, as soon as its bytes are there.
 
-    Pings and the end's [DONE] are none. Raises SSEError where the answer is no stream of events.
+    Pings and the end's [DONE] are none. Raise SSEError where the answer is no stream of events.
     """
     for event in EventSource(response).iter_sse():
         if event.data.startswith("{"):
@@ -150,7 +151,8 @@ def check_utf8(text: str | None) -> str | None:
 def _failed(response: httpx.Response) -> RequestFailed:
     try:
         error = response.json()["error"]
-        message, code = error["message"], error.get("code")
+        message = error["message"]
+        code = error.get("code")
         if code == Unauthorized.code:
             message += " Give a key with --api-key or AGENTMEM_API_KEY."
         return RequestFailed(message, code=code)

@@ -348,14 +348,36 @@ class Reasons(BaseHTTPRequestHandler):
         pass
 
 
-@pytest.fixture
-def reasons():
-    with ThreadingHTTPServer(("127.0.0.1", 0), Reasons) as other:
+class Greets(Reasons):
+    """Knows transcripts, and greets whoever says something."""
+
+    def do_POST(self):
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(b"<p>hello</p>")
+
+
+@contextmanager
+def served_by(handler: type[BaseHTTPRequestHandler]) -> Iterator[str]:
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as other:
         thread = threading.Thread(target=other.serve_forever)
         thread.start()
         yield f"http://127.0.0.1:{other.server_port}"
         other.shutdown()
         thread.join()
+
+
+@pytest.fixture
+def reasons():
+    with served_by(Reasons) as url:
+        yield url
+
+
+def test_an_answer_that_is_no_stream_of_events_is_told_apart(environment):
+    with served_by(Greets) as url:
+        done = piped(environment, url, "hello\n")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "no stream of events: is this an agentmem server?" in done.stderr
 
 
 def test_reasoning_is_dim_control_characters_are_dropped_and_an_error_in_a_stream_is_a_message(

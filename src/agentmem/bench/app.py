@@ -4,7 +4,7 @@ Each benchmark is one module of this package, named as its command; harness/ has
 module is imported when its command is called: `bench --help` imports none.
 """
 
-from typing import Any
+from typing import Any, ClassVar
 
 import typer
 
@@ -60,7 +60,7 @@ COMMANDS = {
 
 
 class _Benchmarks(LazyGroup):
-    lazy = {  # noqa: RUF012
+    lazy: ClassVar = {
         name: Lazy(f"agentmem.bench.{name}", name, first) for name, first in COMMANDS.items()
     }
 

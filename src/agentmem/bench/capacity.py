@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
+from ..cli.options import Config, Home
 from ..cli.show import console, size, table
 from ..config import Settings, load_settings, parse_bytes, parse_share, resolve
 from ..errors import StartupError
 from .harness.model_config import find, read_config
-from .harness.options import Config, Home, JsonFile, Shown, check_writable
+from .harness.options import JsonFile, Shown, check_writable
 from .harness.paper import PAPER_TABLE
 
 if TYPE_CHECKING:

@@ -4,7 +4,7 @@ What is imported here is what `agentmem --help` waits for.
 """
 
 import sys
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import typer
 
@@ -34,7 +34,7 @@ def main() -> None:
 
 
 class _Commands(LazyGroup):
-    lazy = {  # noqa: RUF012
+    lazy: ClassVar = {
         "serve": Lazy(
             "agentmem.cli.serve",
             "serve",

@@ -16,9 +16,10 @@ import typer
 from rich.progress import Progress
 from rich.table import Table
 
+from ...cli.options import Config, Home
 from ...cli.show import console, progress_bar
 from ...config import Settings, load_settings
-from ...errors import ModelError, StartupError
+from ...errors import ModelError, StartupError, program
 from ...linux_cpu.prepare import prepare_mlx
 from . import plot as plots
 from .corpus import Prompts
@@ -38,12 +39,6 @@ Corpus = Annotated[
 ]
 Plot = Annotated[
     Path | None, typer.Option(help="draw it there, as PNG, SVG or PDF", metavar="FILE")
-]
-Home = Annotated[
-    Path | None, typer.Option(help="directory that holds models (default: ~/.agentmem)")
-]
-Config = Annotated[
-    Path | None, typer.Option("--config", help="TOML file with settings, see configs/")
 ]
 JsonFile = Annotated[
     Path | None, typer.Option("--json", help="write the result there", metavar="FILE")
@@ -145,7 +140,8 @@ class Shared:
         model = find_local(settings.model, settings.home_dir)
         if model is None:
             raise ModelError(
-                f"model {settings.model!r} is not on this machine: agentmem pull {settings.model}"
+                f"model {settings.model!r} is not on this machine: "
+                f"{program()} pull {settings.model}"
             )
         check_room(settings)
         with progress_bar() as progress:
