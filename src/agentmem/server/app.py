@@ -22,6 +22,7 @@ from .middleware import BodyLimit, HostCheck, RequestId
 APIS = (
     "chat_completions",
     "completions",
+    "messages",
     "responses",
     "models",
     "context",
