@@ -17,7 +17,6 @@ from agentmem.store.agent_store import AgentStore
 from agentmem.store.files import segment
 from agentmem.store.files.layout import Layout
 from agentmem.store.files.reader import Catalog, Reader
-from agentmem.store.manifest import schema
 from agentmem.store.records import AgentRecord, BlockToSave, BranchHead, FileRef, TailToSave
 from agentmem.store.upkeep import fsck
 from agentmem.store.writer.writer import StoreWriteSkipped
@@ -31,6 +30,7 @@ from support.stores import (
     holds,
     index,
     key,
+    make_older,
     opened,
     save,
     save_tail,
@@ -340,49 +340,54 @@ def test_a_changed_value_in_a_row_costs_that_row_and_what_is_built_on_it(tmp_pat
     assert blocks == {key("x")}
 
 
-def make_older(root: Path, version: int) -> None:
-    """Its manifest, with the same rows, in an earlier format."""
-    path, old = root / "f0" / "manifest.sqlite", root / "old.sqlite"
-    with contextlib.closing(sqlite3.connect(old, isolation_level=None)) as db:
-        db.create_function("rowsum", -1, schema._row_sum, deterministic=True)
-        for migration in schema.MIGRATIONS[:version]:
-            migration(db)
-        db.execute(f"PRAGMA user_version = {version}")
-        db.execute(f"PRAGMA application_id = {schema._APP + version if version > 1 else 0}")
-        db.execute("ATTACH ? AS new", (str(path),))
-        for table in ("meta", "agents", "blocks", "branches"):
-            columns = ", ".join(
-                name
-                for _, name, *_ in db.execute(f"PRAGMA main.table_info({table})")
-                if name != "sum"
-            )
-            db.execute(f"INSERT INTO main.{table} ({columns}) SELECT {columns} FROM new.{table}")
-    old.replace(path)
-
-
-@pytest.mark.parametrize("version", [1, 2])
-def test_a_store_of_a_format_whose_files_have_no_parts_is_brought_to_this_one_empty(
-    tmp_path, version
-):
+@pytest.mark.parametrize("version", [1, 4])
+def test_a_store_of_an_older_format_starts_empty_and_one_line_says_so(tmp_path, version, caplog):
     with opened(tmp_path) as store:
         save(store, B1, "alice", "ab").result()
         save_tail(store, B1, "alice", "ab", "t").result()
-    make_older(tmp_path, version)
     layout = Layout(tmp_path / "f0")
+    make_older(layout.root, version)
     before = layout.manifest.read_bytes()
     stats, report = fsck.store_stats(layout), fsck.verify(layout, lambda _: None)
     assert (stats.agents, stats.blocks, report.files, report.ok) == (0, 0, 0, True)
-    assert stats.disk_bytes > len(before) == len(layout.manifest.read_bytes())
+    assert stats.disk_bytes > len(before)
     assert layout.manifest.read_bytes() == before
+    assert caplog.messages == []
     with opened(tmp_path) as store:
+        (line,) = caplog.messages
+        assert str(layout.root) in line and f"format {version}" in line and "empty" in line
         assert (store.index().agents, store.index().branches, store.index().blocks) == ([], [], [])
         assert store.stats()["damaged_rows"] == 0
         assert files(tmp_path) == []
         save(store, B1, "alice", "ab").result()
         assert holds(store, "ab")
-    make_older(tmp_path, version)
+    with opened(tmp_path) as store:
+        assert holds(store, "ab")
+    assert len(caplog.messages) == 1
+    make_older(layout.root, version)
     assert fsck.shrink(layout, 0) == 0
     assert not layout.root.exists()
+
+
+@pytest.mark.parametrize("log", [b"", b"left over" * 1000])
+def test_a_store_that_was_killed_while_an_older_manifest_was_removed_starts_empty(tmp_path, log):
+    """The database goes before its log, which may be left."""
+    with opened(tmp_path) as store:
+        save(store, B1, "alice", "ab").result()
+        left = layout_log(tmp_path).read_bytes()
+    layout = Layout(tmp_path / "f0")
+    layout.manifest.unlink()
+    layout_log(tmp_path).write_bytes(log or left)
+    with opened(tmp_path) as store:
+        assert (store.index().agents, files(tmp_path)) == ([], [])
+        save(store, B1, "alice", "ab").result()
+        assert holds(store, "ab")
+    assert index(tmp_path)[1] == {key("a"), key("ab")}
+
+
+def layout_log(root: Path) -> Path:
+    manifest = Layout(root / "f0").manifest
+    return manifest.with_name(manifest.name + "-wal")
 
 
 def in_parts(name: str) -> dict[str, HostTensor]:

@@ -347,7 +347,7 @@ def test_no_part_stands_in_for_another_files_even_where_row_and_header_were_made
     with contextlib.closing(
         sqlite3.connect(tmp_path / "f0" / "manifest.sqlite", isolation_level=None)
     ) as db:
-        db.create_function("rowsum", -1, schema._row_sum, deterministic=True)
+        schema.prepare(db)
         checksum = segment.checksum(forged[: header.nbytes])
         db.execute("UPDATE blocks SET checksum = ? WHERE key = ?", (checksum, key("a")))
     with opened(tmp_path) as store:

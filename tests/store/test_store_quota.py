@@ -394,10 +394,10 @@ def plant(manifest: Manifest, tree) -> None:
         manifest.add_block(BlockRecord(name, parent, tokens("b"), 4096 * (i + 1), b"", 1.0), None)
         for used, tail, pinned in branches:
             agent = f"{n}{'pinned' * pinned}"
-            manifest.put_agent(AgentRecord(AgentKey("ns", agent), 1.0, float(used), pinned=pinned))
+            manifest.agents.put(AgentRecord(AgentKey("ns", agent), 1.0, float(used), pinned=pinned))
             manifest.put_branch(BranchHead(branch(n), AgentKey("ns", agent), name, float(used)))
             if tail:
-                manifest.set_tail(branch(n), TailRecord(tokens("t"), 5000, b""), n + 1, None, None)
+                manifest.set_tail(branch(n), TailRecord(tokens("t"), 5000, b""), n + 1, None)
             n += 1
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import sqlite3
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +27,14 @@ def opened(root: Path, meta=META, **options):
         yield store
     finally:
         store.close()
+
+
+def make_older(store: Path, version: int) -> None:
+    """Let the store in this directory be of an earlier format: its rows stay, to be found or not."""
+    path = store / "manifest.sqlite"
+    with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as db:
+        db.execute(f"PRAGMA user_version = {version}")
+        db.execute(f"PRAGMA application_id = {(0x61676D << 8) + version if version > 1 else 0}")
 
 
 def key(name: str) -> bytes:

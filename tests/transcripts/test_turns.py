@@ -11,10 +11,10 @@ from agentmem.agent_key import AgentKey
 from agentmem.errors import StoreError
 from agentmem.store.agent_store import AgentStore
 from agentmem.store.files.crypto import Vault
-from agentmem.store.manifest import schema
 from agentmem.transcripts import registry, turns
 from agentmem.transcripts.registry import TranscriptRegistry
 from agentmem.transcripts.turns import TurnTree, new_turn
+from support.stores import make_older
 
 KEY = AgentKey("ns", "a")
 
@@ -279,20 +279,18 @@ def test_agents_that_are_merged_keep_the_turns_of_both_under_one_key(tmp_path):
     assert len(found) == 2 and b"of a" in found[0] and b"of b" in found[1]
 
 
-def test_a_store_of_the_format_before_gets_the_table(tmp_path):
-    with opened(tmp_path):
-        pass
-    path = tmp_path / "f1" / "manifest.sqlite"
-    path.unlink()
-    with closing(sqlite3.connect(path, isolation_level=None)) as db:
-        db.create_function("rowsum", -1, schema._row_sum, deterministic=True)
-        for migration in schema.MIGRATIONS[:3]:
-            migration(db)
-        db.execute("INSERT INTO meta VALUES ('calibration', 'c')")
-        db.execute("PRAGMA user_version = 3")
-        db.execute(f"PRAGMA application_id = {schema._APP + 3}")
+def test_a_store_of_the_format_before_starts_without_turns_and_takes_new_ones(tmp_path):
+    async def write(store):
+        await add(TranscriptRegistry(store.turns), "a", "said")
+
     with opened(tmp_path) as store:
+        asyncio.run(write(store))
+    make_older(tmp_path / "f1", 4)
+    with opened(tmp_path) as store:
+        assert store.turns.nbytes == 0
         assert store.turns.read(KEY).result(10) == []
+        asyncio.run(write(store))
+        assert len(store.turns.read(KEY).result(10)) == 1
 
 
 def test_a_cut_is_still_one_after_the_store_was_opened_again(tmp_path):

@@ -125,7 +125,7 @@ class Engine:
             "kv_budget": self._core.budget.limit,
             "process_bytes": process_footprint(),
             "memory_limit": self._core.budget.memory_limit,
-            "store": self._core.store.stats() | {"room_bytes": self._core.store.room_bytes},
+            "store": self._core.store.stats() | {"room_bytes": self._core.store.capacity},
         }
 
     def metrics(self) -> bytes:
@@ -204,7 +204,7 @@ class Engine:
 
     @property
     def room_bytes(self) -> int:
-        return self._core.store.room_bytes
+        return self._core.store.capacity
 
     async def collect_garbage(self) -> int:
         return await self._perform(self._lifecycle.collect_garbage)

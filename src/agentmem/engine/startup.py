@@ -23,7 +23,8 @@ from ..prefix_cache.restore import Restorer
 from ..prefix_cache.write_back import WriteBack
 from ..store.agent_store import AgentStore
 from ..store.files import segment
-from ..store.files.crypto import Vault, master_key
+from ..store.files.crypto import Vault
+from ..store.files.master_key import master_key
 from ..store.upkeep.fsck import collect_garbage
 from ..store.upkeep.quota import Limits
 from .budget import RamBudget

@@ -253,7 +253,7 @@ def check(settings: Settings) -> None:
     from ..models.loading import find_local
     from ..models.model_dir import read_model_dir
     from ..server.auth import read_api_keys
-    from ..store.files.crypto import KEY_VARIABLE
+    from ..store.files.master_key import KEY_VARIABLE
 
     read_api_keys(settings.api_keys)
     if (path := find_local(settings.model, settings.home_dir)) is not None:

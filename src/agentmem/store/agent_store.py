@@ -18,7 +18,6 @@ A failed write sets `background_error`, until a later one succeeds. Errors of fu
 import uuid
 from collections.abc import Callable, Collection
 from concurrent.futures import Future
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -67,33 +66,30 @@ class AgentStore:
 
     def __init__(self, files: StoreFiles, max_backlog: int, readers: int):
         """Use `open`."""
-        self._layout, self._manifest, self._lock, self._room = (
-            files.layout,
-            files.manifest,
-            files.lock,
-            files.room,
-        )
-        self.address_secret = (
-            files.address_secret
-        )  # goes into blocks' keys: their names on disk confirm no guess
+        self._layout = files.layout
+        self._manifest = files.manifest
+        self._lock = files.lock
+        self._quota = files.quota
+        # goes into blocks' keys: their names on disk confirm no guess
+        self.address_secret = files.address_secret
         self._closed = False
         self.on_trim: Callable[[Trimmed], None] = lambda _: None  # called on the writer's thread
-        keys, manifest = files.keys, files.manifest
-        block_keys = keys.block_keys() if keys else {}
-        tail_keys = keys.tail_keys() if keys else {}
-        self._index = manifest.index(block_keys, tail_keys)
-        blocks = {
-            key: replace(ref, key=block_keys.get(key))
-            for key, ref in manifest.block_files().items()
-        }
-        tails = {
-            id: replace(ref, key=tail_keys.get(id)) for id, ref in manifest.tail_files().items()
-        }
-        self._catalog = Catalog(blocks, tails)
+        manifest = files.manifest
+        contents = manifest.contents()
+        self._index = contents.index
+        self._catalog = Catalog(contents.block_files, contents.tail_files)
         self._damaged_rows = manifest.damaged_rows
-        self._writer = Writer(files, self._catalog, max_backlog, lambda gone: self.on_trim(gone))
+        turn_bytes = manifest.turns.total_bytes()
+        self._writer = Writer(
+            files.layout,
+            manifest,
+            files.quota,
+            self._catalog,
+            max_backlog=max_backlog,
+            trimmed=lambda gone: self.on_trim(gone),
+        )
         self._reader = Reader(files.layout, self._catalog, readers)
-        self.turns = TurnTable(self._writer.submit, manifest.turn_bytes())
+        self.turns = TurnTable(self._writer.submit, turn_bytes)
 
     def index(self) -> StoreIndex:
         """What the store held when it was opened."""
@@ -167,9 +163,9 @@ class AgentStore:
         return self._writer.submit(jobs.CollectGarbage())
 
     @property
-    def room_bytes(self) -> int:
-        """The most that it may ever hold."""
-        return self._room.most
+    def capacity(self) -> int:
+        """The most bytes that it may ever hold."""
+        return self._quota.most
 
     def flush(self) -> Future[None]:
         """Resolves when every write asked for before has ended, well or not."""

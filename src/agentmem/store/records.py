@@ -117,6 +117,17 @@ class Holding:
 
 
 @dataclass(frozen=True)
+class TurnRecord:
+    """What was said in one request."""
+
+    id: str
+    agent: AgentKey
+    parent: str | None  # the turn that it follows
+    content: bytes  # JSON
+    created: float  # Unix seconds
+
+
+@dataclass(frozen=True)
 class StoreIndex:
     agents: list[AgentRecord]
     branches: list[BranchRecord]

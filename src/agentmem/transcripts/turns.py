@@ -21,7 +21,7 @@ from typing import Any, Literal
 from weakref import WeakKeyDictionary
 
 from ..agent_key import AgentKey
-from ..store.writer.turns import TurnRecord
+from ..store.records import TurnRecord
 
 MAX_OFF_PATH = 1000  # turns of one agent that are not on its newest path; the oldest go
 Messages = list[dict[str, Any]]  # in the shape of OpenAI's chat API

@@ -1,7 +1,6 @@
-"""The manifest's SQLite database (WAL): how it is opened, brought to this format, and changed in
-transactions.
-"""
+"""The manifest's SQLite database (WAL): how it is opened, and changed in transactions."""
 
+import logging
 import os
 import sqlite3
 from collections.abc import Iterator
@@ -12,11 +11,24 @@ from typing import Self
 from ...errors import AgentMemError, StoreError
 from . import schema
 
+log = logging.getLogger(__name__)
 _HOURS_KEPT = 48
+_PRAGMAS = (
+    "journal_mode = WAL",
+    "journal_size_limit = 1048576",
+    "wal_autocheckpoint = 200",
+    "synchronous = FULL",
+    # macOS: see segment._fsync
+    "fullfsync = ON",
+    "checkpoint_fullfsync = ON",
+    "foreign_keys = ON",
+    # a deleted agent's tokens don't stay in free pages
+    "secure_delete = ON",
+)
 
 
 class Database:
-    """One connection, used by one thread at a time: by whoever opens the store, then by the writer."""
+    """One connection, used by one thread at a time: by whoever opens the store, then the writer."""
 
     damaged_rows = 0  # found and dropped when it was opened
 
@@ -25,12 +37,14 @@ class Database:
 
     @classmethod
     def open(cls, path: Path) -> Self:
-        """Open, creating and migrating as needed; rows that are damaged are gone.
+        """Open or create the manifest at `path`, without the rows that are damaged.
 
-        A newer format raises StoreError and leaves every byte as it was. schema.Damaged: it is no
-        manifest any more.
+        A store of an older format starts empty, and the log says so in one line. A newer format
+        raises StoreError and leaves every byte as it was. Raises schema.Damaged where the file is
+        no manifest any more, and sqlite3.Error.
         """
-        refuse_newer(path)
+        if 0 < stored_format(path) < schema.FORMAT:
+            _start_empty(path)
         # SQLite gives -wal and -shm the database's mode
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
         os.fchmod(fd, 0o600)
@@ -39,20 +53,11 @@ class Database:
         # behind it
         db = sqlite3.connect(path, timeout=1.0, isolation_level=None, check_same_thread=False)
         try:
-            # secure_delete: a deleted agent's tokens don't stay in free pages. fullfsync: macOS,
-            # see segment._fsync
-            for pragma in (
-                "journal_mode = WAL",
-                "journal_size_limit = 1048576",
-                "wal_autocheckpoint = 200",
-                "synchronous = FULL",
-                "fullfsync = ON",
-                "checkpoint_fullfsync = ON",
-                "foreign_keys = ON",
-                "secure_delete = ON",
-            ):
+            for pragma in _PRAGMAS:
                 db.execute(f"PRAGMA {pragma}")
-            schema.migrate(db)
+            schema.prepare(db)
+            if schema.format_of(db) == 0:
+                schema.create(db)
             schema.check(db)
             database = cls(db)
             with database.transaction():
@@ -64,12 +69,26 @@ class Database:
                 raise schema.Damaged(str(e)) from e
             raise
 
+    @classmethod
+    def open_read_only(cls, path: Path) -> Self:
+        """Open the manifest at `path` to look at it, beside a server too; nothing is changed.
+
+        One of an older format is empty, as the next open will find it. Raises as `open` does.
+        """
+        if stored_format(path) == schema.FORMAT:
+            return cls(_connect_read_only(path))
+        empty = sqlite3.connect(":memory:", isolation_level=None)
+        schema.prepare(empty)
+        schema.create(empty)
+        return cls(empty)
+
     def close(self) -> None:
+        """Close the connection; SQLite folds the log into the database."""
         self.db.close()
 
     @contextmanager
     def transaction(self) -> Iterator[None]:
-        """All or nothing, durable when it ends without an error."""
+        """Make changes all or nothing, durable when the block ends without an error."""
         self.db.execute("BEGIN IMMEDIATE")
         try:
             yield
@@ -80,7 +99,7 @@ class Database:
 
     @contextmanager
     def all_or_nothing(self) -> Iterator[None]:
-        """Of a transaction, a part whose changes are undone by an AgentMemError."""
+        """Undo the changes of one part of a transaction where it raises an AgentMemError."""
         self.db.execute("SAVEPOINT part")
         try:
             yield
@@ -94,52 +113,82 @@ class Database:
         """Copy the log into the database and empty it: what was deleted isn't in it any more."""
         self.db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
 
+    def shrink(self) -> None:
+        """Give the pages of deleted rows back to the disk."""
+        self.db.execute("VACUUM")
+        self.truncate_wal()
+
+    def count_damaged_rows(self) -> int:
+        """Return how many rows don't match their checksum, and leave them."""
+        return sum(len(rows) for rows in schema.damaged_rows(self.db).values())
+
     # What it is about
 
     def meta(self) -> dict[str, str]:
+        """Return what the blocks were made with."""
         return dict(self.db.execute("SELECT key, value FROM meta"))
 
-    def is_sealed(self) -> bool:
-        """Whether it holds keys of encrypted files."""
-        return self.db.execute("SELECT 1 FROM block_keys LIMIT 1").fetchone() is not None
-
-    def forget_blocks(self) -> None:
-        """And what is made of them. What was said stays."""
-        for table in ("block_keys", "branches", "blocks"):
-            self.db.execute(f"DELETE FROM {table}")
-        self.db.execute("DELETE FROM agents WHERE id NOT IN (SELECT agent_id FROM turns)")
-
     def set_meta(self, meta: dict[str, str]) -> None:
-        """What the blocks are made with."""
+        """Note what the blocks are made with."""
         self.db.execute("DELETE FROM meta")
         self.db.executemany("INSERT INTO meta VALUES (?, ?)", meta.items())
 
     def writes(self) -> dict[int, int]:
-        """Bytes written to files, by hour since 1970, of the last days."""
+        """Return the bytes written to files in the last days, by hour since 1970."""
         return dict(self.db.execute("SELECT hour, bytes FROM writes ORDER BY hour"))
 
     def count_writes(self, nbytes: int, hour: int) -> None:
+        """Add `nbytes` to what was written in an hour since 1970."""
         self.db.execute(
-            "INSERT INTO writes VALUES (?, ?) ON CONFLICT DO UPDATE SET bytes = bytes + excluded.bytes",
+            "INSERT INTO writes VALUES (?, ?)"
+            " ON CONFLICT DO UPDATE SET bytes = bytes + excluded.bytes",
             (hour, nbytes),
         )
         self.db.execute("DELETE FROM writes WHERE hour < ?", (hour - _HOURS_KEPT,))
 
 
-def refuse_newer(path: Path) -> None:
-    """Raises StoreError: a newer agentmem wrote it; schema.Damaged; sqlite3.Error."""
+def stored_format(path: Path) -> int:
+    """Return the format of the manifest at `path`, 0 where there is none yet.
+
+    Raises StoreError where a newer agentmem wrote it; schema.Damaged; sqlite3.Error.
+    """
     if not path.exists():
-        return
+        return 0
     try:
-        # read-only: closing a writable connection would fold the log into the database
-        with closing(sqlite3.connect(path.absolute().as_uri() + "?mode=ro", uri=True)) as db:
-            version = schema.newer_format(db)
+        with closing(_connect_read_only(path)) as db:
+            found = schema.format_of(db)
     except (sqlite3.Error, UnicodeDecodeError) as e:
         if schema.is_damage(e):
             raise schema.Damaged(str(e)) from e
         raise
-    if version is not None:
+    if found > schema.FORMAT:
         raise StoreError(
-            f"{path} has format {version}, this agentmem knows up to {len(schema.MIGRATIONS)}: it was written by a "
-            "newer one; use that, or another --home"
+            f"{path} has format {found}, this agentmem knows up to {schema.FORMAT}: it was written "
+            "by a newer one; use that, or another --home"
         )
+    return found
+
+
+def files_of(path: Path) -> list[Path]:
+    """Return the files that make up the manifest at `path`: the database, its log, and its index.
+
+    The database comes first: SQLite drops the log of a database that is missing.
+    """
+    return [path.with_name(path.name + suffix) for suffix in ("", "-wal", "-shm")]
+
+
+def _connect_read_only(path: Path) -> sqlite3.Connection:
+    # read-only: closing a writable connection would fold the log into the database
+    return sqlite3.connect(path.absolute().as_uri() + "?mode=ro", uri=True)
+
+
+def _start_empty(path: Path) -> None:
+    """Remove a manifest of an older format; its files, which no row names then, go at open."""
+    log.warning(
+        "the store at %s has format %d, this agentmem keeps format %d: starting empty",
+        path.parent,
+        stored_format(path),
+        schema.FORMAT,
+    )
+    for file in files_of(path):
+        file.unlink(missing_ok=True)

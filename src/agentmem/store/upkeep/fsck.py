@@ -16,15 +16,15 @@ from pathlib import Path
 
 from ...errors import CorruptSegment, StoreError
 from ..files.layout import Layout
+from ..files.quarantine import empty_quarantine
 from ..files.segment import make_private_dir
 from ..files.segment_file import read_file
-from ..manifest import schema
-from ..manifest.database import refuse_newer
 from ..manifest.manifest import Manifest
+from ..manifest.schema import Damaged
 from ..records import FileRef
 from .locks import Holder, InUse, acquire, release
 from .quota import disk_usage
-from .reconcile import empty_quarantine, open_manifest, reconcile
+from .reconcile import open_manifest, reconcile
 from .trim import trim
 
 
@@ -68,9 +68,9 @@ def stores(root: Path) -> list[Layout]:
 
 
 def store_stats(layout: Layout) -> StoreStats:
-    """Raises StoreError (of a newer format), sqlite3.Error, schema.Damaged."""
-    with _reading(layout) as manifest:
-        agents = manifest.agents()
+    """Raises StoreError (of a newer format), sqlite3.Error, Damaged."""
+    with closing(Manifest.open_read_only(layout.manifest)) as manifest:
+        agents = manifest.agents.all()
         _, branches = manifest.counts()
         blocks, tails = manifest.block_files(), manifest.tail_files()
         return StoreStats(
@@ -107,8 +107,8 @@ def verify(layout: Layout, progress: Callable[[int], object], *, repair: bool = 
     """
     report = Verified(layout.root.name)
     bad: list[Path] = []
-    with _reading(layout) as manifest:
-        report.damaged_rows = sum(len(rows) for rows in schema.damaged_rows(manifest.db).values())
+    with closing(Manifest.open_read_only(layout.manifest)) as manifest:
+        report.damaged_rows = manifest.count_damaged_rows()
         for path, find in _files(layout, manifest):
             ref = find()
             if ref is None:
@@ -145,7 +145,7 @@ def collect_garbage(root: Path, limit: int, *, keep: str | None = None) -> int:
         if sum(sizes.values()) > limit:
             try:
                 sizes[layout] = shrink(layout, sum(sizes.values()) - limit)
-            except (StoreError, OSError, sqlite3.Error, schema.Damaged):
+            except (StoreError, OSError, sqlite3.Error, Damaged):
                 continue
     return sum(sizes.values())
 
@@ -153,12 +153,12 @@ def collect_garbage(root: Path, limit: int, *, keep: str | None = None) -> int:
 def shrink(layout: Layout, nbytes: int) -> int:
     """Delete what has expired, what is in quarantine, and the least recently used, if need be,
     until `nbytes` are free; bytes that the store takes then. An empty store goes altogether. Raises
-    InUse, schema.Damaged.
+    InUse, Damaged.
     """
     before = disk_usage(layout.root)
     with _changing(layout, Manifest.open) as manifest:
         with manifest.transaction():
-            for agent in manifest.expired(time.time()):
+            for agent in manifest.agents.expired(time.time()):
                 manifest.delete_agent(agent)
         empty_quarantine(layout)
         reconcile(layout, manifest)
@@ -166,11 +166,10 @@ def shrink(layout: Layout, nbytes: int) -> int:
             with manifest.transaction():
                 trim(manifest, short)
             reconcile(layout, manifest)
-        if not manifest.agents():
+        if not manifest.agents.all():
             shutil.rmtree(layout.root)
             return 0
-        manifest.db.execute("VACUUM")
-        manifest.truncate_wal()
+        manifest.shrink()
     return disk_usage(layout.root)
 
 
@@ -190,22 +189,6 @@ def _problem(path: Path, ref: FileRef) -> str | None:
     except CorruptSegment as e:
         return e.message
     return None
-
-
-@contextmanager
-def _reading(layout: Layout) -> Iterator[Manifest]:
-    """One of an older format as the next open will see it."""
-    refuse_newer(layout.manifest)
-    with (
-        closing(sqlite3.connect(layout.manifest.absolute().as_uri() + "?mode=ro", uri=True)) as db,
-        closing(sqlite3.connect(":memory:", isolation_level=None)) as copy,
-    ):
-        if schema.is_older(db):
-            db.backup(copy)
-            schema.migrate(copy)
-            yield Manifest(copy)
-        else:
-            yield Manifest(db)
 
 
 @contextmanager

@@ -11,7 +11,6 @@ from ...errors import StoreError
 from ..files.crypto import Vault
 from ..files.layout import Layout
 from ..files.segment import make_private_dir
-from ..keys import FileKeys
 from ..manifest.manifest import Manifest
 from ..manifest.schema import Damaged
 from .locks import acquire, release
@@ -28,8 +27,7 @@ class StoreFiles:
     layout: Layout
     manifest: Manifest
     lock: int  # file descriptor
-    keys: FileKeys | None  # where the store is encrypted
-    room: Quota
+    quota: Quota
     address_secret: bytes
 
 
@@ -60,11 +58,10 @@ def opened(
                 if manifest.meta() | {_ENCRYPTION: ""} != meta | {_ENCRYPTION: ""}:
                     manifest.forget_blocks()
                 manifest.set_meta(meta | _encryption(vault))
-            keys = FileKeys(vault, manifest) if vault else None
-            reconcile(layout, manifest, keys)
-            room = _fit(layout, manifest, keys, limits)
+            reconcile(layout, manifest)
+            quota = _fit(layout, manifest, limits)
             secret = vault.derive(b"content addresses") if vault else b""
-            yield StoreFiles(layout, manifest, lock, keys, room, secret)
+            yield StoreFiles(layout, manifest, lock, quota, secret)
         except (OSError, sqlite3.Error, Damaged) as e:
             raise StoreError(
                 f"can't open the store at {layout.root}: {e}; to start empty, move it away"
@@ -75,15 +72,19 @@ def opened(
 def _unlock(
     layout: Layout, manifest: Manifest, unlock: Callable[[bool], Vault] | None
 ) -> Vault | None:
-    """Raises StoreError if what is stored can't be read that way."""
+    """Unlock the manifest of a store that is encrypted; return the master key's vault, if any.
+
+    Raises StoreError if what is stored can't be read that way.
+    """
     stored = manifest.meta().get(_ENCRYPTION)
-    empty = not manifest.parents() and not manifest.tail_files() and not manifest.turn_bytes()
+    empty = manifest.is_empty()
     if unlock is None:
         if manifest.is_sealed() or (stored and not empty):
             raise StoreError(f"the store at {layout.root} is encrypted: start with --encrypt")
         return None
     vault = unlock(empty or not stored)
-    if stored != vault.check.hex() and FileKeys(vault, manifest).block_keys():
+    manifest.unlock(vault)
+    if stored != vault.check.hex() and manifest.keys and manifest.keys.block_keys():
         return vault  # it opens what is there: the note of it is damaged
     if not empty and stored is None:
         raise StoreError(
@@ -97,14 +98,14 @@ def _unlock(
     return vault
 
 
-def _fit(layout: Layout, manifest: Manifest, keys: FileKeys | None, limits: Limits) -> Quota:
-    """What is over a quota that was lowered goes."""
-    room = Quota(layout.root, layout.manifest, limits)
-    if room.over_quota == 0:
-        return room
+def _fit(layout: Layout, manifest: Manifest, limits: Limits) -> Quota:
+    """Let go of what is over a quota that was lowered; return the store's use of its quota."""
+    quota = Quota(layout.root, layout.manifest, limits)
+    if quota.over_quota == 0:
+        return quota
     with manifest.transaction():
-        trim(manifest, room.over_quota)
-    reconcile(layout, manifest, keys)
+        trim(manifest, quota.over_quota)
+    reconcile(layout, manifest)
     return Quota(layout.root, layout.manifest, limits)
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ...errors import StoreFailed
+from ..manifest.database import files_of
 
 _PAGE = 4096  # bytes: what file systems round a file up to
 _SLACK = 0.01  # of the quota, freed in addition: not every write should have to make room
@@ -36,9 +37,7 @@ class Quota:
 
     def __init__(self, root: Path, manifest: Path, limits: Limits):
         self._root, self._limits = root, limits
-        self._manifest = [
-            manifest.with_name(manifest.name + suffix) for suffix in ("", "-wal", "-shm")
-        ]
+        self._manifest = files_of(manifest)
         self.used = disk_usage(root)
         self._counted = {path: _occupied(path) for path in (*self._manifest, *_directories(root))}
 

@@ -10,30 +10,29 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ..files.layout import Layout
-from ..files.segment import remove_file
-from ..keys import FileKeys
+from ..files.quarantine import trim_quarantine
+from ..manifest.database import files_of
 from ..manifest.manifest import Manifest
 from ..manifest.schema import Damaged
 from ..records import IMPORTS
 
 log = logging.getLogger(__name__)
-MAX_QUARANTINE = 64 << 20  # bytes; the oldest go
 
 
-def reconcile(layout: Layout, manifest: Manifest, keys: FileKeys | None = None) -> None:
+def reconcile(layout: Layout, manifest: Manifest) -> None:
     """Cut branches back to what is whole, drop rows that lead nowhere, remove files that no row
     names.
 
     A branch root <- A <- B <- C whose file of B is lost becomes root <- A, without a tail; the rows
-    of B and C go, and so does C's file if no other branch holds it. `keys`: of encrypted files; one
-    without a key is as good as lost.
+    of B and C go, and so does C's file if no other branch holds it. An encrypted file without a key
+    is as good as lost, where the manifest is unlocked.
     """
     found = {*_files(layout.blocks), *_files(layout.tails)}
     with manifest.transaction():
-        manifest.delete_namespace(IMPORTS)
-        _trim(layout, manifest, found, keys)
+        manifest.agents.delete_namespace(IMPORTS)
+        _trim(layout, manifest, found)
         manifest.delete_empty_branches()
-        manifest.delete_bare_agents()
+        manifest.agents.delete_bare()
         manifest.delete_unreachable()
     named = {str(layout.block(key)) for key in manifest.parents()}
     named |= {
@@ -47,17 +46,15 @@ def reconcile(layout: Layout, manifest: Manifest, keys: FileKeys | None = None) 
 
 
 def open_manifest(layout: Layout) -> Manifest:
-    """The manifest; one that is damaged is put aside, and a new one takes its place: everything is
-    prefilled again.
+    """Open the manifest; one that is damaged is put aside, and a new one takes its place.
+
+    Everything is prefilled again then.
     """
     try:
         manifest = Manifest.open(layout.manifest)
     except Damaged as e:
         log.error("the manifest %s is damaged (%s): put aside, starting empty", layout.manifest, e)
-        for suffix in ("", "-wal", "-shm"):
-            path = layout.manifest.with_name(layout.manifest.name + suffix)
-            if path.exists():
-                path.replace(layout.quarantine / f"{time.time_ns()}-{path.name}")
+        _put_aside(layout)
         manifest = Manifest.open(layout.manifest)
         manifest.damaged_rows = 1
     if manifest.damaged_rows:
@@ -65,26 +62,17 @@ def open_manifest(layout: Layout) -> Manifest:
     return manifest
 
 
-def trim_quarantine(layout: Layout, limit: int = MAX_QUARANTINE) -> int:
-    """Delete the oldest files until `limit` bytes are left; bytes that became free."""
-    files = sorted(
-        ((path, path.stat()) for path in layout.quarantine.iterdir()),
-        key=lambda file: -file[1].st_mtime,
-    )
-    kept = freed = 0
-    for path, stat in files:
-        kept += stat.st_size
-        if kept > limit:
-            freed += remove_file(path) or 0
-    return freed
+def _put_aside(layout: Layout) -> None:
+    database, write_ahead_log, index = files_of(layout.manifest)
+    for path in (database, write_ahead_log):
+        if path.exists() and path.stat().st_size:
+            path.replace(layout.quarantine / f"{time.time_ns()}-{path.name}")
+    for path in (database, write_ahead_log, index):
+        path.unlink(missing_ok=True)
 
 
-def empty_quarantine(layout: Layout) -> int:
-    return trim_quarantine(layout, -1)
-
-
-def _trim(layout: Layout, manifest: Manifest, found: set[str], keys: FileKeys | None) -> None:
-    parents = manifest.parents()
+def _trim(layout: Layout, manifest: Manifest, found: set[str]) -> None:
+    parents, keys = manifest.parents(), manifest.keys
     block_keys = keys.mend() if keys else parents
     whole: set[bytes | None] = {None}
     for key, parent in parents.items():  # each after its parent

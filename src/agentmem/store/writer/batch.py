@@ -12,9 +12,8 @@ from ...tensors import HostTensor
 from ..files import crypto, segment
 from ..files.layout import Layout
 from ..files.sealed import encode_sealed
-from ..keys import FileKeys
 from ..manifest.manifest import Manifest
-from ..records import BlockRecord, FileRef
+from ..records import BlockRecord, BranchHead, FileRef
 from ..upkeep.quota import Quota
 
 
@@ -24,8 +23,7 @@ class Batch:
 
     layout: Layout
     manifest: Manifest
-    keys: FileKeys | None  # of encrypted files
-    room: Quota
+    quota: Quota
     generations: Iterator[int]
     new_blocks: dict[bytes, BlockRecord] = field(
         default_factory=dict
@@ -47,7 +45,7 @@ class Batch:
         context: bytes,
     ) -> FileRef:
         """The file is durable once its directory (in `dirs`) is synced."""
-        key = crypto.new_key() if self.keys else None
+        key = crypto.new_key() if self.manifest.keys else None
         data = (
             encode_sealed(tensors, metadata, key, context)
             if key
@@ -55,8 +53,8 @@ class Batch:
         )
         segment.make_private_dir(path.parent)
         self.dirs.add(path.parent)
-        self.room.grew(segment.write_file(path, data))
-        self.room.recount(path.parent)
+        self.quota.grew(segment.write_file(path, data))
+        self.quota.recount(path.parent)
         self.writes += 1
         self.bytes_written += len(data)
         header = segment.parse_header(data, len(data))
@@ -70,7 +68,7 @@ class Batch:
         self.quarantined += 1
         self.dirs.add(self.layout.quarantine)
         aside = self.layout.quarantine / path.name
-        self.room.shrank(segment.remove_file(aside) or 0)  # an earlier one of the same key
+        self.quota.shrank(segment.remove_file(aside) or 0)  # an earlier one of the same key
         try:
             path.replace(aside)
         except FileNotFoundError:  # lost, not corrupt: there is nothing to keep
@@ -96,8 +94,18 @@ class Job:
 
     @property
     def nbytes(self) -> int:
-        """Of the tensors held until it is done."""
+        """Bytes of the tensors that are held until it is done."""
         return 0
+
+    @property
+    def branch_head(self) -> BranchHead | None:
+        """The branch that it changes, as that will be; None: it changes none."""
+        return None
+
+    @property
+    def builds_on(self) -> set[bytes]:
+        """Blocks that must stay in the store until it is done."""
+        return set()
 
     def file_bytes(self, batch: Batch) -> int:
         """At most, of the file that it writes; 0: none."""

@@ -4,8 +4,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ...agent_key import AgentKey
+from ..files.quarantine import empty_quarantine, trim_quarantine
 from ..records import AgentRecord
-from ..upkeep.reconcile import empty_quarantine, trim_quarantine
 from .batch import Batch, Job, require_unicode
 
 
@@ -22,7 +22,7 @@ class Touch(Job):
         require_unicode(self.agent.key)
 
     def record(self, batch: Batch) -> None:
-        batch.manifest.put_agent(self.agent)
+        batch.manifest.agents.put(self.agent)
         if self.branch_id is not None:
             batch.manifest.touch_branch(self.branch_id, self.agent.last_used)
 
@@ -40,7 +40,7 @@ class MoveAgent(Job):
         require_unicode(self.target)
 
     def record(self, batch: Batch) -> None:
-        batch.manifest.move_agent(self.source, self.target, batch.keys)
+        batch.manifest.move_agent(self.source, self.target)
 
 
 @dataclass(eq=False)
@@ -70,7 +70,7 @@ class DeleteAgent(Job):
 
     def committed(self, batch: Batch) -> None:
         batch.manifest.truncate_wal()
-        batch.room.shrank(empty_quarantine(batch.layout))  # whose they were is not known any more
+        batch.quota.shrank(empty_quarantine(batch.layout))  # whose they were is not known any more
         batch.dirs.add(batch.layout.quarantine)
 
 
@@ -82,9 +82,9 @@ class CollectGarbage(Job):
         batch.delete_unreachable()
 
     def committed(self, batch: Batch) -> None:
-        batch.room.shrank(empty_quarantine(batch.layout))
+        batch.quota.shrank(empty_quarantine(batch.layout))
         batch.manifest.truncate_wal()
-        batch.room.count_manifest()
+        batch.quota.count_manifest()
 
 
 @dataclass(eq=False)
@@ -93,7 +93,7 @@ class QuarantineBlock(Job):
     key: bytes
 
     def record(self, batch: Batch) -> None:
-        if batch.manifest.block_file(self.key) is None:
+        if not batch.manifest.has_block(self.key):
             return
         parent = batch.manifest.parent(self.key)
         branches = batch.manifest.branches_through(self.key)
@@ -106,7 +106,7 @@ class QuarantineBlock(Job):
     def committed(self, batch: Batch) -> None:
         if self.key in batch.blocks:
             batch.move_to_quarantine(batch.layout.block(self.key))
-            batch.room.shrank(trim_quarantine(batch.layout))
+            batch.quota.shrank(trim_quarantine(batch.layout))
 
 
 @dataclass(eq=False)
@@ -124,4 +124,4 @@ class QuarantineTail(Job):
     def committed(self, batch: Batch) -> None:
         if self.path:
             batch.move_to_quarantine(self.path)
-            batch.room.shrank(trim_quarantine(batch.layout))
+            batch.quota.shrank(trim_quarantine(batch.layout))

@@ -2,7 +2,7 @@
 it meanwhile.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from ...errors import NotFound
@@ -33,11 +33,11 @@ class LinkFiles(Job):
             for path, _ in found.values():
                 (self.directory / path.name).hardlink_to(path)
         except OSError as e:
-            remove_links(self.directory, batch.room)
+            remove_links(self.directory, batch.quota)
             if isinstance(e, FileNotFoundError):  # lost: a read will notice
                 return
             raise
-        batch.room.recount(self.directory.parent, self.directory)
+        batch.quota.recount(self.directory.parent, self.directory)
         self.result = {
             name: (self.directory / path.name, ref) for name, (path, ref) in found.items()
         }
@@ -50,15 +50,10 @@ class LinkFiles(Job):
         found: Linked = {}
         for key in self.blocks:
             if ref := batch.manifest.block_file(key):
-                file_key = batch.keys.block_key(key) if batch.keys else None
-                found[key] = batch.layout.block(key), replace(ref, key=file_key)
+                found[key] = batch.layout.block(key), ref
         for branch_id in self.branches:
             if ref := batch.manifest.tail_file(branch_id):
-                file_key = batch.keys.tail_key(branch_id) if batch.keys else None
-                found[branch_id] = (
-                    batch.layout.tail(branch_id, ref.generation),
-                    replace(ref, key=file_key),
-                )
+                found[branch_id] = batch.layout.tail(branch_id, ref.generation), ref
         return found
 
     def record(self, batch: Batch) -> Linked:
@@ -75,12 +70,12 @@ class Unlink(Job):
 
     def stage(self, batch: Batch) -> None:
         for directory in self.directories:
-            remove_links(directory, batch.room)
+            remove_links(directory, batch.quota)
 
 
-def remove_links(directory: Path, room: Quota) -> None:
+def remove_links(directory: Path, quota: Quota) -> None:
     if directory.is_dir():
         for path in directory.iterdir():
-            room.shrank(segment.remove_file(path) or 0)
+            quota.shrank(segment.remove_file(path) or 0)
         directory.rmdir()
-    room.recount(directory.parent, directory)
+    quota.recount(directory.parent, directory)

@@ -25,9 +25,12 @@ class BranchJob(Job):
         require_unicode(self.branch.agent)
 
     @property
-    def builds_on(self) -> set[bytes | None]:
-        """Blocks that must stay in the store until the job is done; None stands for no block."""
-        return {self.branch.head}
+    def branch_head(self) -> BranchHead:
+        return self.branch
+
+    @property
+    def builds_on(self) -> set[bytes]:
+        return {self.branch.head} if self.branch.head else set()
 
     def record(self, batch: Batch) -> Any:
         self.put_branch(batch)
@@ -39,14 +42,10 @@ class BranchJob(Job):
         if block not in batch.new_blocks:
             batch.manifest.require_block(block)
 
-    def put_branch(self, batch: Batch) -> int:
-        """Change the branch's row; return the row id of its agent."""
-        batch.manifest.require_block(self.branch.head)
-        agent_id = batch.manifest.put_branch(self.branch)
-        if batch.keys:
-            batch.keys.cover(agent_id, self.branch.head, batch.new_keys)
+    def put_branch(self, batch: Batch) -> None:
+        """Change the branch's row. Raises NotFound, CorruptSegment."""
+        batch.manifest.put_branch(self.branch, batch.new_keys)
         batch.branches.add(self.branch.branch_id)
-        return agent_id
 
 
 @dataclass(eq=False)
@@ -60,8 +59,8 @@ class SaveBlock(BranchJob):
         return _tensor_bytes(self.block.tensors)
 
     @property
-    def builds_on(self) -> set[bytes | None]:
-        return {self.block.key, self.block.parent}
+    def builds_on(self) -> set[bytes]:
+        return {key for key in (self.block.key, self.block.parent) if key}
 
     def file_bytes(self, batch: Batch) -> int:
         return 0 if self._is_stored(batch) else _most_file_bytes(self.block.tensors)
@@ -69,7 +68,7 @@ class SaveBlock(BranchJob):
     def _is_stored(self, batch: Batch) -> bool:
         """Return whether the key has a block: the first computation of a key stays."""
         key = self.block.key
-        return key in batch.new_blocks or batch.manifest.block_file(key) is not None
+        return key in batch.new_blocks or batch.manifest.has_block(key)
 
     def stage(self, batch: Batch) -> None:
         if self._is_stored(batch):
@@ -93,14 +92,12 @@ class SaveBlock(BranchJob):
 
     def record(self, batch: Batch) -> FileRef:
         key = self.block.key
-        file = batch.manifest.block_file(key)
-        if file is None:
-            block = batch.new_blocks[key]
-            batch.manifest.require_block(block.parent)
-            batch.manifest.add_block(block, batch.new_keys.get(key))
-            file = FileRef(block.nbytes, block.checksum)
+        if not batch.manifest.has_block(key):
+            batch.manifest.add_block(batch.new_blocks[key], batch.new_keys.get(key))
         self.put_branch(batch)
-        return replace(file, parts=batch.manifest.block_parts(key))
+        file = batch.manifest.block_file(key)
+        assert file is not None
+        return replace(file, key=None, parts=batch.manifest.block_parts(key))
 
 
 @dataclass(eq=False)
@@ -130,11 +127,11 @@ class SaveTail(BranchJob):
         self.file = replace(file, parts=snapshots)
 
     def record(self, batch: Batch) -> FileRef:
-        agent_id, key = self.put_branch(batch), self.file.key
-        wrapped = batch.keys.wrap(key, agent_id) if batch.keys and key else None
-        tail = TailRecord(self.tail.tokens, self.file.nbytes, self.file.checksum, self.file.parts)
-        batch.manifest.set_tail(self.tail.branch_id, tail, self.generation, key, wrapped)
-        return self.file
+        self.put_branch(batch)
+        file = self.file
+        tail = TailRecord(self.tail.tokens, file.nbytes, file.checksum, file.parts)
+        batch.manifest.set_tail(self.tail.branch_id, tail, self.generation, file.key)
+        return file
 
 
 def _tensor_bytes(tensors: Mapping[str, HostTensor]) -> int:
@@ -169,13 +166,13 @@ class ForkBranch(BranchJob):
             self.generation = None
 
     def record(self, batch: Batch) -> int:
-        """Bytes of the tail; 0: the source has none on disk, or goes on from another block there."""
-        agent_id = self.put_branch(batch)
+        """Return the bytes of the tail.
+
+        They are 0 where the source has none on disk, or goes on from another block there.
+        """
+        self.put_branch(batch)
         if self.generation is None:
             return 0
-        wrapped = None
-        if batch.keys and (file_key := batch.keys.tail_key(self.source)):
-            wrapped = batch.keys.wrap(file_key, agent_id)
-        batch.manifest.copy_tail(self.source, self.branch.branch_id, self.generation, wrapped)
+        batch.manifest.copy_tail(self.source, self.branch.branch_id, self.generation)
         tail = batch.manifest.tail_file(self.branch.branch_id)
         return tail.nbytes if tail else 0

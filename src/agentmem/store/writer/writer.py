@@ -13,7 +13,6 @@ import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +25,13 @@ from ...errors import (
     StoreFailed,
 )
 from ..files import segment
+from ..files.layout import Layout
 from ..files.reader import Catalog
-from ..records import FileRef, written_in_last_hour
-from ..upkeep.open import StoreFiles
-from ..upkeep.quota import LeastRecentlyUsed, StoreFull
+from ..manifest.manifest import Manifest
+from ..records import written_in_last_hour
+from ..upkeep.quota import LeastRecentlyUsed, Quota, StoreFull
 from ..upkeep.trim import Trimmed, trim
 from .batch import Batch, Flush, Job
-from .saves import BranchJob
 
 MAX_BATCH_JOBS = 32  # bounds how long the first of a batch waits for the last
 
@@ -46,21 +45,26 @@ class StoreWriteSkipped(StoreFailed):
 class Writer:
     def __init__(
         self,
-        files: StoreFiles,
+        layout: Layout,
+        manifest: Manifest,
+        quota: Quota,
         catalog: Catalog,
+        *,
         max_backlog: int,
         trimmed: Callable[[Trimmed], None],
     ):
-        """`trimmed` is told, on the writer's thread, what had to leave."""
-        self._layout, self._manifest, self._keys, self._room = (
-            files.layout,
-            files.manifest,
-            files.keys,
-            files.room,
-        )
-        self._catalog, self._trimmed = catalog, trimmed
+        """Start the thread, on which the manifest is used from now on.
+
+        `max_backlog`: bytes that may wait for the disk; `trimmed` is told, on the writer's thread,
+        what had to leave.
+        """
+        self._layout = layout
+        self._manifest = manifest
+        self._quota = quota
+        self._catalog = catalog
+        self._trimmed = trimmed
         self._max_backlog = max_backlog
-        newest = max((tail.generation for tail in files.manifest.tail_files().values()), default=0)
+        newest = max((tail.generation for tail in manifest.tail_files().values()), default=0)
         self._generations = itertools.count(newest + 1)
         self._changed = threading.Condition()  # guards what follows; never held during I/O
         self._queue: deque[Job] = deque()
@@ -71,12 +75,12 @@ class Writer:
         self.background_error: str | None = None
         self._unwritten = 0  # bytes of the file that could not be written, if that is the error
         self._full = False  # because there was no room
-        agents, branches = files.manifest.counts()
+        agents, branches = manifest.counts()
         self._stats = {"agents": agents, "branches": branches}
         self._stats |= dict.fromkeys(
             ("writes", "bytes_written", "quarantined", "skipped", "trimmed_bytes"), 0
         )
-        self._stats |= {"disk_bytes": files.room.used, "bytes_written_last_hour": 0}
+        self._stats |= {"disk_bytes": quota.used, "bytes_written_last_hour": 0}
         self._garbage: set[Path] = set()  # paths that no row names; only the thread uses it
         self._thread = threading.Thread(target=self._run, name="agentmem-writer", daemon=True)
         self._thread.start()
@@ -175,9 +179,9 @@ class Writer:
 
     def _process(self, jobs: list[Job]) -> None:
         """Sets each job's result or error, and the latch."""
-        batch = Batch(self._layout, self._manifest, self._keys, self._room, self._generations)
+        batch = Batch(self._layout, self._manifest, self._quota, self._generations)
         failures: list[Exception] = []
-        self._room.count_manifest()
+        self._quota.count_manifest()
         for job in jobs:
             try:
                 if nbytes := job.file_bytes(batch):
@@ -199,9 +203,9 @@ class Writer:
                 0
             ].alone:  # its promise is that the bytes are gone; a save's rows are durable already
                 jobs[0].error = jobs[0].error or e
-        self._room.recount(*batch.dirs)
+        self._quota.recount(*batch.dirs)
         with self._changed:
-            self._stats["disk_bytes"] = self._room.used
+            self._stats["disk_bytes"] = self._quota.used
         failures += [
             job.error for job in jobs if isinstance(job.error, (OSError, sqlite3.Error, StoreFull))
         ]
@@ -217,7 +221,7 @@ class Writer:
         return bool(
             batch.writes
             or not self._unwritten
-            or (self._full and not self._room.short_by(self._unwritten))
+            or (self._full and not self._quota.short_by(self._unwritten))
         )
 
     def _make_room(self, nbytes: int, jobs: list[Job], job: Job) -> None:
@@ -226,18 +230,20 @@ class Writer:
         Raises LeastRecentlyUsed, StoreFull: it still doesn't.
         """
         self._count_manifest(nbytes)
-        short = self._room.short_by(nbytes)
-        used_at = job.branch.last_used if isinstance(job, BranchJob) else time.time()
+        short = self._quota.short_by(nbytes)
+        used_at = job.branch_head.last_used if job.branch_head else time.time()
         while short > 0:
-            before = self._room.used
-            gone = self._let_go(short + self._room.slack, jobs, used_at)
+            before = self._quota.used
+            gone = self._let_go(short + self._quota.slack, jobs, used_at)
             if not gone.blocks and not gone.tails:
                 raise (
                     LeastRecentlyUsed("the store is full of newer caches")
                     if gone.newer
-                    else self._room.full()
+                    else self._quota.full()
                 )
-            short -= before - self._room.used  # less than asked for, where a file has a second name
+            short -= (
+                before - self._quota.used
+            )  # less than asked for, where a file has a second name
 
     def _count_manifest(self, nbytes: int = 0) -> None:
         """Where `nbytes` more would not fit, empty the manifest's log, which every change of rows
@@ -245,15 +251,14 @@ class Writer:
 
         It may take a megabyte: it goes before caches do.
         """
-        self._room.count_manifest()
-        if self._room.short_by(nbytes):
+        self._quota.count_manifest()
+        if self._quota.short_by(nbytes):
             self._manifest.truncate_wal()
-            self._room.count_manifest()
+            self._quota.count_manifest()
 
     def _let_go(self, nbytes: int, jobs: list[Job], used_before: float) -> Trimmed:
-        moved = [job for job in jobs if isinstance(job, BranchJob)]
-        branches = {job.branch.branch_id for job in moved}
-        blocks = {key for job in moved for key in job.builds_on if key}
+        branches = {job.branch_head.branch_id for job in jobs if job.branch_head}
+        blocks = set[bytes]().union(*(job.builds_on for job in jobs))
         with self._manifest.transaction():
             gone = trim(self._manifest, nbytes, branches, blocks, used_before)
         before = {branch_id: self._catalog.tail(branch_id) for branch_id in gone.tails}
@@ -265,7 +270,7 @@ class Writer:
             self._layout.tail(id, ref.generation) for id, ref in before.items() if ref
         }
         self._collect_garbage(set())
-        self._room.count_manifest()
+        self._quota.count_manifest()
         with self._changed:
             self._stats["trimmed_bytes"] += gone.nbytes
         return gone
@@ -298,8 +303,8 @@ class Writer:
         """Bring the catalog and the directories to what the manifest, whether or not it committed,
         says now.
         """
-        blocks = {key: self._block_file(key) for key in batch.blocks}
-        tails = {branch_id: self._tail_file(branch_id) for branch_id in batch.branches}
+        blocks = {key: self._manifest.block_file(key) for key in batch.blocks}
+        tails = {branch_id: self._manifest.tail_file(branch_id) for branch_id in batch.branches}
         written = {self._layout.tail(*name) for name in batch.tail_files}
         for branch_id in batch.branches:
             if old := self._catalog.tail(branch_id):
@@ -321,14 +326,6 @@ class Writer:
         for path in list(self._garbage):
             freed = segment.remove_file(path)
             if freed is not None:
-                self._room.shrank(freed)
+                self._quota.shrank(freed)
                 dirs.add(path.parent)
             self._garbage.remove(path)
-
-    def _block_file(self, key: bytes) -> FileRef | None:
-        ref = self._manifest.block_file(key)
-        return replace(ref, key=self._keys.block_key(key)) if ref and self._keys else ref
-
-    def _tail_file(self, branch_id: str) -> FileRef | None:
-        ref = self._manifest.tail_file(branch_id)
-        return replace(ref, key=self._keys.tail_key(branch_id)) if ref and self._keys else ref
