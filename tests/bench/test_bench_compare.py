@@ -43,7 +43,7 @@ def result(model, tmp_path_factory) -> dict:
     command = [
         sys.executable,
         "-m",
-        "agentmem.cli.main",
+        "agentmem",
         "bench",
         "compare",
         "agentmem",

@@ -46,7 +46,7 @@ class Page(HTMLParser):
 
 
 def report(directory: Path) -> "subprocess.CompletedProcess[str]":
-    command = [sys.executable, "-m", "agentmem.cli.main", "bench", "report", str(directory)]
+    command = [sys.executable, "-m", "agentmem", "bench", "report", str(directory)]
     return subprocess.run(command, capture_output=True, text=True, timeout=120)
 
 

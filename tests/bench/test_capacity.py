@@ -336,7 +336,7 @@ def command(home: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
     parts = [
         sys.executable,
         "-m",
-        "agentmem.cli.main",
+        "agentmem",
         "bench",
         "capacity",
         "--home",

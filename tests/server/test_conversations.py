@@ -343,7 +343,7 @@ def test_the_command_line_shows_a_transcript(server):
     command = [
         sys.executable,
         "-m",
-        "agentmem.cli.main",
+        "agentmem",
         "agents",
         "--url",
         server.url,

@@ -96,7 +96,9 @@ def _can_mount() -> bool:
 def test_a_server_on_a_full_tmpfs_goes_on_and_recovers_by_itself(tmp_path):
     """Here the manifest meets the full disk too."""
     model, home = write_tiny_model(tmp_path / "tiny"), tmp_path / "home"
-    mount = f'mount -t tmpfs -o size=6m tmpfs {home} && exec {sys.executable} -m agentmem.cli.main serve "$@"'
+    mount = (
+        f'mount -t tmpfs -o size=6m tmpfs {home} && exec {sys.executable} -m agentmem serve "$@"'
+    )
     with ServerProcess(
         home, *FLAGS, model=model, command=("unshare", "-rm", "sh", "-c", mount, "sh")
     ) as server:

@@ -172,7 +172,7 @@ def test_a_missing_model_is_one_line_and_exit_code_2(tmp_path, model):
     command = [
         sys.executable,
         "-m",
-        "agentmem.cli.main",
+        "agentmem",
         "serve",
         "--home",
         str(tmp_path),

@@ -29,7 +29,7 @@ def test_ctrl_c_while_the_model_loads_ends_it_at_once_without_a_crash(tmp_path):
     command = [
         sys.executable,
         "-m",
-        "agentmem.cli.main",
+        "agentmem",
         "serve",
         "--model",
         model,

@@ -107,7 +107,3 @@ def _agentmem(
 def version() -> None:
     """Print the version."""
     print(__version__)
-
-
-if __name__ == "__main__":
-    main()
