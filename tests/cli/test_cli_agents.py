@@ -22,10 +22,10 @@ from pathlib import Path
 import pytest
 
 from agentmem.cli.agents import _prompt_body
+from agentmem.locks import release
 from agentmem.store.agent_store import AgentStore
 from agentmem.store.files.layout import Layout
-from agentmem.store.upkeep.fsck import holder
-from agentmem.store.upkeep.locks import acquire, release
+from agentmem.store.upkeep.locks import acquire, holder
 from support.chat_http import FLAGS, text, user, words
 from support.commands import KEY, chat
 from support.server_process import ServerProcess

@@ -15,7 +15,6 @@ the supervisor and outlives it with it.
 """
 
 import contextlib
-import fcntl
 import json
 import os
 import signal
@@ -24,6 +23,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
+from .. import locks
 from ..errors import AgentMemError
 
 
@@ -118,37 +118,20 @@ def acquire(lock: Path, patience: float = 2.0) -> int:
 
     Raise BlockingIOError if another process holds it for longer than `patience` s.
     """
-    fd = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
-    deadline = time.monotonic() + patience  # who asks for the holder has it for a moment
-    while True:
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            os.ftruncate(fd, 0)
-            return fd
-        except BlockingIOError:
-            if time.monotonic() >= deadline:
-                os.close(fd)
-                raise
-        time.sleep(0.02)
+    fd = locks.acquire(lock, patience=patience)
+    os.ftruncate(fd, 0)
+    return fd
 
 
 def note_pid(fd: int, pid: int) -> None:
-    os.pwrite(fd, str(pid).encode(), 0)
+    """Say in a lock which process holds it."""
+    locks.write_note(fd, str(pid))
 
 
 def holder(lock: Path) -> int | None:
     """Return the pid of the process that holds it, 0 if it has not said yet; None: nobody does."""
-    try:
-        fd = os.open(lock, os.O_RDONLY | os.O_NOFOLLOW)
-    except FileNotFoundError:
-        return None
-    try:
-        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        return None
-    except BlockingIOError:
-        return int(os.pread(fd, 32, 0) or 0)
-    finally:
-        os.close(fd)
+    note = locks.holder_note(lock)
+    return None if note is None else int(note or 0)
 
 
 def end(lock: Path, patience: float) -> None:

@@ -23,12 +23,13 @@ from typing import Any
 
 from ..agent_key import AgentKey
 from ..errors import ShuttingDown
+from ..locks import release
 from ..tensors import HostTensor
 from .files.crypto import Vault
 from .files.reader import READERS, Catalog, Reader, read_segment
 from .files.segment import Segment
 from .records import AgentRecord, BlockToSave, BranchHead, FileRef, StoreIndex, TailToSave
-from .upkeep.locks import announce, release
+from .upkeep.locks import announce
 from .upkeep.open import StoreFiles, opened
 from .upkeep.quota import Limits
 from .upkeep.trim import Trimmed

@@ -1,6 +1,5 @@
 """One benchmark run: alone on the machine, and nothing left behind however it ends."""
 
-import fcntl
 import os
 import platform
 import shutil
@@ -15,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
+from ... import locks
 from ...config import Settings
 from ...errors import StartupError
 
@@ -130,18 +130,17 @@ def bench_session(say: Callable[[str], None]) -> Iterator[Session]:
     `say` shows a line of text to the user. Raises StartupError where another benchmark of this user
     runs.
     """
-    lock = os.open(lock_file(), os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     try:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise StartupError(
-                "another benchmark is running on this machine: two would disturb each other"
-            ) from None
+        lock = locks.acquire(lock_file())
+    except BlockingIOError:
+        raise StartupError(
+            "another benchmark is running on this machine: two would disturb each other"
+        ) from None
+    try:
         with _interruptible(), _guarded(lock) as (directory, guard):
             yield Session(directory, guard, say)
     finally:
-        os.close(lock)
+        locks.release(lock)
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 
 from ...errors import CorruptSegment, StoreError
+from ...locks import release
 from ..files.layout import Layout
 from ..files.quarantine import empty_quarantine
 from ..files.segment import make_private_dir
@@ -22,7 +23,7 @@ from ..files.segment_file import read_file
 from ..manifest.manifest import Manifest
 from ..manifest.schema import Damaged
 from ..records import FileRef
-from .locks import Holder, InUse, acquire, release
+from .locks import Holder, acquire, holder
 from .quota import disk_usage
 from .reconcile import open_manifest, reconcile
 from .trim import trim
@@ -88,15 +89,6 @@ def store_stats(layout: Layout) -> StoreStats:
             bytes_written_by_hour=manifest.writes(),
             holder=holder(layout),
         )
-
-
-def holder(layout: Layout) -> Holder | None:
-    """The process that has the store open, if any."""
-    try:
-        release(acquire(layout))
-    except InUse as e:
-        return e.holder
-    return None
 
 
 def verify(layout: Layout, progress: Callable[[int], object], *, repair: bool = False) -> Verified:

@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ...errors import StoreError
+from ...locks import release
 from ..files.crypto import Vault
 from ..files.layout import Layout
 from ..files.segment import make_private_dir
 from ..manifest.manifest import Manifest
 from ..manifest.schema import Damaged
-from .locks import acquire, release
+from .locks import acquire
 from .quota import Limits, Quota
 from .reconcile import open_manifest, reconcile
 from .trim import trim
