@@ -118,7 +118,7 @@ class GroupedBatch:
     ):
         """`sizes` are of groups of neighbours. The copies made here are what a join costs."""
         self._runner = runner
-        self._space = caches[0].space
+        self._space = caches[0].layers[0].codec.space
         self._groups = []
         for stop, size in zip(itertools.accumulate(sizes), sizes, strict=True):
             members = slice(stop - size, stop)

@@ -28,8 +28,9 @@ from agentmem.bench.harness.model_config import BUILT_IN, built_in_names, read_c
 from agentmem.bench.harness.paper import CONTEXTS, PAPER_TABLE
 from agentmem.engine.model_runner import ModelRunner
 from agentmem.errors import ModelError, StartupError
+from agentmem.kvcache.batch import BatchQuantizedKVCache
 from agentmem.kvcache.block import SealedBlock, Snapshot, from_host, to_host
-from agentmem.kvcache.quantize import CacheSpace, join
+from agentmem.kvcache.quantize import CacheSpace
 from agentmem.kvcache.sequence import SequenceCache
 from agentmem.kvcache.spec import KVCacheSpec
 from agentmem.kvcache.spec_of_config import spec_of_config
@@ -95,11 +96,14 @@ def gemma_6_layers() -> KVCacheSpec:
 
 def random_pass(spec: KVCacheSpec, cache: SequenceCache, num_tokens: int) -> None:
     """Random keys and values, as `num_tokens` more positions, in all layers."""
-    for i, layer in enumerate(spec.layers):
+    batch = BatchQuantizedKVCache(spec, [cache])
+    for view, layer in zip(batch.layers, spec.layers, strict=True):
         q, k, v = (mx.random.normal((1, 8, num_tokens, 256)).astype(spec.dtype) for _ in range(3))
         assert layer.dims == (256, 256) and layer.num_kv_heads == 8
-        mx.eval(cache.attend(i, q, join(k, v), 1 / 16))
-    mx.eval([block.arrays for block in cache.advance(num_tokens)], cache.arrays())
+        view.update_and_fetch(k, v)
+        mx.eval(view.attend(q, 1 / 16, None))
+    [fresh] = batch.advance(num_tokens)
+    mx.eval([block.arrays for block in fresh], cache.arrays())
 
 
 def bytes_read_so_far() -> int:
@@ -223,7 +227,7 @@ def test_the_closed_form_is_the_sum_over_blocks_of_what_is_needed(name):
         lengths = [0, 1, 127, 128, 4095, 4096, 8191, 8192, 8193, 20_000, 32 * K, 32 * K + 255]
         for n in (*lengths, *range(1000, 1600)):
             assert rest_bytes(spec, n) == rest_bytes_by_loop(spec, n), (options, n)
-        if not spec.windowed and not spec.recurrent:
+        if spec.needs_all_parts:
             assert rest_bytes(spec, 20_000) == disk_bytes(spec, 20_000)
 
 

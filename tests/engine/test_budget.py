@@ -39,7 +39,7 @@ def test_the_bytes_of_a_sequence_are_known_before_it_runs(kind, kv_bits, on_code
         )  # the working copy of codes has its final form after the block is closed
         sealed = length // BLOCK * BLOCK
         blocks, working = sum(b.nbytes for b in cache.blocks), sum(a.nbytes for a in cache.arrays())
-        if runner.spec.windowed:
+        if not runner.spec.needs_all_parts:
             kept = [len(block.parts) for block in cache.blocks]
             assert kept == [len(runner.spec.needed(i, sealed)) for i in range(len(kept))]
             assert blocks <= sealed_bytes(runner.spec, sealed)

@@ -13,7 +13,7 @@ from agentmem.kvcache import attention
 from agentmem.kvcache.attention import attend_dense, observed
 from agentmem.kvcache.block import Snapshot, Tail, from_host, to_host
 from agentmem.kvcache.quantize import decode, encode, hadamard
-from agentmem.kvcache.spec import KVCacheSpec, LayerSpec
+from agentmem.kvcache.spec import ChunkedAttention, FullAttention, KVCacheSpec, SlidingWindow
 from support.tiny import BLOCK, KINDS, random_tokens, run, tiny_model, tiny_runner
 
 TOKENS = random_tokens(150)
@@ -77,9 +77,11 @@ def test_logits_after_a_restore_are_bit_identical(kind, on_codes, at):
 
 @pytest.mark.parametrize("n", [1, 2, 40])
 @pytest.mark.parametrize("dtype", [mx.float32, mx.float16])
-@pytest.mark.parametrize("kind, window", [("global", None), ("sliding", 30), ("chunked", 32)])
+@pytest.mark.parametrize(
+    "kind, window", [(FullAttention, None), (SlidingWindow, 30), (ChunkedAttention, 32)]
+)
 def test_attention_of_the_last_positions_is_softmax_over_what_they_see(kind, window, dtype, n):
-    layer, stop = LayerSpec(kind, 2, 16, 8, window), 100
+    layer, stop = kind(2, 16, 8, window), 100
     first = layer.first_visible(stop - n)
     mx.random.seed(n)
     q = mx.random.normal((1, n, 6, 16)).swapaxes(1, 2).astype(dtype)
@@ -100,7 +102,7 @@ def test_attention_of_the_last_positions_is_softmax_over_what_they_see(kind, win
 def test_attention_does_not_round_by_what_comes_after_in_the_chunk():
     """So few columns make one block of a BLAS; of more, its own sums are split by their number."""
     mx.random.seed(0)
-    layer, n, fewer = LayerSpec("global", 2, 64, 64), 40, 20
+    layer, n, fewer = FullAttention(2, 64, 64), 40, 20
     q = mx.random.normal((1, n, 6, 64)).swapaxes(1, 2)
     k, v = (mx.random.normal((1, 2, 300, 64)) for _ in "kv")
     whole = attend_dense(q, k, v, 0.125, layer, 0, None)[:, :, : n - fewer]
@@ -223,16 +225,15 @@ def test_the_spec_is_read_off_the_model():
 def test_a_model_whose_attention_is_not_understood_keeps_mlx_lms_caches(monkeypatch):
     from mlx_lm.models.cache import make_prompt_cache
 
-    from agentmem.kvcache import batch
-    from agentmem.kvcache.layers import working
+    from agentmem.kvcache.layers import dense, kv
 
     def unscaled(q, k, v, scale, layer, first, sinks):
         return mx.fast.scaled_dot_product_attention(
             q, k, v, scale=2 * scale, mask="causal" if q.shape[2] > 1 else None
         )
 
-    monkeypatch.setattr(working, "attend_dense", unscaled)
-    monkeypatch.setattr(batch, "_true_mask", lambda *_: None)
+    monkeypatch.setattr(dense, "attend_dense", unscaled)
+    monkeypatch.setattr(kv, "true_mask", lambda *_: None)
     runner = ModelRunner(tiny_model(), block_size=BLOCK)
     assert runner.spec.opaque is not None
     assert "attention is not understood" in runner.spec.opaque.reason
@@ -297,6 +298,6 @@ def test_head_dims_of_any_size_are_quantized_and_attended_to_alike_from_codes(di
 
 
 def test_head_dims_that_would_not_gain_are_kept_whole_and_the_reason_is_given():
-    spec = KVCacheSpec((LayerSpec("global", 2, 8, 8),), mx.float16)
+    spec = KVCacheSpec((FullAttention(2, 8, 8),), mx.float16)
     assert spec.bits is None
     assert "[8]" in (spec.unquantized_reason or "")

@@ -75,7 +75,8 @@ def test_twenty_rounds_of_evict_restore_append_and_truncate_leave_what_one_go_ma
         boundaries = [
             e
             for e in agent.edges
-            if e % BLOCK == 0 or (e > BLOCK * len(agent.blocks) and not runner.spec.recurrent)
+            if e % BLOCK == 0
+            or (e > BLOCK * len(agent.blocks) and not runner.spec.resumes_at_snapshots)
         ]
         if number % 3 == 2:
             agent.truncate(rng.choice(boundaries[-4:]))

@@ -5,14 +5,14 @@ import numpy as np
 import pytest
 
 from agentmem.agent_key import AgentKey
-from agentmem.kvcache.spec import KVCacheSpec, LayerSpec
+from agentmem.kvcache.spec import FullAttention, KVCacheSpec
 from agentmem.prefix_cache.agent import Branch
 from agentmem.prefix_cache.block_pool import FRESH, CachedTail
 from agentmem.prefix_cache.cache import ROOT, PrefixCache, block_key
 from agentmem.prefix_cache.match import Match
 
 SIZE = 4
-SPEC = KVCacheSpec((LayerSpec("global", 1, 64, 64),), mx.float32, block_size=SIZE)
+SPEC = KVCacheSpec((FullAttention(1, 64, 64),), mx.float32, block_size=SIZE)
 
 
 class Fill:

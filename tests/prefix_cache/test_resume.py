@@ -11,7 +11,13 @@ from hypothesis import strategies as st
 
 from agentmem.agent_key import AgentKey
 from agentmem.kvcache.block import SealedBlock, Tail
-from agentmem.kvcache.spec import KVCacheSpec, LayerSpec
+from agentmem.kvcache.spec import (
+    ChunkedAttention,
+    FullAttention,
+    KVCacheSpec,
+    Recurrent,
+    SlidingWindow,
+)
 from agentmem.prefix_cache.agent import Branch
 from agentmem.prefix_cache.block_pool import FRESH, CachedBlock, CachedTail
 from agentmem.prefix_cache.cache import ROOT, PrefixCache
@@ -20,10 +26,10 @@ from agentmem.prefix_cache.unneeded import UNSAVED_BLOCKS
 from agentmem.store.records import FileRef
 
 SIZE = 4
-GLOBAL = LayerSpec("global", 1, 32, 32)
-SLIDING = LayerSpec("sliding", 1, 32, 32, window=6)
-CHUNKED = LayerSpec("chunked", 1, 32, 32, window=8)
-STATE = LayerSpec("recurrent", state=(((1, 2, 3), "float32"),))
+GLOBAL = FullAttention(1, 32, 32)
+SLIDING = SlidingWindow(1, 32, 32, window=6)
+CHUNKED = ChunkedAttention(1, 32, 32, window=8)
+STATE = Recurrent(state=(((1, 2, 3), "float32"),))
 SPECS = {
     "global": (GLOBAL,),
     "gemma": (GLOBAL, SLIDING),
@@ -60,7 +66,7 @@ def node(
 
 
 def all_parts(spec: KVCacheSpec) -> list[str]:
-    offsets = range(1, SIZE + 1) if spec.recurrent else ()
+    offsets = range(1, SIZE + 1) if spec.resumes_at_snapshots else ()
     return [str(s) for s in range(len(spec.stacks))] + [f"@{n}" for n in offsets]
 
 

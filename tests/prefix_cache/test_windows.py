@@ -14,7 +14,7 @@ from agentmem.engine.api import GenerateRequest, SamplingParams
 from agentmem.errors import CorruptSegment
 from agentmem.prefix_cache.load import forget
 from agentmem.prefix_cache.resume import missing
-from agentmem.prefix_cache.unneeded import window_blocks
+from agentmem.prefix_cache.unneeded import unsaved_blocks
 from agentmem.store.upkeep.trim import Trimmed
 from agentmem.store.writer.writer import StoreWriteSkipped
 from support.engines import Sampler, settle
@@ -229,7 +229,8 @@ def test_a_prefill_that_outruns_the_disk_keeps_few_windows_and_what_could_not_be
         engine.ask("alice", PROMPT, 8)
         branch = newest(engine)
         windows = [i for i, node in enumerate(branch.nodes) if WINDOW in node.data.parts]
-        assert windows == list(range(18 - window_blocks(engine.core.runner.spec, 40), 18))
+        most = unsaved_blocks(engine.core.runner.spec)[int(WINDOW)]
+        assert windows == list(range(18 - most, 18))
         store.save_block = save_block
 
         def now() -> None:

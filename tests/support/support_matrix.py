@@ -80,16 +80,14 @@ def _layers(spec: KVCacheSpec) -> str:
 def _cache(spec: KVCacheSpec) -> str:
     quantized = [f"{spec.bits[0]} bits"] if spec.bits else []
     return (
-        " + ".join(quantized + (["state"] if spec.recurrent else []))
+        " + ".join(quantized + (["state"] if spec.state_stacks else []))
         or f"16 bits: {spec.unquantized_reason}"
     )
 
 
 def _attention(spec: KVCacheSpec) -> str:
     ways = Counter(
-        "model" if layer.model_attends else "blocks"
-        for layer in spec.layers
-        if layer.kind != "recurrent"
+        "model" if layer.model_attends else "blocks" for layer in spec.layers if not layer.state
     )
     return ", ".join(ways) or "none"
 

@@ -179,8 +179,7 @@ def worst_rest_bytes(spec: KVCacheSpec, num_tokens: int) -> int:
     The unfinished block makes the difference, and that a chunk is let go of where the next one
     begins.
     """
-    chunks = [layer.window or 0 for layer in spec.layers if layer.kind == "chunked"]
-    span = max(spec.block_size, *chunks, 1)
+    span = max([spec.block_size, *(layer.period for layer in spec.layers)])
     lengths = range(max(1, num_tokens - span), num_tokens + 1)
     return max(rest_bytes(spec, n) for n in lengths)
 
@@ -203,8 +202,8 @@ def open_block_bytes(spec: KVCacheSpec) -> int:
 def beyond_windows(spec: KVCacheSpec) -> int:
     """Return the bytes in RAM of each further token, once windows are full."""
     total = 0
-    for stack, nbytes in zip(spec.stacks, spec.stack_bytes, strict=True):
-        if spec.layers[stack[0]].window is None:
+    for in_window, nbytes in zip(spec.window_blocks, spec.stack_bytes, strict=True):
+        if in_window is None:
             total += nbytes
     return total
 
@@ -219,7 +218,7 @@ def _kind_row(spec: KVCacheSpec, stack: Sequence[int], sealed: int) -> KindRow:
     layer = spec.layers[stack[0]]
     count = len(stack)
     fixed = None
-    if layer.kind == "recurrent":
+    if layer.state:
         layers = tuple(spec.layers[i] for i in stack)
         fixed = KVCacheSpec(layers, spec.dtype).state_bytes
     elif layer.window is not None:

@@ -11,7 +11,7 @@ import time
 import numpy as np
 
 from ..errors import Busy
-from ..kvcache.layers.working import STEP, capacity_for
+from ..kvcache.layers.capacity import STEP, capacity_for
 from ..prefix_cache.agent import Agent
 from ..prefix_cache.block_pool import CachedTail
 from ..prefix_cache.explain import explain

@@ -14,14 +14,15 @@ from types import MappingProxyType
 import mlx.core as mx
 
 from ..errors import StartupError
-from ..kvcache.layers.working import STEP, working_bytes
+from ..kvcache.layers.capacity import STEP
+from ..kvcache.layers.working import working_bytes
 from ..kvcache.quantize import sealed_bytes
 from ..linux_cpu.allocator import release_freed_memory
 from ..prefix_cache.block_pool import Entry
 from ..prefix_cache.cache import PrefixCache
 from ..prefix_cache.match import Match
 from ..prefix_cache.restore import Restorer
-from ..prefix_cache.unneeded import UNSAVED_SNAPSHOTS, window_blocks
+from ..prefix_cache.unneeded import UNSAVED_SNAPSHOTS, unsaved_blocks
 from ..prefix_cache.write_back import WriteBack
 from ..store.agent_store import AgentStore
 from ..tensors import is_state, stack_part
@@ -113,12 +114,10 @@ class RamBudget:
             if num_new and not num_sealed and spec.bits is not None
             else 0
         )
-        for s, stack in enumerate(spec.stacks):
-            window, count = spec.layers[stack[0]].window, num_new
-            if window is not None:
-                count = min(
-                    num_new, max(0, window_blocks(spec, window) + 1 - held.get(stack_part(s), 0))
-                )
+        for s, most in enumerate(unsaved_blocks(spec)):
+            count = num_new
+            if most is not None:
+                count = min(num_new, max(0, most + 1 - held.get(stack_part(s), 0)))
             nbytes += count * spec.block_size * spec.stack_bytes[s]
         return nbytes + max(0, UNSAVED_SNAPSHOTS - held.get(_STATES, 0)) * spec.state_bytes
 
@@ -140,7 +139,7 @@ class RamBudget:
         """What running sequences can count on less once another one holds `match`: what they sealed
         stays for it.
         """
-        if not (self._spec.windowed or self._spec.recurrent):
+        if self._spec.needs_all_parts:
             return 0
         shared = {id(node) for node in match.nodes}
         return sum(
@@ -153,7 +152,7 @@ class RamBudget:
             return 0
         match_nodes = len(seq.match.nodes) if seq.match else 0
         num_sealed = max(len(seq.nodes), match_nodes)
-        if not (self._spec.windowed or self._spec.recurrent):
+        if self._spec.needs_all_parts:
             return self.running_bytes(seq.capacity, num_sealed)
         own = seq.nodes[seq.cached_at_start // self._spec.block_size :]
         held = (
@@ -251,10 +250,9 @@ class RamBudget:
         if (spec := self._spec).opaque is not None:
             return self.running_bytes(capacity)
         blocks = capacity // spec.block_size + 1
-        windows = ((s, spec.layers[stack[0]].window) for s, stack in enumerate(spec.stacks))
         seen = sum(
-            min(blocks, -(-w // spec.block_size) + 1) * spec.block_size * spec.stack_bytes[s]
-            for s, w in windows
-            if w is not None
+            min(blocks, in_window + 1) * spec.block_size * spec.stack_bytes[s]
+            for s, in_window in enumerate(spec.window_blocks)
+            if in_window is not None
         )
         return self.running_bytes(capacity) + seen + self._tail_bytes + (blocks + 1) * _FILE_HEADER

@@ -331,7 +331,7 @@ class EngineLoop:
             seq.nodes.append(node)
             # the state at the end of a block is only known to be wanted once nothing follows: it
             # waits for the next
-            path = seq.nodes[:-1] if self.core.runner.spec.recurrent else list(seq.nodes)
+            path = seq.nodes[:-1] if self.core.runner.spec.resumes_at_snapshots else list(seq.nodes)
             if path and not seq.discard:
                 self.core.write_back.save_block(seq.branch, path)
         prefix_cache.drop_unneeded(seq.nodes)

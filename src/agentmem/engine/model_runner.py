@@ -126,14 +126,12 @@ class ModelRunner:
     def _forward(
         self, spec: KVCacheSpec, tokens: mx.array, caches: Sequence[Cache]
     ) -> tuple[mx.array, list[list[SealedBlock]]]:
-        if len(caches) > 1 and not (
-            self.batchable and all(c.length or not spec.recurrent for c in caches)
-        ):
+        if len(caches) > 1 and not (self.batchable and all(c.batchable for c in caches)):
             each = [
                 self._forward(spec, tokens[b : b + 1], [cache]) for b, cache in enumerate(caches)
             ]
             return mx.concatenate([logits for logits, _ in each]), [fresh for _, [fresh] in each]
-        if not spec.stepwise or tokens.shape[1] == 1:
+        if tokens.shape[1] <= min(cache.pass_limit for cache in caches):
             return self._pass(spec, tokens, caches)
         parts, fresh = [], []
         while tokens.shape[1]:

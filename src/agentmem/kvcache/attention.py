@@ -117,7 +117,7 @@ def attend_dense(
     mask: Any = "causal" if n > 1 else None
     if n > 1 and layer.first_visible(stop - 1) > first:
         rows, columns = mx.arange(stop - n, stop)[:, None], mx.arange(first, stop)[None]
-        mask = visible(layer, rows, columns)
+        mask = layer.sees(rows, columns)
     if ON_CPU and n > 1 and sinks is None and q.dtype == mx.float32:
         return _attend_with_numpy(q, k, v, scale, None if mask == "causal" else mask)
     return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=mask, sinks=sinks)
@@ -158,16 +158,6 @@ def attend_row(row: mx.array, k: mx.array, v: mx.array) -> mx.array:
     """
     weights = mx.softmax(row @ k[:, :, None].swapaxes(-1, -2), axis=-1, precise=True)
     return weights @ v[:, :, None]
-
-
-def visible(layer: LayerSpec, rows: mx.array, columns: mx.array) -> mx.array:
-    """Whether the positions `rows` see `columns`, bool in their common shape."""
-    seen = columns <= rows
-    if layer.window is None:
-        return seen
-    if layer.kind == "chunked":
-        return seen & (columns >= rows // layer.window * layer.window)
-    return seen & (rows < columns + layer.window)
 
 
 def attend_codes(

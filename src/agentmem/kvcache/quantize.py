@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import mlx.core as mx
 
-from .spec import KVCacheSpec, LayerSpec, coded_shape
+from .spec import KVCacheSpec, coded_shape
 
 ROTATION_GROUP = 64
 Stored = tuple[mx.array, ...]  # keys and values in one array, or apart: see `join`
@@ -107,7 +107,7 @@ class CacheSpace:
         self._centres: list[mx.array | None] = [None] * len(spec.layers)
         if key_centres is not None:
             self._centres = [
-                centre.astype(spec.dtype) if _may_centre(layer) else None
+                centre.astype(spec.dtype) if layer.centred else None
                 for layer, centre in zip(spec.layers, key_centres, strict=True)
             ]
         mx.eval(list(self._rotations.values()), [c for c in self._centres if c is not None])
@@ -153,30 +153,32 @@ class CacheSpace:
         return (x.reshape(*x.shape[:-1], -1, matrix.shape[0]) @ matrix).reshape(x.shape)
 
 
-def _may_centre(layer: LayerSpec) -> bool:
-    """Where sink logits join the softmax, a constant per query does not cancel; what is fetched
-    gets it back.
-    """
-    return layer.kind != "recurrent" and (layer.model_attends or not layer.attention_sinks)
-
-
 class LayerCodec:
-    """What one layer's cache stands for, as codes and back."""
+    """Codes of one layer and back, of keys and values that are in cache space already."""
 
     def __init__(self, spec: KVCacheSpec, space: CacheSpace, index: int):
-        self._spec, self._space, self._index = spec, space, index
+        self.space, self.index = space, index
         self.layer = spec.layers[index]
+        self._spec = spec
 
     def encode(self, part: str, x: mx.array) -> Codes:
         """`part` "k" or "v" of one block, x [1, H, n, D], as the running cache holds it."""
         assert self._spec.bits is not None
-        if self.layer.model_attends:
-            x = self._space.enter_part(self._index, part, x)
         return encode(x, self._spec.bits["kv".index(part)])
 
     def decode(self, part: str, codes: Codes) -> mx.array:
-        """The inverse. One block a call: a product's rounding may depend on its number of rows."""
+        """The inverse: [1, H, n, D]."""
         assert self._spec.bits is not None
         i = "kv".index(part)
-        x = decode(codes, self._spec.bits[i], self._spec.dtype, self.layer.dims[i])
-        return self._space.leave_part(self._index, part, x) if self.layer.model_attends else x
+        return decode(codes, self._spec.bits[i], self._spec.dtype, self.layer.dims[i])
+
+
+class ModelSpaceCodec(LayerCodec):
+    """Codes of a layer whose running cache holds keys and values as the model made them."""
+
+    def encode(self, part: str, x: mx.array) -> Codes:
+        return super().encode(part, self.space.enter_part(self.index, part, x))
+
+    def decode(self, part: str, codes: Codes) -> mx.array:
+        """The inverse. One block a call: a product's rounding may depend on its number of rows."""
+        return self.space.leave_part(self.index, part, super().decode(part, codes))

@@ -21,8 +21,8 @@ def block_shapes(
 
     The stacks of layers that see everything must be there. Parts that there can't be are left out.
     """
-    windows = [spec.layers[stack[0]].window for stack in spec.stacks]
-    wanted = {s for s, window in enumerate(windows) if window is None or stack_part(s) in parts}
+    there = spec.lasting_parts.union(parts)
+    wanted = [s for s in range(len(spec.stacks)) if stack_part(s) in there]
     stacks = (
         _codes(spec, wanted, num_tokens, first)
         if spec.bits is not None

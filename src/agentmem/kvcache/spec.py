@@ -3,15 +3,14 @@ off a model.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from functools import cache, cached_property
-from typing import Literal
+from typing import ClassVar, Literal
 
 import mlx.core as mx
 
 from ..tensors import stack_part, state_part
 
-LayerKind = Literal["global", "sliding", "chunked", "latent", "recurrent"]
 KVBits = Literal["4", "k5v3", "k5v4", "8", "16"]
 
 QUANT_GROUP = 64
@@ -39,46 +38,134 @@ def coded_bytes(padded: int, group: int, bits: int) -> int:
     return padded * bits // 8 + padded // group * 4
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class LayerSpec:
-    """One cache object of the model. A recurrent one has `state` and none of the fields between."""
+    """One cache object of the model: what it holds, and which of it a token sees.
 
-    kind: LayerKind
+    There is a class for each kind. A layer has keys and values, or it is recurrent and has `state`
+    and none of the fields before.
+    """
+
     num_kv_heads: int = 0
     k_dim: int = 0
     v_dim: int = 0
-    # sliding: tokens that a token sees, itself included; chunked: tokens of a chunk
+    # of a sliding window: tokens that a token sees, itself included; of chunks: tokens of one
     window: int | None = None
     attention_sinks: bool = False  # the layer hands sink logits to its softmax (gpt-oss)
     # the model computes with what the cache returns, not by attention through the seam
     model_attends: bool = False
-    state: tuple[
-        tuple[tuple[int, ...], str], ...
-    ] = ()  # shape and dtype ("float32") of each array, batch of one
+    # shape and dtype ("float32") of each array, for a batch of one
+    state: tuple[tuple[tuple[int, ...], str], ...] = ()
+
+    kind: ClassVar[str] = ""  # its name, for people and for the fingerprint
+
+    def __repr__(self) -> str:
+        """Show all fields. Stored caches are found by a fingerprint over this text."""
+        shown = [f"{field.name}={getattr(self, field.name)!r}" for field in fields(self)]
+        return f"LayerSpec(kind={self.kind!r}, {', '.join(shown)})"
 
     @property
     def dims(self) -> tuple[int, int]:
+        """Dims of a head: of keys, of values."""
         return self.k_dim, self.v_dim
 
     @property
+    def token_values(self) -> int:
+        """Numbers that the layer holds for each token."""
+        return self.num_kv_heads * (self.k_dim + self.v_dim)
+
+    @property
     def stack_key(self) -> tuple[object, ...]:
-        return (
-            self.kind,
-            self.window,
-            self.num_kv_heads,
-            self.k_dim,
-            self.v_dim,
-            self.model_attends,
-            self.state,
-        )
+        """What layers have in common that are stacked in one tensor."""
+        return type(self), replace(self, attention_sinks=False)
+
+    @property
+    def stepwise(self) -> bool:
+        """Tell whether what the model gets is of one position, so that a pass over it must not
+        cross the end of a block.
+        """
+        return self.model_attends
+
+    @property
+    def centred(self) -> bool:
+        """Tell whether a vector may be subtracted from all keys.
+
+        Where sink logits join the softmax, a constant for each query does not cancel. A model that
+        attends by itself gets keys with the vector added again.
+        """
+        return self.model_attends or not self.attention_sinks
+
+    @property
+    def period(self) -> int:
+        """Tokens after which what a token sees starts over: 1 where it does not."""
+        return 1
 
     def first_visible(self, position: int) -> int:
-        """The earliest position whose key and value the token at `position` sees."""
-        if self.window is None:
-            return 0
-        if self.kind == "chunked":
-            return position // self.window * self.window
+        """Return the earliest position whose key and value the token at `position` sees."""
+        return 0
+
+    def sees(self, rows: mx.array, columns: mx.array) -> mx.array:
+        """Tell whether the positions `rows` see `columns`: bool, in their common shape."""
+        return columns <= rows
+
+
+class FullAttention(LayerSpec):
+    """A token sees all tokens before it."""
+
+    kind = "global"
+
+
+class LatentAttention(FullAttention):
+    """MLA: what is cached is one latent vector for all heads."""
+
+    kind = "latent"
+
+
+class SlidingWindow(LayerSpec):
+    """A token sees the last `window` tokens, itself included."""
+
+    kind = "sliding"
+
+    def first_visible(self, position: int) -> int:
+        assert self.window is not None
         return max(0, position - self.window + 1)
+
+    def sees(self, rows: mx.array, columns: mx.array) -> mx.array:
+        assert self.window is not None
+        return (columns <= rows) & (rows < columns + self.window)
+
+
+class ChunkedAttention(LayerSpec):
+    """A token sees the tokens before it in its chunk of `window` tokens (llama 4)."""
+
+    kind = "chunked"
+
+    @property
+    def period(self) -> int:
+        assert self.window is not None
+        return self.window
+
+    def first_visible(self, position: int) -> int:
+        assert self.window is not None
+        return position // self.window * self.window
+
+    def sees(self, rows: mx.array, columns: mx.array) -> mx.array:
+        assert self.window is not None
+        return (columns <= rows) & (columns >= rows // self.window * self.window)
+
+
+class Recurrent(LayerSpec):
+    """A token sees a state, which the tokens before it have changed (SSM, gated delta, conv)."""
+
+    kind = "recurrent"
+
+    @property
+    def stepwise(self) -> bool:
+        return True
+
+    @property
+    def centred(self) -> bool:
+        return False
 
 
 @dataclass(frozen=True)
@@ -134,10 +221,7 @@ class KVCacheSpec:
     @cached_property
     def dense_bytes(self) -> int:
         """Of one token in the model's dtype, all layers."""
-        return (
-            sum(layer.num_kv_heads * (layer.k_dim + layer.v_dim) for layer in self.layers)
-            * self.dtype.size
-        )
+        return sum(layer.token_values for layer in self.layers) * self.dtype.size
 
     @cached_property
     def sealed_bytes(self) -> int:
@@ -151,7 +235,7 @@ class KVCacheSpec:
 
     def _layer_bytes(self, layer: LayerSpec) -> int:
         if self.bits is None:
-            return layer.num_kv_heads * sum(layer.dims) * self.dtype.size
+            return layer.token_values * self.dtype.size
         sizes = zip(layer.dims, self.bits, strict=True)
         return layer.num_kv_heads * sum(coded_bytes(*coded_shape(dim), bits) for dim, bits in sizes)
 
@@ -174,7 +258,7 @@ class KVCacheSpec:
     def _stacked(self, *, recurrent: bool) -> tuple[tuple[int, ...], ...]:
         by_shape: dict[tuple[object, ...], list[int]] = {}
         for index, layer in enumerate(self.layers):
-            if (layer.kind == "recurrent") is recurrent:
+            if isinstance(layer, Recurrent) is recurrent:
                 by_shape.setdefault(layer.stack_key, []).append(index)
         return tuple(tuple(stack) for stack in by_shape.values())
 
@@ -191,30 +275,38 @@ class KVCacheSpec:
         return tuple(where[i] for i in range(len(self.layers)))
 
     @cached_property
-    def recurrent(self) -> bool:
-        """A sequence goes on only from where there is a snapshot of its state."""
+    def resumes_at_snapshots(self) -> bool:
+        """Tell whether a sequence goes on only from where there is a snapshot of its state."""
         return bool(self.state_stacks)
 
     @cached_property
-    def stepwise(self) -> bool:
-        """A forward pass must not cross a block boundary: recurrent state, and what is fetched, are
-        of one position.
-        """
-        return any(layer.kind == "recurrent" or layer.model_attends for layer in self.layers)
+    def needs_all_parts(self) -> bool:
+        """Tell whether a sequence needs all of all its blocks, from wherever it goes on."""
+        return not self.state_stacks and all(layer.window is None for layer in self.layers)
 
     @cached_property
-    def windowed(self) -> bool:
-        """Some layers don't see all of a sequence."""
-        return any(layer.window is not None for layer in self.layers)
+    def stepwise(self) -> bool:
+        """Tell whether a forward pass must not cross the end of a block."""
+        return any(layer.stepwise for layer in self.layers)
+
+    @cached_property
+    def window_blocks(self) -> tuple[int | None, ...]:
+        """Blocks that the window of each stack takes, if it starts with one; None: it has none."""
+        windows = [self.layers[stack[0]].window for stack in self.stacks]
+        return tuple(None if w is None else -(-w // self.block_size) for w in windows)
 
     @cached_property
     def lasting_parts(self) -> frozenset[str]:
         """Stacks of layers that see all of a sequence: what is needed of every block."""
-        return frozenset(
-            stack_part(s)
-            for s, stack in enumerate(self.stacks)
-            if self.layers[stack[0]].window is None
-        )
+        blocks = enumerate(self.window_blocks)
+        return frozenset(stack_part(s) for s, seen in blocks if seen is None)
+
+    def first_visible(self, position: int) -> int:
+        """Return the earliest position that the token at `position` sees in a layer with a window:
+        `position` where no layer has one.
+        """
+        windowed = (layer for layer in self.layers if layer.window is not None)
+        return min((layer.first_visible(position) for layer in windowed), default=position)
 
     def needed(self, index: int, position: int) -> frozenset[str]:
         """Parts (tensors.part_of) of block `index` that a sequence needs to go on from `position`,
@@ -230,7 +322,7 @@ class KVCacheSpec:
             for s, stack in enumerate(self.stacks)
             if cut or self.layers[stack[0]].first_visible(position) < min(stop, position)
         }
-        if self.recurrent and start < position <= stop:
+        if self.resumes_at_snapshots and start < position <= stop:
             parts.add(state_part(position - start))
         return frozenset(parts)
 
@@ -265,13 +357,13 @@ def describe(spec: KVCacheSpec) -> str:
         kept = f"in the model's own type ({spec.unquantized_reason})"
     blocks = [f"keys and values {kept}, {spec.sealed_bytes:,} bytes a token"] if spec.stacks else []
     states = f"recurrent state in full precision, {spec.state_bytes:,} bytes every {spec.state_interval:,} tokens"
-    return f"{kinds}; " + "; ".join(blocks + ([states] if spec.recurrent else []))
+    return f"{kinds}; " + "; ".join(blocks + ([states] if spec.state_stacks else []))
 
 
 def _describe_stack(spec: KVCacheSpec, stack: tuple[int, ...]) -> str:
     layer = spec.layers[stack[0]]
     text = f"{len(stack)} {layer.kind}"
-    if layer.kind == "recurrent":
+    if isinstance(layer, Recurrent):
         return text
     over = f" over {layer.window:,}" if layer.window else ""
     dims = f"{layer.k_dim}" if layer.k_dim == layer.v_dim else f"{layer.k_dim}/{layer.v_dim}"

@@ -5,7 +5,6 @@ Nothing is computed: MLX's arrays are lazy, and their shapes are enough. So it w
 without weights too.
 """
 
-from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -21,7 +20,18 @@ from mlx_lm.models.cache import (
 
 from .attention import observed
 from .block import STORABLE
-from .spec import KVBits, KVCacheSpec, LayerKind, LayerSpec, OpaqueCaches, default_state_interval
+from .spec import (
+    ChunkedAttention,
+    FullAttention,
+    KVBits,
+    KVCacheSpec,
+    LatentAttention,
+    LayerSpec,
+    OpaqueCaches,
+    Recurrent,
+    SlidingWindow,
+    default_state_interval,
+)
 
 # what a model's code may raise over caches that it was not written for; MLX's RuntimeErrors are of
 # any cache
@@ -62,7 +72,7 @@ class _Use:
 class _TracedKV(KVCache):
     start_position = 0
 
-    def __init__(self, trace: "_Trace", window: int | None, kind: LayerKind):
+    def __init__(self, trace: "_Trace", window: int | None, kind: type[LayerSpec]):
         super().__init__()
         self.trace, self.window, self.kind = trace, window, kind
         self.use = _Use()
@@ -71,7 +81,7 @@ class _TracedKV(KVCache):
     def maybe_trim_front(self) -> None: ...
 
     def make_mask(self, N: int, return_array: bool = False, window_size: int | None = None) -> Any:
-        window = window_size or (self.window if self.kind == "sliding" else None)
+        window = window_size or (self.window if self.kind is SlidingWindow else None)
         if N == 1:
             return None
         mask = super().make_mask(N, return_array=return_array, window_size=window)
@@ -115,11 +125,11 @@ class _Trace:
 
     def _add(self, cache: Any) -> int:
         if type(cache) is KVCache:
-            new: Any = _TracedKV(self, None, "global")
+            new: Any = _TracedKV(self, None, FullAttention)
         elif type(cache) is RotatingKVCache and not cache.keep:
-            new = _TracedKV(self, cache.max_size, "sliding")
+            new = _TracedKV(self, cache.max_size, SlidingWindow)
         elif type(cache) is ChunkedKVCache:
-            new = _TracedKV(self, cache.chunk_size, "chunked")
+            new = _TracedKV(self, cache.chunk_size, ChunkedAttention)
         elif type(cache) is ArraysCache:
             new = ArraysCache(len(cache.cache))
         else:
@@ -199,7 +209,7 @@ def _layer_spec(cache: Any) -> LayerSpec:
         if any(a.dtype not in STORABLE for a in cache.cache):
             raise Untraceable("a recurrent layer's state is of a type that a block can't hold")
         state = tuple((a.shape, str(a.dtype).removeprefix("mlx.core.")) for a in cache.cache)
-        return LayerSpec("recurrent", state=state)
+        return Recurrent(state=state)
     use = cache.use
     if use.updates != 1:
         raise Untraceable(f"it writes to a cache {use.updates} times in a pass")
@@ -207,26 +217,26 @@ def _layer_spec(cache: Any) -> LayerSpec:
     if not values.shape[3]:
         raise Untraceable("a cache holds keys without values, the index of a sparse attention")
     walked = use.attended == 1 and not use.others and not use.asked
-    walked = walked and not (use.opaque_mask and cache.kind != "chunked")
-    window, kind = cache.window, cache.kind
+    walked = walked and not (use.opaque_mask and cache.kind is not ChunkedAttention)
+    window: int | None = cache.window
+    kind: type[LayerSpec] = cache.kind
     if walked and use.window is not None:
-        window, kind = use.window, "sliding"
-    if kind == "chunked" and not walked:
+        window, kind = use.window, SlidingWindow
+    if kind is ChunkedAttention and not walked:
         raise Untraceable("it computes with a chunked cache by itself")
-    return LayerSpec(
-        kind,
-        keys.shape[1],
-        keys.shape[3],
-        values.shape[3],
-        window,
-        use.sinks,
+    return kind(
+        num_kv_heads=keys.shape[1],
+        k_dim=keys.shape[3],
+        v_dim=values.shape[3],
+        window=window,
+        attention_sinks=use.sinks,
         model_attends=not walked,
     )
 
 
 def _agreed(start: LayerSpec, prompt: LayerSpec, step: LayerSpec) -> LayerSpec:
     """What all passes say; of masks only the prompt's can tell, as a single token needs none."""
-    if prompt.kind == "recurrent":
+    if isinstance(prompt, Recurrent):
         if not start == prompt == step:
             raise Untraceable(
                 "a recurrent layer's state changes its shape with the number of tokens"
@@ -241,27 +251,29 @@ def _latent(layer: LayerSpec) -> LayerSpec:
     """MLA's way where what is cached is one latent vector for all heads (as "keys") and the keys'
     rotated part.
     """
-    is_latent = layer.kind == "global" and layer.model_attends and layer.num_kv_heads == 1
-    return replace(layer, kind="latent") if is_latent else layer
+    is_latent = type(layer) is FullAttention and layer.model_attends and layer.num_kv_heads == 1
+    if not is_latent:
+        return layer
+    return LatentAttention(
+        num_kv_heads=1,
+        k_dim=layer.k_dim,
+        v_dim=layer.v_dim,
+        model_attends=True,
+        attention_sinks=layer.attention_sinks,
+    )
 
 
 def all_model_attends(spec: KVCacheSpec) -> KVCacheSpec | None:
     """The same with every layer of keys and values fetched, for a model whose attention is not
     plainly causal.
     """
-    if all(
-        layer.model_attends or layer.kind == "recurrent" for layer in spec.layers
-    ) or _any_chunked(spec.layers):
+    if any(isinstance(layer, ChunkedAttention) for layer in spec.layers):
         return None
-    layers = (
-        layer if layer.kind == "recurrent" else replace(layer, model_attends=True)
+    layers = tuple(
+        layer if isinstance(layer, Recurrent) else replace(layer, model_attends=True)
         for layer in spec.layers
     )
-    return replace(spec, layers=tuple(layers))
-
-
-def _any_chunked(layers: Iterable[LayerSpec]) -> bool:
-    return any(layer.kind == "chunked" for layer in layers)
+    return None if layers == spec.layers else replace(spec, layers=layers)
 
 
 def opaque_spec(model: Any, reason: str, kv_bits: KVBits, block_size: int) -> KVCacheSpec:

@@ -51,9 +51,10 @@ def resumable(
 
     What that takes may be in RAM or on disk. `n` is at most the tokens of both.
     """
-    if not (spec.windowed or spec.recurrent):
+    if spec.needs_all_parts:
         return n
-    candidates = _snapshots(spec, nodes, tail, n) if spec.recurrent else _ends(spec, n)
+    at_snapshots = spec.resumes_at_snapshots
+    candidates = _snapshots(spec, nodes, tail, n) if at_snapshots else _ends(spec, n)
     return next((p for p in candidates if _can_resume(spec, nodes, p)), 0)
 
 
@@ -79,11 +80,7 @@ def _snapshots(
 
 def last_snapshot(spec: KVCacheSpec, nodes: Sequence[CachedBlock]) -> int:
     """Position of the last snapshot of recurrent state in `nodes`; 0 if there is none."""
-    return (
-        next(_snapshots(spec, nodes, None, len(nodes) * spec.block_size), 0)
-        if spec.recurrent
-        else 0
-    )
+    return next(_snapshots(spec, nodes, None, len(nodes) * spec.block_size), 0)
 
 
 def _can_resume(spec: KVCacheSpec, nodes: Sequence[CachedBlock], position: int) -> bool:

@@ -19,9 +19,9 @@ UNSAVED_BLOCKS = 8  # beyond a window, that keep its layers' parts while they wa
 UNSAVED_SNAPSHOTS = 2
 
 
-def window_blocks(spec: KVCacheSpec, window: int) -> int:
-    """Blocks of an unsaved path, from its end, that keep the parts of layers with this window."""
-    return -(-window // spec.block_size) + UNSAVED_BLOCKS
+def unsaved_blocks(spec: KVCacheSpec) -> list[int | None]:
+    """Return by stack how many blocks of an unsaved path, from its end, keep its part; None: all."""
+    return [None if n is None else n + UNSAVED_BLOCKS for n in spec.window_blocks]
 
 
 def drop_unneeded(
@@ -32,7 +32,7 @@ def drop_unneeded(
     What is not on disk yet keeps those of its last blocks as well: the disk may be slower than a
     prefill, but the bytes of a save that waits are not to grow with the context.
     """
-    if not (spec.windowed or spec.recurrent):
+    if spec.needs_all_parts:
         return
     needed, snapshots = _needed(spec, path, holders), 0
     for i in range(len(path) - 1, -1, -1):
@@ -50,11 +50,10 @@ def drop_unneeded(
 
 def _recent(spec: KVCacheSpec, from_end: int) -> set[str]:
     """Stacks that stay in the block that is the `from_end`-th last of an unsaved path."""
-    windows = (spec.layers[stack[0]].window for stack in spec.stacks)
     return {
         stack_part(s)
-        for s, w in enumerate(windows)
-        if w is None or from_end <= window_blocks(spec, w)
+        for s, most in enumerate(unsaved_blocks(spec))
+        if most is None or from_end <= most
     }
 
 
