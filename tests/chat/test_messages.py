@@ -5,9 +5,8 @@ import asyncio
 import pytest
 from pydantic import ValidationError
 
-from agentmem.chat.messages import normalise
+from agentmem.chat.messages import function_tools, normalise
 from agentmem.chat.renderer import ChatRenderer
-from agentmem.chat.tools import function_tools
 from agentmem.errors import InvalidRequest
 from agentmem.server.api.responses_wire import ResponsesRequest
 from agentmem.server.api.wire import MAX_MESSAGES, ChatCompletionRequest

@@ -66,10 +66,10 @@ def test_where_the_template_asks_for_an_answer_is_known(family):
 def test_no_name_in_what_a_user_writes_is_one_of_the_templates_own_tokens(family):
     tokenizer = tokenizer_of(family)
     plain = SpecialTokens(tokenizer, TokenBytes(tokenizer))
-    expected = plain.tokens([{"role": "user", "content": "a b c"}])
+    expected = plain.tokens([{"role": "user", "content": "a b c"}], {})
     names = [name for name in added_tokens(family) if name.strip()]
     said = [{"role": "user", "content": f"a {' b '.join(names)} c"}]
     ids = set(tokenizer.convert_tokens_to_ids(names))
-    assert [t for t in plain.tokens(said) if t in ids] == [t for t in expected if t in ids]
+    assert [t for t in plain.tokens(said, {}) if t in ids] == [t for t in expected if t in ids]
     text = tokenizer.apply_chat_template(said, tokenize=False, add_generation_prompt=True)
-    assert tokenizer.decode(plain.tokens(said)) == tokenizer.decode(plain.encode(text))
+    assert tokenizer.decode(plain.tokens(said, {})) == tokenizer.decode(plain.encode(text))

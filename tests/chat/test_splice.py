@@ -170,7 +170,7 @@ def test_the_branch_that_shares_most_text_is_taken():
 def test_what_a_user_writes_is_never_a_special_token(kind, said):
     tokenizer = KINDS[kind]()
     tokens = SpecialTokens(tokenizer, TokenBytes(tokenizer)).tokens(
-        [{"role": "user", "content": said}]
+        [{"role": "user", "content": said}], {}
     )
     token_bytes = TokenBytes(tokenizer)
     special = [t for t in tokens if t in token_bytes.atomic_ids]
@@ -192,7 +192,7 @@ def test_the_same_text_has_the_same_tokens_in_every_process(kind):
         tokenizer = copy.copy(tokenizer)
         tokenizer.get_vocab = lambda order=order: {name: vocabulary[name] for name in order}
         plain = SpecialTokens(tokenizer, TokenBytes(tokenizer))
-        spelled.append(plain.tokens([{"role": "user", "content": "<think> or <|im_end|>?"}]))
+        spelled.append(plain.tokens([{"role": "user", "content": "<think> or <|im_end|>?"}], {}))
     assert spelled[0] == spelled[1]
     assert not [t for t in spelled[0] if tokenizer.convert_ids_to_tokens(t) in ("<0x3C>", "<0x3E>")]
 
@@ -213,7 +213,7 @@ def test_what_the_assistant_said_keeps_its_own_tokens():
     tokenizer = byte_level()
     said = "<think>\nhm\n</think>\nYes"
     tokens = SpecialTokens(tokenizer, TokenBytes(tokenizer)).tokens(
-        [{"role": "assistant", "content": said}]
+        [{"role": "assistant", "content": said}], {}
     )
     assert [t for t in ids(tokenizer, "<think></think>") if t not in tokens] == []
 

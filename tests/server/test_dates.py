@@ -24,7 +24,9 @@ CHAT = [Message("user", "Hello"), Message("assistant", "Hi there"), Message("use
 
 
 def rendered(family: str, messages: list[Message], branches=(), days=(TODAY,)) -> list[int]:
-    return ChatRenderer(tokenizer_of(family), 1 << 20)._render(messages, branches, [], {}, days)
+    return ChatRenderer(tokenizer_of(family), 1 << 20)._render(
+        messages, branches, tools=[], options={}, days=days
+    )
 
 
 @pytest.mark.parametrize("family", ["llama3", "gpt-oss"])

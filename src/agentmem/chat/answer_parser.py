@@ -1,4 +1,4 @@
-"""An answer's text, as it comes, to what it is: reasoning, content, tool calls. Of no wire format."""
+"""An answer's text, as it comes, told apart: reasoning, content, tool calls. Of no wire format."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -49,7 +49,7 @@ def _called(call: ToolCall) -> dict[str, Any]:
 
 
 class AnswerParser:
-    """Of one answer.
+    """Reads one answer.
 
     Reasoning begins only before anything else is said: a model that writes about <think> does not
     think. Line breaks around reasoning and before tool calls are the template's, not part of a
@@ -65,12 +65,14 @@ class AnswerParser:
         in_reasoning: bool = False,
         max_calls: int = 0,
     ):
-        """`tools`: that may be called; with none, no calls are looked for. `in_reasoning`: the
-        prompt ends in it.
+        """`tools` are those that may be called; with none, no calls are looked for.
 
-        `max_calls`: further ones are left out; 0: there is no limit.
+        `in_reasoning`: the prompt ends in it. `max_calls`: further ones are left out; 0: there is
+        no limit.
         """
-        self._markup, self._tools, self._max_calls = markup, tools, max_calls
+        self._markup = markup
+        self._tools = tools
+        self._max_calls = max_calls
         self._edges = markup.edges if tools else _without_calls(markup.edges)
         self._state: State = "reasoning" if in_reasoning else markup.initial
         self._before: State = self._state  # the tool call that is being read
@@ -82,12 +84,13 @@ class AnswerParser:
         self.num_calls = self._num_unread = 0
 
     def feed(self, text: str) -> list[Part]:
+        """Go on with this text; return what is known of the answer by now."""
         self._held += text
         self._advance()
         return self._take()
 
     def finish(self, *, cut: bool = False) -> list[Part]:
-        """What was held back. `cut`: the answer ended before the model ended it."""
+        """Return what was held back. `cut`: the answer ended before the model ended it."""
         self._flush()
         while self._state == "tool":
             self._close_call("", readable=not (cut and self._edges.get("tool")))
@@ -103,43 +106,45 @@ class AnswerParser:
     def _advance(self) -> None:
         while (found := self._next_marker()) is not None:
             at, marker, state = found
-            before, self._held = self._held[:at], self._held[at + len(marker) :]
+            before = self._held[:at]
+            self._held = self._held[at + len(marker) :]
             self._say(before)
             self._enter(state, marker)
         safe = len(self._held) - self._partial()
-        before, self._held = self._held[:safe], self._held[safe:]
+        before = self._held[:safe]
+        self._held = self._held[safe:]
         self._say(before)
 
     def _flush(self) -> None:
-        """What is held is no marker."""
+        """Say what is held: it is no marker."""
         self._say(self._held)
         self._held = ""
 
     def _next_marker(self) -> tuple[int, str, State] | None:
-        """The first marker in what is held, the longest of those that begin there: its place, text
-        and next state.
+        """Return the first marker in what is held: its place, its text and the next state.
+
+        Of those that begin there it is the longest.
         """
-        places = [
-            (self._held.find(text), -len(text), text, to)
-            for text, to in self._edges.get(self._state, ())
-        ]
-        found = min((place for place in places if place[0] >= 0), default=None)
-        if (
-            self._state == "start"
-            and self._held[: found[0] if found else len(self._held) - self._partial()].strip()
-        ):
+        first: tuple[int, str, State] | None = None
+        for text, state in self._edges.get(self._state, ()):
+            at = self._held.find(text)
+            if at >= 0 and (first is None or (at, -len(text)) < (first[0], -len(first[1]))):
+                first = at, text, state
+        before = first[0] if first else len(self._held) - self._partial()
+        if self._state == "start" and self._held[:before].strip():
             self._state = "content"
             return self._next_marker()
-        return (found[0], found[2], found[3]) if found else None
+        return first
 
     def _partial(self) -> int:
-        """How many characters at the end of what is held may be the beginning of a marker."""
-        markers = [text for text, _ in self._edges.get(self._state, ())]
+        """Count the characters at the end of what is held that may begin a marker."""
+        markers = tuple(text for text, _ in self._edges.get(self._state, ()))
         longest = min(max(map(len, markers), default=1) - 1, len(self._held))
-        sizes = range(longest, 0, -1)
-        return next(
-            (n for n in sizes if any(text.startswith(self._held[-n:]) for text in markers)), 0
-        )
+        for size in range(longest, 0, -1):
+            end = self._held[-size:]
+            if any(marker.startswith(end) for marker in markers):
+                return size
+        return 0
 
     def _say(self, text: str) -> None:
         if self._state == "tool":
@@ -148,21 +153,26 @@ class AnswerParser:
             self._header += text
         else:
             kind = "reasoning" if self._state == "reasoning" else "content"
-            self._add(kind, self._texts[kind].feed(text, hold=bool(self._edges.get(self._state))))
+            may_end = bool(self._edges.get(self._state))
+            self._add(kind, self._texts[kind].feed(text, hold=may_end))
 
     def _enter(self, state: State, marker: str) -> None:
         if self._state == "tool":
             return self._close_call(marker, then=state)
         if state == "tool":
-            self._before, self._raw, self._call = self._state, self._header + marker, []
+            self._before = self._state
+            self._raw = self._header + marker
+            self._call = []
         elif self._state == "reasoning" or state == "reasoning":
             for trimmed in self._texts.values():
                 trimmed.drop()
-        self._state, self._header = state, ""
+        self._state = state
+        self._header = ""
 
     def _close_call(self, marker: str, *, then: State = "start", readable: bool = True) -> None:
-        """The call as a part. One that can't be read is text: what follows its first marker is
-        looked at again.
+        """Add the call as a part.
+
+        One that can't be read is text: what follows its first marker is looked at again.
         """
         call = "".join(self._call)
         try:
@@ -189,20 +199,22 @@ class AnswerParser:
             self._parts.append(Reasoning(text) if kind == "reasoning" else Content(text))
 
     def _take(self) -> list[Part]:
-        parts, self._parts = self._parts, []
+        parts = self._parts
+        self._parts = []
         return parts
 
 
 def _without_calls(edges: Edges) -> Edges:
-    return {
-        state: tuple((text, to) for text, to in pairs if to != "tool")
-        for state, pairs in edges.items()
-    }
+    left: dict[State, tuple[tuple[str, State], ...]] = {}
+    for state, pairs in edges.items():
+        left[state] = tuple((text, to) for text, to in pairs if to != "tool")
+    return left
 
 
 class _Trimmed:
-    """A text without line breaks at its beginning, if so wanted; blanks at its end wait until it
-    goes on.
+    """A text without line breaks at its beginning, if so wanted.
+
+    Blanks at its end wait until it goes on.
     """
 
     def __init__(self, *, skip: bool):
@@ -219,8 +231,9 @@ class _Trimmed:
         return said
 
     def drop(self) -> None:
-        """Here something else stands between: blanks on both sides were its own."""
-        self._blank, self._skip = "", True
+        """Drop the blanks around this place: they belong to what stands here."""
+        self._blank = ""
+        self._skip = True
 
     def end(self) -> str:
         blank = "" if self._skip else self._blank

@@ -1,9 +1,9 @@
-"""A date in a chat template (Llama 3, gpt-oss) stays what it was for an agent as long as its
-session goes on.
+"""The date in a chat template stays what it was for an agent as long as its session goes on.
 
-Such a template renders another first message each day, so that at midnight every agent's context
-would be prefilled again. A prompt is therefore rendered as of each day of the agent's life, newest
-first, and the day whose text goes on from what the agent has cached is taken.
+A template with a date (Llama 3, gpt-oss) renders another first message each day, so that at
+midnight every agent's context would be prefilled again. A prompt is therefore rendered as of each
+day of the agent's life, newest first, and the day whose text goes on from what the agent has cached
+is taken.
 """
 
 import re
@@ -19,12 +19,12 @@ def is_dated(template: str) -> bool:
 
 
 def on_day(template: str, day: date) -> str:
-    """The template as if that were today."""
+    """Return the template as if that were today."""
     return _CALL.sub(lambda call: repr(day.strftime(call["format"])), template)
 
 
 def session_days(created: float, last_used: float, now: float, session: float) -> Sequence[date]:
-    """Days whose date an agent's prompts may bear, today first. Times in Unix seconds.
+    """Return the days whose date an agent's prompts may bear, today first. Times: Unix seconds.
 
     `session`: seconds after its last request in which a date is kept; 0: never.
     """

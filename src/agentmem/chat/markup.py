@@ -1,5 +1,6 @@
-"""How a model marks what it says: its reasoning, its tool calls. Read off its tokenizer, as mlx-lm
-does.
+"""The way a model marks what it says: its reasoning, its tool calls.
+
+It is read off the model's tokenizer, as mlx-lm does it.
 """
 
 import json
@@ -13,8 +14,8 @@ from typing import Any, Literal
 from ..errors import InvalidRequest
 from .messages import ToolCall, arguments_of
 
-# start: nothing is said yet, so that reasoning may begin; header: before a part of the answer whose
-# kind it tells
+# start: nothing is said yet, so that reasoning may begin;
+# header: before a part of the answer, whose kind it tells
 State = Literal["start", "content", "reasoning", "tool", "header"]
 Edges = Mapping[State, tuple[tuple[str, State], ...]]
 ToolParser = Callable[[str, list[dict[str, Any]]], Any]
@@ -33,8 +34,9 @@ _HARMONY_CALL = re.compile(r"([\w.-]+)[^{]*?<\|message\|>(.*)", re.DOTALL)
 
 @dataclass(frozen=True)
 class Markup:
-    """A state machine over text: in which state which text leads to which other one. That text is
-    no part of it.
+    """A state machine over text: which text leads from which state to which other one.
+
+    That text is no part of what is said.
     """
 
     edges: Edges = field(default_factory=dict)
@@ -45,16 +47,13 @@ class Markup:
 
     @staticmethod
     def of(tokenizer: Any) -> "Markup":
-        """`tokenizer` is an mlx_lm TokenizerWrapper."""
+        """Return the markup of a tokenizer, an mlx_lm TokenizerWrapper."""
         vocabulary = set(tokenizer.get_vocab())
-        if not tokenizer.has_thinking and {"<|channel|>", "<|message|>", "<|start|>"} <= vocabulary:
-            return _harmony()
-        if (
-            not tokenizer.has_thinking
-            and not tokenizer.has_tool_calling
-            and "<|python_tag|>" in vocabulary
-        ):
-            return _llama()
+        if not tokenizer.has_thinking:
+            if {"<|channel|>", "<|message|>", "<|start|>"} <= vocabulary:
+                return _harmony()
+            if not tokenizer.has_tool_calling and "<|python_tag|>" in vocabulary:
+                return _llama()
         edges: dict[State, list[tuple[str, State]]] = {"start": [], "content": []}
         if tokenizer.has_thinking:
             edges["start"].append((tokenizer.think_start, "reasoning"))
@@ -62,9 +61,9 @@ class Markup:
         for source, pairs in tokenizer.response_transitions.items():
             edges.setdefault(_STATES[source], []).extend((text, _STATES[to]) for text, to in pairs)
         if tokenizer.has_tool_calling:
-            sources: tuple[State, ...] = (
-                ("start", "content", "reasoning") if "header" not in edges else ("reasoning",)
-            )
+            sources: list[State] = ["start", "content", "reasoning"]
+            if "header" in edges:
+                sources = ["reasoning"]
             for state in sources:
                 edges.setdefault(state, []).append((tokenizer.tool_call_start, "tool"))
             edges["tool"] = [(tokenizer.tool_call_end, "start")] if tokenizer.tool_call_end else []
@@ -78,14 +77,12 @@ class Markup:
         )
 
     def tool_calls(self, text: str, tools: list[dict[str, Any]]) -> list[ToolCall]:
-        """The calls in a span of them, at least one. ValueError: it can't be read as such."""
+        """Return the calls in a span of them, at least one. ValueError: they can't be read."""
         assert self.parse is not None
         try:
-            found = self.parse(text, tools)
-            calls = [
-                self._tool_call(call, tools)
-                for call in (found if isinstance(found, list) else [found])
-            ]
+            parsed = self.parse(text, tools)
+            found = parsed if isinstance(parsed, list) else [parsed]
+            calls = [self._tool_call(call, tools) for call in found]
         except (*_UNPARSED, *_TOO_DEEP, InvalidRequest) as e:
             raise ValueError(f"no tool calls: {e}") from e
         if not calls:
@@ -93,7 +90,8 @@ class Markup:
         return calls
 
     def _tool_call(self, call: Any, tools: list[dict[str, Any]]) -> ToolCall:
-        name, said = call["name"], call.get("arguments", call.get("parameters"))
+        name = call["name"]
+        said = call.get("arguments", call.get("parameters"))
         arguments = {} if said is None else arguments_of(said, "arguments")
         if not isinstance(name, str) or not name:
             raise ValueError("a tool has a name")
@@ -104,22 +102,27 @@ class Markup:
         return found
 
     def _new_id(self) -> str:
-        """Mistral's templates take ids of nine letters and digits only."""
+        """Return an id for a call. Mistral's templates take nine letters and digits only."""
         if any(text == "[TOOL_CALLS]" for text, _ in self.edges["content"]):
-            return "".join(secrets.choice(string.ascii_letters + string.digits) for _ in range(9))
+            letters = string.ascii_letters + string.digits
+            return "".join(secrets.choice(letters) for _ in range(9))
         return f"call_{secrets.token_hex(12)}"
 
 
 def _llama() -> Markup:
-    """Llama 3.1 and later: an answer that is JSON with a tool's name is a call. mlx-lm does not
-    read it.
+    """Return the markup of Llama 3.1 and later, which mlx-lm does not read.
+
+    An answer that is JSON with a tool's name is a call.
     """
     edges: tuple[tuple[str, State], ...] = (("<|python_tag|>", "tool"), ("{", "tool"))
     return Markup({"start": edges, "content": ()}, parse=_llama_call)
 
 
 def _llama_call(text: str, tools: list[dict[str, Any]]) -> Any:
-    """`{"name": "get_weather", "parameters": {"city": "Paris"}}`, with its first brace or without."""
+    """Read a call, with its first brace or without.
+
+    For example `{"name": "get_weather", "parameters": {"city": "Paris"}}`.
+    """
     call = json.loads(text if text.lstrip().startswith("{") else "{" + text)
     if call["name"] not in {tool["function"]["name"] for tool in tools}:
         raise ValueError("not every object with a name is a call")
@@ -127,8 +130,9 @@ def _llama_call(text: str, tools: list[dict[str, Any]]) -> Any:
 
 
 def _harmony() -> Markup:
-    """gpt-oss: every part of an answer is a message of its own, whose header names a channel and
-    who it is for.
+    """Return the markup of gpt-oss.
+
+    Every part of an answer is a message of its own, whose header names a channel and who it is for.
     """
     ends: tuple[tuple[str, State], ...] = (("<|end|>", "header"), ("<|call|>", "header"))
     header: tuple[tuple[str, State], ...] = (
@@ -146,7 +150,10 @@ def _harmony() -> Markup:
 
 
 def _harmony_call(text: str, tools: list[dict[str, Any]]) -> dict[str, Any]:
-    """`get_weather <|channel|>commentary <|constrain|>json<|message|>{"city": "Paris"}`"""
+    """Read a call.
+
+    For example `get_weather <|channel|>commentary <|constrain|>json<|message|>{"city": "Paris"}`.
+    """
     match = _HARMONY_CALL.fullmatch(text)
     if match is None:
         raise ValueError("no tool call")

@@ -1,12 +1,12 @@
-"""Messages, whatever wire format they came in, in one form: what says the same renders to the same
-tokens.
+"""Messages and tools in one form, whatever wire format they came in.
+
+What says the same renders to the same tokens.
 """
 
 import json
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from itertools import takewhile
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Literal, NoReturn, cast, get_args
 
 from ..errors import InvalidRequest
@@ -17,6 +17,7 @@ SYSTEM_ROLES = ("system", "developer")
 BILLING_LINE = re.compile(r"\Ax-anthropic-billing-header:[^\n]*\n*")
 # of a part of a content; only the text is read
 _PART_FIELDS = {"type", "text", "cache_control", "prompt_cache_breakpoint", "annotations"}
+_NO_PARAMETERS: dict[str, Any] = {"type": "object", "properties": {}}
 _ECHO = 200  # characters of the client's own text that an error repeats
 
 
@@ -28,7 +29,7 @@ class ToolCall:
 
     @property
     def arguments_json(self) -> str:
-        """As OpenAI's format has it. ValueError: it holds NaN, or an infinity."""
+        """The arguments as OpenAI's format has them. ValueError: they hold NaN, or an infinity."""
         return json.dumps(self.arguments, ensure_ascii=False, allow_nan=False)
 
 
@@ -56,57 +57,32 @@ class Chat:
 def normalise(
     messages: Iterable[Mapping[str, Any]], param: str = "messages", *, known: int = 0
 ) -> list[Message]:
-    """Messages as OpenAI's chat format has them; the types of all but content and arguments have
-    been checked.
+    """Return messages that come as OpenAI's chat format has them.
 
-    content: a string, a list of text parts, or None for none, of the assistant or a tool; arguments
-    of tool calls: an object, or one as JSON. Claude Code's billing line is dropped. A tool's result
-    gets the name of the tool from the call that it answers. InvalidRequest names the field that
-    can't be read, such as messages.3.content, counted from the first message after `known` ones,
-    which have been read before.
+    The types of all but content and arguments have been checked. A content is a string, a list of
+    text parts, or None for none (the assistant's, or a tool's); arguments of a tool call are an
+    object, or one as JSON. Claude Code's billing line is dropped. A tool's result gets the name of
+    the tool from the call that it answers.
+
+    InvalidRequest names the field that can't be read, such as messages.3.content, counted from the
+    first message after `known` ones, which have been read before.
     """
     result: list[Message] = []
     names: dict[str, str] = {}
     for i, raw in enumerate(messages):
         message = _message(raw, f"{param}.{i - known}", names)
         names.update((call.id, call.name) for call in message.tool_calls)
-        if (
-            message.content
-            or message.role not in SYSTEM_ROLES
-            or not text_of(raw.get("content"), param)
-        ):
-            result.append(
-                message
-            )  # an empty system prompt too, but not one that held nothing but the billing line
+        # an empty system prompt stays, but not one that held nothing but the billing line
+        is_system = message.role in SYSTEM_ROLES
+        if message.content or not is_system or not _text(raw.get("content"), param):
+            result.append(message)
     return result
 
 
-def text_of(
-    content: Any, param: str, kinds: Collection[str] = ("text",), *, system: bool = False
-) -> str:
-    """The text of a message's content: of a string, or of a list of parts of these types.
-
-    Cache hints on a part are accepted: every prefix is cached anyway. InvalidRequest: anything
-    else.
-    """
-    if not isinstance(content, str | list):
-        _refuse(param, "must be a string or a list of parts of type 'text'", "invalid_type")
-    parts = (
-        [content]
-        if isinstance(content, str)
-        else [_part(i, part, param, kinds) for i, part in enumerate(content)]
-    )
-    if system:
-        parts = [BILLING_LINE.sub("", part) for part in parts]
-    text = "".join(parts)
-    if not _is_encodable(text):
-        _refuse(param, "not valid Unicode: it holds a lone surrogate")
-    return text
-
-
 def arguments_of(arguments: Any, param: str) -> dict[str, Any]:
-    """A tool call's arguments, an object or one as JSON, as templates want them. InvalidRequest:
-    they are neither.
+    """Return a tool call's arguments as templates want them.
+
+    They are an object, or one as JSON. InvalidRequest: they are neither.
     """
     try:
         found = json.loads(arguments or "{}") if isinstance(arguments, str) else arguments
@@ -119,8 +95,9 @@ def arguments_of(arguments: Any, param: str) -> dict[str, Any]:
 
 
 def check_encodable(value: Any, param: str) -> None:
-    """InvalidRequest where a value holds what no prompt can: a lone surrogate, NaN, an infinity,
-    depth without end.
+    """Raise InvalidRequest where a value holds what no prompt can.
+
+    That is: a lone surrogate, NaN, an infinity, depth without end.
     """
     try:
         encodable = _is_encodable(json.dumps(value, ensure_ascii=False, allow_nan=False))
@@ -132,77 +109,67 @@ def check_encodable(value: Any, param: str) -> None:
         _refuse(param, "not valid Unicode: it holds a lone surrogate")
 
 
-def without_system_between(messages: Sequence[Message]) -> list[Message]:
-    """The same with one system message at most, the first: for templates that refuse others.
+def function_tools(
+    tools: Sequence[Any] | None, param: str = "tools", *, nested: bool = True
+) -> list[dict[str, Any]]:
+    """Return the tools of type 'function' in OpenAI's chat format, as templates want them.
 
-    Those that follow one another become one; a later one is said by the user, whose neighbouring
-    messages become one too, since such templates want the roles to alternate.
+    Each has name, description and parameters. They come in that format too, or, if not `nested`, in
+    that of Responses, with these three beside the type. Other types, which a client may offer to
+    servers that have them, are left out. A `strict` schema is not enforced. InvalidRequest names
+    what can't be read, such as tools.0.function.name.
     """
-    result: list[Message] = []
-    for message in messages:
-        role: Role = "system" if message.role == "developer" else message.role
-        if role == "system" and any(m.role != "system" for m in result):
-            role = "user"
-        if (
-            result
-            and role in ("system", "user")
-            and result[-1].role == role
-            and result[-1].name == message.name
-        ):
-            result[-1] = Message(role, f"{result[-1].content}\n\n{message.content}", message.name)
-        elif role == message.role:
-            result.append(message)
-        else:
-            result.append(Message(role, message.content, message.name))
-    return result
+    found = []
+    for i, tool in enumerate(tools or ()):
+        kind = tool.get("type") if isinstance(tool, dict) else None
+        if not isinstance(kind, str):
+            _refuse(f"{param}.{i}", "must be an object with a type")
+        if kind == "function":
+            inner = tool.get("function") if nested else tool
+            where = f"{param}.{i}.function" if nested else f"{param}.{i}"
+            found.append({"type": "function", "function": _function(inner, where)})
+    check_encodable(found, param)
+    return found
 
 
-def one_call_each(messages: Sequence[Message]) -> list[Message]:
-    """The same with one tool call at most in a message, and its result after it: for templates that
-    refuse several.
-    """
-    split: list[Message] = []
-    rest = list(messages)
-    while rest:
-        message = rest.pop(0)
-        if len(message.tool_calls) < 2:
-            split.append(message)
-            continue
-        results = list(
-            takewhile(lambda m: m.role == "tool", rest)
-        )  # ids may come again in later turns
-        del rest[: len(results)]
-        for i, call in enumerate(message.tool_calls):
-            split.append(
-                replace(message if i == 0 else Message("assistant", ""), tool_calls=(call,))
-            )
-            split += [result for result in results if result.tool_call_id == call.id]
-        split += [
-            r for r in results if r.tool_call_id not in {call.id for call in message.tool_calls}
-        ]
-    return split
+def _function(function: Any, param: str) -> dict[str, Any]:
+    if not isinstance(function, dict):
+        _refuse(param, "must be an object")
+    name = function.get("name")
+    description = function.get("description")
+    parameters = function.get("parameters")
+    if not isinstance(name, str) or not name:
+        _refuse(f"{param}.name", "must be a string, and not empty")
+    if not isinstance(description, str | None):
+        _refuse(f"{param}.description", "must be a string")
+    if not isinstance(parameters, dict | None):
+        _refuse(f"{param}.parameters", "must be a JSON schema, which is an object")
+    return {
+        "name": name,
+        "description": description or "",
+        "parameters": parameters or _NO_PARAMETERS,
+    }
 
 
 def _message(raw: Mapping[str, Any], param: str, names: Mapping[str, str]) -> Message:
-    """`names`: of the tools that were called so far, by the id of the call."""
+    """Return a message; `names` are of the tools that were called so far, by the call's id."""
     role = raw.get("role")
     if role not in get_args(Role):
         _refuse(f"{param}.role", f"must be one of {', '.join(get_args(Role))}")
-    calls = tuple(
-        _tool_call(c, f"{param}.tool_calls.{i}") for i, c in enumerate(raw.get("tool_calls") or ())
-    )
+    called = enumerate(raw.get("tool_calls") or ())
+    calls = tuple(_tool_call(call, f"{param}.tool_calls.{i}") for i, call in called)
     if calls and role != "assistant":
         _refuse(f"{param}.tool_calls", "only the assistant calls tools")
-    content, answers = raw.get("content"), raw.get("tool_call_id")
+    content = raw.get("content")
+    answers = raw.get("tool_call_id")
     if content is None and role in ("assistant", "tool"):
         content = ""
     if (answers is None) == (role == "tool"):
-        _refuse(
-            f"{param}.tool_call_id", "a message of role 'tool' has one, and no other message does"
-        )
+        why = "a message of role 'tool' has one, and no other message does"
+        _refuse(f"{param}.tool_call_id", why)
     return Message(
         cast(Role, role),
-        text_of(content, f"{param}.content", system=role in SYSTEM_ROLES),
+        _text(content, f"{param}.content", is_system=role in SYSTEM_ROLES),
         name=raw.get("name") or names.get(answers or ""),
         tool_calls=calls,
         tool_call_id=answers,
@@ -219,14 +186,34 @@ def _tool_call(raw: Mapping[str, Any], param: str) -> ToolCall:
     )
 
 
-def _part(index: int, part: Any, param: str, kinds: Collection[str]) -> str:
+def _text(content: Any, param: str, *, is_system: bool = False) -> str:
+    """Return the text of a content: a string, or a list of text parts. InvalidRequest: neither.
+
+    A system message's is without the billing line. Cache hints on a part are accepted: every prefix
+    is cached anyway.
+    """
+    if not isinstance(content, str | list):
+        _refuse(param, "must be a string or a list of parts of type 'text'", "invalid_type")
+    parts = [content] if isinstance(content, str) else _parts(content, param)
+    if is_system:
+        parts = [BILLING_LINE.sub("", part) for part in parts]
+    text = "".join(parts)
+    if not _is_encodable(text):
+        _refuse(param, "not valid Unicode: it holds a lone surrogate")
+    return text
+
+
+def _parts(content: list[Any], param: str) -> list[str]:
+    return [_part(i, part, param) for i, part in enumerate(content)]
+
+
+def _part(index: int, part: Any, param: str) -> str:
     kind = part.get("type") if isinstance(part, dict) else None
     if not isinstance(kind, str):
         _refuse(param, f"part {index} must be an object with a type")
-    if kind not in kinds:
-        use = " or ".join(map(repr, kinds))
+    if kind != "text":
         message = (
-            f"part {index} is of type {kind[:_ECHO]!r}; this server reads only parts of type {use}"
+            f"part {index} is of type {kind[:_ECHO]!r}; this server reads only parts of type 'text'"
         )
         _refuse(param, message, "unsupported_parameter")
     if unknown := set(part) - _PART_FIELDS:

@@ -1,24 +1,27 @@
-"""A chat, whatever wire format it came in, to the token ids that its messages render to."""
+"""The one road from a chat, whatever wire format it came in, to the engine's token ids."""
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import date
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import numpy as np
 
 from ..errors import ContextLengthExceeded, InvalidRequest
+from ..tensors import common_prefix
 from .dates import is_dated, on_day
 from .markup import Markup
 from .messages import Chat, Message, Role, normalise
 from .special_tokens import SpecialTokens
-from .splice import Spliced, splice
+from .splice import splice
 from .template import ChatTemplate
 from .token_bytes import TokenBytes
 from .token_texts import TokenTexts
 
+T = TypeVar("T")
 _LONGEST_HEADER = 64  # tokens by which a template asks for an answer
 
 
@@ -35,26 +38,28 @@ class Prompt:
 
 
 class ChatRenderer:
-    """Renders messages with the model's chat template, in one thread: HF tokenizers are not
-    re-entrant.
+    """Renders messages with the model's chat template.
+
+    It does so in one thread, since Hugging Face's tokenizers are not re-entrant.
     """
 
     def __init__(self, tokenizer: Any, max_context: int, why_max: str = ""):
-        """`tokenizer` is an mlx_lm TokenizerWrapper; `max_context` counts prompt and answer, in
-        tokens.
+        """`tokenizer` is an mlx_lm TokenizerWrapper.
 
-        `why_max` says what sets it, if not the model.
+        `max_context` counts prompt and answer, in tokens; `why_max` says what sets it, if not the
+        model.
         """
         self._tokenizer = tokenizer
-        self._max_context, self._why_max = max_context, why_max
+        self._max_context = max_context
+        self._why_max = why_max
         self._token_bytes = TokenBytes(tokenizer)
-        self._plain = SpecialTokens(tokenizer, self._token_bytes)
+        self._special_tokens = SpecialTokens(tokenizer, self._token_bytes)
         self._template = ChatTemplate(tokenizer)
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="tokenizer")
 
     @property
     def markup(self) -> Markup:
-        """Of the answers."""
+        """How answers are marked up."""
         return self._template.markup
 
     async def prompt(
@@ -65,15 +70,18 @@ class ChatRenderer:
         `branches` and `days` are as in `render`. InvalidRequest names what of the chat can't be
         read; the rest is raised as there.
         """
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._thread, self._prompt, chat, branches, days)
+        return await self._in_thread(partial(self._prompt, chat, branches, days))
 
     def _prompt(self, chat: Chat, branches: Sequence[np.ndarray], days: Sequence[date]) -> Prompt:
         messages = normalise(chat.messages, known=chat.known)
         tokens = self._render(
-            messages, branches, chat.tools, chat.options, days, chat.generation_prompt
+            messages,
+            branches,
+            tools=chat.tools,
+            options=chat.options,
+            days=days,
+            generation_prompt=chat.generation_prompt,
         )
-        self._check_length(tokens)
         if not chat.generation_prompt:
             return Prompt(tokens)
         checkpoint = self._before_answer(tokens, chat.options)
@@ -89,23 +97,29 @@ class ChatRenderer:
         days: Sequence[date] = (),
         generation_prompt: bool = True,
     ) -> list[int]:
-        """The prompt's token ids, up to where the assistant's answer begins, with room for at least
-        one more.
+        """Return the prompt's token ids, which leave room for at least one more.
 
-        Without a generation prompt, up to where the last message ends.
+        They end where the assistant's answer begins, or, without a generation prompt, where the
+        last message ends. A last message of the assistant's is history like any other: the answer
+        is a new message after it.
 
-        A last message of the assistant's is history like any other: the answer is a new message
-        after it. `branches`: token ids that the agent has cached; they are kept as far as their
-        text is the prompt's, see splice.py. `options` are the template's own, such as
-        enable_thinking. `days`: whose date a template with a date may bear, see dates.py; by
-        default today's. Raises InvalidRequest (no template, or one that refuses or ignores what is
-        given) and ContextLengthExceeded.
+        `branches`: token ids that the agent has cached; they are kept as far as their text is the
+        prompt's, see splice.py. `options` are the template's own, such as enable_thinking. `days`:
+        whose date a template with a date may bear, see dates.py; by default today's.
+
+        Raises InvalidRequest (no template, or one that refuses or ignores what is given) and
+        ContextLengthExceeded.
         """
-        loop = asyncio.get_running_loop()
-        given = (messages, branches, tools, options or {}, days, generation_prompt)
-        tokens = await loop.run_in_executor(self._thread, self._render, *given)
-        self._check_length(tokens)
-        return tokens
+        work = partial(
+            self._render,
+            messages,
+            branches,
+            tools=tools,
+            options=options or {},
+            days=days,
+            generation_prompt=generation_prompt,
+        )
+        return await self._in_thread(work)
 
     async def text_tokens(
         self, text: str, branches: Sequence[np.ndarray] = (), *, begins: bool = False
@@ -115,92 +129,90 @@ class ChatRenderer:
         `begins`: the tokens begin as the model's prompts do, with what its tokenizer puts before
         a text (a BOS token, say), unless the text begins so itself.
         """
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(
-            self._thread,
-            lambda: (
-                splice(self._token_bytes, self._plain.encode(text, begins=begins), branches).tokens
-            ),
-        )
+
+        def work() -> list[int]:
+            tokens = self._special_tokens.encode(text, begins=begins)
+            return splice(self._token_bytes, tokens, branches).tokens
+
+        return await self._in_thread(work)
 
     async def token_texts(self) -> TokenTexts:
         """Return what tells the text of token after token."""
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(
-            self._thread, TokenTexts, self._tokenizer, self._token_bytes
-        )
+        return await self._in_thread(partial(TokenTexts, self._tokenizer, self._token_bytes))
 
-    def _check_length(self, tokens: list[int]) -> None:
-        if len(tokens) >= self._max_context:
-            raise ContextLengthExceeded(len(tokens), self._max_context, self._why_max)
+    async def _in_thread(self, work: Callable[[], T]) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._thread, work)
 
     def _before_answer(self, tokens: Sequence[int], options: Mapping[str, Any]) -> int | None:
-        asked = self._template.asks_for_answer(options)
+        """Return how many tokens come before the part of the template that asks for an answer.
+
+        None: it is not known, or that part does not begin where a token does.
+        """
+        asked = self._template.asks_for_answer(options).encode()
         if not asked or not self._token_bytes.is_known:
             return None
         end = np.asarray(tokens[-_LONGEST_HEADER:], np.int64)
         data, ends = self._token_bytes.of_tokens(end)
-        if not data.endswith(asked.encode()):
+        if not data.endswith(asked):
             return None
-        before = len(data) - len(asked.encode())
+        before = len(data) - len(asked)
         at = int(np.searchsorted(ends, before))
-        return len(tokens) - len(end) + at + 1 if at < len(ends) and ends[at] == before else None
+        if at == len(ends) or ends[at] != before:
+            return None
+        return len(tokens) - len(end) + at + 1
 
     async def message_starts(self, tokens: Sequence[int]) -> list[int]:
-        """Where each message of a rendered chat starts; one that the template put in (a system
-        prompt) counts too.
+        """Return where each message of a rendered chat starts, in tokens.
 
-        Raises InvalidRequest where the template's messages can't be told apart by their tokens.
+        One that the template put in (a system prompt) counts too. Raises InvalidRequest where the
+        template's messages can't be told apart by their tokens.
         """
-        loop = asyncio.get_running_loop()
-        headers = await loop.run_in_executor(self._thread, self._message_headers)
-        packed, found = np.array(tokens, "<u4").tobytes(), {0}
+        headers = await self._in_thread(self._message_headers)
+        packed = np.array(tokens, "<u4").tobytes()
+        found = {0}
         for header in headers:
-            wanted, at = np.array(header, "<u4").tobytes(), -1
+            wanted = np.array(header, "<u4").tobytes()
+            at = -1
             while (at := packed.find(wanted, at + 1)) >= 0:
                 if at % 4 == 0:
                     found.add(at // 4)
         return sorted(found)
 
     def _message_headers(self) -> list[list[int]]:
-        """The tokens between two messages' contents, for an answer and for the user's turn after
-        it.
+        """Return the tokens before an answer's content, and before the user's next content.
 
-        Found by changing one content at a time, by one token, and looking for where the rendered
-        tokens change.
+        They are found by changing one content at a time, by one token, and looking for where the
+        rendered tokens change.
         """
         for one, other in (("1", "2"), ("hello", "world")):
             base = self._probe([one, one, one])
-            ends = [
-                _first_difference(base, self._probe([*[one] * i, other, *[one] * (2 - i)]))
-                for i in range(3)
-            ]
-            if ends[0] < ends[1] - 1 and ends[1] < ends[2] - 1 < len(base):
-                asked = self._probe([one], add_generation_prompt=True)[ends[0] + 1 :]
-                answer = base[ends[0] + 1 : ends[1]]
-                answer = answer[
-                    : _first_difference(answer, asked)
-                ]  # without what is put into old answers only
+            first = _first_difference(base, self._probe([other, one, one]))
+            second = _first_difference(base, self._probe([one, other, one]))
+            third = _first_difference(base, self._probe([one, one, other]))
+            if first < second - 1 and second < third - 1 < len(base):
+                asked = self._probe([one], add_generation_prompt=True)[first + 1 :]
+                answer = base[first + 1 : second]
+                # without what is put into old answers only
+                answer = answer[: _first_difference(answer, asked)]
                 if answer:
-                    return [answer, base[ends[1] + 1 : ends[2]]]
-        raise InvalidRequest(
-            "With this model's chat template messages can't be told apart in the cache; give tokens instead.",
-            param="messages",
+                    return [answer, base[second + 1 : third]]
+        message = (
+            "With this model's chat template messages can't be told apart in the cache; "
+            "give tokens instead."
         )
+        raise InvalidRequest(message, param="messages")
 
     def _probe(self, contents: list[str], **options: bool) -> list[int]:
         roles: list[Role] = ["user", "assistant", "user"]
         messages = [Message(role, content) for role, content in zip(roles, contents, strict=False)]
-        return list(
-            self._tokenizer.apply_chat_template(
-                self._template.dicts(messages), tokenize=True, **options
-            )
-        )
+        dicts = self._template.dicts(messages)
+        return list(self._tokenizer.apply_chat_template(dicts, tokenize=True, **options))
 
     def _render(
         self,
         messages: Sequence[Message],
         branches: Sequence[np.ndarray],
+        *,
         tools: Sequence[dict[str, Any]],
         options: Mapping[str, Any],
         days: Sequence[date] = (),
@@ -208,17 +220,17 @@ class ChatRenderer:
     ) -> list[int]:
         self._template.check(messages, tools, options)
         source = self._tokenizer.chat_template
-        dated = isinstance(source, str) and is_dated(source)
-        as_of = [{"chat_template": on_day(source, day)} for day in days] if dated else []
-        best: Spliced | None = None
-        for template in as_of or [{}]:
-            tokens = self._apply_template(
-                messages, tools, {**options, **template}, generation_prompt
-            )
-            found = splice(self._token_bytes, tokens, branches)
-            if best is None or found.common_bytes > best.common_bytes:
-                best = found
-        assert best is not None
+        as_of: list[dict[str, Any]] = [{}]
+        if days and isinstance(source, str) and is_dated(source):
+            as_of = [{"chat_template": on_day(source, day)} for day in days]
+        spliced = []
+        for template in as_of:
+            given = {**options, **template}
+            tokens = self._apply_template(messages, tools, given, generation_prompt)
+            spliced.append(splice(self._token_bytes, tokens, branches))
+        best = max(spliced, key=lambda found: found.common_bytes)  # of several, the newest day
+        if len(best.tokens) >= self._max_context:
+            raise ContextLengthExceeded(len(best.tokens), self._max_context, self._why_max)
         return best.tokens
 
     def _apply_template(
@@ -231,20 +243,20 @@ class ChatRenderer:
         if not messages:
             raise InvalidRequest("There are no messages.", param="messages")
         if not self._tokenizer.has_chat_template:
-            raise InvalidRequest(
-                "This model has no chat template, so it can't take messages; serve its instruct or chat variant.",
-                param="messages",
+            message = (
+                "This model has no chat template, so it can't take messages; serve its instruct or "
+                "chat variant."
             )
-        given = {**options, "tools": list(tools)} if tools else options
-        tokens = self._template.render(
-            messages, lambda dicts: self._plain.tokens(dicts, generation_prompt, **given)
+            raise InvalidRequest(message, param="messages")
+        given = {**options, "tools": list(tools)} if tools else dict(options)
+        to_tokens = partial(
+            self._special_tokens.tokens, options=given, generation_prompt=generation_prompt
         )
+        tokens = self._template.render(messages, to_tokens)
         if not tokens:
             raise InvalidRequest("The messages render to an empty prompt.", param="messages")
         return list(tokens)
 
 
-def _first_difference(a: Sequence[int], b: Sequence[int]) -> int:
-    return next(
-        (i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b))
-    )
+def _first_difference(a: list[int], b: list[int]) -> int:
+    return common_prefix(np.array(a), np.array(b))

@@ -1,15 +1,14 @@
-"""A chat's tokens, in which nothing that a user, a tool or a system prompt writes is a special
-token.
+"""A chat's tokens, in which nothing that somebody writes is a special token.
 
-A text that reads like a special token's name is marked before the template sees it, by a character
-that no message holds. The rendered text is tokenized without the marks; of the special tokens found
-in it, those that were marked are spelled in ordinary tokens. What the assistant said is left as it
-is: there the names are its own tokens (<think>, say).
+What a user, a tool or a system prompt writes may read like a special token's name. It is marked
+before the template sees it, by a character that no message holds. The rendered text is tokenized
+without the marks; of the special tokens found in it, those that were marked are spelled in ordinary
+tokens. What the assistant said is left as it is: there the names are its own tokens (<think>, say).
 """
 
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -18,54 +17,53 @@ from .template import source_of
 from .token_bytes import TokenBytes
 
 _MARKS = range(0xE000, 0xF8FF)  # for private use
-_MARKERS = (
-    "think_start",
-    "think_end",
-    "tool_call_start",
-    "tool_call_end",
-)  # of mlx_lm's TokenizerWrapper
+# of mlx_lm's TokenizerWrapper
+_MARKERS = ("think_start", "think_end", "tool_call_start", "tool_call_end")
 
 
 class SpecialTokens:
-    """Of one tokenizer, an mlx_lm TokenizerWrapper."""
+    """The special tokens of one tokenizer, and texts that must not hold them."""
 
     def __init__(self, tokenizer: Any, token_bytes: TokenBytes):
-        self._tokenizer, self._token_bytes = tokenizer, token_bytes
+        """`tokenizer` is an mlx_lm TokenizerWrapper."""
+        self._tokenizer = tokenizer
+        self._token_bytes = token_bytes
         added = json.loads(tokenizer.backend_tokenizer.to_str())["added_tokens"]
         self._added = {t["content"]: t["id"] for t in added}
         markers = {getattr(tokenizer, name, None) for name in _MARKERS}
         template = source_of(tokenizer)
 
         def is_markup(name: str) -> bool:
-            """DeepSeek's roles and the tags around tools' results are not called special, but are
-            all the same.
+            """Return whether a token is special though it is not called so.
 
-            Other added tokens are ordinary words: Gemma's are tags of HTML and runs of spaces.
+            DeepSeek's roles and the tags around tools' results are. Other added tokens are ordinary
+            words: Gemma's are tags of HTML and runs of spaces.
             """
-            return name in markers or (
-                bool(name.strip()) and (name in template or "|" in name or "｜" in name)
-            )
+            if name in markers:
+                return True
+            return bool(name.strip()) and (name in template or "|" in name or "｜" in name)
 
         names = {t["content"] for t in added if t["special"] or is_markup(t["content"])}
         self._names = sorted((name for name in names if len(name) > 1), key=len, reverse=True)
 
     def tokens(
-        self, messages: Sequence[dict[str, Any]], generation_prompt: bool = True, /, **options: Any
+        self,
+        messages: Sequence[dict[str, Any]],
+        options: Mapping[str, Any],
+        *,
+        generation_prompt: bool = True,
     ) -> list[int]:
-        """Of the rendered chat, up to where an answer begins. jinja2.TemplateError: the template
-        refuses it.
+        """Return the rendered chat's tokens, up to where an answer begins.
 
-        Without a generation prompt, up to where the last message ends.
+        Without a generation prompt they end where the last message does. `options` are the
+        template's, tools among them. jinja2.TemplateError: the template refuses the chat.
         """
         mark = _unused((*_texts(messages), *_texts(options)))
-        if "tools" in options:
-            options["tools"] = _map_texts(options["tools"], lambda t: self._mark(t, mark))
-        marked = [
-            m if m["role"] == "assistant" else _map_text(m, lambda t: self._mark(t, mark))
-            for m in messages
-        ]
-        options |= {"add_generation_prompt": generation_prompt, "tokenize": False}
-        text = self._tokenizer.apply_chat_template(marked, **options)
+        given = {**options, "add_generation_prompt": generation_prompt, "tokenize": False}
+        if "tools" in given:
+            given["tools"] = _map_texts(given["tools"], lambda text: self._mark(text, mark))
+        marked = [self._mark_message(message, mark) for message in messages]
+        text = self._tokenizer.apply_chat_template(marked, **given)
         return self._encode_marked(text, mark)
 
     def encode(self, text: str, *, begins: bool = False) -> list[int]:
@@ -82,23 +80,32 @@ class SpecialTokens:
         pieces = text.split(mark)
         if len(pieces) == 1:
             return self.encode(text)
-        starts, at = set(), 0
+        starts = set()
+        at = 0
         for piece in pieces[:-1]:
             at += len(piece)
             starts.add(at - 1)  # the mark stands behind the first character
         plain = "".join(pieces)
         found = [(m.start(), self._added[m.group()]) for m in self._pattern.finditer(plain)]
         tokens = self.encode(plain)
-        if not self._token_bytes.is_known or [t for t in tokens if t in self._ids] != [
-            t for _, t in found
-        ]:
+        special = [token for token in tokens if token in self._ids]
+        if not self._token_bytes.is_known or special != [token for _, token in found]:
             return [token for piece in pieces if piece for token in self.encode(piece)]
         positions = iter(start for start, _ in found)
-        spelled = (
-            self._token_bytes.spell(t) if t in self._ids and next(positions) in starts else [t]
-            for t in tokens
-        )
-        return [token for several in spelled for token in several]
+        spelled: list[int] = []
+        for token in tokens:
+            is_marked = token in self._ids and next(positions) in starts
+            spelled += self._token_bytes.spell(token) if is_marked else [token]
+        return spelled
+
+    def _mark_message(self, message: dict[str, Any], mark: str) -> dict[str, Any]:
+        """Mark what a message says and who says so; its role is the template's business."""
+        if message["role"] == "assistant":
+            return message
+        return {
+            name: self._mark(value, mark) if isinstance(value, str) and name != "role" else value
+            for name, value in message.items()
+        }
 
     def _mark(self, text: str, mark: str) -> str:
         for name in self._names:
@@ -112,30 +119,24 @@ class SpecialTokens:
     @cached_property
     def _pattern(self) -> re.Pattern[str]:
         """Added tokens in a text, as a tokenizer finds them: from the left, the longest."""
-        return re.compile(
-            "|".join(map(re.escape, sorted(self._added, key=len, reverse=True))) or r"(?!)"
-        )
+        longest_first = sorted(self._added, key=len, reverse=True)
+        return re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
 
 
 def _texts(value: Any) -> Iterable[str]:
-    """Every text in a message, however deep."""
+    """Yield every text in a message, however deep."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, dict):
         for key, inner in value.items():
             yield from (*_texts(key), *_texts(inner))
-    elif isinstance(value, (list, tuple)):
+    elif isinstance(value, list | tuple):
         for inner in value:
             yield from _texts(inner)
 
 
-def _map_text(message: dict[str, Any], change: Any) -> dict[str, Any]:
-    """What a message says and who says so; its role is the template's business."""
-    return {k: change(v) if isinstance(v, str) and k != "role" else v for k, v in message.items()}
-
-
 def _map_texts(value: Any, change: Any) -> Any:
-    """With every text in it changed, however deep."""
+    """Return a value with every text in it changed, however deep."""
     if isinstance(value, str):
         return change(value)
     if isinstance(value, dict):
@@ -144,10 +145,10 @@ def _map_texts(value: Any, change: Any) -> Any:
 
 
 def _unused(texts: Iterable[str]) -> str:
+    """Return a character that is in none of the texts."""
     used = set().union(*texts)
     mark = next((chr(c) for c in _MARKS if chr(c) not in used), None)
     if mark is None:
-        raise InvalidRequest(
-            "messages: they hold every character for private use; leave one out.", param="messages"
-        )
+        message = "messages: they hold every character for private use; leave one out."
+        raise InvalidRequest(message, param="messages")
     return mark

@@ -1,4 +1,4 @@
-"""What each token of a vocabulary stands for, as bytes of the text that it decodes to.
+"""The bytes that each token of a vocabulary stands for in the text that it decodes to.
 
 Known are byte-level BPE (Qwen, Llama 3, DeepSeek, gpt-oss, SmolLM ...) and SentencePiece with byte
 fallback (Gemma, Mistral, Llama 2 ...). Other tokenizers decode a token by what stands beside it, so
@@ -18,17 +18,17 @@ _BYTE = re.compile(r"<0x([0-9A-F]{2})>")
 
 
 class TokenBytes:
-    """Of one tokenizer, an mlx_lm TokenizerWrapper or a transformers fast one."""
+    """The bytes of one tokenizer's tokens."""
 
     def __init__(self, tokenizer: Any):
+        """`tokenizer` is an mlx_lm TokenizerWrapper, or a fast one of transformers."""
         backend = json.loads(tokenizer.backend_tokenizer.to_str())
         vocabulary: dict[str, int] = tokenizer.get_vocab()
         self._added = {t["content"]: t["id"] for t in backend["added_tokens"]}
         self._names = {i: name for name, i in vocabulary.items() if name not in self._added}
         self._to_bytes = _decoder(backend["decoder"])
-        self.atomic_ids = np.array(
-            sorted(self._added.values()), np.int64
-        )  # found in text by name, before all others
+        # found in text by name, before all others
+        self.atomic_ids = np.array(sorted(self._added.values()), np.int64)
 
     @property
     def is_known(self) -> bool:
@@ -36,15 +36,15 @@ class TokenBytes:
         return self._to_bytes is not None
 
     def of_tokens(self, tokens: np.ndarray) -> tuple[bytes, np.ndarray]:
-        """Their bytes, and where each token's end: int64 [n]."""
+        """Return the bytes of tokens, int64 [n], and where those of each end, int64 [n]."""
         at = np.minimum(tokens, len(self._table) - 1)
-        return b"".join(map(self._table.__getitem__, at.tolist())), np.cumsum(
-            self._lengths[at], dtype=np.int64
-        )
+        data = b"".join(map(self._table.__getitem__, at.tolist()))
+        return data, np.cumsum(self._lengths[at], dtype=np.int64)
 
     def spell(self, token: int) -> list[int]:
-        """A special token's name in ordinary tokens."""
-        rest, spelled = self._table[token], []
+        """Return a special token's name in ordinary tokens."""
+        rest = self._table[token]
+        spelled = []
         while rest:
             piece = next(rest[:n] for n in range(len(rest), 0, -1) if rest[:n] in self._ordinary)
             spelled.append(self._ordinary[piece])
@@ -53,13 +53,17 @@ class TokenBytes:
 
     @cached_property
     def _ordinary(self) -> dict[bytes, int]:
-        """By what they stand for. Every byte has a token of its own; where it has two, the one that
-        is no mere byte.
+        """Ordinary tokens by what they stand for.
+
+        Every byte has a token of its own; where it has two, the one that is no mere byte.
         """
         assert self._to_bytes is not None
-        names = sorted(
-            self._names.items(), key=lambda item: (_BYTE.fullmatch(item[1]) is None, item[0])
-        )
+
+        def mere_bytes_first(item: tuple[int, str]) -> tuple[bool, int]:
+            token, name = item
+            return _BYTE.fullmatch(name) is None, token
+
+        names = sorted(self._names.items(), key=mere_bytes_first)
         return {self._to_bytes(name): token for token, name in names}
 
     @cached_property
@@ -68,7 +72,7 @@ class TokenBytes:
 
     @cached_property
     def _table(self) -> list[bytes]:
-        """By token; the last one is for all tokens beyond."""
+        """Bytes by token; the last ones are of all tokens beyond."""
         assert self._to_bytes is not None
         table = [_UNKNOWN] * (max([*self._names, *self._added.values()], default=-1) + 2)
         for token, name in self._names.items():
@@ -79,8 +83,9 @@ class TokenBytes:
 
 
 def _decoder(spec: Any) -> Any:
-    """From a tokenizer's own description of its decoder: a function from a token's name to its
-    bytes, or None.
+    """Return a function from a token's name to its bytes, by a tokenizer's decoder; or None.
+
+    `spec` is the tokenizer's own description of its decoder.
     """
     if spec is None:
         return None
@@ -88,11 +93,8 @@ def _decoder(spec: Any) -> Any:
     kinds = [step["type"] for step in steps]
     if kinds == ["ByteLevel"]:
         return _byte_level
-    if (
-        "ByteFallback" in kinds
-        and kinds[0] == "Replace"
-        and not set(kinds) - {"Replace", "ByteFallback", "Fuse", "Strip"}
-    ):
+    known = {"Replace", "ByteFallback", "Fuse", "Strip"}
+    if "ByteFallback" in kinds and kinds[0] == "Replace" and known.issuperset(kinds):
         return _sentence_piece
     return None
 
@@ -108,8 +110,9 @@ def _sentence_piece(name: str) -> bytes:
 
 
 def _bytes_by_character() -> dict[str, bytes]:
-    """GPT-2's alphabet: printable Latin-1 stands for itself, the other bytes for the characters
-    from U+0100 on.
+    """Return GPT-2's alphabet of bytes.
+
+    Printable Latin-1 stands for itself, the characters from U+0100 on for the other bytes.
     """
     printable = [
         *range(ord("!"), ord("~") + 1),

@@ -49,11 +49,13 @@ class Conversation:
             tree = await self.turns.loaded(self.tree)
         except StoreFailed:  # /health has it; the answer is there all the same
             return None
-        parent, known = self.parent, 0
+        parent = self.parent
+        new = self.new
         if not self.resumed:
-            parent, known = tree.longest_prefix(self.new)
+            parent, num_known = tree.longest_prefix(self.new)
+            new = self.new[num_known:]
         about = {"instructions": self.instructions or None, "tools": self.tools or None, **more}
-        items = [*self.new[known:], *answer]
+        items = [*new, *answer]
         turn = new_turn(kind, parent, items, turn_id, about=_news(tree, parent, about))
         told = self._told_meanwhile(tree)
         kept = self.turns.add(tree, [turn, *copies(told, turn)], ephemeral=self.ephemeral)

@@ -35,7 +35,9 @@ class TranscriptRegistry:
         max_disk: int = MAX_DISK,
     ):
         """`table` None: nothing is written."""
-        self._table, self._is_ephemeral, self._max_disk = table, is_ephemeral, max_disk
+        self._table = table
+        self._is_ephemeral = is_ephemeral
+        self._max_disk = max_disk
         self._disk_bytes = table.nbytes if table else 0
         self._lock = threading.Lock()  # orders what is written of an agent, and its deletion
         self._trees: WeakValueDictionary[AgentKey, TurnTree] = WeakValueDictionary()
@@ -78,7 +80,7 @@ class TranscriptRegistry:
         return await self.loaded(self.open(agent))
 
     async def find(self, namespace: str, turn_id: str) -> tuple[TurnTree, Turn] | None:
-        """Return a turn of this namespace, and its tree. None: there is none. Raises StoreFailed."""
+        """Return a turn of this namespace and its tree, if there is one. Raises StoreFailed."""
         trees = list(self._trees.values())
         held = [tree.agent for tree in trees if turn_id in tree.turns and not tree.deleted]
         found = held[0] if held else None

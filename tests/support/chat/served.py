@@ -38,7 +38,7 @@ def prefilled(steps: list[Step]) -> Iterator[tuple[list[int], int]]:
         )  # else they are refused
         with frozen_date(step.today):
             tokens = renderer._render(
-                messages_of(step.messages), branches, tools, step.template_kwargs
+                messages_of(step.messages), branches, tools=tools, options=step.template_kwargs
             )
         ids = np.array(tokens)
         cached = max((common_prefix(branch, ids[:-1]) for branch in branches), default=0)

@@ -9,8 +9,7 @@ from fastapi import FastAPI, Request
 from starlette.responses import JSONResponse, Response
 
 from ...chat.answer_parser import Content, Part, Reasoning
-from ...chat.messages import ToolCall
-from ...chat.tools import function_tools
+from ...chat.messages import ToolCall, function_tools
 from ...engine.api import Finished, RequestStats
 from ...errors import AgentMemError
 from ..answer import Begun, Ping, RunningAnswer, Services, ask, converse

@@ -11,8 +11,7 @@ from fastapi import FastAPI, Request
 from starlette.responses import JSONResponse, Response
 
 from ...chat.answer_parser import Content, Reasoning
-from ...chat.messages import ToolCall
-from ...chat.tools import function_tools
+from ...chat.messages import ToolCall, function_tools
 from ...engine.api import Finished, RequestStats, SamplingParams
 from ...errors import AgentMemError, ContextLengthExceeded, InvalidRequest, NotFound
 from ...transcripts.conversation import Conversation, inherited

@@ -23,8 +23,7 @@ from pydantic import (
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
-from ...chat.messages import Chat
-from ...chat.tools import function_tools
+from ...chat.messages import Chat, function_tools
 from ...engine.api import SamplingParams
 from ...transcripts.turns import Messages
 
