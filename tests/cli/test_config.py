@@ -123,16 +123,17 @@ def test_an_unreadable_config_file_is_a_startup_error(tmp_path):
 
 @pytest.fixture(scope="module")
 def serve_help() -> str:
-    """What `agentmem serve --help` tells, in one line."""
-    environment = {"COLUMNS": "400", "PATH": "/usr/bin"}
-    return " ".join(agentmem("serve", "--help", env=environment).stdout.split())
+    """What `agentmem serve --help` tells, in one line; lines break at hyphens too."""
+    environment = {"COLUMNS": "200", "PATH": "/usr/bin"}
+    text = agentmem("serve", "--help", env=environment).stdout
+    return " ".join(re.sub(r"(?<=\w)-\n +", "-", text).split())
 
 
 def test_every_setting_is_an_option_of_serve_with_its_unit_and_default(serve_help):
     for name, field in Settings.model_fields.items():
         flag = f"--{name.replace('_', '-')}"
         if field.annotation is bool:
-            assert f"{flag} --no{flag[1:]} " in serve_help
+            assert f"{flag} / --no{flag[1:]} " in serve_help
             continue
         units = [unit.name for unit in field.metadata if isinstance(unit, Unit)]
         (unit,) = units or ["|".join(get_args(field.annotation))]

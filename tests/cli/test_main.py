@@ -1,5 +1,6 @@
 """The command line as a whole: what each call imports, and that help tells what commands do."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ import pytest
 from agentmem import __version__, errors
 from agentmem.cli.lazy import Lazy, load
 from agentmem.cli.main import _Commands
+from agentmem.config import Settings
 
 HEAVY = {
     "mlx",
@@ -55,6 +57,20 @@ def test_what_needs_no_model_imports_no_model(arguments):
 def test_help_of_all_imports_no_command():
     assert not {"httpx", "pydantic"} & imported("--help")
     assert "httpx" in imported("agents", "--help")
+
+
+def test_help_fits_80_columns_and_cuts_no_option():
+    done = subprocess.run(
+        [sys.executable, "-m", "agentmem", "serve", "--help"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env=os.environ | {"COLUMNS": "80"},
+    )
+    lines = done.stdout.splitlines()
+    assert max(map(len, lines)) <= 80
+    for name in Settings.model_fields:
+        assert f"  --{name.replace('_', '-')} " in done.stdout
 
 
 @pytest.mark.parametrize(("name", "lazy"), _Commands.lazy.items(), ids=_Commands.lazy)

@@ -73,5 +73,6 @@ def command_of(name: str) -> Any:
 app = typer.Typer(
     cls=_Benchmarks,
     no_args_is_help=True,
+    rich_markup_mode=None,
     help="Measure on this machine what the cache costs and gains.",
 )

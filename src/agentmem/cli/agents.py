@@ -18,7 +18,9 @@ from .options import Json, group_options, with_client
 from .show import ago, console, print_json, progress_bar, size, table
 
 app = typer.Typer(
-    no_args_is_help=True, help="List the agents of a running server, and manage their caches."
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    help="List the agents of a running server, and manage their caches.",
 )
 app.callback()(group_options)
 
@@ -31,7 +33,7 @@ _CHUNK = 1 << 20  # bytes
 @app.command("list")
 @with_client
 def list_agents(client: Client, as_json: Json = False) -> None:
-    """List all agents: their tokens, their bytes, and where these are."""
+    """List all agents: tokens, and bytes in RAM and on disk."""
     agents = client.call("GET", "/v1/agents")["data"]
     if as_json:
         print_json(agents)
@@ -62,7 +64,7 @@ def _marks(agent: dict[str, Any]) -> list[str]:
 @app.command()
 @with_client
 def show(client: Client, agent_id: Id) -> None:
-    """Print all that is known of one agent, as JSON."""
+    """Print all that is known of one agent."""
     print_json(client.call("GET", agent_path(agent_id)))
 
 
@@ -75,7 +77,7 @@ def transcript(
         str | None, typer.Option(help="Last turn to print (default: the newest).")
     ] = None,
 ) -> None:
-    """Print what was said to an agent, and what it answered, as JSON."""
+    """Print what was said to an agent and what it answered."""
     params = {"turn": turn} if turn else {}
     print_json(client.call("GET", agent_path(agent_id, "/transcript"), params=params))
 
@@ -94,7 +96,10 @@ def explain(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Say why a prompt is cached as far as it is, and where it parts from what the agent has."""
+    """Say why a prompt is cached as far as it is.
+
+    Show where it parts from what the agent has.
+    """
     path = agent_path(agent_id, "/explain")
     if prompt is None:
         found = client.call("GET", path)
@@ -162,7 +167,7 @@ def truncate(
         int | None, typer.Option(help="Messages to keep; the system prompt counts too.")
     ] = None,
 ) -> None:
-    """Forget the end of what an agent holds: give either --tokens or --messages."""
+    """Forget the end of what an agent holds. Give either --tokens or --messages."""
     if (tokens is None) == (messages is None):
         raise StartupError("give either --tokens or --messages")
     body = {"tokens": tokens, "messages": messages}
@@ -279,7 +284,10 @@ def import_agent(
         typer.Option(help="Id for the agent (default: the one it had).", callback=check_utf8),
     ] = None,
 ) -> None:
-    """Make an agent of an exported file, of the same model with the same cache settings."""
+    """Make an agent of an exported file.
+
+    It must come from the same model with the same cache settings.
+    """
     params = {"agent_id": agent_id} if agent_id is not None else {}
     try:
         with file.open("rb") as content, progress_bar() as progress:

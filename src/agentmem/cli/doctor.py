@@ -32,7 +32,7 @@ _NO_SPACE = 256 << 20
 
 @with_settings("model", "home")
 def doctor(flags: dict[str, Any], config: Config = None, as_json: Json = False) -> None:
-    """Check device, BLAS, compiler, model and store, and say what to do about them.
+    """Check this machine, the model and the store; say what to do.
 
     The exit code is 1 where something fails.
     """

@@ -23,7 +23,9 @@ class LazyGroup(TyperGroup):
 
     def __init__(self, **attributes: Any):
         super().__init__(**attributes)
-        listed = {name: TyperCommand(name=name, help=one.help) for name, one in self.lazy.items()}
+        listed = {
+            name: TyperCommand(name=name, short_help=one.help) for name, one in self.lazy.items()
+        }
         self._listed = listed | dict(self.commands)
         self.commands = dict(self._listed)  # whose names are suggested for a wrong one
 
@@ -39,7 +41,7 @@ class LazyGroup(TyperGroup):
             help=self.help,
             params=self.params,
             commands=self._listed,
-            rich_markup_mode=self.rich_markup_mode,
+            rich_markup_mode=None,
         )
         shown.format_help(ctx, formatter)
 
@@ -51,6 +53,6 @@ def load(name: str, lazy: Lazy) -> Any:
         group = get_group(found)
         group.name = name
         return group
-    app = typer.Typer(add_completion=False)
+    app = typer.Typer(add_completion=False, rich_markup_mode=None)
     app.command(name)(found)
     return get_command(app)

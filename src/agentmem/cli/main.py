@@ -38,7 +38,7 @@ class _Commands(LazyGroup):
         "serve": Lazy(
             "agentmem.cli.serve",
             "serve",
-            "Serve a model over the OpenAI API, with a persistent KV cache for each agent.",
+            "Serve a model over the OpenAI API, with a cache for each agent.",
         ),
         "pull": Lazy("agentmem.cli.serve", "pull", "Download a model and check it."),
         "chat": Lazy(
@@ -49,7 +49,7 @@ class _Commands(LazyGroup):
         "status": Lazy(
             "agentmem.cli.status",
             "status",
-            "Show the running server: model, device, agents, memory and store.",
+            "Show the running server: model, agents, memory and store.",
         ),
         "agents": Lazy(
             "agentmem.cli.agents",
@@ -64,12 +64,12 @@ class _Commands(LazyGroup):
         "service": Lazy(
             "agentmem.cli.service",
             "app",
-            "Run the server in the background, from login on, and again after a crash.",
+            "Run the server in the background, from login on.",
         ),
         "doctor": Lazy(
             "agentmem.cli.doctor",
             "doctor",
-            "Check device, BLAS, compiler, model and store, and say what to do about them.",
+            "Check this machine, the model and the store; say what to do.",
         ),
         "bench": Lazy(
             "agentmem.bench.app", "app", "Measure on this machine what the cache costs and gains."
@@ -84,7 +84,12 @@ def _print_version(asked: bool) -> None:
 
 
 app = typer.Typer(
-    cls=_Commands, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False
+    cls=_Commands,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # its tables cut the names of options in a terminal of 80 columns
+    context_settings={"max_content_width": 200},
 )
 
 

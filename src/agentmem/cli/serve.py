@@ -27,7 +27,10 @@ _NOISY = ("httpx", "huggingface_hub", "transformers", "filelock")  # loggers
 
 @with_settings()
 def serve(flags: dict[str, Any], config: Config = None) -> None:
-    """Serve a model over the OpenAI API, with a persistent KV cache for each agent."""
+    """Serve a model over the OpenAI API, with a cache for each agent.
+
+    Each option is a setting too: of the environment, as AGENTMEM_PORT, and of a --config file.
+    """
     settings = load_settings(flags, config)
     _log_to_stderr(settings)
     prepare_mlx(settings.home_dir)

@@ -33,7 +33,8 @@ class _ServiceCommands(TyperGroup):
 app = typer.Typer(
     cls=_ServiceCommands,
     no_args_is_help=True,
-    help="Run the server in the background, from login on, and again after a crash.",
+    rich_markup_mode=None,
+    help="Run the server in the background, from login on. It is started again after a crash.",
 )
 
 
@@ -119,7 +120,7 @@ def logs(
 
 @app.command()
 def restart() -> None:
-    """Stop and start, with settings as they are by now; return when the model answers."""
+    """Stop and start, with settings as they are by now. It returns when the model answers."""
     service = Service()
     service.check_installed()
     _stop(service)

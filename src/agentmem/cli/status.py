@@ -14,7 +14,7 @@ _TIERS = ("hot", "warm", "cold")
 
 
 def status(url: Url = None, api_key: Key = None, as_json: Json = False) -> None:
-    """Show the running server: model, device, agents, memory and store.
+    """Show the running server: model, agents, memory and store.
 
     The exit code is 1 where it is unhealthy, or nobody answers.
     """

@@ -23,7 +23,9 @@ from .options import Config, Home, Json, Key, connect
 from .show import ago, console, print_json, progress_bar, size, table
 
 app = typer.Typer(
-    no_args_is_help=True, help="Look at the caches on disk, check every byte of them, make room."
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    help="Look at the caches on disk, check every byte of them, make room.",
 )
 
 
@@ -120,7 +122,10 @@ def _print_report(report: fsck.Verified, *, repair: bool) -> None:
 def gc(
     home: Home = None, config: Config = None, api_key: Key = None, as_json: Json = False
 ) -> None:
-    """Delete what has expired, what is in quarantine and what nobody holds; keep to store_quota."""
+    """Delete what nobody needs, and keep to store_quota.
+
+    Nobody needs what has expired, what is in quarantine and what no agent holds.
+    """
     settings = _settings(home, config)
     freed: dict[str, int] = {}
     refused: list[StoreError] = []
