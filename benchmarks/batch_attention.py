@@ -33,7 +33,7 @@ from machine import describe_machine, write_result  # noqa: E402
 
 from agentmem.bench.decode_steps import random_snapshot  # noqa: E402
 from agentmem.engine.model_runner import ModelRunner  # noqa: E402
-from agentmem.kvcache.attention import ON_CPU  # noqa: E402
+from agentmem.kvcache.backend import attention_backend  # noqa: E402
 from agentmem.kvcache.quantize import CacheSpace  # noqa: E402
 from agentmem.kvcache.sequence import SequenceCache  # noqa: E402
 from agentmem.models.loading import load_model  # noqa: E402
@@ -105,8 +105,7 @@ class GroupedLayer:
             out.append(attended)
             row = rows.stop
         left = self._space.leave(out[0] if len(out) == 1 else mx.concatenate(out, axis=0))
-        if ON_CPU:
-            mx.async_eval(left)  # as the served code does
+        attention_backend().start(left, [])  # as the served code does
         return left
 
 

@@ -10,6 +10,7 @@ from mlx_lm.models.cache import make_prompt_cache
 
 from ..errors import ModelError
 from ..kvcache.attention import TOLERANCE, install_seam, relative_error, verify_seam
+from ..kvcache.backend import AttentionBackend, attention_backend
 from ..kvcache.batch import BatchQuantizedKVCache
 from ..kvcache.block import SealedBlock, Snapshot
 from ..kvcache.calibrate import key_centres
@@ -35,10 +36,14 @@ class ModelRunner:
         kv_bits: KVBits = "4",
         block_size: int = 256,
         state_interval: int | None = None,
+        backend: AttentionBackend | None = None,
     ):
         """Install the seam, read the spec and check its numbers against mlx-lm's; see `spec.opaque`
         if they part.
+
+        `backend`: the way of attention; None: the one for MLX's default device.
         """
+        self._backend = backend or attention_backend()
         self.model = model
         install_seam(model)
         self.on_codes = False
@@ -69,7 +74,7 @@ class ModelRunner:
         ), False
 
     def _forwarder(self, plain: KVCacheSpec) -> Callable[[mx.array], mx.array]:
-        cache = SequenceCache(plain, CacheSpace(plain))
+        cache = SequenceCache(plain, CacheSpace(plain), backend=self._backend)
         return lambda tokens: self._forward(plain, tokens, [cache])[0]
 
     def _batches(self, plain: KVCacheSpec) -> bool:
@@ -80,7 +85,7 @@ class ModelRunner:
         )
 
         def prefilled() -> list[SequenceCache]:
-            caches = [SequenceCache(plain, space) for _ in range(2)]
+            caches = [SequenceCache(plain, space, backend=self._backend) for _ in range(2)]
             for cache, n in zip(caches, (11, 5), strict=True):
                 self._forward(plain, tokens[:, :n], [cache])
             return caches
@@ -95,7 +100,8 @@ class ModelRunner:
     def calibrate(self, tokens: list[int]) -> list[mx.array]:
         """Key centres of this model, see kvcache/calibrate.py."""
         plain = self.plain_spec
-        return key_centres(plain, lambda t, cache: self._forward(plain, t, [cache]), tokens)
+        empty = SequenceCache(plain, CacheSpace(plain), backend=self._backend)
+        return key_centres(plain, empty, lambda t, cache: self._forward(plain, t, [cache]), tokens)
 
     def use_centres(self, centres: list[mx.array], space: type[CacheSpace] = CacheSpace) -> None:
         self._space = space(self.spec, centres)
@@ -111,9 +117,15 @@ class ModelRunner:
         if self.spec.opaque is not None:
             return OpaqueCache(make_prompt_cache(self.model))
         return SequenceCache(
-            *(self.spec, self._space, snapshot),
-            capacity=capacity, on_codes=self.on_codes, checkpoint_at=checkpoint_at, last_state=last_state,
-        )  # fmt: skip
+            self.spec,
+            self._space,
+            snapshot,
+            capacity=capacity,
+            on_codes=self.on_codes,
+            checkpoint_at=checkpoint_at,
+            last_state=last_state,
+            backend=self._backend,
+        )
 
     def forward(
         self, tokens: mx.array, caches: Sequence[Cache]
@@ -216,7 +228,9 @@ class ModelRunner:
         times = {}
         snapshot = self._repeated_block(max(1, num_tokens // self.spec.block_size))
         for name, on_codes in (("dequantized", False), ("codes", True)):
-            cache = SequenceCache(self.spec, self._space, snapshot, on_codes=on_codes)
+            cache = SequenceCache(
+                self.spec, self._space, snapshot, on_codes=on_codes, backend=self._backend
+            )
             runs = []
             for _ in range(5):
                 began = time.perf_counter()
@@ -228,7 +242,8 @@ class ModelRunner:
         return times
 
     def _repeated_block(self, count: int) -> Snapshot:
-        [first] = self.prefill(SequenceCache(self.spec, self._space), [0] * self.spec.block_size)
+        cache = SequenceCache(self.spec, self._space, backend=self._backend)
+        [first] = self.prefill(cache, [0] * self.spec.block_size)
         later = SealedBlock(
             {name: a for name, a in first.arrays.items() if not name.endswith("sinks")}
         )

@@ -12,20 +12,18 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from itertools import chain
 from typing import Any, cast
 
 import mlx.core as mx
-import numpy as np
 from mlx_lm.models import base
 from mlx_lm.models.cache import make_prompt_cache
 
 from ..errors import ModelError
+from .backend import AttentionBackend
 from .quantize import Codes
 from .spec import LayerSpec, coded_shape
 
 _original = base.scaled_dot_product_attention
-ON_CPU = mx.default_device() == mx.Device(mx.cpu)
 # up to here attention on codes reads them in place; beyond, it dequantizes them once for all
 # queries
 FEW_QUERIES = 16
@@ -103,12 +101,14 @@ def attend_dense(
     q: mx.array,
     k: mx.array,
     v: mx.array,
+    *,
     scale: float,
+    sinks: mx.array | None,
     layer: LayerSpec,
     first: int,
-    sinks: mx.array | None,
+    backend: AttentionBackend,
 ) -> mx.array:
-    """Causal attention of the last n positions, q [1, Hq, n, D].
+    """Attend causally from the last n positions, q [1, Hq, n, D].
 
     k, v [1, H, T, D], T >= n, are those of positions `first` to `first` + T - 1: all that any of
     the queries sees.
@@ -118,46 +118,7 @@ def attend_dense(
     if n > 1 and layer.first_visible(stop - 1) > first:
         rows, columns = mx.arange(stop - n, stop)[:, None], mx.arange(first, stop)[None]
         mask = layer.sees(rows, columns)
-    if ON_CPU and n > 1 and sinks is None and q.dtype == mx.float32:
-        return _attend_with_numpy(q, k, v, scale, None if mask == "causal" else mask)
-    return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=mask, sinks=sinks)
-
-
-def _attend_with_numpy(
-    q: mx.array, k: mx.array, v: mx.array, scale: float, seen: mx.array | None
-) -> mx.array:
-    """Attention whose softmax NumPy computes, in place: on x86-64 the `exp` of MLX takes 12 ns,
-    that of NumPy 0.5.
-
-    q [1, Hq, n, D], n > 1; k, v [1, H, T, D]; seen [n, T], bool; None: causal, the queries being
-    the last n.
-    """
-    _, heads_q, n, dim = q.shape
-    rows = (q * scale).reshape(1, k.shape[1], -1, n, dim)
-    scores = rows @ k[:, :, None].swapaxes(-1, -2)
-    mx.eval(scores)
-    width = (
-        k.shape[2] if seen is not None else n
-    )  # columns, at the end, some of which some rows don't see
-    hidden = ~np.array(seen) if seen is not None else np.triu(np.ones((n, n), bool), 1)
-    for weights in chain.from_iterable(
-        np.array(scores, copy=False)[0]
-    ):  # views; one head's fit into the CPU's cache
-        np.copyto(weights[:, -width:], -np.inf, where=hidden)
-        weights -= weights.max(axis=-1, keepdims=True)
-        np.exp(weights, out=weights)
-        # in float64, where rounding does not depend on how many columns there are, which is the
-        # chunk's business
-        weights /= weights.sum(axis=-1, keepdims=True, dtype=np.float64).astype(np.float32)
-    return (scores @ v[:, :, None]).reshape(1, heads_q, n, -1)
-
-
-def attend_row(row: mx.array, k: mx.array, v: mx.array) -> mx.array:
-    """Attention of one position over all of k, v [1, H, T, D]: row [1, H, Hq / H, 1, D], scaled;
-    the same shape out.
-    """
-    weights = mx.softmax(row @ k[:, :, None].swapaxes(-1, -2), axis=-1, precise=True)
-    return weights @ v[:, :, None]
+    return backend.attend(q, k, v, scale=scale, mask=mask, sinks=sinks)
 
 
 def attend_codes(

@@ -7,7 +7,6 @@ from importlib.resources import files
 
 import mlx.core as mx
 
-from .quantize import CacheSpace
 from .sequence import SequenceCache
 from .spec import KVCacheSpec
 
@@ -23,15 +22,16 @@ def calibration_tokens(encode: Callable[[str], list[int]]) -> list[int]:
 
 
 def key_centres(
-    spec: KVCacheSpec, forward: Callable[[mx.array, SequenceCache], object], tokens: list[int]
+    spec: KVCacheSpec,
+    cache: SequenceCache,
+    forward: Callable[[mx.array, SequenceCache], object],
+    tokens: list[int],
 ) -> list[mx.array]:
-    """One [num_kv_heads, 1, k_dim] float32 centre per layer; [0] of recurrent ones. `forward` runs
-    tokens [1, L].
+    """Return a centre for each layer, [num_kv_heads, 1, k_dim] float32; [0] of recurrent ones.
 
-    `spec` must be unquantized; the first tokens (attention sinks, whose keys are unlike all others)
-    don't count.
+    `spec` must be unquantized, `cache` an empty one of it; `forward` runs tokens [1, L] over it.
+    The first tokens (attention sinks, whose keys are unlike all others) don't count.
     """
-    cache = SequenceCache(spec, CacheSpace(spec))
     forward(mx.array([tokens]), cache)
     keys = cache.kept_keys()
     centres = [

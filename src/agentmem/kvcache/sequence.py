@@ -5,6 +5,7 @@ from dataclasses import replace
 import mlx.core as mx
 
 from ..tensors import TensorName, stack_part
+from .backend import AttentionBackend, attention_backend
 from .block import Arrays, SealedBlock, Snapshot, Tail, compact
 from .layers.dense import DenseLayer
 from .layers.kv import KVLayer
@@ -35,6 +36,7 @@ class SequenceCache:
         on_codes: bool = False,
         checkpoint_at: int | None = None,
         last_state: int = 0,
+        backend: AttentionBackend | None = None,
     ):
         """`capacity`: tokens known to come, the snapshot's included, so that prefill does not copy
         as it grows.
@@ -43,11 +45,15 @@ class SequenceCache:
         state is to be kept: where the prompt's last message ends, say. Once its block is full it
         stays if it is a quarter of the interval away from the one before, `last_state` (0: none),
         so that many short turns don't store a state each.
+
+        `backend`: the way of attention; None: the one for MLX's default device.
         """
         self._spec = spec
         self._checkpoint_at, self._last_state = checkpoint_at, last_state
+        backend = backend or attention_backend()
         self.layers = [
-            new_layer(spec, space, i, on_codes=on_codes) for i in range(len(spec.layers))
+            new_layer(spec, space, i, on_codes=on_codes, backend=backend)
+            for i in range(len(spec.layers))
         ]
         self._kv = {i: w for i, w in enumerate(self.layers) if isinstance(w, KVLayer)}
         self._recurrent = {i: w for i, w in enumerate(self.layers) if isinstance(w, RecurrentLayer)}

@@ -7,7 +7,6 @@ from typing import Any
 import mlx.core as mx
 from mlx_lm.models.base import create_causal_mask
 
-from ..attention import ON_CPU, attend_row
 from ..quantize import Stored
 from ..spec import KVCacheSpec
 from .dense import DenseLayer
@@ -49,15 +48,10 @@ class AttendedView(KVView):
         space = self._codec.space
         q, new = space.enter(self._codec.index, queries, keys, vals)
         news = [tuple(a[b : b + 1] for a in new) for b in range(len(self._rows))]
-        if not (ON_CPU and queries.shape[2] == 1):
+        if queries.shape[2] > 1:
             return space.leave(_joined(self._each(q, news, scale, sinks)))
-        by_row = sinks is None and all(isinstance(row, DenseLayer) for row in self._rows)
-        left = space.leave(
-            self._by_row(q, news, scale) if by_row else _joined(self._each(q, news, scale, sinks))
-        )
-        # compute this layer, and what it seals, while Python builds the next: 3-7 % of a decode
-        # step
-        mx.async_eval(left, *(a for row in self._rows for a in row.sealing()))
+        left = space.leave(self._decode(q, news, scale, sinks))
+        self._rows[0].backend.start(left, (a for row in self._rows for a in row.sealing()))
         return left
 
     def finish(self, num_tokens: int) -> None:
@@ -101,17 +95,16 @@ class AttendedView(KVView):
                 row.seal(block)
         return out[0] if len(out) == 1 else mx.concatenate(out, axis=2)
 
-    def _by_row(self, q: mx.array, news: list[Stored], scale: float) -> mx.array:
-        """One query a sequence. What does not depend on its length is done once for all: 2 % of a
-        decode step.
-        """
-        batch, heads_q, _, dim = q.shape
-        rows = (q * scale).reshape(batch, self._layer.num_kv_heads, -1, 1, dim)
-        out = []
-        for b, (row, start, new) in enumerate(zip(self._rows, self._starts, news, strict=True)):
-            assert isinstance(row, DenseLayer)
-            out.append(attend_row(rows[b : b + 1], *row.fetch(start, new)))
-        return _joined(out).reshape(batch, heads_q, 1, -1)
+    def _decode(
+        self, q: mx.array, news: list[Stored], scale: float, sinks: mx.array | None
+    ) -> mx.array:
+        """Attend from one query a sequence, q [B, Hq, 1, Dk]."""
+        dense = [row for row in self._rows if isinstance(row, DenseLayer)]
+        if len(dense) < len(self._rows):
+            return _joined(self._each(q, news, scale, sinks))
+        of_each = zip(dense, self._starts, news, strict=True)
+        seen = [row.fetch(start, new) for row, start, new in of_each]
+        return dense[0].backend.decode(q, seen, scale=scale, sinks=sinks)
 
 
 def _joined(out: list[mx.array]) -> mx.array:

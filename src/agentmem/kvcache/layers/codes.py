@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import mlx.core as mx
 
 from ..attention import FEW_QUERIES, attend_codes, attend_dense
+from ..backend import AttentionBackend
 from ..block import TOKENS, Arrays, concatenate_codes
 from ..quantize import Codes, LayerCodec, Stored
 from ..spec import KVCacheSpec
@@ -19,12 +20,12 @@ class CodesLayer(KVLayer):
     For attention over all tokens; a window is small, and stays dense.
     """
 
-    def __init__(self, spec: KVCacheSpec, codec: LayerCodec):
-        super().__init__(spec, codec)
+    def __init__(self, spec: KVCacheSpec, codec: LayerCodec, backend: AttentionBackend):
+        super().__init__(spec, codec, backend)
         self._num_sealed = 0
         self._codes: CodesPair | None = None
         self._first: DensePair | None = None  # sinks
-        self._open = DenseLayer(spec, codec)
+        self._open = DenseLayer(spec, codec, backend)
 
     @staticmethod
     def working_bytes(spec: KVCacheSpec, stack: int, num_tokens: int) -> int:
@@ -56,12 +57,21 @@ class CodesLayer(KVLayer):
 
     def attend(self, q: mx.array, stop: int, scale: float, sinks: mx.array | None) -> mx.array:
         k, v = self._open.read(0, stop - self._num_sealed)
-        if self._codes is None:
-            return attend_dense(q, k, v, scale, self.layer, 0, sinks)
-        assert self._first is not None and self._spec.bits is not None
-        if q.shape[2] <= FEW_QUERIES and sinks is None:
-            return attend_codes(q, *self._codes, *self._first, k, v, scale, self._spec.bits)
-        return attend_dense(q, self._dense(0, k), self._dense(1, v), scale, self.layer, 0, sinks)
+        if self._codes is not None:
+            assert self._first is not None and self._spec.bits is not None
+            if q.shape[2] <= FEW_QUERIES and sinks is None:
+                return attend_codes(q, *self._codes, *self._first, k, v, scale, self._spec.bits)
+            k, v = self._dense(0, k), self._dense(1, v)
+        return attend_dense(
+            q,
+            k,
+            v,
+            scale=scale,
+            sinks=sinks,
+            layer=self.layer,
+            first=0,
+            backend=self.backend,
+        )
 
     def _dense(self, i: int, open_part: mx.array) -> mx.array:
         """Decode keys (i = 0) or values (1) of all tokens, for this one call."""

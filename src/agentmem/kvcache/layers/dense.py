@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import mlx.core as mx
 
 from ..attention import attend_dense
+from ..backend import AttentionBackend
 from ..block import TOKENS, Arrays, concatenate_codes
 from ..quantize import LayerCodec, Stored
 from ..spec import KVCacheSpec
@@ -19,8 +20,8 @@ class DenseLayer(KVLayer):
     Of a layer with a window: what can still be seen, and the open block.
     """
 
-    def __init__(self, spec: KVCacheSpec, codec: LayerCodec):
-        super().__init__(spec, codec)
+    def __init__(self, spec: KVCacheSpec, codec: LayerCodec, backend: AttentionBackend):
+        super().__init__(spec, codec, backend)
         self._base = 0  # position of the first token here
         self._stored = self._empty(0)
 
@@ -140,7 +141,16 @@ class DenseLayer(KVLayer):
 
     def attend(self, q: mx.array, stop: int, scale: float, sinks: mx.array | None) -> mx.array:
         k, v, first = self.visible(stop - q.shape[2], stop)
-        return attend_dense(q, k, v, scale, self.layer, first, sinks)
+        return attend_dense(
+            q,
+            k,
+            v,
+            scale=scale,
+            sinks=sinks,
+            layer=self.layer,
+            first=first,
+            backend=self.backend,
+        )
 
     def kept_keys(self, stop: int) -> mx.array:
         """Return all keys that are here up to position `stop`, [1, H, n, Dk]."""

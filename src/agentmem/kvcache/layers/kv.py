@@ -7,6 +7,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from ..backend import AttentionBackend
 from ..block import TOKENS, Arrays, concatenate_codes
 from ..quantize import Codes, LayerCodec, Stored
 from ..spec import KVCacheSpec, LayerSpec
@@ -21,8 +22,8 @@ class KVLayer(ABC):
     Arrays of a layer are named without its stack: "k.packed".
     """
 
-    def __init__(self, spec: KVCacheSpec, codec: LayerCodec):
-        self.codec, self.layer = codec, codec.layer
+    def __init__(self, spec: KVCacheSpec, codec: LayerCodec, backend: AttentionBackend):
+        self.codec, self.layer, self.backend = codec, codec.layer, backend
         self._spec = spec
         self._sealed: dict[int, Arrays] = {}  # by index of the block; not evaluated
         self._prefix: Arrays = {}  # what the open block starts with, of a block that was cut

@@ -1,5 +1,6 @@
 """Which working copy a layer of a running sequence gets, and the RAM that it takes."""
 
+from ..backend import AttentionBackend
 from ..quantize import CacheSpace, LayerCodec, ModelSpaceCodec
 from ..spec import KVCacheSpec, LayerSpec, Recurrent
 from .capacity import capacity_for
@@ -11,7 +12,14 @@ from .recurrent import RecurrentLayer
 Layer = CodesLayer | DenseLayer | RecurrentLayer
 
 
-def new_layer(spec: KVCacheSpec, space: CacheSpace, index: int, *, on_codes: bool) -> Layer:
+def new_layer(
+    spec: KVCacheSpec,
+    space: CacheSpace,
+    index: int,
+    *,
+    on_codes: bool,
+    backend: AttentionBackend,
+) -> Layer:
     """Make the empty working copy of a layer of one sequence.
 
     `on_codes`: attention reads codes in place where it can.
@@ -22,7 +30,7 @@ def new_layer(spec: KVCacheSpec, space: CacheSpace, index: int, *, on_codes: boo
     kind = _kind(spec, layer, on_codes=on_codes)
     in_model_space = kind is ModelAttendsLayer
     codec = (ModelSpaceCodec if in_model_space else LayerCodec)(spec, space, index)
-    return kind(spec, codec)
+    return kind(spec, codec, backend)
 
 
 def _kind(
