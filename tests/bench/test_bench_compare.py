@@ -33,7 +33,7 @@ def model(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def result(model, tmp_path_factory) -> dict:
-    """Of one run, what it printed, and what it left behind."""
+    """The result of one run, what it printed, and what it left behind."""
     directory = tmp_path_factory.mktemp("run")
     (directory / "words.txt").write_text(
         " ".join(f"w{token}" for token in random_tokens(600, seed=3))

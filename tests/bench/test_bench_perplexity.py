@@ -69,7 +69,7 @@ def small(model: Path, corpus: Path) -> list[object]:
 
 @pytest.fixture(scope="module")
 def result(model, corpus, tmp_path_factory) -> dict:
-    """Of one run, and what it printed."""
+    """The result of one run, and what it printed."""
     directory = tmp_path_factory.mktemp("run")
     done = bench(directory, *small(model, corpus), "--json", directory / "result.json")
     assert done.returncode == 0, done.stderr

@@ -34,7 +34,7 @@ def eventually(condition, seconds: float = 60.0) -> bool:
 
 
 def processes_of(temporary: Path) -> list[int]:
-    """Whose command line names a path under `temporary`: servers and guards."""
+    """Find those whose command line names a path under `temporary`: servers and guards."""
     listed = subprocess.run(
         ["ps", "-A", "-ww", "-o", "pid=,command="], capture_output=True, text=True, check=True
     )
@@ -150,7 +150,8 @@ class Healthy(http.server.BaseHTTPRequestHandler):
         self.send_response(200)
         self.end_headers()
 
-http.server.HTTPServer(("127.0.0.1", int(sys.argv[sys.argv.index("--port") + 1])), Healthy).serve_forever()
+port = int(sys.argv[sys.argv.index("--port") + 1])
+http.server.HTTPServer(("127.0.0.1", port), Healthy).serve_forever()
 """
 
 

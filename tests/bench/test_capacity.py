@@ -107,7 +107,7 @@ def random_pass(spec: KVCacheSpec, cache: SequenceCache, num_tokens: int) -> Non
 
 
 def bytes_read_so_far() -> int:
-    """By this process; 0 where the system does not say."""
+    """Count the bytes that this process read; 0 where the system does not say."""
     counters = Path("/proc/self/io")
     return int(counters.read_text().split()[1]) if counters.exists() else 0
 
@@ -148,8 +148,9 @@ def test_gemmas_shape_at_32k_tokens_is_restored_from_files_by_reading_what_the_f
 
 
 def real_bytes(runner: ModelRunner, lengths: list[int]) -> dict[int, tuple[int, int]]:
-    """By number of tokens: (bytes of what a resting agent needs, bytes of all that was sealed and
-    the tail).
+    """Return, by number of tokens, bytes of a real cache.
+
+    They are (those that a resting agent needs, those of all that was sealed and the tail).
     """
     spec, cache, sealed, found = runner.spec, runner.new_cache(), [], {}
     tokens = random_tokens(max(lengths), seed=5)
@@ -354,20 +355,9 @@ def command(home: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
 
 def test_the_command_prints_and_writes_what_fits(tmp_path):
     model = write_tiny_model(tmp_path / "tiny")
-    done = command(
-        *(
-            tmp_path,
-            model / "config.json",
-            model,
-            "gemma-3-12b",
-            "--paper",
-            "--contexts",
-            "32k,4096",
-            "--budget",
-            "1G",
-        ),
-        *("--json", tmp_path / "out.json"),
-    )
+    models = [model / "config.json", model, "gemma-3-12b"]
+    options = ["--paper", "--contexts", "32k,4096", "--budget", "1G"]
+    done = command(tmp_path, *models, *options, "--json", tmp_path / "out.json")
     assert done.returncode == 0, done.stderr
     result = json.loads((tmp_path / "out.json").read_text())
     by_file, by_directory, gemma = result["models"]

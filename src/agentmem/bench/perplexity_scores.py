@@ -3,6 +3,7 @@
 From logits to what can be said of them from a few windows.
 """
 
+import itertools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -182,7 +183,8 @@ def production(runner: ModelRunner) -> Begin:
 
         def feed(tokens: list[int]) -> mx.array:
             logits, fresh = runner.forward(mx.array([tokens]), [cache])
-            mx.eval(logits, [block.arrays for blocks in fresh for block in blocks])
+            sealed = [block.arrays for block in itertools.chain(*fresh)]
+            mx.eval(logits, sealed)
             return logits[0]
 
         return feed

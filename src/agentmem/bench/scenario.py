@@ -203,7 +203,7 @@ def _row(said: Said, answer: TimedAnswer, *, same: bool) -> TurnRow:
 
 
 def measure(
-    run: BenchRun, cast: Cast, modes: Sequence[Mode], passes: int, times: PhaseTimes
+    run: BenchRun, cast: Cast, modes: Sequence[Mode], *, passes: int, times: PhaseTimes
 ) -> list[TurnRow]:
     """Play all passes in all modes. Returns their turns; `times` takes the phases'."""
     answers: list[str] = []
@@ -335,7 +335,7 @@ def scenario(
     with shared.run() as run:
         cast = cast_of(script, directory, run.prompts, tokens)
         times = PhaseTimes()
-        turns = measure(run, cast, modes, passes, times)
+        turns = measure(run, cast, modes, passes=passes, times=times)
         return ScenarioResult(
             scenario=name,
             description=script.description,
