@@ -1,4 +1,4 @@
-"""Where the master key of an encrypted store comes from."""
+"""The master key of an encrypted store: its sources, and how a new one is made."""
 
 import base64
 import os

@@ -262,7 +262,10 @@ def test_other_meta_drops_every_block(tmp_path):
 
 def test_a_second_open_names_the_process_that_holds_the_store(tmp_path):
     with opened(tmp_path):
-        code = f"from agentmem.store.agent_store import AgentStore as S; S.open({str(tmp_path)!r}, 'f0', {META!r})"
+        code = (
+            "from agentmem.store.agent_store import AgentStore as S;"
+            f" S.open({str(tmp_path)!r}, 'f0', {META!r})"
+        )
         child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
         assert (
             f"InUse: the store at {tmp_path / 'f0'} is in use by process {os.getpid()}"
@@ -321,7 +324,8 @@ def test_a_changed_value_in_a_row_costs_that_row_and_what_is_built_on_it(tmp_pat
     change = {
         "agents": "UPDATE agents SET name = 'bliss' WHERE name = 'alice'",
         "branches": f"UPDATE branches SET head = x'{key('ab').hex()}' WHERE id = '{B1}'",
-        "blocks": f"UPDATE blocks SET tokens = x'00' || x'ff' || substr(tokens, 3) WHERE key = x'{key('ab').hex()}'",
+        "blocks": "UPDATE blocks SET tokens = x'00' || x'ff' || substr(tokens, 3)"
+        f" WHERE key = x'{key('ab').hex()}'",
     }[table]
     with contextlib.closing(
         sqlite3.connect(tmp_path / "f0" / "manifest.sqlite", isolation_level=None)

@@ -1,4 +1,7 @@
-"""kill -9 at random moments: what was acknowledged is there and equal, and nothing is half there."""
+"""kill -9 at random moments.
+
+What was acknowledged is there and equal, and nothing is half there.
+"""
 
 import random
 import signal
@@ -28,7 +31,10 @@ def run_and_kill(root: Path, lines: int, seconds: float) -> set[bytes]:
 
 
 def check_whole(store: AgentStore) -> set[bytes]:
-    """Every chain leads to a root, every block and tail verifies and is what was saved; the keys."""
+    """Check that every chain leads to a root, and every block and tail is what was saved.
+
+    Returns the keys of the blocks.
+    """
     index = store.index()
     blocks = {block.key: block for block in index.blocks}
     for block in index.blocks:

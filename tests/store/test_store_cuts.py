@@ -128,8 +128,9 @@ class Life:
         return future
 
     def allowed(self, ops: list[Op]) -> dict[str, list[Where | None]]:
-        """Where each branch may be after these operations: not before what was acknowledged, not
-        beyond what was asked for.
+        """Return where each branch may be after these operations.
+
+        That is not before what was acknowledged, and not beyond what was asked for.
         """
         asked = {op.label for op in ops if op.kind == "asked"}
         done = {op.label for op in ops if op.kind == "done"}
@@ -153,7 +154,10 @@ def opened(root: Path, options: dict[str, Any]) -> AgentStore:
 
 
 def live(root: Path, log: FileLog, options: dict[str, Any]) -> Life:
-    """Two agents take turns, share a block, fork, move back, go on after a restart, and one goes."""
+    """Let two agents take turns, share a block, fork, move back, and go on after a restart.
+
+    One of them goes in the end.
+    """
     store = opened(root, options)
     life = Life(store, log)
     life.block(B1, "alice", "a")

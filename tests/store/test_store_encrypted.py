@@ -42,7 +42,7 @@ def query(root: Path, sql: str, *values):
 
 
 def readable(root: Path, *names: str, tails: dict[str, str] | None = None) -> bool:
-    """In a fresh open: exactly these blocks and tails, as they were saved."""
+    """Return whether a fresh open has exactly these blocks and tails, as they were saved."""
     with opened(root) as store:
         found = store.index()
         assert {block.key for block in found.blocks} == {key(name) for name in names}

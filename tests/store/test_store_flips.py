@@ -70,7 +70,7 @@ def told(store: AgentStore) -> tuple[dict[bytes, tuple], dict[str, tuple]]:
 
 
 def use(store: AgentStore, expected: tuple[dict[bytes, tuple], dict[str, tuple]]) -> None:
-    """What is listed is what was saved, or an earlier part of it; and all that a store does works."""
+    """Check that what is listed was saved, or is an earlier part of it; use all of the store."""
     blocks, branches = told(store)
     assert blocks.items() <= expected[0].items()
     assert [store.read_block(key).exception() for key in blocks] == [None] * len(blocks)

@@ -326,7 +326,7 @@ def operate(store, root: Path, operation: str, i: int, chain: str, size: int, li
 @settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
 @given(operations)
 def test_what_it_says_it_takes_is_what_it_takes(steps):
-    """Of files to the byte, whatever was done; the manifest's log is counted when a write ends."""
+    """Files are counted to the byte, the manifest's log when a write ends."""
     with tempfile.TemporaryDirectory() as directory:
         path, links = Path(directory), []
         limits = Limits(quota=1_500_000)

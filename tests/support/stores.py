@@ -30,7 +30,7 @@ def opened(root: Path, meta=META, **options):
 
 
 def make_older(store: Path, version: int) -> None:
-    """Let the store in this directory be of an earlier format: its rows stay, to be found or not."""
+    """Let the store in this directory be of an earlier format, with the same rows."""
     path = store / "manifest.sqlite"
     with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as db:
         db.execute(f"PRAGMA user_version = {version}")
@@ -84,7 +84,7 @@ def save_tail(store: AgentStore, branch: str, agent: str, chain: str, name: str)
 
 
 def tail_name(store: AgentStore, branch: str) -> str | None:
-    """Under which `save_tail` stored it, if it can be read."""
+    """Return the name under which `save_tail` stored it, if it can be read."""
     try:
         got, metadata = store.read_tail(branch).result()
     except CorruptSegment:

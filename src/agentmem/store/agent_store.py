@@ -1,17 +1,18 @@
-"""The store of one model: agents, their branches, and the blocks and tails that those are made of,
-on disk.
+"""The store of one model: agents, their branches, and the blocks and tails of those, on disk.
 
 Every method may be called from any thread and returns at once. Writes are done in the order asked
 for, by one writer thread (writer.py), and a future resolves when its write is durable; reads run on
 a pool (reader.py).
 
 A failed write sets `background_error`, until a later one succeeds. Errors of futures:
-  LeastRecentlyUsed  the store is full of what was used more recently: not written, and no error of the store
+  LeastRecentlyUsed  the store is full of what was used more recently: not written, and the store
+                     is well
   StoreFull          the store is full of what may not leave, or the disk is
-  StoreWriteSkipped  too many bytes wait for the disk: not written, and no error of the store
+  StoreWriteSkipped  too many bytes wait for the disk: not written, and the store is well
   NotFound           the parent or head isn't in the store: its own save failed, or it was deleted
   OSError, sqlite3.Error  the disk's or database's; what the future stands for is not durable
-  CorruptSegment     a read of what isn't recorded, or doesn't verify: a miss, to be quarantined and prefilled again
+  CorruptSegment     a read of what isn't recorded, or doesn't verify: a miss, to be quarantined and
+                     prefilled again
   ShuttingDown, EngineFailed  the store is closed; its writer met a bug
 """
 
@@ -28,14 +29,13 @@ from ..tensors import HostTensor
 from .files.crypto import Vault
 from .files.reader import READERS, Catalog, Reader, read_segment
 from .files.segment import Segment
-from .records import AgentRecord, BlockToSave, BranchHead, FileRef, StoreIndex, TailToSave
+from .records import AgentRecord, BlockToSave, BranchHead, FileRef, Linked, StoreIndex, TailToSave
 from .upkeep.locks import announce
 from .upkeep.open import StoreFiles, opened
 from .upkeep.quota import Limits
 from .upkeep.trim import Trimmed
 from .writer import jobs, links, saves
 from .writer.batch import Flush
-from .writer.links import Linked
 from .writer.turns import TurnTable
 from .writer.writer import Writer
 
@@ -55,18 +55,18 @@ class AgentStore:
         unlock: Callable[[bool], Vault] | None = None,
         readers: int = READERS,
     ) -> "AgentStore":
-        """Open root/fingerprint, created if need be. Blocks made with another `meta` are dropped,
-        all of them.
+        """Open root/fingerprint, created if need be.
 
-        `unlock`: encrypt; gives the master key's vault, and is told whether a new master key may be
-        made. Raises StoreError: in use by another process, of a newer format, encrypted otherwise,
-        or unreadable.
+        All blocks that were made with another `meta` are dropped. `max_backlog`: bytes that may
+        wait for the disk; `unlock`: encrypt; it gives the master key's vault, and is told whether a
+        new master key may be made; `readers`: threads. Raises StoreError: in use by another
+        process, of a newer format, encrypted otherwise, or unreadable.
         """
         with opened(root, fingerprint, meta, limits or Limits(), unlock) as files:
             return cls(files, max_backlog, readers)
 
     def __init__(self, files: StoreFiles, max_backlog: int, readers: int):
-        """Use `open`."""
+        """Take over the files that were opened. `open` is how to get a store."""
         self._layout = files.layout
         self._manifest = files.manifest
         self._lock = files.lock
@@ -93,16 +93,16 @@ class AgentStore:
         self.turns = TurnTable(self._writer.submit, turn_bytes)
 
     def index(self) -> StoreIndex:
-        """What the store held when it was opened."""
+        """Return what the store held when it was opened."""
         return self._index
 
     # Writes
 
     def save_block(self, block: BlockToSave) -> Future[FileRef]:
-        """Store the block and make it its branch's head; a tail goes, as the block holds its
-        tokens.
+        """Store the block and make it its branch's head.
 
-        If the key is stored already, that block stays, and is the result.
+        A tail goes, as the block holds its tokens. If the key is stored already, that block stays,
+        and is the result.
         """
         return self._writer.submit(saves.SaveBlock(block.branch, block))
 
@@ -133,30 +133,38 @@ class AgentStore:
         return self._writer.submit(jobs.MoveAgent(source, target))
 
     def link_files(self, blocks: list[bytes], branches: list[str]) -> Future[Linked]:
-        """Second names for files of blocks and tails, for `read_linked`; `unlink` ends it. NotFound
-        if one is gone.
+        """Give files of blocks and tails second names, for `read_linked`; `unlink` ends it.
+
+        Raises NotFound if one is gone.
         """
         return self._writer.submit(
             links.LinkFiles(self._layout.exports / uuid.uuid4().hex, blocks, branches)
         )
 
     def unlink(self, linked: Linked) -> Future[None]:
-        """Resolves when the second names are gone. What is left of them, the next open removes."""
+        """Remove the second names. What is left of them after a crash, the next open removes."""
         return self._writer.submit(links.Unlink({path.parent for path, _ in linked.values()}))
 
     def delete_branch(self, branch_id: str) -> Future[None]:
-        """Resolves when its bytes are gone, but for blocks that another branch reaches."""
+        """Delete a branch.
+
+        The future resolves when its bytes are gone, but for blocks that another branch reaches.
+        """
         return self._writer.submit(jobs.DeleteBranch(branch_id))
 
     def delete_agent(self, agent: AgentKey) -> Future[bool]:
-        """As delete_branch, of all its branches, and its token ids too. False: there was none."""
+        """Delete an agent with all its branches, as `delete_branch`, and its turns.
+
+        Gives False where there was none.
+        """
         return self._writer.submit(jobs.DeleteAgent(agent))
 
     def quarantine_block(self, key: bytes) -> Future[None]:
-        """Put the file aside; every branch through it ends before it, without a tail."""
+        """Put a block's file aside; every branch through it ends before it, without a tail."""
         return self._writer.submit(jobs.QuarantineBlock(key))
 
     def quarantine_tail(self, branch_id: str) -> Future[None]:
+        """Put a tail's file aside; its branch ends with its head."""
         return self._writer.submit(jobs.QuarantineTail(branch_id))
 
     def collect_garbage(self) -> Future[None]:
@@ -165,11 +173,11 @@ class AgentStore:
 
     @property
     def capacity(self) -> int:
-        """The most bytes that it may ever hold."""
+        """Return the most bytes that it may ever hold."""
         return self._quota.most
 
     def flush(self) -> Future[None]:
-        """Resolves when every write asked for before has ended, well or not."""
+        """Resolve when every write asked for before has ended, well or not."""
         return self._writer.submit(Flush())
 
     # Reads
@@ -177,29 +185,32 @@ class AgentStore:
     def read_block(
         self, key: bytes, parts: Collection[str] | None = None
     ) -> Future[dict[str, HostTensor]]:
-        """Tensors of these parts (tensors.part_of; None: of all), those that it has; no other part
-        is read.
+        """Read the tensors of these parts of a block (TensorName.part; None: of all).
+
+        Parts that it has not are left out, and no other part is read.
         """
         return _closed() if self._closed else self._reader.read_block(key, parts)
 
     def read_tail(self, branch_id: str) -> Future[Segment]:
-        """Tensors and metadata."""
+        """Read the tensors and the metadata of a branch's tail."""
         return _closed() if self._closed else self._reader.read_tail(branch_id)
 
     @staticmethod
     def read_linked(linked: Linked, name: bytes | str) -> Segment:
-        """A block by its key, or a tail by its branch; on the caller's thread. Raises
-        CorruptSegment.
+        """Read a block by its key, or a tail by its branch, on the caller's thread.
+
+        Raises CorruptSegment.
         """
         path, ref = linked[name]
         return read_segment(path, ref, b"block:" + name if isinstance(name, bytes) else b"tail")
 
     @property
     def background_error(self) -> str | None:
+        """Return what the last write failed with; None: it did not fail."""
         return self._writer.background_error
 
     def stats(self) -> dict[str, int]:
-        """What is stored, and counts since the store was opened."""
+        """Return what is stored, and counts since the store was opened."""
         return {**self._catalog.stats(), **self._writer.stats(), "damaged_rows": self._damaged_rows}
 
     def announce(self, url: str) -> None:
@@ -207,7 +218,7 @@ class AgentStore:
         announce(self._lock, url)
 
     def close(self) -> None:
-        """Does what is queued (this blocks), then lets go of the directory. Idempotent."""
+        """Do what is queued, which blocks, then let go of the directory. Idempotent."""
         if self._closed:
             return
         self._closed = True

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 
@@ -15,7 +16,7 @@ IMPORTS = "\x01import"
 
 @dataclass(frozen=True)
 class BranchHead:
-    """Where a branch of an agent ends: its last sealed block."""
+    """The end of a branch of an agent: its last sealed block."""
 
     branch_id: str  # 32 hex digits
     agent: AgentKey
@@ -38,7 +39,7 @@ class BlockToSave:
 
     @property
     def branch(self) -> BranchHead:
-        """The branch, as it is once the block is stored."""
+        """Return the branch as it is once the block is stored."""
         return BranchHead(self.branch_id, self.agent, self.key, self.last_used)
 
 
@@ -56,12 +57,14 @@ class TailToSave:
 
     @property
     def branch(self) -> BranchHead:
-        """The branch, as it is once the tail is stored."""
+        """Return the branch as it is once the tail is stored."""
         return BranchHead(self.branch_id, self.agent, self.head, self.last_used)
 
 
 @dataclass(frozen=True)
 class BlockRecord:
+    """A sealed block that is stored."""
+
     key: bytes
     parent: bytes | None  # None: the first block of a context
     tokens: np.ndarray  # uint32
@@ -75,6 +78,8 @@ class BlockRecord:
 
 @dataclass(frozen=True)
 class TailRecord:
+    """A branch's unfinished block that is stored."""
+
     tokens: np.ndarray  # uint32
     nbytes: int
     checksum: bytes
@@ -85,7 +90,10 @@ class TailRecord:
 
 @dataclass(frozen=True)
 class BranchRecord:
-    """Its tokens are those of the blocks from the root to `head`, then the tail's."""
+    """A branch that is stored.
+
+    Its tokens are those of the blocks from the root to `head`, then the tail's.
+    """
 
     id: str  # 32 hex digits
     agent: AgentKey
@@ -96,6 +104,8 @@ class BranchRecord:
 
 @dataclass(frozen=True)
 class AgentRecord:
+    """An agent that is known to the store, whether or not it has branches."""
+
     key: AgentKey
     created: float  # Unix seconds
     last_used: float
@@ -129,6 +139,8 @@ class TurnRecord:
 
 @dataclass(frozen=True)
 class StoreIndex:
+    """All that a store holds, without its tensors."""
+
     agents: list[AgentRecord]
     branches: list[BranchRecord]
     blocks: list[BlockRecord]  # each after its parent
@@ -147,9 +159,14 @@ class FileRef:
     )  # as in the block's or tail's record; of a saved file only
 
 
+# second names of files, by block and branch
+Linked = dict[bytes | str, tuple[Path, FileRef]]
+
+
 def written_in_last_hour(by_hour: Mapping[int, int], now: float) -> int:
-    """Of bytes by hour since 1970: this hour's, and of the one before the share that is less than
-    an hour ago.
+    """Return the bytes that were written in the hour before `now`, given them by hour since 1970.
+
+    They are this hour's, and of the one before the share that is less than an hour ago.
     """
     hour, into = int(now // 3600), now % 3600 / 3600
     return int(by_hour.get(hour, 0) + by_hour.get(hour - 1, 0) * (1 - into))

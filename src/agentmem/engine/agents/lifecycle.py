@@ -12,8 +12,7 @@ from ...prefix_cache.agent import Agent
 from ...prefix_cache.block_pool import CachedBlock, CachedTail, Entry
 from ...prefix_cache.info import AgentDetail
 from ...prefix_cache.load import enter
-from ...store.agent_store import Linked
-from ...store.records import BlockRecord, BranchRecord
+from ...store.records import BlockRecord, BranchRecord, Linked
 from ..api import Forget, GenerateRequest
 from ..startup import Core
 from .operations import Operations

@@ -2,7 +2,8 @@
 
     blocks/000000.safetensors    sealed blocks, each after its parent
     tails/000.safetensors        unfinished blocks, one for each branch that has any
-    agent.json                   format, model, fingerprint, tokens and text; which block follows which
+    agent.json                   format, model, fingerprint, tokens and text; which block follows
+                                 which
     checksum                     XXH3-128, in hex, of every byte of the file before this member
 
 The last member is known when the rest was written, so an archive can be written to a stream.
@@ -13,7 +14,7 @@ import json
 import tarfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import IO, Any
+from typing import IO, Any, cast
 
 import xxhash
 
@@ -33,7 +34,7 @@ def tail_name(index: int) -> str:
 
 
 class _Sink:
-    """What tarfile writes to: hashes it, and hands it out."""
+    """A file for tarfile to write to, which hashes what is written and hands it out."""
 
     def __init__(self) -> None:
         self.digest, self.size, self._parts = xxhash.xxh3_128(), 0, list[bytes]()
@@ -54,11 +55,13 @@ class _Sink:
 
 
 def write_archive(about: dict[str, Any], files: Iterable[tuple[str, bytes]]) -> Iterator[bytes]:
-    """The archive's bytes, piece by piece: `files` by name, then agent.json with format and version
-    added.
+    """Yield the archive's bytes, piece by piece.
+
+    They are `files` by name, then agent.json, which is `about` with format and version added.
     """
     sink = _Sink()
-    tar = tarfile.TarFile(fileobj=sink, mode="w", format=tarfile.USTAR_FORMAT)  # type: ignore[arg-type]
+    file = cast(IO[bytes], sink)  # tarfile calls `write` and `tell` alone
+    tar = tarfile.TarFile(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT)
     for name, data in files:
         _add(tar, name, data)
         yield sink.take()
@@ -76,14 +79,17 @@ def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
 
 @dataclass(frozen=True)
 class Archive:
+    """An archive that was checked; its file must stay open."""
+
     about: dict[str, Any]  # agent.json
     _tar: tarfile.TarFile
     _members: dict[str, tarfile.TarInfo]
 
     @classmethod
     def read(cls, file: IO[bytes]) -> "Archive":
-        """Check every byte, and read what it is about. InvalidRequest: no archive, damaged, or of a
-        newer format.
+        """Check every byte, and read what the archive is about.
+
+        Raises InvalidRequest: it is no archive, damaged, or of a newer format.
         """
         try:
             tar = tarfile.open(fileobj=file, mode="r:")  # noqa: SIM115 (its file is the caller's)
@@ -111,7 +117,7 @@ class Archive:
         return cls(about, tar, by_name)
 
     def content(self, name: str, at_most: int) -> bytes:
-        """InvalidRequest: there is no such file, or it is larger."""
+        """Return a file's bytes. Raises InvalidRequest: there is none, or it is larger."""
         if name not in self._members:
             raise _wrong(f"{name} is missing")
         return _content(self._tar, self._members[name], at_most)

@@ -1,4 +1,4 @@
-"""Where things lie in a store's directory. Names are made of keys and branch ids (hex), never of agents' names."""
+"""Places of things in a store's directory. Names are made of keys and branch ids (hex) only."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,13 +8,15 @@ SUFFIX = ".safetensors"
 
 @dataclass(frozen=True)
 class Layout:
-    """
-    manifest.sqlite                   what the store holds; a file that it doesn't name is garbage
-    lock                              flock'ed by the one process that has the store open; its pid
-    blocks/ab/KEY.safetensors         KEY in hex, ab its first byte
-    tails/BRANCH-N.safetensors        N grows, so a tail that is replaced is never overwritten
-    quarantine/                       files that failed verification, a damaged manifest among them; 64 MB at most
-    exports/ID/                       second names of files that are being exported
+    """The paths in the directory of one store. No name has anything of an agent's.
+
+    manifest.sqlite                 what the store holds; a file that it doesn't name is garbage
+    lock                            flock'ed by the one process that has the store open; its pid
+    blocks/ab/KEY.safetensors       KEY in hex, ab its first byte
+    tails/BRANCH-N.safetensors      N grows, so a tail that is replaced is never overwritten
+    quarantine/                     files that failed verification, a damaged manifest among them;
+                                    64 MB at most
+    exports/ID/                     second names of files that are being exported
     """
 
     root: Path

@@ -1,4 +1,4 @@
-"""Reads blocks and tails on a few threads. Every byte is verified before anyone sees it."""
+"""Reads of blocks and tails on a few threads. Every byte is verified before anyone sees it."""
 
 import threading
 from collections.abc import Callable, Collection, Mapping
@@ -20,8 +20,9 @@ READERS = 4
 def read_segment(
     path: Path, ref: FileRef, context: bytes, parts: Collection[str] | None = None
 ) -> Segment:
-    """What the file holds, or these parts of it, verified, and decrypted where it has a key. Raises
-    CorruptSegment.
+    """Return what a file holds, or these parts of it, verified, and decrypted where it has a key.
+
+    Raises CorruptSegment.
     """
     if ref.key:
         return read_sealed(path, ref.nbytes, ref.checksum, ref.key, context, parts)
@@ -29,8 +30,9 @@ def read_segment(
 
 
 class Catalog:
-    """Which files the manifest names, in memory: set by the writer after each commit, read from any
-    thread.
+    """The files that the manifest names, in memory.
+
+    It is set by the writer after each commit, and read from any thread.
     """
 
     def __init__(self, blocks: dict[bytes, FileRef], tails: dict[str, FileRef]):
@@ -50,7 +52,7 @@ class Catalog:
     def update(
         self, blocks: Mapping[bytes, FileRef | None], tails: Mapping[str, FileRef | None]
     ) -> None:
-        """None: the manifest doesn't name it any more."""
+        """Enter files that have changed; None: the manifest doesn't name it any more."""
         with self._lock:
             for key, block in blocks.items():
                 old = self._blocks.pop(key, None)
@@ -73,6 +75,8 @@ class Catalog:
 
 
 class Reader:
+    """A pool of threads that read what the catalog names."""
+
     def __init__(self, layout: Layout, catalog: Catalog, threads: int = READERS):
         self._layout = layout
         self._catalog = catalog
@@ -87,7 +91,7 @@ class Reader:
         return self._pool.submit(self._read_tail, branch_id)
 
     def close(self) -> None:
-        """Waits for the reads in flight."""
+        """Wait for the reads in flight, and end the threads."""
         self._pool.shutdown()
 
     def _read_block(self, key: bytes, parts: Collection[str] | None) -> dict[str, HostTensor]:

@@ -1,5 +1,4 @@
-"""An encrypted segment: a segment whose tensors are bytes, each one part of another segment,
-sealed.
+"""An encrypted segment: its tensors are bytes, each one part of another segment, sealed.
 
     s:header     a segment without tensors, which has the metadata
     s0, s@137    segments with the tensors of part "0" and part "@137"
@@ -24,7 +23,10 @@ HEADER = ":header"
 def encode_sealed(
     tensors: Mapping[str, HostTensor], metadata: Mapping[str, str], key: bytes, context: bytes
 ) -> bytes:
-    """The file's bytes. `key`: new; `context`: what this is, not stored, needed to read it."""
+    """Return the file's bytes, sealed by `key`, which must be a new one.
+
+    `context` says what this is. It is not stored, but needed to read it.
+    """
     plain = {HEADER: segment.encode({}, metadata)}
     for part, names in segment.by_part(tensors).items():
         plain[part] = segment.encode({name: tensors[name] for name in names}, {})
@@ -44,8 +46,9 @@ def read_sealed(
     context: bytes,
     parts: Collection[str] | None = None,
 ) -> Segment:
-    """As read_file. Raises CorruptSegment, too, if it was sealed for another context or by another
-    key.
+    """Return the tensors of these parts and the metadata, as `read_file` does, decrypted.
+
+    Raises CorruptSegment, too, if it was sealed for another context or by another key.
     """
     sealed, _ = read_file(path, nbytes, digest, None if parts is None else {HEADER, *parts})
     tensors: dict[str, HostTensor] = {}

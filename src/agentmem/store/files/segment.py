@@ -2,10 +2,12 @@
 
     8 bytes   N, the header's length, little-endian
     N bytes   JSON, padded with spaces to a multiple of 8:
-              {"__metadata__": {"format_version": "2", "parts": "{\"0\": [0, 1523712, \"9f..\"], ...}"},
-              "k0.packed": {"dtype": "U32", "shape": [30, 3, 256, 8], "data_offsets": [0, 737280]}, ...}
-    the rest  the tensors back to back, C-contiguous, little-endian: part by part (tensors.part_of), and in a part wide
-              items first
+              {"__metadata__": {"format_version": "2",
+                                "parts": "{\"0\": [0, 1523712, \"9f..\"], ...}"},
+               "k0.packed": {"dtype": "U32", "shape": [30, 3, 256, 8],
+                             "data_offsets": [0, 737280]}, ...}
+    the rest  the tensors back to back, C-contiguous, little-endian: part by part
+              (TensorName.part), and in a part wide items first
 
 `parts` has each part's bytes, from and to, and their XXH3-128 in hex. The checksum of a file is
 that of its first 8 + N bytes: it covers the parts' checksums, so a part can be read and verified
@@ -38,13 +40,15 @@ Segment = tuple[dict[str, HostTensor], dict[str, str]]  # tensors, metadata
 
 @dataclass(frozen=True)
 class Part:
+    """A part of a file that is read and verified alone: its place and its tensors."""
+
     start: int  # bytes, from the header's end
     stop: int
     checksum: str
     tensors: dict[str, tuple[str, tuple[int, ...]]]  # dtype and shape, in the order of their bytes
 
     def decode(self, data: memoryview) -> dict[str, HostTensor]:
-        """Tensors as views of the part's bytes; copies where a tensor would not be aligned."""
+        """Return the tensors as views of the part's bytes; copies where one is not aligned."""
         found, end = {}, 0
         at = np.frombuffer(data, np.uint8).__array_interface__["data"][0] if data else 0
         for name, (dtype, shape) in self.tensors.items():
@@ -58,6 +62,8 @@ class Part:
 
 @dataclass(frozen=True)
 class Header:
+    """A file's header, taken apart."""
+
     nbytes: int  # of the file before the first part
     metadata: dict[str, str]
     parts: dict[str, Part]  # in the order of their bytes, which follow one another
@@ -68,7 +74,7 @@ class Header:
 
 
 def encode(tensors: Mapping[str, HostTensor], metadata: Mapping[str, str]) -> bytes:
-    """The file's bytes. The tensors are copied once."""
+    """Return the file's bytes. The tensors are copied once."""
     assert not metadata.keys() & {"format_version", "parts"}, metadata
     entries: dict[str, Any] = {}
     parts: dict[str, tuple[int, int, str]] = {}
@@ -101,8 +107,9 @@ def encode(tensors: Mapping[str, HostTensor], metadata: Mapping[str, str]) -> by
 
 
 def by_part(tensors: Mapping[str, HostTensor]) -> dict[str, list[str]]:
-    """Names of tensors in the order of a file: what ":" marks, stacks of layers, then snapshots of
-    state.
+    """Return the names of tensors by part, in the order of a file.
+
+    What ":" marks comes first, then stacks of layers, then snapshots of state.
     """
     found: dict[str, list[str]] = {}
     for name in sorted(tensors, key=lambda name: -ITEM_BYTES[tensors[name].dtype]):
@@ -116,7 +123,10 @@ def _place(part: str) -> tuple[bool, bool, int, str]:
 
 
 def decode(buf: bytes | bytearray | memoryview) -> Segment:
-    """Tensors as views of `buf`, and the metadata. Raises CorruptSegment on anything out of place."""
+    """Return the tensors as views of `buf`, and the metadata.
+
+    Raises CorruptSegment on anything out of place.
+    """
     view = memoryview(buf).cast("B")
     header = parse_header(view, len(view))
     body = view[header.nbytes :]
@@ -126,8 +136,9 @@ def decode(buf: bytes | bytearray | memoryview) -> Segment:
 
 
 def parse_header(buf: bytes | bytearray | memoryview, size: int) -> Header:
-    """Of a file of `size` bytes, whose first ones, the whole header at least, are `buf`. Raises
-    CorruptSegment.
+    """Take the header of a file of `size` bytes apart; `buf` begins with all of it.
+
+    Raises CorruptSegment.
     """
     view = memoryview(buf).cast("B")
     try:
@@ -143,8 +154,9 @@ def parse_header(buf: bytes | bytearray | memoryview, size: int) -> Header:
 
 
 def header_bytes(buf: bytes | bytearray | memoryview, size: int) -> int:
-    """Length of the header, with the 8 bytes that say so, of a file of `size` bytes. Raises
-    CorruptSegment.
+    """Return the length of the header, with the 8 bytes that say so, of a file of `size` bytes.
+
+    Raises CorruptSegment.
     """
     if len(buf) < 8:
         raise CorruptSegment(f"not a segment: {size} bytes")
@@ -185,8 +197,9 @@ def _parts(ranges: dict[str, Any], entries: dict[str, Any], size: int) -> dict[s
 
 
 def decode_parts(header: Header, bodies: Mapping[str, memoryview]) -> Segment:
-    """The tensors of these parts, and the metadata. Raises CorruptSegment if a checksum does not
-    match.
+    """Return the tensors of these parts, and the metadata.
+
+    Raises CorruptSegment if a checksum does not match.
     """
     tensors: dict[str, HostTensor] = {}
     for name, data in bodies.items():
@@ -198,21 +211,23 @@ def decode_parts(header: Header, bodies: Mapping[str, memoryview]) -> Segment:
 
 
 def checksum(buf: bytes | bytearray | memoryview) -> bytes:
-    """16 bytes, XXH3-128."""
+    """Return the XXH3-128 of `buf`, 16 bytes."""
     return xxhash.xxh3_128_digest(buf)
 
 
 def write_durable(path: Path, buf: bytes) -> None:
-    """Write, fsync, rename, fsync the directory: afterwards `path` holds `buf`, whatever happens."""
+    """Write, fsync, rename, fsync the directory.
+
+    Afterwards `path` holds `buf`, whatever happens.
+    """
     write_file(path, buf)
     sync_dir(path.parent)
 
 
 def write_file(path: Path, buf: bytes | bytearray) -> int:
-    """As write_durable, without the directory's fsync: until sync_dir, a power loss may undo the
-    rename.
+    """Write, fsync and rename a file; return the bytes that it occupies.
 
-    Returns the bytes that the file occupies.
+    The directory is not synced: until sync_dir, a power loss may undo the rename.
     """
     temp = path.with_name(path.name + ".tmp")
     try:
@@ -234,8 +249,9 @@ def write_file(path: Path, buf: bytes | bytearray) -> int:
 
 
 def remove_file(path: Path) -> int | None:
-    """Afterwards nothing is there. Bytes that it occupied, 0 if it has other names; None if nothing
-    was there.
+    """Make sure that nothing is at `path`.
+
+    Returns the bytes that the file occupied, 0 if it has other names; None if nothing was there.
     """
     try:
         stat = os.lstat(path)
@@ -257,6 +273,7 @@ def make_private_dir(path: Path) -> None:
 
 
 def sync_dir(path: Path) -> None:
+    """Make the names in a directory durable."""
     fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     try:
         _fsync(fd)

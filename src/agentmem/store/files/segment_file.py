@@ -1,5 +1,6 @@
-"""Reads the file of a segment, as a whole or in parts. Every byte that is read is verified before
-anyone sees it.
+"""Reads of a segment's file, as a whole or in parts.
+
+Every byte that is read is verified before anyone sees it.
 """
 
 import os
@@ -19,11 +20,10 @@ _HEADER_GUESS = 16 << 10  # bytes read at first: nearly every header is shorter
 def read_file(
     path: Path, nbytes: int, digest: bytes, parts: Collection[str] | None = None
 ) -> Segment:
-    """Tensors of these parts (None: of all), those that the file has, and its metadata; no other
-    part is read.
+    """Return the tensors of these parts (None: of all) and the metadata; no other part is read.
 
-    Raises CorruptSegment unless the file has `nbytes`, its header this checksum, and the parts
-    those that the header says; or if it can't be read.
+    Parts that the file has not are left out. Raises CorruptSegment unless the file has `nbytes`,
+    its header this checksum, and the parts those that the header says; or if it can't be read.
     """
     try:
         with open(path, "rb", buffering=0) as file:
@@ -62,7 +62,7 @@ def _read_parts(
 
 
 def _runs(header: Header, wanted: Collection[str] | None) -> Iterator[list[str]]:
-    """The wanted parts, those together that follow one another."""
+    """Yield the wanted parts, those together that follow one another."""
     run: list[str] = []
     for part in header.parts:
         if wanted is None or part in wanted:

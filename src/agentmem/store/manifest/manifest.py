@@ -181,7 +181,7 @@ class Manifest(Database):
         }
 
     def holdings(self) -> list[Holding]:
-        """Return what each branch holds and when it was used, to choose what leaves a full store."""
+        """Return what each branch holds and when it was used."""
         found = self.db.execute(
             "SELECT b.id, head, tail_nbytes, b.last_used, pinned"
             " FROM branches b JOIN agents a ON a.id = agent_id"

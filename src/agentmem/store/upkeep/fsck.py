@@ -1,5 +1,4 @@
-"""What `agentmem store` does: look at every model's store, check every byte, let go of what is not
-needed.
+"""What `agentmem store` does: look at every model's store, check every byte, delete what may go.
 
 Looking and checking need no lock, so they also work beside a server. Changing needs it, so beside a
 server the server is asked to.
@@ -31,6 +30,8 @@ from .trim import trim
 
 @dataclass(frozen=True)
 class StoreStats:
+    """The size of one store, and who has it open."""
+
     fingerprint: str
     path: str
     agents: int
@@ -48,7 +49,7 @@ class StoreStats:
 
 @dataclass
 class Verified:
-    """What a check of one store found."""
+    """The findings of a check of one store."""
 
     fingerprint: str
     files: int = 0
@@ -63,13 +64,13 @@ class Verified:
 
 
 def stores(root: Path) -> list[Layout]:
-    """One for each fingerprint under `root`, the most recently used first."""
+    """Return one layout for each fingerprint under `root`, the most recently used first."""
     found = [Layout(path.parent) for path in root.glob("*/manifest.sqlite")]
     return sorted(found, key=lambda layout: -layout.manifest.stat().st_mtime)
 
 
 def store_stats(layout: Layout) -> StoreStats:
-    """Raises StoreError (of a newer format), sqlite3.Error, Damaged."""
+    """Look at a store. Raises StoreError (of a newer format), sqlite3.Error, Damaged."""
     with closing(Manifest.open_read_only(layout.manifest)) as manifest:
         agents = manifest.agents.all()
         _, branches = manifest.counts()
@@ -95,7 +96,7 @@ def verify(layout: Layout, progress: Callable[[int], object], *, repair: bool = 
     """Read every file and compare it with its row. `progress` gets bytes as they are read.
 
     `repair`: put aside what is bad, and what is built on it; raises InUse beside a server, which
-    does that by itself when it comes across it.
+    does that by itself when it comes across it. Raises as `store_stats` does.
     """
     report = Verified(layout.root.name)
     bad: list[Path] = []
@@ -123,11 +124,10 @@ def verify(layout: Layout, progress: Callable[[int], object], *, repair: bool = 
 
 
 def collect_garbage(root: Path, limit: int, *, keep: str | None = None) -> int:
-    """Let the least recently used stores but `keep` shrink until all of them take `limit` bytes;
-    what they take then.
+    """Let the least recently used stores but `keep` shrink until all of them take `limit` bytes.
 
-    One that can't be changed (a server has it open, its format is newer, its disk fails) stays as
-    it is, and counts.
+    Returns what they take then. One that can't be changed (a server has it open, its format is
+    newer, its disk fails) stays as it is, and counts.
     """
     others = (
         [layout for layout in stores(root) if layout.root.name != keep] if root.is_dir() else []
@@ -143,9 +143,10 @@ def collect_garbage(root: Path, limit: int, *, keep: str | None = None) -> int:
 
 
 def shrink(layout: Layout, nbytes: int) -> int:
-    """Delete what has expired, what is in quarantine, and the least recently used, if need be,
-    until `nbytes` are free; bytes that the store takes then. An empty store goes altogether. Raises
-    InUse, Damaged.
+    """Delete what has expired and what is in quarantine; if need be, what was used longest ago.
+
+    It ends when `nbytes` are free, and returns the bytes that the store takes then. An empty store
+    goes altogether. Raises InUse, Damaged.
     """
     before = disk_usage(layout.root)
     with _changing(layout, Manifest.open) as manifest:
@@ -168,7 +169,7 @@ def shrink(layout: Layout, nbytes: int) -> int:
 def _files(
     layout: Layout, manifest: Manifest
 ) -> Iterator[tuple[Path, Callable[[], FileRef | None]]]:
-    """Each with how to look up, again, what its row says."""
+    """Yield each file with how to look up, again, what its row says."""
     for key in manifest.block_files():
         yield layout.block(key), partial(manifest.block_file, key)
     for branch_id, ref in manifest.tail_files().items():
@@ -187,7 +188,10 @@ def _problem(path: Path, ref: FileRef) -> str | None:
 def _changing(
     layout: Layout, opened: Callable[[Path], Manifest] | None = None
 ) -> Iterator[Manifest]:
-    """`opened`: how to open a manifest; by default one that is damaged is put aside."""
+    """Lock a store and give its manifest, opened by `opened`.
+
+    By default one that is damaged is put aside.
+    """
     lock = acquire(layout)
     try:
         for directory in (layout.blocks, layout.tails, layout.quarantine):

@@ -25,6 +25,8 @@ _ENCRYPTION = "encryption"  # in the manifest's meta: a value that only the same
 
 @dataclass(frozen=True)
 class StoreFiles:
+    """A store's directory, locked and in order."""
+
     layout: Layout
     manifest: Manifest
     lock: int  # file descriptor
@@ -40,8 +42,9 @@ def opened(
     limits: Limits,
     unlock: Callable[[bool], Vault] | None,
 ) -> Iterator[StoreFiles]:
-    """As AgentStore.open. What it gives is closed at the end only if that raises; disk errors
-    become StoreError.
+    """Open the directory of a store, as AgentStore.open says.
+
+    What it gives is closed at the end only if the block raises; disk errors become StoreError.
     """
     assert re.fullmatch(r"[0-9A-Za-z][0-9A-Za-z._-]*", fingerprint), fingerprint
     layout = Layout(Path(root) / fingerprint)
@@ -89,8 +92,8 @@ def _unlock(
         return vault  # it opens what is there: the note of it is damaged
     if not empty and stored is None:
         raise StoreError(
-            f"the store at {layout.root} holds caches in the clear: delete that directory, or use another --home, "
-            "and start with --encrypt again"
+            f"the store at {layout.root} holds caches in the clear: delete that directory, or use "
+            "another --home, and start with --encrypt again"
         )
     if not empty and stored != vault.check.hex():
         raise StoreError(

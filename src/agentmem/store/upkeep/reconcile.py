@@ -1,5 +1,6 @@
-"""Bring manifest and files into line when a store is opened, from names alone: no file's content is
-read.
+"""Bring manifest and files into line when a store is opened.
+
+That is done from names alone: no file's content is read.
 """
 
 import logging
@@ -20,8 +21,7 @@ log = logging.getLogger(__name__)
 
 
 def reconcile(layout: Layout, manifest: Manifest) -> None:
-    """Cut branches back to what is whole, drop rows that lead nowhere, remove files that no row
-    names.
+    """Cut branches back to what is whole, drop rows that lead nowhere, remove files without a row.
 
     A branch root <- A <- B <- C whose file of B is lost becomes root <- A, without a tail; the rows
     of B and C go, and so does C's file if no other branch holds it. An encrypted file without a key
@@ -93,7 +93,7 @@ def _trim(layout: Layout, manifest: Manifest, found: set[str]) -> None:
 
 
 def _files(directory: Path) -> Iterator[str]:
-    """Everything that isn't a directory, at any depth."""
+    """Yield everything that isn't a directory, at any depth."""
     with os.scandir(directory) as entries:
         for entry in entries:
             if entry.is_dir(follow_symlinks=False):

@@ -1,5 +1,4 @@
-"""What leaves a store that is full: the least recently used leaves of the tree of blocks, and
-tails.
+"""What leaves a full store: the least recently used leaves of the tree of blocks, and tails.
 
     root - a - b - c      branch 1, used yesterday, with a tail
            a - d - e      branch 2, used today
@@ -20,7 +19,7 @@ from .quota import rounded
 
 @dataclass
 class Trimmed:
-    """What was let go."""
+    """The blocks and tails that were let go."""
 
     blocks: list[bytes] = field(default_factory=list)
     tails: list[str] = field(default_factory=list)  # branches that lost theirs
@@ -35,11 +34,10 @@ def trim(
     blocks: Collection[bytes] = (),
     before: float = math.inf,
 ) -> Trimmed:
-    """Delete rows until their files make `nbytes` room, or nothing may go any more. Inside a
-    transaction.
+    """Delete rows until their files make `nbytes` room, or nothing may go any more.
 
-    `branches`, `blocks`: which stay, with all that they are built on; `before`: what was used later
-    stays, too.
+    It is called inside a transaction. `branches`, `blocks`: which stay, with all that they are
+    built on; `before`: what was used later stays, too.
     """
     tree = _Tree(manifest, branches, blocks)
     while tree.gone.nbytes < nbytes and tree.oldest is not None:
@@ -52,6 +50,8 @@ def trim(
 
 
 class _Tree:
+    """The blocks and tails of a manifest, from which the oldest leaves are dropped."""
+
     def __init__(self, manifest: Manifest, branches: Collection[str], blocks: Collection[bytes]):
         self._manifest = manifest
         self._parents = manifest.parents()
@@ -79,7 +79,7 @@ class _Tree:
 
     @property
     def oldest(self) -> float | None:
-        """When what goes next was used; None: nothing may go."""
+        """Return when what goes next was used; None: nothing may go."""
         return self._leaves[0][0] if self._leaves else None
 
     def drop_oldest(self) -> None:

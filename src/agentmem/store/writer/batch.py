@@ -1,4 +1,4 @@
-"""What the writer does at once: jobs that write their files, then change rows in one transaction."""
+"""A batch of the writer: jobs that write their files, then change rows in one transaction."""
 
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future
@@ -44,7 +44,7 @@ class Batch:
         metadata: Mapping[str, str],
         context: bytes,
     ) -> FileRef:
-        """The file is durable once its directory (in `dirs`) is synced."""
+        """Write a file, which is durable once its directory (in `dirs`) is synced."""
         key = crypto.new_key() if self.manifest.keys else None
         data = (
             encode_sealed(tensors, metadata, key, context)
@@ -62,9 +62,11 @@ class Batch:
         return FileRef(len(data), segment.checksum(data[: header.nbytes]), key=key, parts=parts)
 
     def delete_unreachable(self) -> None:
+        """Delete the rows of blocks that no branch reaches."""
         self.blocks.update(self.manifest.delete_unreachable())
 
     def move_to_quarantine(self, path: Path) -> None:
+        """Put a file aside, if it is there."""
         self.quarantined += 1
         self.dirs.add(self.layout.quarantine)
         aside = self.layout.quarantine / path.name
@@ -86,6 +88,8 @@ def require_unicode(agent: AgentKey) -> None:
 
 @dataclass(eq=False)
 class Job:
+    """A change of the store, or a look at it, in the order asked for."""
+
     # True: has a batch of its own, because a job after it must not rely on files that it deletes
     alone = False
     future: Future[Any] = field(default_factory=Future, init=False)
@@ -94,35 +98,36 @@ class Job:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the tensors that are held until it is done."""
+        """Return the bytes of the tensors that are held until it is done."""
         return 0
 
     @property
     def branch_head(self) -> BranchHead | None:
-        """The branch that it changes, as that will be; None: it changes none."""
+        """Return the branch that it changes, as that will be; None: it changes none."""
         return None
 
     @property
     def builds_on(self) -> set[bytes]:
-        """Blocks that must stay in the store until it is done."""
+        """Return the blocks that must stay in the store until it is done."""
         return set()
 
     def file_bytes(self, batch: Batch) -> int:
-        """At most, of the file that it writes; 0: none."""
+        """Return the most bytes that its file may have; 0: it writes none."""
         return 0
 
     def stage(self, batch: Batch) -> None:
         """Write files. Raises OSError or NotFound, which fail this job only."""
 
     def record(self, batch: Batch) -> Any:
-        """Change rows; the result is the future's. Raises NotFound or CorruptSegment, which fails
-        this job only.
+        """Change rows; return what the future resolves with.
+
+        Raises NotFound or CorruptSegment, which fails this job only.
         """
 
     def committed(self, batch: Batch) -> None:
-        """Further work on files, of a job that is alone."""
+        """Do further work on files, where the job is alone."""
 
 
 @dataclass(eq=False)
 class Flush(Job):
-    """Nothing: done when everything before it is."""
+    """Do nothing: it is done when everything before it is."""

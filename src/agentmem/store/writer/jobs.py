@@ -11,8 +11,9 @@ from .batch import Batch, Job, require_unicode
 
 @dataclass(eq=False)
 class Touch(Job):
-    """Note what was used, and what was changed of an agent. An agent that holds nothing yet is
-    entered.
+    """Note what was used, and what was changed of an agent.
+
+    An agent that holds nothing yet is entered.
     """
 
     agent: AgentRecord
@@ -45,6 +46,8 @@ class MoveAgent(Job):
 
 @dataclass(eq=False)
 class DeleteBranch(Job):
+    """Delete a branch with the blocks that no other one reaches."""
+
     alone = True
     branch_id: str
 
@@ -56,6 +59,8 @@ class DeleteBranch(Job):
 
 @dataclass(eq=False)
 class DeleteAgent(Job):
+    """Delete an agent with all that only it holds, off the disk."""
+
     alone = True
     agent: AgentKey
 
@@ -76,6 +81,8 @@ class DeleteAgent(Job):
 
 @dataclass(eq=False)
 class CollectGarbage(Job):
+    """Delete what no branch reaches, and what is in quarantine."""
+
     alone = True
 
     def record(self, batch: Batch) -> None:
@@ -89,6 +96,8 @@ class CollectGarbage(Job):
 
 @dataclass(eq=False)
 class QuarantineBlock(Job):
+    """Put a block's file aside, and end every branch through it before it."""
+
     alone = True
     key: bytes
 
@@ -111,6 +120,8 @@ class QuarantineBlock(Job):
 
 @dataclass(eq=False)
 class QuarantineTail(Job):
+    """Put a tail's file aside."""
+
     alone = True
     branch_id: str
     path: Path | None = field(default=None, init=False)

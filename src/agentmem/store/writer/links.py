@@ -1,17 +1,16 @@
-"""Second names of files, in exports/, so that an agent can be read at leisure whatever happens to
-it meanwhile.
+"""Second names of files, in exports/.
+
+An agent can be read at leisure by them, whatever happens to it meanwhile.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from ...errors import NotFound
 from ..files import segment
-from ..records import FileRef
+from ..records import Linked
 from ..upkeep.quota import Quota
 from .batch import Batch, Job
-
-Linked = dict[bytes | str, tuple[Path, FileRef]]  # by block and branch
 
 
 @dataclass(eq=False)
@@ -22,9 +21,9 @@ class LinkFiles(Job):
     directory: Path
     blocks: list[bytes]
     branches: list[str]  # whose tails
+    linked: Linked = field(default_factory=dict, init=False)
 
     def stage(self, batch: Batch) -> None:
-        self.result = {}
         found = self._find(batch)
         if len(found) < self._wanted:
             return
@@ -38,7 +37,7 @@ class LinkFiles(Job):
                 return
             raise
         batch.quota.recount(self.directory.parent, self.directory)
-        self.result = {
+        self.linked = {
             name: (self.directory / path.name, ref) for name, (path, ref) in found.items()
         }
 
@@ -57,9 +56,9 @@ class LinkFiles(Job):
         return found
 
     def record(self, batch: Batch) -> Linked:
-        if len(self.result) < self._wanted:
+        if len(self.linked) < self._wanted:
             raise NotFound("not all of its blocks and tails are on disk any more")
-        return self.result
+        return self.linked
 
 
 @dataclass(eq=False)
@@ -74,6 +73,7 @@ class Unlink(Job):
 
 
 def remove_links(directory: Path, quota: Quota) -> None:
+    """Remove a directory of second names."""
     if directory.is_dir():
         for path in directory.iterdir():
             quota.shrank(segment.remove_file(path) or 0)

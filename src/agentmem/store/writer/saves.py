@@ -36,8 +36,9 @@ class BranchJob(Job):
         self.put_branch(batch)
 
     def require(self, batch: Batch, block: bytes | None) -> None:
-        """Before a file is written that builds on `block`: NotFound unless it is stored, or about
-        to be.
+        """Raise NotFound unless `block` is stored, or about to be.
+
+        It is asked before a file is written that builds on the block.
         """
         if block not in batch.new_blocks:
             batch.manifest.require_block(block)
@@ -144,8 +145,9 @@ def _most_file_bytes(tensors: Mapping[str, HostTensor]) -> int:
 
 @dataclass(eq=False)
 class ForkBranch(BranchJob):
-    """A branch that holds what another one does: its head, and its tail under a second name of the
-    file.
+    """Make a branch that holds what another one does.
+
+    It gets the head of `source`, and its tail under a second name of the file.
     """
 
     alone = True  # what was saved of the source before must be recorded

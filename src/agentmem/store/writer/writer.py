@@ -37,12 +37,15 @@ MAX_BATCH_JOBS = 32  # bounds how long the first of a batch waits for the last
 
 
 class StoreWriteSkipped(StoreFailed):
-    """More bytes wait for the disk than may: this save isn't made. It costs a re-prefill, unless
-    it's saved later.
+    """More bytes wait for the disk than may: this save isn't made.
+
+    It costs a re-prefill, unless it's saved later.
     """
 
 
 class Writer:
+    """The thread that does jobs, and the queue of those that wait."""
+
     def __init__(
         self,
         layout: Layout,
@@ -86,8 +89,9 @@ class Writer:
         self._thread.start()
 
     def submit(self, job: Job) -> Future[Any]:
-        """Never blocks. The future fails at once if the store is closed, its writer died, or the
-        backlog is full.
+        """Queue a job; never block.
+
+        The future fails at once if the store is closed, its writer died, or the backlog is full.
         """
         future = job.future
         # whoever waits may go away; the job is done all the same
@@ -115,11 +119,12 @@ class Writer:
         return None
 
     def stats(self) -> dict[str, int]:
+        """Return counts since the start, and what waits."""
         with self._changed:
             return {**self._stats, "backlog_bytes": self._backlog}
 
     def close(self) -> None:
-        """Does what is queued, then ends the thread."""
+        """Do what is queued, then end the thread."""
         with self._changed:
             self._closing = True
             self._changed.notify()
@@ -149,7 +154,7 @@ class Writer:
                 )
 
     def _step(self) -> bool:
-        """One batch; False when the store is closed and nothing waits."""
+        """Do one batch; return False when the store is closed and nothing waits."""
         with self._changed:
             self._changed.wait_for(lambda: self._queue or self._closing)
             jobs = self._current = self._take()
@@ -178,7 +183,7 @@ class Writer:
         return jobs
 
     def _process(self, jobs: list[Job]) -> None:
-        """Sets each job's result or error, and the latch."""
+        """Set each job's result or error, and the latch."""
         batch = Batch(self._layout, self._manifest, self._quota, self._generations)
         failures: list[Exception] = []
         self._quota.count_manifest()
@@ -217,7 +222,7 @@ class Writer:
             self.background_error = None
 
     def _can_write(self, batch: Batch) -> bool:
-        """Whether files can be written again, if they could not: rows alone don't show it."""
+        """Return whether files can be written again, which rows alone don't show."""
         return bool(
             batch.writes
             or not self._unwritten
@@ -246,10 +251,9 @@ class Writer:
             )  # less than asked for, where a file has a second name
 
     def _count_manifest(self, nbytes: int = 0) -> None:
-        """Where `nbytes` more would not fit, empty the manifest's log, which every change of rows
-        makes longer.
+        """Empty the manifest's log where `nbytes` more would not fit.
 
-        It may take a megabyte: it goes before caches do.
+        Every change of rows makes it longer, up to a megabyte: it goes before caches do.
         """
         self._quota.count_manifest()
         if self._quota.short_by(nbytes):
@@ -300,8 +304,9 @@ class Writer:
             )
 
     def _settle(self, batch: Batch, sync: bool) -> None:
-        """Bring the catalog and the directories to what the manifest, whether or not it committed,
-        says now.
+        """Bring the catalog and the directories to what the manifest says now.
+
+        That is done whether or not it committed.
         """
         blocks = {key: self._manifest.block_file(key) for key in batch.blocks}
         tails = {branch_id: self._manifest.tail_file(branch_id) for branch_id in batch.branches}
