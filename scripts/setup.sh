@@ -78,7 +78,7 @@ install_project() {
   (cd "$ROOT" && "$VENV/bin/python" -m pip install --quiet --editable . --group dev >&2)
 }
 
-check_blas() {  # on Linux: the system's OpenBLAS, or a C compiler for the shim of the one from PyPI (models/blas.py)
+check_blas() {  # on Linux: the system's OpenBLAS, or a C compiler for the shim of the one from PyPI (linux_cpu/blas.py)
   is_linux || return 0
   if have cc || have gcc || have clang; then return 0; fi
   # no pipe into `grep -q`: with pipefail it can report the writer's SIGPIPE

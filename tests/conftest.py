@@ -36,7 +36,7 @@ def pytest_report_header() -> str:
 @pytest.fixture(scope="session")
 def demo_model_dir() -> Path:
     """The converted demo model; downloaded on the first run."""
-    from agentmem.models.pull import pull_demo
+    from agentmem.linux_cpu.demo_model import pull_demo
 
     return pull_demo(HOME)
 

@@ -12,8 +12,8 @@ from mlx_lm import generate
 
 from agentmem.config import load_settings
 from agentmem.errors import ModelError
+from agentmem.linux_cpu.demo_model import MODEL_SHA256, model_digest, pull_demo
 from agentmem.models.loading import LoadedModel, load_model
-from agentmem.models.pull import MODEL_SHA256, model_digest, pull_demo
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.toml"))
 

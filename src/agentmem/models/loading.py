@@ -20,8 +20,8 @@ from mlx_lm.utils import _download, dequantize_model, load_tokenizer
 from mlx_lm.utils import load_model as load_mlx_model
 
 from ..errors import ModelError, program
+from ..linux_cpu.demo_model import Progress, pull_demo
 from .model_dir import ModelDir, read_model_dir
-from .pull import Progress, pull_demo
 from .weights_hash import weights_hash
 
 _T = TypeVar("_T")

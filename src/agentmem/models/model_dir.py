@@ -4,10 +4,11 @@ alone.
 
 import json
 import math
-import struct
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError, safe_open
 
 from ..errors import ModelError
 
@@ -39,9 +40,9 @@ def read_model_dir(path: Path) -> ModelDir:
         raise ModelError(
             f"model {path}: {', '.join(missing) or 'model.safetensors'} is missing; download it again"
         )
-    tensors = {
-        name: entry for file in files for name, entry in read_safetensors_header(file).items()
-    }
+    tensors: dict[str, TensorHeader] = {}
+    for file in files:
+        tensors |= read_headers(file)
     return ModelDir(
         path=path,
         config=config,
@@ -64,37 +65,30 @@ def max_context(config: dict[str, Any]) -> int:
     return DEFAULT_MAX_CONTEXT
 
 
-def read_safetensors_header(path: Path) -> dict[str, dict[str, Any]]:
-    """Name to dtype, shape and data_offsets. Raises ModelError unless the file is as long as its
-    header says.
+@dataclass(frozen=True)
+class TensorHeader:
+    dtype: str  # in safetensors' names: "F16", "U32"
+    shape: tuple[int, ...]
 
-    MLX maps weights lazily, so a file cut short would otherwise show up in the middle of a forward
-    pass.
+
+def read_headers(path: Path) -> dict[str, TensorHeader]:
+    """Return what a safetensors file says of its tensors, by name.
+
+    Raises ModelError unless the file is as long as its header says: MLX maps weights lazily, so a
+    file cut short would otherwise show up in the middle of a forward pass.
     """
     try:
-        with path.open("rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
-            size = path.stat().st_size
-            if length > size:
-                raise ValueError("the header is longer than the file")
-            header = json.loads(file.read(length))
-        header.pop("__metadata__", None)
-        end = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
-    except (
-        OSError,
-        struct.error,
-        ValueError,
-        KeyError,
-        TypeError,
-        AttributeError,
-        IndexError,
-    ) as e:
+        with safe_open(path, framework="np") as file:
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+            return {
+                name: TensorHeader(tensor.get_dtype(), tuple(tensor.get_shape()))
+                for name, tensor in slices.items()
+            }
+    except SafetensorError as e:
+        what = f"model file {path} of {path.stat().st_size:,} bytes"
+        raise ModelError(f"{what} is broken ({e}); download it again") from None
+    except OSError as e:
         raise ModelError(f"model file {path} is broken ({e}); download it again") from None
-    if size != end:
-        raise ModelError(
-            f"model file {path} has {size} bytes, its header says {end}; download it again"
-        )
-    return header
 
 
 def _read_config(path: Path) -> dict[str, Any]:
@@ -129,15 +123,15 @@ def _quantization(config: dict[str, Any]) -> dict[str, Any]:
     return section if isinstance(section, dict) else {}
 
 
-def _count_parameters(tensors: dict[str, dict[str, Any]], config: dict[str, Any]) -> int:
+def _count_parameters(tensors: dict[str, TensorHeader], config: dict[str, Any]) -> int:
     total = 0
     for name, entry in tensors.items():
         module, _, part = name.rpartition(".")
         quantized = f"{module}.scales" in tensors
         if quantized and part in ("scales", "biases"):
             continue
-        count = math.prod(entry["shape"])
-        if quantized and entry["dtype"] == "U32":  # codes are packed into 32-bit words
+        count = math.prod(entry.shape)
+        if quantized and entry.dtype == "U32":  # codes are packed into 32-bit words
             section = _quantization(config)
             own = section.get(module)
             bits = (own if isinstance(own, dict) else section).get("bits", 4)
@@ -146,11 +140,10 @@ def _count_parameters(tensors: dict[str, dict[str, Any]], config: dict[str, Any]
     return total
 
 
-def _dtype(tensors: dict[str, dict[str, Any]], config: dict[str, Any]) -> str:
+def _dtype(tensors: dict[str, TensorHeader], config: dict[str, Any]) -> str:
     """The commonest floating dtype by tensors, and the width of the codes where there are any."""
-    floating = [
-        entry["dtype"] for entry in tensors.values() if entry["dtype"] in ("F16", "BF16", "F32")
-    ]
+    dtypes = [entry.dtype for entry in tensors.values()]
+    floating = [dtype for dtype in dtypes if dtype in ("F16", "BF16", "F32")]
     names = [max(sorted(set(floating)), key=floating.count)] if floating else []
     if bits := _quantization(config).get("bits"):
         names.append(f"{bits}-bit")

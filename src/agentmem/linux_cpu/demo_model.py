@@ -2,7 +2,6 @@
 directory.
 """
 
-import fcntl
 import hashlib
 import os
 import shutil
@@ -14,6 +13,8 @@ import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from filelock import FileLock, Timeout
 
 from ..errors import ModelError
 
@@ -48,7 +49,7 @@ def pull_demo(home: Path, progress: Progress = print) -> Path:
     try:
         home.mkdir(mode=0o700, parents=True, exist_ok=True)
         target.parent.mkdir(mode=0o700, exist_ok=True)
-        with _lock(target.parent / ".demo.lock", progress):
+        with _locked(target.parent / ".demo.lock", progress):
             if model_digest(target) != MODEL_SHA256:  # another process may have pulled it meanwhile
                 _make_in(target.parent, target, progress)
     except OSError as e:
@@ -186,12 +187,15 @@ def _ended(process: subprocess.Popen[bytes], seconds: float) -> bool:
 
 
 @contextmanager
-def _lock(path: Path, progress: Progress) -> Iterator[None]:
-    """One pull at a time for each home; the system drops the lock of a process that dies."""
-    with path.open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            progress("Waiting for another process that is pulling the demo model ...")
-            fcntl.flock(file, fcntl.LOCK_EX)
+def _locked(path: Path, progress: Progress) -> Iterator[None]:
+    """Let one process at a time pull into a home; the system frees the lock of one that dies."""
+    lock = FileLock(path)
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        progress("Waiting for another process that is pulling the demo model ...")
+        lock.acquire()
+    try:
         yield
+    finally:
+        lock.release()
