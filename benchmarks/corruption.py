@@ -109,7 +109,7 @@ def make_original(directory: Path) -> Original:
 
 
 def export(engine: EngineThread, agent: str) -> bytes:
-    exported = engine.call(engine.engine.export_agent(AgentKey("default", agent)))
+    exported = engine.call(engine.engine.archives.export(AgentKey("default", agent)))
     try:
         return b"".join(exported.chunks)
     finally:
@@ -163,7 +163,7 @@ def after_damage(home: Path, original: Original, control: Control) -> Outcome:
         prompts = {agent: next_prompt(original.histories, agent) for agent in AGENTS}
         answers = {agent: ask(engine, agent, prompt) for agent, prompt in prompts.items()}
         # comes after every quarantine before it
-        engine.call(engine.engine.delete_agent(AgentKey("default", "nobody")))
+        engine.call(engine.engine.agents.delete(AgentKey("default", "nobody")))
         health = engine.engine.health()
     finally:
         engine.stop()
@@ -191,7 +191,7 @@ def after_import(home: Path, original: Original, control: Control) -> Outcome:
     prompt = next_prompt(original.histories, "alice")
     with tiny_engine(home / "empty") as engine:
         try:
-            engine.call(engine.engine.import_agent("default", None, io.BytesIO(archive)))
+            engine.call(engine.engine.archives.import_("default", None, io.BytesIO(archive)))
         except InvalidRequest:
             assert engine.core.store.stats()["blocks"] == 0
         answer, cached = ask(engine, "alice", prompt)

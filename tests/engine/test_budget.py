@@ -196,11 +196,11 @@ def test_prefetch_makes_an_agent_hot_if_there_is_room(tmp_path):
         expected = engine.ask("a0", PROMPTS["a0"])
         engine.ask("a1", PROMPTS["a1"])
     with tiny_engine(tmp_path) as engine:
-        assert engine.call(engine.engine.prefetch_agent(AgentKey("default", "nobody"))) is None
+        assert engine.call(engine.engine.agents.prefetch(AgentKey("default", "nobody"))) is None
         assert engine.agents()["a0"].tier == "warm"
-        assert engine.call(engine.engine.prefetch_agent(AgentKey("default", "a0"))) > 10_000
+        assert engine.call(engine.engine.agents.prefetch(AgentKey("default", "a0"))) > 10_000
         assert engine.agents()["a0"].tier == "hot"
-        assert engine.call(engine.engine.prefetch_agent(AgentKey("default", "a0"))) == 0
+        assert engine.call(engine.engine.agents.prefetch(AgentKey("default", "a0"))) == 0
         text, stats = engine.ask("a0", PROMPTS["a0"])
         assert (stats.cache, stats.restored_bytes, stats.cached_tokens) == ("hot", 0, 199)
         assert len(text.split()) == len(expected[0].split())
@@ -211,7 +211,7 @@ def test_prefetch_makes_an_agent_hot_if_there_is_room(tmp_path):
             lambda: setattr(engine.core.prefix_cache.agents["default", "a0"], "pinned", True)
         )
         with pytest.raises(Busy, match="kv_budget"):
-            engine.call(engine.engine.prefetch_agent(AgentKey("default", "a1")))
+            engine.call(engine.engine.agents.prefetch(AgentKey("default", "a1")))
 
 
 def test_a_request_in_the_queue_is_read_ahead_and_still_counts_as_warm(tmp_path):

@@ -243,13 +243,13 @@ def test_a_deleted_agent_is_cold_again_and_spares_what_others_share(tmp_path):
     with tiny_engine(tmp_path) as engine:
         engine.ask("alice", [*system, 9, 9, 9])
         engine.ask("bob", [*system, 8, 8, 8])
-        assert engine.call(engine.engine.delete_agent(AgentKey("default", "alice"))) is True
-        assert engine.call(engine.engine.delete_agent(AgentKey("default", "alice"))) is False
+        assert engine.call(engine.engine.agents.delete(AgentKey("default", "alice"))) is True
+        assert engine.call(engine.engine.agents.delete(AgentKey("default", "alice"))) is False
         assert list(engine.agents()) == ["bob"]
     with tiny_engine(tmp_path) as engine:
         assert list(engine.agents()) == ["bob"]
         assert engine.ask("bob", [*system, 8, 8, 8, 7])[1].cached_tokens == 2 * BLOCK + 3
-        assert engine.call(engine.engine.delete_agent(AgentKey("default", "bob"))) is True
+        assert engine.call(engine.engine.agents.delete(AgentKey("default", "bob"))) is True
         assert engine.engine.health()["store"]["blocks"] == 0
 
 
@@ -259,7 +259,7 @@ def test_an_agent_deleted_while_it_answers_leaves_nothing(tmp_path):
         async def race():
             answer = asyncio.create_task(engine.answer("alice", PROMPT, 60))
             await asyncio.sleep(0.05)
-            await engine.engine.delete_agent(AgentKey("default", "alice"))
+            await engine.engine.agents.delete(AgentKey("default", "alice"))
             return await answer
 
         text, _ = engine.call(race())
@@ -359,10 +359,10 @@ def test_who_asked_for_what_met_a_bug_hears_of_the_failure(tmp_path):
         def broken(*_):
             raise RuntimeError("out of paper")
 
-        engine.engine._lifecycle.pin = broken
+        engine.core.write_back.note = broken
         with pytest.raises(EngineFailed):
             engine.call(
-                asyncio.wait_for(engine.engine.pin_agent(AgentKey("default", "alice"), True), 5)
+                asyncio.wait_for(engine.engine.agents.pin(AgentKey("default", "alice"), True), 5)
             )
 
 
@@ -391,7 +391,7 @@ def test_corrupt_segment_is_no_startup_error():
 def test_an_agent_whose_cache_is_not_on_disk_yet_can_be_deleted(tmp_path):
     with tiny_engine(tmp_path, tail_delay=60.0) as engine:
         engine.ask("alice", PROMPT[:10])
-        assert engine.call(engine.engine.delete_agent(AgentKey("default", "alice"))) is True
+        assert engine.call(engine.engine.agents.delete(AgentKey("default", "alice"))) is True
         assert engine.agents() == {}
         assert engine.ask("alice", PROMPT[:10])[1].cache == "cold"
 

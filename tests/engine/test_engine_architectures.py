@@ -59,7 +59,7 @@ def test_an_agent_says_the_same_evicted_after_each_turn_and_never(tmp_path, mode
 
         def evict() -> None:
             engine.wait_until_saved()
-            assert engine.call(engine.engine.evict_agent(AgentKey("default", "a"))) is not None
+            assert engine.call(engine.engine.agents.evict(AgentKey("default", "a"))) is not None
             assert engine.agents()["a"].ram_bytes == 0
 
         assert converse(engine, "a", 3, evict) == expected
@@ -90,7 +90,7 @@ def test_an_answer_that_was_dropped_costs_the_answer_alone(tmp_path, model_type)
             _, stats = engine.ask("a", PROMPT + random_tokens(40, seed=6), 5)
             assert stats.cached_tokens >= len(PROMPT) - 1
         engine.wait_until_saved()
-        engine.call(engine.engine.evict_agent(AgentKey("default", "a")))
+        engine.call(engine.engine.agents.evict(AgentKey("default", "a")))
         _, stats = engine.ask("a", PROMPT + random_tokens(40, seed=7), 5)
         assert stats.cached_tokens >= len(PROMPT) - 1
 

@@ -126,7 +126,7 @@ def test_an_agent_deleted_while_its_request_waits_does_not_come_back(tmp_path):
             await asyncio.sleep(0.02)
             alice = asyncio.create_task(engine.answer("alice", [*SYSTEM, 9, 9, 9, 9], 4))
             await asyncio.sleep(0.02)
-            assert await engine.engine.delete_agent(AgentKey("default", "alice"))
+            assert await engine.engine.agents.delete(AgentKey("default", "alice"))
             await asyncio.gather(busy, alice)
 
         engine.call(overlap())
@@ -160,7 +160,7 @@ def test_blocks_shared_with_a_deleted_agent_are_saved_again(tmp_path):
             alice = asyncio.create_task(engine.answer("alice", [*SYSTEM, 9, 9, 9], 20_000))
             while not engine.engine.health()["store"]["blocks"]:
                 await asyncio.sleep(0.01)
-            await engine.engine.delete_agent(AgentKey("default", "alice"))
+            await engine.engine.agents.delete(AgentKey("default", "alice"))
             answer = await engine.answer("bob", [*SYSTEM, 8, 8, 8], 4)
             assert not alice.done()
             alice.cancel()

@@ -37,7 +37,7 @@ def test_a_fork_goes_on_like_its_source_which_does_not_notice(tmp_path, hot):
     with tiny_engine(tmp_path / "a") as engine:
         tokens = rested(engine, hot=hot)
         written = engine.core.store.stats()["bytes_written"]
-        detail = engine.call(engine.engine.fork_agent(AgentKey("default", "alice"), "bob", None))
+        detail = engine.call(engine.engine.forks.fork(AgentKey("default", "alice"), "bob", None))
         assert detail.agent.tokens == len(tokens) - 1  # the last of an answer is never in a cache
         settle(engine)
         assert engine.core.store.stats()["bytes_written"] == written
@@ -51,8 +51,8 @@ def test_a_fork_survives_a_restart_and_the_deletion_of_its_source(tmp_path):
     with tiny_engine(tmp_path / "a") as engine:
         tokens = talk(engine, "alice")
         settle(engine)
-        engine.call(engine.engine.fork_agent(AgentKey("default", "alice"), "bob", None))
-        engine.call(engine.engine.delete_agent(AgentKey("default", "alice")))
+        engine.call(engine.engine.forks.fork(AgentKey("default", "alice"), "bob", None))
+        engine.call(engine.engine.agents.delete(AgentKey("default", "alice")))
     with tiny_engine(tmp_path / "a") as engine:
         assert engine.agents().keys() == {"bob"}
         bob, stats = engine.ask("bob", tokens + MORE)
@@ -65,7 +65,7 @@ def test_a_fork_survives_a_restart_and_the_deletion_of_its_source(tmp_path):
 def test_a_fork_at_a_token_continues_like_a_truncated_copy(tmp_path, cut, hot):
     with tiny_engine(tmp_path / "a") as engine:
         rested(engine, hot=hot)
-        engine.call(engine.engine.fork_agent(AgentKey("default", "alice"), "bob", cut))
+        engine.call(engine.engine.forks.fork(AgentKey("default", "alice"), "bob", cut))
         bob, stats = engine.ask("bob", PROMPT[:cut] + MORE)
         assert stats.cached_tokens == cut
     with tiny_engine(tmp_path / "b") as engine:
@@ -80,13 +80,13 @@ def test_a_fork_needs_a_source_and_a_new_name(tmp_path):
     with tiny_engine(tmp_path) as engine:
         talk(engine, "alice")
         with pytest.raises(NotFound, match="nobody"):
-            engine.call(engine.engine.fork_agent(AgentKey("default", "nobody"), "bob", None))
+            engine.call(engine.engine.forks.fork(AgentKey("default", "nobody"), "bob", None))
         with pytest.raises(NotFound):
-            engine.call(engine.engine.fork_agent(AgentKey("other", "alice"), "bob", None))
+            engine.call(engine.engine.forks.fork(AgentKey("other", "alice"), "bob", None))
         with pytest.raises(Conflict, match="already"):
-            engine.call(engine.engine.fork_agent(AgentKey("default", "alice"), "alice", None))
+            engine.call(engine.engine.forks.fork(AgentKey("default", "alice"), "alice", None))
         with pytest.raises(InvalidRequest, match="tokens must be 1 to"):
-            engine.call(engine.engine.fork_agent(AgentKey("default", "alice"), "bob", 10_000))
+            engine.call(engine.engine.forks.fork(AgentKey("default", "alice"), "bob", 10_000))
         assert engine.agents().keys() == {"alice"}
 
 
@@ -99,7 +99,7 @@ def test_a_truncated_agent_has_forgotten_the_rest_also_on_disk(tmp_path, cut, ho
     with tiny_engine(tmp_path / "a") as engine:
         rested(engine, hot=hot)
         blocks = engine.core.store.stats()["blocks"]
-        detail = engine.call(engine.engine.truncate_agent(AgentKey("default", "alice"), cut, None))
+        detail = engine.call(engine.engine.forks.truncate(AgentKey("default", "alice"), cut, None))
         assert (detail.agent.tokens, len(detail.branches), detail.branches[0].unsaved_tokens) == (
             cut,
             1,
@@ -122,7 +122,7 @@ def test_a_truncated_ephemeral_agent_keeps_the_rest_in_ram(tmp_path):
                 AgentKey("default", "eve"), PROMPT, SamplingParams(max_tokens=0), ephemeral=True
             ),
         )
-        engine.call(engine.engine.truncate_agent(AgentKey("default", "eve"), 2 * BLOCK + 5, None))
+        engine.call(engine.engine.forks.truncate(AgentKey("default", "eve"), 2 * BLOCK + 5, None))
         stats = engine.ask("eve", PROMPT[: 2 * BLOCK + 5] + MORE)[1]
         assert (stats.cache, stats.cached_tokens) == ("hot", 2 * BLOCK + 5)
         known = engine.on_engine(lambda: set(engine.core.prefix_cache.nodes))
@@ -137,14 +137,14 @@ def test_truncating_to_what_is_there_changes_nothing_and_beyond_is_refused(tmp_p
         n = len(talk(engine, "alice")) - 1
         assert (
             engine.call(
-                engine.engine.truncate_agent(AgentKey("default", "alice"), n, n)
+                engine.engine.forks.truncate(AgentKey("default", "alice"), n, n)
             ).agent.tokens
             == n
         )
         with pytest.raises(InvalidRequest, match=f"1 to {n}"):
-            engine.call(engine.engine.truncate_agent(AgentKey("default", "alice"), n + 1, None))
+            engine.call(engine.engine.forks.truncate(AgentKey("default", "alice"), n + 1, None))
         with pytest.raises(Conflict, match="changed"):
-            engine.call(engine.engine.truncate_agent(AgentKey("default", "alice"), 5, n - 1))
+            engine.call(engine.engine.forks.truncate(AgentKey("default", "alice"), 5, n - 1))
 
 
 # -- evict, pin, TTL, ephemeral
@@ -153,7 +153,7 @@ def test_truncating_to_what_is_there_changes_nothing_and_beyond_is_refused(tmp_p
 def test_evicted_means_out_of_ram_and_back_with_the_same_answer(tmp_path):
     with tiny_engine(tmp_path / "a") as engine:
         tokens = talk(engine, "alice")
-        freed = engine.call(engine.engine.evict_agent(AgentKey("default", "alice")))
+        freed = engine.call(engine.engine.agents.evict(AgentKey("default", "alice")))
         assert freed > 0
         assert (engine.agents()["alice"].tier, engine.agents()["alice"].ram_bytes) == ("warm", 0)
         answer, stats = engine.ask("alice", tokens + MORE)
@@ -166,19 +166,19 @@ def test_eviction_spares_what_another_agent_holds(tmp_path):
         talk(engine, "alice")
         engine.ask("bob", PROMPT[: 2 * BLOCK] + MORE)
         before = engine.agents()["bob"].ram_bytes
-        engine.call(engine.engine.evict_agent(AgentKey("default", "alice")))
+        engine.call(engine.engine.agents.evict(AgentKey("default", "alice")))
         assert engine.agents()["bob"].ram_bytes == before
 
 
 def test_a_pin_is_kept_over_a_restart_and_forbids_eviction(tmp_path):
     with tiny_engine(tmp_path) as engine:
         talk(engine, "alice")
-        engine.call(engine.engine.pin_agent(AgentKey("default", "alice"), True))
+        engine.call(engine.engine.agents.pin(AgentKey("default", "alice"), True))
         with pytest.raises(Conflict, match="unpin"):
-            engine.call(engine.engine.evict_agent(AgentKey("default", "alice")))
+            engine.call(engine.engine.agents.evict(AgentKey("default", "alice")))
     with tiny_engine(tmp_path) as engine:
         assert engine.agents()["alice"].pinned
-        engine.call(engine.engine.pin_agent(AgentKey("default", "alice"), False))
+        engine.call(engine.engine.agents.pin(AgentKey("default", "alice"), False))
     with tiny_engine(tmp_path) as engine:
         assert not engine.agents()["alice"].pinned
 
@@ -188,10 +188,10 @@ def test_an_agent_expires_after_its_last_use_also_while_the_server_is_down(tmp_p
         talk(engine, "alice")
         talk(engine, "bob")
         talk(engine, "carol")
-        engine.call(engine.engine.set_agent_ttl(AgentKey("default", "alice"), 0.5))
-        engine.call(engine.engine.set_agent_ttl(AgentKey("default", "bob"), 1.5))
-        engine.call(engine.engine.set_agent_ttl(AgentKey("default", "carol"), 0.5))
-        engine.call(engine.engine.pin_agent(AgentKey("default", "carol"), True))
+        engine.call(engine.engine.agents.set_ttl(AgentKey("default", "alice"), 0.5))
+        engine.call(engine.engine.agents.set_ttl(AgentKey("default", "bob"), 1.5))
+        engine.call(engine.engine.agents.set_ttl(AgentKey("default", "carol"), 0.5))
+        engine.call(engine.engine.agents.pin(AgentKey("default", "carol"), True))
         deadline = time.monotonic() + 5
         while "alice" in engine.agents():
             assert time.monotonic() < deadline
@@ -227,7 +227,7 @@ def test_an_ephemeral_agent_is_never_written_and_works_like_another_until_its_ra
         assert engine.agents()["eve"].ephemeral
         assert engine.ask("eve", PROMPT + MORE)[1].cached_tokens == len(PROMPT)
         with pytest.raises(Conflict, match="ephemeral"):
-            engine.call(engine.engine.evict_agent(AgentKey("default", "eve")))
+            engine.call(engine.engine.agents.evict(AgentKey("default", "eve")))
         with pytest.raises(Conflict, match="exists"):
             drain(
                 engine,
@@ -282,11 +282,11 @@ def test_show_tells_what_a_crash_would_cost(tmp_path):
     with tiny_engine(tmp_path, write_amplification=1.0) as engine:
         tokens = talk(engine, "alice")
         time.sleep(0.5)
-        detail = engine.call(engine.engine.agent(AgentKey("default", "alice")))
+        detail = engine.call(engine.engine.agents.show(AgentKey("default", "alice")))
         assert [b.unsaved_tokens for b in detail.branches] == [(len(tokens) - 1) % BLOCK]
         assert (detail.agent.requests, detail.agent.hit_tokens) == (1, 0)
         engine.ask("alice", tokens + MORE)
-        detail = engine.call(engine.engine.agent(AgentKey("default", "alice")))
+        detail = engine.call(engine.engine.agents.show(AgentKey("default", "alice")))
         assert (detail.agent.requests, detail.agent.hit_tokens) == (2, len(tokens) - 1)
 
 
@@ -324,7 +324,7 @@ def cache_bytes(engine, agent: str, tokens: list[int]) -> list[dict[str, bytes]]
             for part in arrays
         ]
 
-    engine.call(engine.engine.prefetch_agent(AgentKey("default", agent)))
+    engine.call(engine.engine.agents.prefetch(AgentKey("default", agent)))
     return engine.on_engine(read)
 
 
@@ -422,13 +422,13 @@ def test_with_encryption_nothing_on_disk_is_readable_and_everything_works(tmp_pa
         home = tmp_path / str(encrypt)
         with tiny_engine(home, encrypt=encrypt, key_file=key) as engine:
             tokens = talk(engine, "alice", turns=2)
-            engine.call(engine.engine.fork_agent(AgentKey("default", "alice"), "bob", None))
+            engine.call(engine.engine.forks.fork(AgentKey("default", "alice"), "bob", None))
             archive = exported(engine)
         data = [path.read_bytes() for path in store_files(home) if "calibration" not in path.name]
         run = bytes(b for t in PROMPT[8:20] for b in t.to_bytes(4, "little"))
         plain[encrypt] = any(run in d or b"packed" in d for d in data)
         with tiny_engine(home, encrypt=encrypt, key_file=key) as engine:
-            engine.call(engine.engine.delete_agent(AgentKey("default", "alice")))
+            engine.call(engine.engine.agents.delete(AgentKey("default", "alice")))
             answer, stats = engine.ask("bob", tokens + MORE)
             assert (stats.cache, stats.cached_tokens) == ("warm", len(tokens) - 1)
             assert imported(engine, archive, "carol").agent.tokens == len(tokens) - 1
@@ -499,7 +499,7 @@ def test_fifty_agents_in_a_store_for_ten_stay_within_the_quota_and_the_pinned_an
         for i, (name, prompt) in enumerate(prompts.items()):
             engine.ask(name, prompt)
             if i < 2:
-                engine.call(engine.engine.pin_agent(AgentKey("default", name), True))
+                engine.call(engine.engine.agents.pin(AgentKey("default", name), True))
         settled = time.monotonic() + 1
         while time.monotonic() < settled:
             time.sleep(0.1)
@@ -523,7 +523,7 @@ def test_of_imports_of_one_name_at_the_same_time_one_is_taken(tmp_path):
 
     async def all_at_once(engine):
         imports = (
-            engine.engine.import_agent("default", None, io.BytesIO(archive)) for _ in range(5)
+            engine.engine.archives.import_("default", None, io.BytesIO(archive)) for _ in range(5)
         )
         return await asyncio.gather(*imports, return_exceptions=True)
 
@@ -544,6 +544,6 @@ def test_a_truncation_right_after_a_prewarm_is_saved(tmp_path):
             )
             cut = 3 * BLOCK if i % 2 else 3 * BLOCK - 7
             detail = engine.call(
-                engine.engine.truncate_agent(AgentKey("default", "alice"), cut, None)
+                engine.engine.forks.truncate(AgentKey("default", "alice"), cut, None)
             )
             assert (detail.branches[0].tokens, detail.branches[0].unsaved_tokens) == (cut, 0)

@@ -59,10 +59,10 @@ def test_a_fork_that_is_deleted_before_it_is_on_disk_harms_nobody(tmp_path):
         settle(engine)
         with slow_writer(engine):
             fork = start(
-                engine, engine.engine.fork_agent(AgentKey("default", "alice"), "bob", None)
+                engine, engine.engine.forks.fork(AgentKey("default", "alice"), "bob", None)
             )
             meanwhile(engine)
-            delete = start(engine, engine.engine.delete_agent(AgentKey("default", "bob")))
+            delete = start(engine, engine.engine.agents.delete(AgentKey("default", "bob")))
             meanwhile(engine)
         assert delete.result(10)
         with pytest.raises(NotFound):
@@ -77,11 +77,11 @@ def test_what_is_not_on_disk_yet_of_a_fork_is_not_shown_as_saved(tmp_path, cut):
         talk(engine, "alice")
         settle(engine)
         with slow_writer(engine):
-            engine.call(engine.engine.fork_agent(AgentKey("default", "alice"), "bob", cut))
-            detail = engine.call(engine.engine.agent(AgentKey("default", "bob")))
+            engine.call(engine.engine.forks.fork(AgentKey("default", "alice"), "bob", cut))
+            detail = engine.call(engine.engine.agents.show(AgentKey("default", "bob")))
             assert detail.branches[0].unsaved_tokens == cut
         engine.wait_until_saved()
-        detail = engine.call(engine.engine.agent(AgentKey("default", "bob")))
+        detail = engine.call(engine.engine.agents.show(AgentKey("default", "bob")))
         assert detail.branches[0].unsaved_tokens == 0
 
 
@@ -92,10 +92,10 @@ def test_an_agent_deleted_during_a_truncation_does_not_come_back(tmp_path):
         settle(engine)
         with slow_writer(engine):
             truncation = start(
-                engine, engine.engine.truncate_agent(AgentKey("default", "alice"), 2 * BLOCK, None)
+                engine, engine.engine.forks.truncate(AgentKey("default", "alice"), 2 * BLOCK, None)
             )
             meanwhile(engine)
-            delete = start(engine, engine.engine.delete_agent(AgentKey("default", "alice")))
+            delete = start(engine, engine.engine.agents.delete(AgentKey("default", "alice")))
             meanwhile(engine)
         assert delete.result(10)
         with pytest.raises(AgentMemError):
@@ -116,7 +116,7 @@ def fork_while_reading(engine) -> tuple[Future, threading.Event]:
     gate = threading.Event()
     read_late(engine, gate)
     fork = start(
-        engine, engine.engine.fork_agent(AgentKey("default", "alice"), "bob", 2 * BLOCK + 5)
+        engine, engine.engine.forks.fork(AgentKey("default", "alice"), "bob", 2 * BLOCK + 5)
     )
     meanwhile(engine)
     return fork, gate
@@ -131,7 +131,7 @@ def test_a_fork_whose_source_changes_while_it_is_read_is_refused(tmp_path, chang
             node = prefix_cache.agents["default", "alice"].newest.nodes[1]
             engine.on_engine(lambda: prefix_cache.cut_at(node))
         else:
-            assert engine.call(engine.engine.delete_agent(AgentKey("default", "alice")))
+            assert engine.call(engine.engine.agents.delete(AgentKey("default", "alice")))
         gate.set()
         with pytest.raises((Conflict, NotFound)):
             fork.result(10)
@@ -170,7 +170,7 @@ def test_what_runs_for_a_new_ephemeral_agent_is_not_written_whatever_is_asked_me
         while not engine.on_engine(lambda: engine.core.scheduler.active):
             pass
         with pytest.raises(Conflict):
-            engine.call(engine.engine.fork_agent(AgentKey("default", "alice"), "eve", None))
+            engine.call(engine.engine.forks.fork(AgentKey("default", "alice"), "eve", None))
         with pytest.raises(Conflict):
             engine.call(run(False, 2))
         running.result(60)
@@ -185,8 +185,8 @@ def test_an_export_of_an_agent_that_is_deleted_meanwhile_is_refused_or_whole(tmp
         talk(engine, "alice")
         settle(engine)
         with slow_writer(engine):
-            export = start(engine, engine.engine.export_agent(AgentKey("default", "alice")))
-            delete = start(engine, engine.engine.delete_agent(AgentKey("default", "alice")))
+            export = start(engine, engine.engine.archives.export(AgentKey("default", "alice")))
+            delete = start(engine, engine.engine.agents.delete(AgentKey("default", "alice")))
             meanwhile(engine)
         assert delete.result(10)
         if isinstance(export.exception(10), NotFound):
@@ -195,7 +195,7 @@ def test_an_export_of_an_agent_that_is_deleted_meanwhile_is_refused_or_whole(tmp
         archive = b"".join(taken.chunks)
         taken.close()
     with tiny_engine(tmp_path / "other") as engine:
-        detail = engine.call(engine.engine.import_agent("default", None, io.BytesIO(archive)))
+        detail = engine.call(engine.engine.archives.import_("default", None, io.BytesIO(archive)))
         assert detail.agent.tokens > len(PROMPT)
 
 
@@ -325,9 +325,9 @@ def test_a_deletion_that_the_disk_refuses_says_so(tmp_path):
 
         store.delete_agent = refuse
         with pytest.raises(StoreFailed, match="Input/output"):
-            engine.call(engine.engine.delete_agent(AgentKey("default", "alice")))
+            engine.call(engine.engine.agents.delete(AgentKey("default", "alice")))
         store.delete_agent = delete
-        assert engine.call(engine.engine.delete_agent(AgentKey("default", "alice")))
+        assert engine.call(engine.engine.agents.delete(AgentKey("default", "alice")))
 
 
 # -- RAM
@@ -356,7 +356,7 @@ def test_what_an_ephemeral_agent_shared_with_a_deleted_one_is_not_taken_for_stor
         )
         if not hot:
             engine.on_engine(lambda: engine.core.budget.evict_idle(1 << 30))
-        engine.call(engine.engine.delete_agent(AgentKey("default", "alice")))
+        engine.call(engine.engine.agents.delete(AgentKey("default", "alice")))
         assert engine.agents()["eve"].disk_bytes == 0
         cached = engine.ask("eve", PROMPT + MORE)[1].cached_tokens
         assert cached == (len(PROMPT + MORE) - 1 if hot else 0)
@@ -380,8 +380,8 @@ def test_a_prewarm_of_what_is_cached_computes_nothing(tmp_path):
 def test_a_pinned_agent_does_not_expire_in_a_store_that_is_not_in_use_either(tmp_path):
     with tiny_engine(tmp_path) as engine:
         talk(engine, "alice")
-        engine.call(engine.engine.pin_agent(AgentKey("default", "alice"), True))
-        engine.call(engine.engine.set_agent_ttl(AgentKey("default", "alice"), 0.01))
+        engine.call(engine.engine.agents.pin(AgentKey("default", "alice"), True))
+        engine.call(engine.engine.agents.set_ttl(AgentKey("default", "alice"), 0.01))
     time.sleep(0.05)
     for layout in stores(tmp_path / "store"):
         shrink(layout, 0)

@@ -50,7 +50,7 @@ def test_an_evicted_agent_goes_on_from_its_very_end_with_the_same_answer(
             settle(engine)
             tokens = tokens_of(engine)
             if evicted:
-                engine.call(engine.engine.evict_agent(AgentKey("default", "alice")))
+                engine.call(engine.engine.agents.evict(AgentKey("default", "alice")))
                 assert engine.core.prefix_cache.pool.nbytes == 0
             return engine.ask("alice", [*tokens, *MORE], 30)
 
@@ -83,13 +83,13 @@ def test_a_cut_goes_to_the_last_snapshot_before_it_and_says_so(tmp_path, kind):
     with tiny_engine(tmp_path, loader(kind), state_interval=1024) as engine:
         engine.ask("alice", PROMPT, 60)
         settle(engine)
-        fork = engine.call(engine.engine.fork_agent(AgentKey("default", "alice"), "bob", 240))
+        fork = engine.call(engine.engine.forks.fork(AgentKey("default", "alice"), "bob", 240))
         assert fork.agent.tokens == 199
-        cut = engine.call(engine.engine.truncate_agent(AgentKey("default", "alice"), 240, None))
+        cut = engine.call(engine.engine.forks.truncate(AgentKey("default", "alice"), 240, None))
         assert cut.agent.tokens == 199
         assert engine.ask("alice", [*PROMPT, *MORE], 8)[1].cached_tokens == 199
         with pytest.raises(Conflict, match="Nothing is kept"):
-            engine.call(engine.engine.fork_agent(AgentKey("default", "alice"), "eve", 100))
+            engine.call(engine.engine.forks.fork(AgentKey("default", "alice"), "eve", 100))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -97,12 +97,12 @@ def test_an_exported_agent_goes_on_where_it_is_imported(tmp_path, kind):
     with tiny_engine(tmp_path, loader(kind)) as engine:
         engine.ask("alice", PROMPT, 30)
         settle(engine)
-        export = engine.call(engine.engine.export_agent(AgentKey("default", "alice")))
+        export = engine.call(engine.engine.archives.export(AgentKey("default", "alice")))
         path = tmp_path / "alice.agentmem"
         path.write_bytes(b"".join(export.chunks))
         export.close()
         with path.open("rb") as file:
-            engine.call(engine.engine.import_agent("default", "bob", file))
+            engine.call(engine.engine.archives.import_("default", "bob", file))
         tokens = [*tokens_of(engine), *MORE]
         mine, theirs = engine.ask("alice", tokens, 8), engine.ask("bob", tokens, 8)
         assert theirs[0] == mine[0]

@@ -58,9 +58,9 @@ def test_a_fork_of_a_few_tokens_keeps_nothing_else_of_what_it_was_cut_from(tmp_p
     with tiny_engine(tmp_path, block_size=512) as engine:
         before = engine.on_engine(active_memory)
         engine.ask("alice", random_tokens(1000), 1)
-        engine.call(engine.engine.fork_agent(AgentKey("default", "alice"), "bob", None))
-        engine.call(engine.engine.truncate_agent(AgentKey("default", "bob"), cut, None))
-        engine.call(engine.engine.delete_agent(AgentKey("default", "alice")))
+        engine.call(engine.engine.forks.fork(AgentKey("default", "alice"), "bob", None))
+        engine.call(engine.engine.forks.truncate(AgentKey("default", "bob"), cut, None))
+        engine.call(engine.engine.agents.delete(AgentKey("default", "alice")))
         engine.wait_until_saved()
         counted = engine.core.prefix_cache.pool.nbytes
         assert engine.on_engine(active_memory) - before < counted + 50_000

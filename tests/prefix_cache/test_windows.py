@@ -31,7 +31,7 @@ def newest(engine: EngineThread, agent: str = "alice") -> Any:
 
 
 def evict(engine: EngineThread, agent: str = "alice") -> int:
-    return engine.call(engine.engine.evict_agent(AgentKey("default", agent)))
+    return engine.call(engine.engine.agents.evict(AgentKey("default", agent)))
 
 
 def test_what_rests_has_in_ram_only_what_its_end_sees(tmp_path):
@@ -80,7 +80,7 @@ def test_truncated_to_any_block_boundary_it_answers_as_a_fresh_agent_with_the_sa
         engine.ask("alice", prompt, 8)
         settle(engine)
         for end in range(BLOCK, 200, BLOCK):
-            engine.call(engine.engine.fork_agent(AgentKey("default", "alice"), f"cut-{end}", None))
+            engine.call(engine.engine.forks.fork(AgentKey("default", "alice"), f"cut-{end}", None))
         settle(engine)
     with tiny_engine(tmp_path / "b", LOAD) as fresh, tiny_engine(tmp_path / "a", LOAD) as engine:
         if not restarted:
@@ -88,7 +88,7 @@ def test_truncated_to_any_block_boundary_it_answers_as_a_fresh_agent_with_the_sa
             settle(engine)
         for end in range(BLOCK, 200, BLOCK):
             shown = engine.call(
-                engine.engine.truncate_agent(AgentKey("default", f"cut-{end}"), end, None)
+                engine.engine.forks.truncate(AgentKey("default", f"cut-{end}"), end, None)
             )
             assert shown.agent.tokens == end
             text, stats = engine.ask(f"cut-{end}", [*prompt[:end], *more], 8)
@@ -128,7 +128,7 @@ def test_a_truncated_ephemeral_agent_keeps_the_windows_of_its_new_end(tmp_path):
             engine,
             GenerateRequest(AgentKey("default", "eve"), PROMPT[:330], params, ephemeral=True),
         )
-        detail = engine.call(engine.engine.truncate_agent(AgentKey("default", "eve"), 327, None))
+        detail = engine.call(engine.engine.forks.truncate(AgentKey("default", "eve"), 327, None))
         _, stats = engine.ask("eve", PROMPT[:327] + random_tokens(9, seed=3), 1)
         assert (detail.agent.tokens, stats.cache, stats.cached_tokens) == (327, "hot", 327)
 
@@ -169,7 +169,7 @@ def test_of_a_block_that_two_wait_for_each_part_is_read_once(tmp_path):
     with tiny_engine(tmp_path, LOAD) as engine:
         engine.ask("alice", PROMPT, 8)
         settle(engine)
-        engine.call(engine.engine.fork_agent(AgentKey("default", "alice"), "bob", 10 * BLOCK))
+        engine.call(engine.engine.forks.fork(AgentKey("default", "alice"), "bob", 10 * BLOCK))
         settle(engine)
     with tiny_engine(tmp_path, LOAD) as engine:
         read: list[tuple[bytes, str]] = []
@@ -244,7 +244,7 @@ def test_a_prefill_that_outruns_the_disk_keeps_few_windows_and_what_could_not_be
 
         engine.on_engine(now)
         if fails:
-            engine.call(engine.engine.evict_agent(AgentKey("default", "alice")))
+            engine.call(engine.engine.agents.evict(AgentKey("default", "alice")))
         settle_blocks(engine)
         assert len(branch.tokens()) == 607
         assert [WINDOW in node.there for node in branch.nodes] == [

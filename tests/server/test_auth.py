@@ -54,14 +54,14 @@ def two_namespaces(key_file):
 class Agents(FakeEngine):
     """Each namespace has one agent, named after it."""
 
-    async def agents(self, namespace):
+    def infos(self, namespace):
         self.agent_ids = [namespace]
-        return await super().agents(namespace)
+        return super().infos(namespace)
 
-    async def delete_agent(self, key):
+    async def delete(self, key):
         return key.agent_id == key.namespace
 
-    async def prefetch_agent(self, key):
+    async def prefetch(self, key):
         return 100 if key.agent_id == key.namespace else None
 
 

@@ -71,7 +71,7 @@ def test_the_prompt_that_is_explained_is_the_one_that_a_request_would_have(tmp_p
         explained.append(tokens)
         return Explanation("parted", len(tokens), 0, 0, 0, [], [], [])
 
-    engine.explain_agent = explain
+    engine.agents.explain = explain
     body = {
         "messages": [{"role": m.role, "content": m.content} for m in CHAT],
         "tools": [{"type": "function", "function": {"name": "get_weather"}}],

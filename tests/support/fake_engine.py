@@ -40,6 +40,7 @@ class FakeEngine:
     def __init__(self, **options):
         self.tokenizer, self.requests, self.cancelled, self.log = tiny_tokenizer(), [], 0, []
         self.agent_ids = ["alice", "../x", "ü/🦊"]
+        self.agents = self.archives = self  # what is done to agents, it answers itself
         vars(self).update(options)
 
     async def generate(self, request):
@@ -73,7 +74,7 @@ class FakeEngine:
     def branch_tokens(self, key):
         return []
 
-    async def agents(self, namespace):
+    def infos(self, namespace):
         return [self.info(name) for name in self.agent_ids]
 
     @staticmethod
@@ -83,18 +84,15 @@ class FakeEngine:
     def is_ephemeral(self, key):
         return False
 
-    def on_forget(self, forget):
-        self.forget = forget
-
     def announce(self, url):
         self.url = url
 
-    async def delete_agent(self, key):
+    async def delete(self, key):
         known = key.agent_id in self.agent_ids
         self.agent_ids = [name for name in self.agent_ids if name != key.agent_id]
         return known
 
-    async def prefetch_agent(self, key):
+    async def prefetch(self, key):
         return 100 if key.agent_id in self.agent_ids else None
 
     def begin_drain(self):

@@ -23,7 +23,7 @@ def rested(engine, *, hot: bool) -> list[int]:
     tokens = talk(engine, "alice")
     settle(engine)
     if not hot:
-        engine.call(engine.engine.evict_agent(AgentKey("default", "alice")))
+        engine.call(engine.engine.agents.evict(AgentKey("default", "alice")))
     return tokens
 
 
@@ -40,7 +40,7 @@ def drain(engine, request) -> None:
 
 
 def exported(engine, agent: str = "alice") -> bytes:
-    export = engine.call(engine.engine.export_agent(AgentKey("default", agent)))
+    export = engine.call(engine.engine.archives.export(AgentKey("default", agent)))
     try:
         return b"".join(export.chunks)
     finally:
@@ -48,4 +48,4 @@ def exported(engine, agent: str = "alice") -> bytes:
 
 
 def imported(engine, archive: bytes, name: str | None = None):
-    return engine.call(engine.engine.import_agent("default", name, io.BytesIO(archive)))
+    return engine.call(engine.engine.archives.import_("default", name, io.BytesIO(archive)))

@@ -75,7 +75,7 @@ def quantization(ablation: Ablation, on: bool) -> Measured:
     prompt = ablation.prompts.ids(ablation.context)
     with running_engine(settings, ablation.loaded) as (engine, run):
         run(ask_engine(engine, "agent", prompt))
-        (agent,) = run(engine.agents(NAMESPACE))
+        (agent,) = engine.agents.infos(NAMESPACE)
     with running_engine(settings, ablation.loaded) as (engine, run):
         reply = run(ask_engine(engine, "agent", prompt))
     _check(reply, "warm")
@@ -186,13 +186,13 @@ def overlap(ablation: Ablation, on: bool) -> Measured:
     async def measure() -> list[float]:
         for name in names:
             await ask_engine(engine, name, ablation.prompts.ids(ablation.context // 2))
-            await engine.evict_agent(key_of(name))
+            await engine.agents.evict(key_of(name))
         asked = ask_engine(engine, "talker", ablation.prompts.ids(64), 2 * _ANSWER)
         talk = asyncio.create_task(asked)
         while not talk.done():
-            await asyncio.gather(*[engine.prefetch_agent(key_of(name)) for name in names])
+            await asyncio.gather(*[engine.agents.prefetch(key_of(name)) for name in names])
             for name in names:
-                await engine.evict_agent(key_of(name))
+                await engine.agents.evict(key_of(name))
         times = (await talk).times
         return sorted(b - a for a, b in itertools.pairwise(times))
 

@@ -92,7 +92,7 @@ async def _measure(
     done: Callable[[], None],
 ) -> dict[str, Any]:
     await _build(engine, tokens, 1)
-    await engine.evict_agent(key_of(_FIRST))
+    await engine.agents.evict(key_of(_FIRST))
     of_one = _files(store)
     await _build(engine, tokens, agents)
     await _evict(engine, agents)
@@ -132,16 +132,16 @@ async def _measure(
 async def _build(engine: "Engine", tokens: list[int], agents: int) -> None:
     """Make as many agents of the same tokens; the first is computed if need be."""
     await ask_engine(engine, _FIRST, tokens)
-    export = await engine.export_agent(key_of(_FIRST))
+    export = await engine.archives.export(key_of(_FIRST))
     archive = b"".join(export.chunks)
     await asyncio.to_thread(export.close)
     for name in _names(agents)[1:]:
-        await engine.import_agent(NAMESPACE, name, io.BytesIO(archive))
+        await engine.archives.import_(NAMESPACE, name, io.BytesIO(archive))
 
 
 async def _evict(engine: "Engine", agents: int) -> None:
     for name in _names(agents):
-        await engine.evict_agent(key_of(name))
+        await engine.agents.evict(key_of(name))
 
 
 def _names(agents: int) -> list[str]:
@@ -190,9 +190,9 @@ def _read_ms(files: list[Path]) -> float:
 
 
 async def _restore_ms(engine: "Engine", agents: int) -> float:
-    assert not any(agent.ram_bytes for agent in await engine.agents(NAMESPACE))
+    assert not any(agent.ram_bytes for agent in engine.agents.infos(NAMESPACE))
     began = time.perf_counter()
-    asked = [engine.prefetch_agent(key_of(name)) for name in _names(agents)]
+    asked = [engine.agents.prefetch(key_of(name)) for name in _names(agents)]
     read = await asyncio.gather(*asked)
     took = (time.perf_counter() - began) * 1e3
     assert all(read), f"bytes read, by agent: {read}"
@@ -203,10 +203,10 @@ async def _fork(engine: "Engine") -> tuple[float, int | None]:
     """Return (ms, bytes that the process gave to the disk)."""
     before = process_writes("self")
     began = time.perf_counter()
-    await engine.fork_agent(key_of(_FIRST), "fork", None)
+    await engine.forks.fork(key_of(_FIRST), "fork", None)
     took = (time.perf_counter() - began) * 1e3
     after = process_writes("self")
-    await engine.delete_agent(key_of("fork"))  # it would hold the blocks in RAM
+    await engine.agents.delete(key_of("fork"))  # it would hold the blocks in RAM
     return took, None if before is None or after is None else after - before
 
 

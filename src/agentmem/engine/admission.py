@@ -21,6 +21,7 @@ from .output import OutputStream
 from .sampling import Sampler
 from .sequence import Sequence, Status
 from .startup import Core
+from .tasks import Tasks, finished
 
 log = logging.getLogger(__name__)
 _PREFETCH = 4  # of the queue, looked at in advance
@@ -31,8 +32,9 @@ _GIVE_UP = 15.0  # s without room and without anything running
 class Admission:
     """Engine thread only."""
 
-    def __init__(self, core: Core):
+    def __init__(self, core: Core, tasks: Tasks):
         self._core, self._trace = core, core.trace
+        self._tasks = tasks
         self.preemptions = 0  # since the start
         self.short = False  # the most urgent of the queue waits for RAM
         # time.monotonic(); before, there is hardly more room than at the last look
@@ -113,16 +115,24 @@ class Admission:
             self._start(seq, match)
 
     def _read(self, seq: Sequence, match: Match) -> None:
-        """What `match` lacks, and go on if `seq` is restoring by the time it is there."""
-        seq.reading, began = True, time.perf_counter()
+        """Begin to read what `match` lacks; `seq` goes on once that is there, if it waits for it."""
+        seq.reading = True
         self._core.prefix_cache.hold_match(match)
+        self._tasks.start(self._go_on_once_read(seq, match))
 
-        def restored(nbytes: int, at: float) -> None:
+    async def _go_on_once_read(self, seq: Sequence, match: Match) -> None:
+        began = time.perf_counter()
+        try:
+            restored = await finished(self._core.restorer.restore(match))
             seq.reading = False
             if not seq.preempted:
-                seq.restored_bytes += nbytes
+                seq.restored_bytes += restored.nbytes
             self._trace.span(
-                "restore", began, max(began, at), agent=seq.request.agent.agent_id, bytes=nbytes
+                "restore",
+                began,
+                max(began, restored.at),
+                agent=seq.request.agent.agent_id,
+                bytes=restored.nbytes,
             )
             if seq.status is Status.RESTORING:
                 self.look_up(seq)
@@ -130,10 +140,9 @@ class Admission:
                     self._restore_or_start(seq)
                 else:
                     self._requeue(seq)
+        finally:
             self._core.prefix_cache.release_match(match)
             self._look_at = 0.0
-
-        self._core.restorer.restore(match, restored)
 
     def _start(self, seq: Sequence, match: Match) -> None:
         prefix_cache, write_back = self._core.prefix_cache, self._core.write_back

@@ -10,28 +10,24 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
-from functools import partial
-from typing import IO, Any
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
 from .. import __version__
-from ..agent_key import AgentKey, check_agent_id
+from ..agent_key import AgentKey
 from ..config import Settings
 from ..errors import AgentMemError, ContextLengthExceeded, EngineFailed, ShuttingDown, StartupError
 from ..kvcache.spec import describe
 from ..models.loading import LoadedModel
-from ..prefix_cache.info import AgentDetail, AgentInfo, Explanation
 from ..store.writer.turns import TurnTable
-from .agents.export import export_chunks, import_agent, read_archive
-from .agents.fork import Forks
-from .agents.lifecycle import Lifecycle
-from .api import Export, Finished, Forget, GenerateRequest, TextDelta
+from .api import Finished, GenerateRequest, TextDelta
 from .footprint import process_footprint
 from .loop import EngineLoop
 from .sequence import Event, Sequence
 from .startup import Core, build_core
+from .tasks import Tasks
 
 log = logging.getLogger(__name__)
 
@@ -48,6 +44,7 @@ class Engine:
         self._loop: EngineLoop | None = None
         self._failure: str | None = None
         self._stopping = False
+        self._tasks = Tasks(self._post, self._check_open)
 
     def start(self) -> None:
         """Load the model and the store. Raises StartupError."""
@@ -59,6 +56,9 @@ class Engine:
         self.why_max_context = self._core.budget.why_max_context
         self.vocab_size = self._core.vocab_size
         self.tokenizer = self._core.model.tokenizer
+        self.agents = self._core_loop.agents
+        self.forks = self._core_loop.forks
+        self.archives = self._core_loop.archives
         self.turn_table: TurnTable | None = self._core.store.turns
 
     async def generate(self, request: GenerateRequest) -> AsyncIterator[TextDelta | Finished]:
@@ -134,10 +134,6 @@ class Engine:
     def branch_tokens(self, key: AgentKey) -> list[np.ndarray]:
         return self._core.prefix_cache.branch_tokens(key)
 
-    def on_forget(self, forget: Forget) -> None:
-        """Have agents deleted through `forget` from now on."""
-        self._lifecycle.forget = forget
-
     def is_ephemeral(self, key: AgentKey) -> bool:
         """Tell whether there is such an agent, and it is never written to disk. On any thread."""
         return self._core.prefix_cache.is_ephemeral(key)
@@ -146,88 +142,9 @@ class Engine:
         agent = self._core.prefix_cache.agents.get(key)
         return (agent.created, agent.last_used) if agent else None
 
-    async def agents(self, namespace: str) -> list[AgentInfo]:
-        return self._core.prefix_cache.infos(namespace)
-
-    async def delete_agent(self, key: AgentKey) -> bool:
-        return await self._perform(partial(self._lifecycle.delete, key))
-
-    async def prefetch_agent(self, key: AgentKey) -> int | None:
-        return await self._perform(partial(self._lifecycle.prefetch, key))
-
-    async def agent(self, key: AgentKey) -> AgentDetail:
-        return await self._perform(partial(self._lifecycle.show, key))
-
-    async def pin_agent(self, key: AgentKey, pinned: bool) -> None:
-        await self._perform(partial(self._lifecycle.pin, key, pinned))
-
-    async def set_agent_ttl(self, key: AgentKey, ttl: float | None) -> None:
-        await self._perform(partial(self._lifecycle.set_ttl, key, ttl))
-
-    async def evict_agent(self, key: AgentKey) -> int:
-        return await self._perform(partial(self._lifecycle.evict, key))
-
-    async def fork_agent(self, key: AgentKey, to: str, tokens: int | None) -> AgentDetail:
-        return await self._perform(partial(self._forks.fork, key, to, tokens))
-
-    async def truncate_agent(self, key: AgentKey, tokens: int, held: int | None) -> AgentDetail:
-        return await self._perform(partial(self._forks.truncate, key, tokens, held))
-
-    async def explain_agent(self, key: AgentKey, tokens: list[int] | None) -> Explanation | None:
-        return await self._perform(partial(self._lifecycle.explain, key, tokens))
-
-    async def agent_tokens(self, key: AgentKey) -> list[int]:
-        return await self._perform(partial(self._lifecycle.tokens, key))
-
-    async def export_agent(self, key: AgentKey) -> Export:
-        exported = await self._perform(partial(self._lifecycle.export, key))
-
-        def close() -> None:
-            self._core.store.unlink(
-                exported.files
-            ).exception()  # what is left at shutdown goes at the next start
-
-        return Export(export_chunks(self._core, exported), close)
-
-    async def import_agent(
-        self, namespace: str, agent_id: str | None, file: IO[bytes]
-    ) -> AgentDetail:
-        archive = await asyncio.to_thread(read_archive, self._core, file)
-        key = AgentKey(namespace, check_agent_id(agent_id or archive.about.get("agent_id")))
-        await self._perform(partial(self._lifecycle.begin_import, key))
-        imported = None
-        try:
-            imported = await asyncio.to_thread(import_agent, self._core, key, archive)
-        finally:
-            detail = await self._perform(partial(self._lifecycle.end_import, key, imported))
-        return detail
-
-    @property
-    def room_bytes(self) -> int:
-        return self._core.store.capacity
-
-    async def collect_garbage(self) -> int:
-        return await self._perform(self._lifecycle.collect_garbage)
-
     def announce(self, url: str) -> None:
         """Where the server can be reached: for other processes that find the store in use."""
         self._core.store.announce(url)
-
-    async def _perform(self, operation: "Callable[[Future[Any]], None]") -> Any:
-        """Have something done on the engine thread, and wait for it."""
-        self._check_open()
-        done: Future[Any] = Future()
-        done.set_running_or_notify_cancel()  # a client that goes away does not stop it
-        self._post(lambda: self._core_loop.perform(operation, done))
-        return await asyncio.wrap_future(done)
-
-    @property
-    def _lifecycle(self) -> Lifecycle:
-        return self._core_loop.lifecycle
-
-    @property
-    def _forks(self) -> Forks:
-        return self._core_loop.cuts
 
     def begin_drain(self) -> None:
         self._stopping = True
@@ -255,7 +172,7 @@ class Engine:
         try:
             with _mlx_thread():
                 self._loop = EngineLoop(
-                    build_core(self._settings, self._load, self._post), self._inbox
+                    build_core(self._settings, self._load, self._post), self._tasks, self._inbox
                 )
                 self._ready.set_result(self._loop.core)
                 self._run_loop(self._loop)

@@ -4,18 +4,19 @@ import logging
 import queue
 import time
 from collections.abc import Callable
-from concurrent.futures import Future
 from dataclasses import replace
-from typing import Any, cast
+from typing import cast
 
 import mlx.core as mx
 
-from ..errors import AgentMemError, EngineFailed, MemoryPressure, ShuttingDown
+from ..errors import AgentMemError, MemoryPressure, ShuttingDown
 from ..kvcache.block import SealedBlock
 from ..prefix_cache.block_pool import FRESH
 from ..prefix_cache.cache import ROOT
 from .admission import LOOK_INTERVAL, Admission
+from .agents.export import Archives
 from .agents.fork import Forks
+from .agents.imports import ArchivedModel
 from .agents.lifecycle import Lifecycle
 from .api import FinishReason, TextDelta, TokenLogprob
 from .figures import figures
@@ -24,19 +25,51 @@ from .metrics import Metrics
 from .scheduler import Step
 from .sequence import Sequence, Status
 from .startup import Core
+from .tasks import Tasks, failed_error
 
 log = logging.getLogger(__name__)
 _WATCH_INTERVAL = 0.25  # s between two looks at the process' memory
-_FAILED = EngineFailed("the engine failed and must be restarted; /health has the error")
 
 
 class EngineLoop:
     """Owned by the engine thread; every method runs there."""
 
-    def __init__(self, core: Core, inbox: "queue.SimpleQueue[Callable[[], None]]"):
-        self.core, self._inbox = core, inbox
-        self._admission = Admission(core)
-        self.lifecycle, self.cuts = Lifecycle(core), Forks(core)
+    def __init__(self, core: Core, tasks: Tasks, inbox: "queue.SimpleQueue[Callable[[], None]]"):
+        self.core, self._tasks, self._inbox = core, tasks, inbox
+        self._admission = Admission(core, tasks)
+        self.agents = Lifecycle(
+            tasks=tasks,
+            prefix_cache=core.prefix_cache,
+            write_back=core.write_back,
+            restorer=core.restorer,
+            store=core.store,
+            scheduler=core.scheduler,
+            budget=core.budget,
+            trace=core.trace,
+        )
+        self.forks = Forks(
+            tasks=tasks,
+            prefix_cache=core.prefix_cache,
+            write_back=core.write_back,
+            restorer=core.restorer,
+            store=core.store,
+            scheduler=core.scheduler,
+            budget=core.budget,
+        )
+        self.archives = Archives(
+            tasks=tasks,
+            prefix_cache=core.prefix_cache,
+            write_back=core.write_back,
+            store=core.store,
+            scheduler=core.scheduler,
+            model=ArchivedModel(
+                name=core.model.name,
+                tokenizer=core.model.tokenizer,
+                fingerprint=core.fingerprint,
+                spec=core.runner.spec,
+                vocab_size=core.runner.vocab_size,
+            ),
+        )
         self.ram_bytes = self.reserved_bytes = 0  # as they were between two steps
         self.memory_error: str | None = None
         self.metrics = Metrics(
@@ -71,7 +104,8 @@ class EngineLoop:
         """
         self._failed = True
         for seq in (*self.core.scheduler.active, *self.core.scheduler.waiting):
-            seq.fail(_FAILED)
+            seq.fail(failed_error())
+        self._tasks.end(failed_error())
         try:
             while self._drain_deadline is None:
                 self._inbox.get()()
@@ -83,29 +117,16 @@ class EngineLoop:
     def submit(self, seq: Sequence) -> None:
         try:
             if self._failed:
-                raise _FAILED
+                raise failed_error()
             if self._drain_deadline is not None:
                 raise ShuttingDown("the server is shutting down")
             if self.memory_error:
                 raise MemoryPressure(self.memory_error)
-            self.lifecycle.check_ephemeral(seq.request)
+            self.agents.check_ephemeral(seq.request)
             self.core.scheduler.add(seq)
             self._admission.entered(seq)
         except AgentMemError as e:
             seq.fail(e)
-
-    def perform(self, operation: "Callable[[Future[Any]], None]", done: "Future[Any]") -> None:
-        """Something that is done to an agent, rather than asked of it."""
-        try:
-            if self._failed:
-                raise _FAILED
-            operation(done)
-        except AgentMemError as e:
-            done.set_exception(e)
-        except BaseException:  # a bug: `run_failed` does not know who waits
-            if not done.done():
-                done.set_exception(_FAILED)
-            raise
 
     def drain(self, grace: float) -> None:
         if self._drain_deadline is None:
@@ -143,7 +164,7 @@ class EngineLoop:
             return LOOK_INTERVAL
         soon = min(
             self.core.write_back.next_save - time.monotonic(),
-            self.lifecycle.next_expiry() - time.time(),
+            self.agents.next_expiry() - time.time(),
         )
         return min(60.0, max(0.0, soon))
 
@@ -155,8 +176,7 @@ class EngineLoop:
         if now >= self._watch_due:
             self._watch_due = now + _WATCH_INTERVAL
             self.memory_error = self.core.budget.relieve_process()
-            for key in self.lifecycle.expired():
-                self.lifecycle.delete(key, Future())
+            self.agents.delete_expired()
 
     def _note_bytes(self) -> None:
         self.reserved_bytes = self.core.budget.reserved_bytes
@@ -376,4 +396,5 @@ class EngineLoop:
     def _close(self) -> None:
         self.core.store.close()
         self._run_posted()  # what was still being read for someone
+        self._tasks.end(ShuttingDown("the server is shutting down"))
         self.core.trace.close()

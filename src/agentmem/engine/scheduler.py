@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from ..agent_key import AgentKey
 from ..errors import Busy
 from ..prefix_cache.unneeded import Holder
 from .sequence import Sequence, Status
@@ -105,6 +106,14 @@ class Scheduler:
         """
         holders = (seq for seq in self.active if seq.cache is not None)
         return max(holders, key=lambda seq: (seq.request.priority, seq.submitted))
+
+    def of_agent(self, key: AgentKey) -> list[Sequence]:
+        """Return the sequences of an agent, running or waiting."""
+        return [seq for seq in (*self.active, *self.waiting) if seq.request.agent == key]
+
+    def asks_for(self, key: AgentKey) -> bool:
+        """Tell whether anything of an agent runs or waits."""
+        return any(seq.request.agent == key for seq in (*self.active, *self.waiting))
 
     def holders(self) -> Iterator[Holder]:
         """Paths that sequences hold, and where they go on from."""

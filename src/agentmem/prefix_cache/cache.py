@@ -16,6 +16,7 @@ from weakref import WeakValueDictionary
 import numpy as np
 
 from ..agent_key import AgentKey
+from ..errors import AgentNotFound
 from ..kvcache.block import SealedBlock, Tail
 from ..kvcache.spec import KVCacheSpec
 from ..tensors import common_prefix, is_state, part_of
@@ -86,6 +87,13 @@ class PrefixCache:
         """Note that it was used; returns the one of that name, if there is another one by now."""
         agent = self.agents.setdefault(agent.key, agent)
         agent.last_used = time.time()
+        return agent
+
+    def known(self, key: AgentKey) -> Agent:
+        """Return the agent of that key. Raises AgentNotFound."""
+        agent = self.agents.get(key)
+        if agent is None:
+            raise AgentNotFound(key.agent_id)
         return agent
 
     def branches(self) -> Iterable[Branch]:
@@ -188,6 +196,11 @@ class PrefixCache:
         """Keep its nodes, and what of them comes into RAM for it, until `release_match`."""
         self.hold(match.all_nodes)
         self._held.append(match)
+
+    def held_entries(self) -> Iterator[Entry]:
+        """Yield what matches hold that something waits for."""
+        for match in self._held:
+            yield from match.entries()
 
     def release_match(self, match: Match) -> None:
         self._held = [held for held in self._held if held is not match]

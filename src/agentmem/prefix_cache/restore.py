@@ -54,6 +54,14 @@ def _tail_identity(head: bytes, tokens: np.ndarray) -> str:
     ).hexdigest()
 
 
+@dataclass(frozen=True)
+class Restored:
+    """What a read brought into RAM."""
+
+    nbytes: int
+    at: float  # time.perf_counter() when the last of it was there
+
+
 @dataclass(eq=False)
 class _Read:
     """One that is on its way."""
@@ -102,21 +110,21 @@ class Restorer:
         self.reading_since = 0.0  # time.perf_counter(), while there are any
         self._reads: dict[int, list[_Read]] = {}  # by id of the entry
 
-    def restore(self, match: Match, done: Arrived, only: Entry | None = None) -> None:
-        """Read what `match` lacks, then call done: the caller matches again, over what there is by
-        then.
+    def restore(self, match: Match, only: Entry | None = None) -> Future[Restored]:
+        """Read what `match` lacks; the future ends, on the engine thread, once that is in RAM.
 
-        `done` gets the bytes read and when the last were there (time.perf_counter()). The caller
-        holds the match meanwhile. A bad block or tail is quarantined and forgotten. `only`: read no
-        more than of this.
+        The caller holds the match meanwhile, and then matches again, over what there is by then. A
+        bad block or tail is quarantined and forgotten. `only`: read no more than of this.
         """
+        restored: Future[Restored] = Future()
         total, left = 0, 0
 
         def arrived(nbytes: int, at: float) -> None:
             nonlocal total, left
-            total, left = total + nbytes, left - 1
+            total += nbytes
+            left -= 1
             if not left:
-                done(total, at)
+                restored.set_result(Restored(total, at))
 
         if not self.incoming_bytes:
             self.reading_since = time.perf_counter()
@@ -126,7 +134,8 @@ class Restorer:
         for read in reads:
             read.waiting.append(arrived)
         if not reads:  # it has left RAM and was never on disk
-            self._post(lambda: done(0, time.perf_counter()))
+            restored.set_result(Restored(0, time.perf_counter()))
+        return restored
 
     def _reads_of(self, match: Match, what: Missing) -> list[_Read]:
         """Each part is read once, however many wait for it."""

@@ -6,14 +6,16 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from typing import Any
 
+from ..agent_key import AgentKey
 from ..errors import NotFound
 from ..kvcache.block import Tail, to_host
 from ..store.agent_store import AgentStore
 from ..store.records import BlockToSave, BranchHead, TailToSave
 from ..store.upkeep.quota import LeastRecentlyUsed
-from .agent import Agent, Branch
+from .agent import Agent, Branch, agent_info
 from .block_pool import CachedBlock, CachedTail, Entry
 from .cache import PrefixCache
+from .info import AgentDetail, BranchInfo
 from .match import Match
 from .restore import tail_metadata
 
@@ -197,6 +199,27 @@ class WriteBack:
         assert branch.tail.data is not None
         tail, stored = branch.tail.data.nbytes, sum(node.disk_bytes for node in branch.nodes)
         return branch.tail_bytes_written + tail <= (self._write_amplification - 1) * (stored + tail)
+
+    def save_agent(self, agent: Agent) -> Future[None]:
+        """Queue all that rests of an agent; the future ends once the disk has been asked for it."""
+        for branch in agent.branches.values():
+            if not branch.in_use or branch.preempted:
+                self.save_rest(branch, forced=True)
+        return self._store.flush()
+
+    def detail(self, key: AgentKey) -> AgentDetail:
+        """Return what is told of an agent and its branches. Raises AgentNotFound."""
+        agent, spec = self._prefix_cache.known(key), self._prefix_cache.spec
+        rows = [
+            BranchInfo(
+                tokens=len(branch),
+                tier=branch.tier(spec),
+                last_used=branch.last_used,
+                unsaved_tokens=self.unsaved_tokens(branch),
+            )
+            for branch in sorted(agent.branches.values(), key=lambda b: -b.last_used)
+        ]
+        return AgentDetail(agent_info(agent, spec), rows)
 
     def unsaved_tokens(self, branch: Branch) -> int:
         """What a crash would cost: blocks on disk count for a branch once its row there reaches

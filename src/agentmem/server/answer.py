@@ -29,13 +29,13 @@ from ..chat.messages import Chat
 from ..chat.renderer import ChatRenderer, Prompt
 from ..config import Settings
 from ..engine.api import (
-    EngineAPI,
     Finished,
     GenerateRequest,
     RequestStats,
     SamplingParams,
     TextDelta,
 )
+from ..engine.engine import Engine
 from ..errors import NotFound
 from ..transcripts.conversation import Conversation, begin, resume
 from ..transcripts.registry import TranscriptRegistry
@@ -50,7 +50,7 @@ from .errors import ErrorResponses
 class Services:
     """What every API works with."""
 
-    engine: EngineAPI
+    engine: Engine
     settings: Settings
     renderer: ChatRenderer
     transcripts: TranscriptRegistry

@@ -9,7 +9,7 @@ from starlette.responses import JSONResponse, Response
 from .. import __version__
 from ..chat.renderer import ChatRenderer
 from ..config import Settings
-from ..engine.api import EngineAPI
+from ..engine.engine import Engine
 from ..transcripts.registry import MAX_DISK, TranscriptRegistry
 from .answer import Services
 from .api.agents import IMPORT_PATH
@@ -31,7 +31,7 @@ APIS = (
 )
 
 
-def create_app(engine: EngineAPI, settings: Settings, keys: ApiKeys | None) -> FastAPI:
+def create_app(engine: Engine, settings: Settings, keys: ApiKeys | None) -> FastAPI:
     """Return the app that serves `engine`, which must outlive it, to whoever has one of `keys`.
 
     `keys` None: to everybody.
@@ -54,11 +54,11 @@ def create_app(engine: EngineAPI, settings: Settings, keys: ApiKeys | None) -> F
     return app
 
 
-def _transcripts(engine: EngineAPI) -> TranscriptRegistry:
+def _transcripts(engine: Engine) -> TranscriptRegistry:
     """Return what was said, kept in the engine's store; agents are deleted through it."""
-    max_disk = min(MAX_DISK, engine.room_bytes // 4)
+    max_disk = min(MAX_DISK, engine.archives.room_bytes // 4)
     transcripts = TranscriptRegistry(engine.turn_table, engine.is_ephemeral, max_disk)
-    engine.on_forget(transcripts.forget)
+    engine.agents.on_forget = transcripts.forget
     return transcripts
 
 
@@ -74,7 +74,7 @@ def _add_middleware(app: FastAPI, services: Services, keys: ApiKeys | None) -> N
     app.add_middleware(RequestId)
 
 
-def _add_state_routes(app: FastAPI, engine: EngineAPI) -> None:
+def _add_state_routes(app: FastAPI, engine: Engine) -> None:
     @app.get("/health", response_model=None)
     async def health() -> Response:
         health = engine.health()

@@ -8,7 +8,8 @@ from typing import Any
 from fastapi import Request
 from starlette.responses import JSONResponse, Response
 
-from ..engine.api import EngineAPI, Finished, GenerateRequest
+from ..engine.api import Finished, GenerateRequest
+from ..engine.engine import Engine
 from ..errors import AgentMemError
 from . import sse
 from .errors import openai_error
@@ -35,7 +36,7 @@ class Progress:
 
 
 async def prefill(
-    engine: EngineAPI, generate: GenerateRequest, on_progress: OnProgress | None
+    engine: Engine, generate: GenerateRequest, on_progress: OnProgress | None
 ) -> dict[str, Any]:
     """Fill the cache, and return what it cost."""
     async for event in engine.generate(replace(generate, on_progress=on_progress)):

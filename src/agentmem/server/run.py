@@ -11,7 +11,7 @@ from collections.abc import Awaitable, Callable, Iterator
 import uvicorn
 
 from ..config import Settings
-from ..engine.api import EngineAPI
+from ..engine.engine import Engine
 from ..errors import StartupError
 from .app import create_app
 from .auth import ApiKeys, read_api_keys
@@ -20,7 +20,7 @@ _ANY = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # listening everywhere: an address
 
 
 def serve(
-    start_engine: Callable[[], Awaitable[EngineAPI]],
+    start_engine: Callable[[], Awaitable[Engine]],
     settings: Settings,
     ready: Callable[[str], None],
 ) -> int:
@@ -37,7 +37,7 @@ def serve(
 
 
 async def _serve(
-    start_engine: Callable[[], Awaitable[EngineAPI]],
+    start_engine: Callable[[], Awaitable[Engine]],
     settings: Settings,
     ready: Callable[[str], None],
 ) -> int:
@@ -58,7 +58,7 @@ async def _serve(
 
 class _Server(uvicorn.Server):
     def __init__(
-        self, engine: EngineAPI, settings: Settings, keys: ApiKeys | None, ready: Callable[[], None]
+        self, engine: Engine, settings: Settings, keys: ApiKeys | None, ready: Callable[[], None]
     ):
         config = uvicorn.Config(
             create_app(engine, settings, keys),

@@ -1,258 +1,207 @@
-"""Agents as files: what an export holds, and how an import becomes an agent. On any thread, no MLX.
+"""Agents as files: what an export holds, and an import's way among the agents."""
 
-An imported block gets a random key, and so does what an imported tail grows into: whatever the file
-says, they never stand in for a block that this server would compute, so they can't reach another
-agent.
-"""
-
-import os
-import sqlite3
-import time
-import uuid
-from collections.abc import Iterator
+import asyncio
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import IO, Any
 
 import numpy as np
 
-from ...agent_key import AgentKey
-from ...errors import AgentMemError, CorruptSegment, InvalidRequest, StoreFailed
-from ...kvcache.shapes import Shapes, block_shapes, tail_shapes
-from ...kvcache.spec import KVCacheSpec
-from ...prefix_cache.restore import foreign_lineage, tail_metadata
+from ...agent_key import AgentKey, check_agent_id
+from ...errors import AgentNotFound, Conflict, StoreFailed
+from ...prefix_cache.agent import Agent
+from ...prefix_cache.block_pool import CachedBlock, CachedTail, Entry
+from ...prefix_cache.cache import PrefixCache
+from ...prefix_cache.info import AgentDetail
+from ...prefix_cache.load import enter
+from ...prefix_cache.write_back import WriteBack
 from ...store.agent_store import AgentStore
 from ...store.files import segment
 from ...store.files.archive import Archive, block_name, tail_name, write_archive
-from ...store.records import (
-    IMPORTS,
-    BlockRecord,
-    BlockToSave,
-    BranchHead,
-    BranchRecord,
-    TailRecord,
-    TailToSave,
-)
-from ...tensors import part_of
-from ..startup import Core
-from .lifecycle import Exported, Imported
-
-_FILE_HEADER = 1 << 16  # bytes, at most
-_MAX_BRANCHES = 256
-_MAX_STATES = 8  # snapshots in one block
+from ...store.records import Linked
+from ..scheduler import Scheduler
+from ..tasks import Tasks, on_engine_thread
+from .imports import ArchivedModel, Imported, check_model, import_agent
+from .lifecycle import check_new, stored
 
 
-def export_chunks(core: Core, exported: Exported) -> Iterator[bytes]:
-    """The archive. CorruptSegment in the middle, if a file turns out damaged."""
-    nodes = {node.key: node for path, *_ in exported.branches for node in path}
-    index = {key: i for i, key in enumerate(nodes)}
-    tails = [
-        (i, branch_id)
-        for i, (_, tail, branch_id, _) in enumerate(exported.branches)
-        if len(tail.tokens)
-    ]
+@dataclass(frozen=True)
+class Export:
+    """An agent as a file. `close` it, read to its end or not."""
 
-    def files() -> Iterator[tuple[str, bytes]]:
-        for key, i in index.items():
-            yield block_name(i), segment.encode(*core.store.read_linked(exported.files, key))
-        for i, branch_id in tails:
-            yield tail_name(i), segment.encode(*core.store.read_linked(exported.files, branch_id))
-
-    about = {
-        "agent_id": exported.agent.key.agent_id,
-        "created": exported.agent.created,
-        "model": core.model.name,
-        "fingerprint": core.fingerprint,
-        "spec": core.runner.spec.identity(),
-        "blocks": [
-            {
-                "file": block_name(i),
-                "parent": index.get(nodes[key].parent),
-                "tokens": nodes[key].tokens.tolist(),
-            }
-            for key, i in index.items()
-        ],
-        "branches": [_branch(core, exported, i, index) for i in range(len(exported.branches))],
-    }
-    return write_archive(about, files())
+    chunks: Iterator[bytes]  # to be read on a thread that may wait for the disk
+    close: Callable[[], None]  # waits for the disk
 
 
-def _branch(core: Core, exported: Exported, i: int, index: dict[bytes, int]) -> dict[str, Any]:
-    nodes, tail, _, last_used = exported.branches[i]
-    tokens = np.concatenate([*(node.tokens for node in nodes), tail.tokens]).tolist()
-    return {
-        "head": index[nodes[-1].key] if nodes else None,
-        "tail": {"file": tail_name(i), "tokens": tail.tokens.tolist()}
-        if len(tail.tokens)
-        else None,
-        "last_used": last_used,
-        "text": core.model.tokenizer.decode(tokens),
-    }
+@dataclass(frozen=True)
+class _Path:
+    """A branch as it was when its agent was exported."""
+
+    id: str
+    blocks: list[CachedBlock]
+    tail: CachedTail
+    last_used: float  # Unix seconds
 
 
-def read_archive(core: Core, file: IO[bytes]) -> Archive:
-    """An archive that this server can use. InvalidRequest says what is wrong with it."""
-    archive = Archive.read(file)
-    _check_fingerprint(core, archive.about)
-    return archive
+@dataclass(frozen=True)
+class _Exported:
+    """An agent's caches on disk, in files under second names that nothing deletes meanwhile."""
+
+    agent: Agent
+    paths: list[_Path]
+    files: Linked
 
 
-def import_agent(core: Core, key: AgentKey, archive: Archive) -> Imported:
-    """Store what an archive holds as an agent, all of it or nothing. Raises InvalidRequest,
-    StoreFailed.
-    """
-    scratch = AgentKey(IMPORTS, uuid.uuid4().hex)
-    try:
-        imported = _Import(
-            core.store,
-            core.runner.spec,
-            archive,
-            scratch,
-            key,
-            core.runner.vocab_size,
-        ).run()
-        core.store.move_agent(scratch, key).result()
-    except (KeyError, TypeError, ValueError, IndexError, AttributeError, OverflowError) as e:
-        core.store.delete_agent(scratch)
-        raise InvalidRequest(
-            f"agent.json is not as agentmem writes it: {type(e).__name__}: {e}", param="file"
-        ) from e
-    except (OSError, sqlite3.Error) as e:
-        core.store.delete_agent(scratch)
-        raise StoreFailed(f"The agent could not be stored: {e}") from e
-    except AgentMemError:
-        core.store.delete_agent(scratch)
-        raise
-    return imported
+class Archives:
+    """Exports and imports agents. The event loop awaits its methods, as those of Lifecycle."""
 
-
-def _check_fingerprint(core: Core, about: dict[str, Any]) -> None:
-    if about.get("fingerprint") == core.fingerprint:
-        return
-    theirs, ours = str(about.get("spec"))[:500], core.runner.spec.identity()
-    why = (
-        f"its cache layout is {theirs}, this server's is {ours}"
-        if theirs != ours
-        else f"it was computed by {str(about.get('model'))[:200]!r} with other weights or another calibration than "
-        f"this server's {core.model.name!r}"
-    )
-    raise InvalidRequest(
-        f"This agent can't be read by this server: {why}.", param="file", code="other_fingerprint"
-    )
-
-
-class _Import:
     def __init__(
         self,
+        *,
+        tasks: Tasks,
+        prefix_cache: PrefixCache,
+        write_back: WriteBack,
         store: AgentStore,
-        spec: KVCacheSpec,
-        archive: Archive,
-        scratch: AgentKey,
-        target: AgentKey,
-        vocab_size: int,
+        scheduler: Scheduler,
+        model: ArchivedModel,
     ):
-        self._store, self._spec, self._archive = store, spec, archive
-        self._scratch, self._target, self._vocab_size = scratch, target, vocab_size
-        self._rows = archive.about["blocks"]
-        self._keys = [os.urandom(32) for _ in self._rows]
-        self._stored: dict[int, BlockRecord] = {}
+        self._tasks = tasks
+        self._prefix_cache = prefix_cache
+        self._write_back = write_back
+        self._store = store
+        self._scheduler = scheduler
+        self._model = model
+        self._importing: set[AgentKey] = set()
 
-    def run(self) -> Imported:
-        rows = self._archive.about["branches"]
-        if not 1 <= len(rows) <= _MAX_BRANCHES:
-            raise ValueError(f"{len(rows)} branches")
-        branches = [self._branch(row) for row in rows]
-        return Imported(branches, list(self._stored.values()))
+    # -- out
 
-    def _branch(self, row: dict[str, Any]) -> BranchRecord:
-        branch_id, head = uuid.uuid4().hex, row["head"]
-        for i in self._chain(head):
-            if i not in self._stored:
-                self._stored[i] = self._block(branch_id, i)
-        now = min(time.time(), float(row["last_used"]))
-        if not row["last_used"] >= 0:
-            raise ValueError(f"last_used {row['last_used']}")
-        key = None if head is None else self._keys[head]
-        self._store.save_branch(BranchHead(branch_id, self._scratch, key, now)).result()
-        tail = self._tail(branch_id, key, row["tail"]) if row["tail"] else None
-        return BranchRecord(branch_id, self._target, key, tail, now)
+    @on_engine_thread
+    async def export(self, key: AgentKey) -> Export:
+        """Return all that is committed of an agent, once it is on disk.
 
-    def _chain(self, head: int | None) -> list[int]:
-        """From the root; a parent comes before what is built on it, so there are no loops."""
-        chain = []
-        while head is not None:
-            chain.append(head)
-            parent = self._rows[head]["parent"]
-            if parent is not None and not 0 <= parent < head:
-                raise ValueError(f"block {head} has the parent {parent}")
-            head = parent
-        return chain[::-1]
-
-    def _block(self, branch_id: str, i: int) -> BlockRecord:
-        row, key = self._rows[i], self._keys[i]
-        parent = None if row["parent"] is None else self._keys[row["parent"]]
-        tokens = self._tokens(row["tokens"], self._spec.block_size, self._spec.block_size)
-
-        def shapes(_: dict[str, str], parts: set[str]) -> Shapes:
-            return block_shapes(self._spec, len(tokens), parts, first=parent is None)
-
-        tensors, _ = self._tensors(row["file"], shapes)
-        block = BlockToSave(
-            branch_id=branch_id,
-            agent=self._scratch,
-            key=key,
-            parent=parent,
-            tokens=tokens,
-            tensors=tensors,
-        )
-        ref = self._store.save_block(block).result()
-        return BlockRecord(key, parent, tokens, ref.nbytes, ref.checksum, time.time(), ref.parts)
-
-    def _tail(self, branch_id: str, head: bytes | None, row: dict[str, Any]) -> TailRecord:
-        tokens = self._tokens(row["tokens"], 1, self._spec.block_size - 1)
-
-        def shapes(metadata: dict[str, str], parts: set[str]) -> Shapes:
-            prefix_len = int(metadata["prefix_len"])
-            if not 0 <= prefix_len <= len(tokens):
-                raise ValueError(f"prefix_len {prefix_len}")
-            return tail_shapes(self._spec, len(tokens), prefix_len, parts, first=head is None)
-
-        tensors, found = self._tensors(row["file"], shapes)
-        prefix_len = int(found["prefix_len"])
-        tail = TailToSave(
-            branch_id=branch_id,
-            agent=self._scratch,
-            head=head,
-            tokens=tokens,
-            tensors=tensors,
-            metadata=tail_metadata(head, tokens, foreign_lineage(prefix_len), prefix_len),
-        )
-        ref = self._store.save_tail(tail).result()
-        return TailRecord(tokens, ref.nbytes, ref.checksum, ref.parts)
-
-    def _tokens(self, given: list[int], at_least: int, at_most: int) -> np.ndarray:
-        if not at_least <= len(given) <= at_most or not all(
-            type(t) is int and 0 <= t < self._vocab_size for t in given
-        ):
-            raise ValueError(
-                f"tokens must be {at_least} to {at_most} token ids, each below {self._vocab_size}"
-            )
-        return np.array(given, np.uint32)
-
-    def _tensors(self, name: str, shapes: Any) -> tuple[dict[str, Any], dict[str, str]]:
-        """Of one file of the archive, if they are what `shapes` says, which gets its metadata and
-        parts.
+        Raises Conflict where it is ephemeral, or where a request runs that has unsaved blocks.
         """
-        spec = self._spec
-        most = (
-            spec.block_size * (spec.dense_bytes + spec.sealed_bytes) * 2
-            + _MAX_STATES * spec.state_bytes
-        )
+        agent = self._prefix_cache.known(key)
+        if agent.ephemeral:
+            message = f"Agent {key.agent_id[:200]!r} is ephemeral, never written to disk."
+            raise Conflict(message, param="agent_id")
+        await stored(self._write_back.save_agent(agent))
+        paths = [
+            _Path(branch.id, list(branch.nodes), branch.tail, branch.last_used)
+            for branch in agent.branches.values()
+            if len(branch)
+        ]
+        if not paths:  # deleted meanwhile
+            raise AgentNotFound(key.agent_id)
+        blocks = {block.key: block for path in paths for block in path.blocks}
+        with_tail = [path for path in paths if len(path.tail.tokens)]
+        entries: list[Entry] = [*blocks.values(), *(path.tail for path in with_tail)]
+        if not all(entry.disk_bytes for entry in entries):
+            if any(branch.in_use for branch in agent.branches.values()):
+                message = f"Agent {key.agent_id[:200]!r} has a request running; wait for it."
+                raise Conflict(message, param="agent_id")
+            raise StoreFailed("The agent could not be saved: see /health.")
+        links = self._store.link_files(list(blocks), [path.id for path in with_tail])
+        files = await stored(links)
+
+        def close() -> None:
+            # what is left of them at shutdown goes at the next start
+            self._store.unlink(files).exception()
+
+        return Export(self._chunks(_Exported(agent, paths, files)), close)
+
+    def _chunks(self, exported: _Exported) -> Iterator[bytes]:
+        """Return the archive's bytes. CorruptSegment in the middle, if a file is damaged."""
+        blocks = {block.key: block for path in exported.paths for block in path.blocks}
+        index = {key: i for i, key in enumerate(blocks)}
+
+        def content() -> Iterator[tuple[str, bytes]]:
+            for key, i in index.items():
+                yield block_name(i), self._content(exported, key)
+            for i, path in enumerate(exported.paths):
+                if len(path.tail.tokens):
+                    yield tail_name(i), self._content(exported, path.id)
+
+        about = {
+            "agent_id": exported.agent.key.agent_id,
+            "created": exported.agent.created,
+            "model": self._model.name,
+            "fingerprint": self._model.fingerprint,
+            "spec": self._model.spec.identity(),
+            "blocks": [
+                {
+                    "file": block_name(i),
+                    "parent": index.get(blocks[key].parent),
+                    "tokens": blocks[key].tokens.tolist(),
+                }
+                for key, i in index.items()
+            ],
+            "branches": [self._row(path, i, index) for i, path in enumerate(exported.paths)],
+        }
+        return write_archive(about, content())
+
+    def _content(self, exported: _Exported, name: bytes | str) -> bytes:
+        tensors, metadata = self._store.read_linked(exported.files, name)
+        return segment.encode(tensors, metadata)
+
+    def _row(self, path: _Path, i: int, index: dict[bytes, int]) -> dict[str, Any]:
+        """Return what agent.json says of the `i`th branch; `index`: of blocks, by their keys."""
+        tokens = np.concatenate([*(block.tokens for block in path.blocks), path.tail.tokens])
+        tail = None
+        if len(path.tail.tokens):
+            tail = {"file": tail_name(i), "tokens": path.tail.tokens.tolist()}
+        return {
+            "head": index[path.blocks[-1].key] if path.blocks else None,
+            "tail": tail,
+            "last_used": path.last_used,
+            "text": self._model.tokenizer.decode(tokens.tolist()),
+        }
+
+    # -- in
+
+    @property
+    def room_bytes(self) -> int:
+        """Return the bytes that the store has room for."""
+        return self._store.capacity
+
+    async def import_(self, namespace: str, agent_id: str | None, file: IO[bytes]) -> AgentDetail:
+        """Make an agent of an archive, under this id or, where it is None, its own.
+
+        Raises InvalidRequest for the file, Conflict where the agent exists.
+        """
+        archive = await asyncio.to_thread(self._read, file)
+        name = agent_id or archive.about.get("agent_id")
+        key = AgentKey(namespace, check_agent_id(name))
+        await self._begin_import(key)
+        imported = None
         try:
-            tensors, metadata = segment.decode(self._archive.content(name, most + _FILE_HEADER))
-        except CorruptSegment as e:
-            raise ValueError(f"{name}: {e}") from None
-        found = {key: (tensor.dtype, tensor.shape) for key, tensor in tensors.items()}
-        if found != (wanted := shapes(metadata, {part_of(name) for name in found})):
-            raise ValueError(
-                f"{name} holds {str(found)[:300]}, and should hold {str(wanted)[:300]}"
-            )
-        return tensors, metadata
+            imported = await asyncio.to_thread(import_agent, self._store, self._model, key, archive)
+        finally:
+            detail = await self._end_import(key, imported)
+        assert detail is not None
+        return detail
+
+    def _read(self, file: IO[bytes]) -> Archive:
+        archive = Archive.read(file)
+        check_model(archive.about, self._model)
+        return archive
+
+    @on_engine_thread
+    async def _begin_import(self, key: AgentKey) -> None:
+        """See to it that nobody else imports an agent of this key until `_end_import`."""
+        check_new(key, prefix_cache=self._prefix_cache, scheduler=self._scheduler, param="agent_id")
+        if key in self._importing:
+            message = f"Agent {key.agent_id[:200]!r} is being imported already."
+            raise Conflict(message, param="agent_id", code="agent_exists")
+        self._importing.add(key)
+
+    @on_engine_thread
+    async def _end_import(self, key: AgentKey, imported: Imported | None) -> AgentDetail | None:
+        """Enter what the import stored among the agents, if it did."""
+        self._importing.discard(key)
+        if imported is None:
+            return None
+        enter(self._prefix_cache, imported.branches, imported.blocks)
+        agent = self._prefix_cache.known(key)
+        agent.last_used = max(branch.last_used for branch in imported.branches)
+        return self._write_back.detail(key)

@@ -1,291 +1,288 @@
-"""What is done to agents, rather than asked of them: pin, expire, prefetch, evict, export, delete."""
+"""What is done to agents, rather than asked of them: show, pin, expire, prefetch, evict, delete."""
 
 import math
+import sqlite3
 import time
+from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import dataclass
-from typing import Any, cast
+from contextlib import suppress
+from typing import TypeVar
 
 from ...agent_key import AgentKey
 from ...errors import AgentMemError, AgentNotFound, Busy, Conflict, StoreFailed
-from ...prefix_cache.agent import Agent
-from ...prefix_cache.block_pool import CachedBlock, CachedTail, Entry
-from ...prefix_cache.info import AgentDetail
-from ...prefix_cache.load import enter
-from ...store.records import BlockRecord, BranchRecord, Linked
-from ..api import Forget, GenerateRequest
-from ..startup import Core
-from .operations import Operations
+from ...prefix_cache.agent import Agent, Branch
+from ...prefix_cache.cache import PrefixCache
+from ...prefix_cache.explain import explain
+from ...prefix_cache.info import AgentDetail, AgentInfo, Explanation
+from ...prefix_cache.restore import Restorer
+from ...prefix_cache.write_back import WriteBack
+from ...store.agent_store import AgentStore
+from ..api import GenerateRequest
+from ..budget import RamBudget
+from ..scheduler import Scheduler
+from ..tasks import Tasks, ended, finished, on_engine_thread
+from ..trace import Trace
+
+T = TypeVar("T")
+# deletes an agent, by what it is given: whoever keeps more of the agent lets go of that first
+Forget = Callable[[AgentKey, Callable[[], Future[bool]]], Future[bool]]
 
 
-@dataclass(frozen=True)
-class Exported:
-    """An agent's caches as they are on disk, under second names that nothing deletes meanwhile."""
-
-    agent: Agent
-    branches: list[
-        tuple[list[CachedBlock], CachedTail, str, float]
-    ]  # its nodes, its tail, its id, its last use
-    files: Linked
+async def stored(future: Future[T]) -> T:
+    """Wait for the store; raise StoreFailed where the disk or the database refused."""
+    try:
+        return await finished(future)
+    except (OSError, sqlite3.Error) as e:
+        raise StoreFailed(f"The store could not do it: {e}") from e
 
 
-@dataclass(frozen=True)
-class Imported:
-    """What an import stored, to be entered among the agents."""
+def newest_branch(agent: Agent) -> Branch:
+    """Return the branch that was used last. Raises AgentNotFound where there is none yet."""
+    if agent.newest is None:
+        raise AgentNotFound(agent.key.agent_id)
+    return agent.newest
 
-    branches: list[BranchRecord]
-    blocks: list[BlockRecord]
+
+def check_new(
+    key: AgentKey, *, prefix_cache: PrefixCache, scheduler: Scheduler, param: str
+) -> None:
+    """Raise Conflict, which names `param`, where there is such an agent.
+
+    A request that waits or runs is of an agent too: what it said of it must hold when it ends.
+    """
+    if key in prefix_cache.agents or scheduler.asks_for(key):
+        message = f"There is an agent {key.agent_id[:200]!r} already; give another {param}."
+        raise Conflict(message, param=param, code="agent_exists")
 
 
-class Lifecycle(Operations):
-    def __init__(self, core: Core):
-        super().__init__(core)
-        self._importing: set[AgentKey] = set()
-        self.forget: Forget = lambda key, delete: delete()
+class Lifecycle:
+    """What becomes of agents, and what is told of them.
 
-    # -- what is known, and kept
+    The event loop awaits the coroutine methods. They raise AgentNotFound where there is no such
+    agent, unless they say otherwise; what can't be done raises before it changes anything.
+    """
+
+    def __init__(
+        self,
+        *,
+        tasks: Tasks,
+        prefix_cache: PrefixCache,
+        write_back: WriteBack,
+        restorer: Restorer,
+        store: AgentStore,
+        scheduler: Scheduler,
+        budget: RamBudget,
+        trace: Trace,
+    ):
+        self._tasks = tasks
+        self._prefix_cache = prefix_cache
+        self._write_back = write_back
+        self._restorer = restorer
+        self._store = store
+        self._scheduler = scheduler
+        self._budget = budget
+        self._trace = trace
+        self.on_forget: Forget = lambda key, delete: delete()  # called on the engine thread
+
+    # -- what is told
+
+    def infos(self, namespace: str) -> list[AgentInfo]:
+        """Return a row for each agent of the namespace. On any thread."""
+        return self._prefix_cache.infos(namespace)
+
+    @on_engine_thread
+    async def show(self, key: AgentKey) -> AgentDetail:
+        """Return an agent and its branches."""
+        return self._write_back.detail(key)
+
+    @on_engine_thread
+    async def tokens(self, key: AgentKey) -> list[int]:
+        """Return the token ids of the newest branch."""
+        return newest_branch(self._prefix_cache.known(key)).tokens().tolist()
+
+    @on_engine_thread
+    async def explain(self, key: AgentKey, tokens: list[int] | None) -> Explanation | None:
+        """Tell how much of a prompt that could be sent now is cached, and why no more.
+
+        `tokens` None: of the last prompt that was sent; None if there was none.
+        """
+        agent = self._prefix_cache.known(key)
+        if tokens is None:
+            return agent.explained
+        return explain(agent, tokens, self._prefix_cache.match(key, tokens))
+
+    # -- what is kept
 
     def check_ephemeral(self, request: GenerateRequest) -> None:
-        """Raises Conflict where it wants the agent written to disk, or not, otherwise than it is."""
-        key, scheduler = request.agent, self._core.scheduler
+        """Raise Conflict where it wants its agent written to disk, or not, otherwise than it is.
+
+        On the engine thread.
+        """
+        key = request.agent
         known = self._prefix_cache.agents.get(key)
-        asked = (
-            [s.request for s in (*scheduler.active, *scheduler.waiting)] if known is None else []
-        )
-        said = [bool(r.ephemeral) for r in asked if r.agent == key]
         if known is not None:
             said = [known.ephemeral]
+        else:
+            said = [bool(seq.request.ephemeral) for seq in self._scheduler.of_agent(key)]
         if said and request.ephemeral not in (None, any(said)):
             is_now = "never written to disk" if any(said) else "written to disk"
             raise Conflict(
-                f"agentmem.ephemeral: agent {key.agent_id[:200]!r} exists and is {is_now}; delete it first, or use "
-                "another agent_id",
+                f"agentmem.ephemeral: agent {key.agent_id[:200]!r} exists and is {is_now}; delete "
+                "it first, or use another agent_id",
                 param="agentmem.ephemeral",
             )
 
-    def tokens(self, key: AgentKey, done: "Future[list[int]]") -> None:
-        """Of the newest branch."""
-        done.set_result(self._newest(self._agent(key)).tokens().tolist())
-
-    def pin(self, key: AgentKey, pinned: bool, done: "Future[None]") -> None:
-        """A pinned agent never leaves RAM for others' sake, nor the disk, and does not expire."""
-        agent = self._agent(key)
+    @on_engine_thread
+    async def pin(self, key: AgentKey, pinned: bool) -> None:
+        """Keep an agent in RAM and on disk whatever others need, and do not let it expire."""
+        agent = self._prefix_cache.known(key)
         agent.pinned = pinned
-        self._note(agent, done)
+        await self._note(agent)
 
-    def set_ttl(self, key: AgentKey, ttl: float | None, done: "Future[None]") -> None:
-        agent = self._agent(key)
+    @on_engine_thread
+    async def set_ttl(self, key: AgentKey, ttl: float | None) -> None:
+        """Keep an agent for `ttl` seconds after its last use; None: for good."""
+        agent = self._prefix_cache.known(key)
         agent.ttl = ttl
-        self._note(agent, done)
+        await self._note(agent)
+
+    async def _note(self, agent: Agent) -> None:
+        await stored(self._write_back.note(agent, now=True) or self._store.flush())
 
     def expired(self) -> list[AgentKey]:
-        """Agents whose time is over."""
-        now, scheduler = time.time(), self._core.scheduler
+        """Return the agents whose time is over and of which nothing is asked. Engine thread."""
+        now = time.time()
         late = [
             key for key, agent in self._prefix_cache.agents.items() if self._expiry(agent) <= now
         ]
-        asked = {s.request.agent for s in (*scheduler.waiting, *scheduler.active)}
-        return [key for key in late if key not in asked]
+        return [key for key in late if not self._scheduler.asks_for(key)]
 
     def next_expiry(self) -> float:
-        """Unix seconds."""
-        return min(
-            (self._expiry(agent) for agent in self._prefix_cache.agents.values()), default=math.inf
-        )
+        """Return when the next agent expires, in Unix seconds; infinity: none will."""
+        agents = self._prefix_cache.agents.values()
+        return min((self._expiry(agent) for agent in agents), default=math.inf)
 
     @staticmethod
     def _expiry(agent: Agent) -> float:
         in_use = any(branch.in_use for branch in agent.branches.values())
-        return (
-            math.inf if agent.ttl is None or agent.pinned or in_use else agent.last_used + agent.ttl
-        )
+        if agent.ttl is None or agent.pinned or in_use:
+            return math.inf
+        return agent.last_used + agent.ttl
 
     # -- RAM
 
-    def prefetch(self, key: AgentKey, done: "Future[int | None]") -> None:
-        """Bring the agent's newest branch into RAM; `done` gets the bytes read, None if there is no
-        such agent.
+    @on_engine_thread
+    async def prefetch(self, key: AgentKey) -> int | None:
+        """Read an agent's newest branch into RAM; return the bytes read, None for no such agent.
 
-        Busy: there is no room now.
+        Raises Busy where there is no room now.
         """
         agent = self._prefix_cache.agents.get(key)
-        if agent is None or not agent.branches:
-            done.set_result(None)
-            return
-        branch = agent.newest
-        assert branch is not None
-        match = self._prefix_cache.prefix(branch, len(branch))
-        nbytes, budget = match.missing_bytes, self._core.budget
+        if agent is None or agent.newest is None:
+            return None
+        match = self._prefix_cache.prefix(agent.newest, len(agent.newest))
         if not match.missing:
             self._prefix_cache.touch(match)
-            done.set_result(0)
-        elif not budget.make_room(nbytes, match.entries(), urgent=False):
+            return 0
+        nbytes, budget = match.missing_bytes, self._budget
+        if not budget.make_room(nbytes, match.entries(), urgent=False):
             raise Busy(
                 f"There is no room for the {nbytes:,} bytes of agent {key.agent_id[:200]!r}: "
                 f"{budget.used_bytes:,} of the {budget.limit:,} bytes of RAM for caches "
                 "(kv_budget) are in use or reserved.",
                 code="kv_budget_full",
             )
-        else:
-            self._prefix_cache.hold_match(match)
-            began = time.perf_counter()
+        began = time.perf_counter()
+        self._prefix_cache.hold_match(match)
+        try:
+            restored = await finished(self._restorer.restore(match))
+        finally:
+            self._prefix_cache.release_match(match)
+        ended_at = max(began, restored.at)
+        agent_id, nbytes = key.agent_id, restored.nbytes
+        self._trace.span("restore", began, ended_at, agent=agent_id, bytes=nbytes)
+        return nbytes
 
-            def restored(nbytes: int, at: float) -> None:
-                self._core.trace.span(
-                    "restore", began, max(began, at), agent=key.agent_id, bytes=nbytes
-                )
-                self._prefix_cache.release_match(match)
-                done.set_result(nbytes)
+    @on_engine_thread
+    async def evict(self, key: AgentKey) -> int:
+        """Move an agent from RAM to disk, but for what others hold; return the bytes of RAM freed.
 
-            self._core.restorer.restore(match, restored)
-
-    def evict(self, key: AgentKey, done: "Future[int]") -> None:
-        """From RAM to disk, but for what a running request or another agent holds: bytes that RAM
-        got back.
+        Others are running requests, operations that read, and other agents. Raises Conflict for an
+        agent that is pinned or ephemeral.
         """
-        agent = self._agent(key)
+        agent = self._prefix_cache.known(key)
         if agent.pinned or agent.ephemeral:
-            why = (
-                "pinned: unpin it first"
-                if agent.pinned
-                else "ephemeral, never written to disk: delete it instead"
-            )
+            why = "pinned: unpin it first"
+            if not agent.pinned:
+                why = "ephemeral, never written to disk: delete it instead"
             raise Conflict(f"Agent {key.agent_id[:200]!r} is {why}.", param="agent_id")
-
-        def saved(_: Any) -> None:
-            others = (a for a in self._prefix_cache.agents.values() if a is not agent)
-            kept = self._core.budget.in_use() | {
-                id(entry) for other in others for entry in other.entries()
-            }
-            gone = {
-                id(e): e
-                for e in agent.entries()
-                if e.data is not None and e.disk_bytes and id(e) not in kept
-            }
-            before = self._prefix_cache.pool.nbytes
-            for entry in gone.values():
-                self._prefix_cache.pool.drop(entry)
-            done.set_result(before - self._prefix_cache.pool.nbytes)
-
-        self._save(agent, done, saved)
-
-    # -- export
-
-    def export(self, key: AgentKey, done: "Future[Exported]") -> None:
-        """All that is committed of the agent, on disk; whoever gets it unlinks the files in the
-        end.
-        """
-        agent = self._agent(key)
-        if agent.ephemeral:
-            raise Conflict(
-                f"Agent {key.agent_id[:200]!r} is ephemeral, never written to disk.",
-                param="agent_id",
-            )
-
-        def saved(_: Any) -> None:
-            held = [
-                (list(b.nodes), b.tail, b.id, b.last_used)
-                for b in agent.branches.values()
-                if len(b)
-            ]
-            if not held:  # deleted meanwhile
-                raise AgentNotFound(key.agent_id)
-            blocks = {node.key: node for nodes, *_ in held for node in nodes}
-            tails = [(tail, branch_id) for _, tail, branch_id, _ in held if len(tail.tokens)]
-            entries: list[Entry] = [*blocks.values(), *(tail for tail, _ in tails)]
-            if not all(entry.disk_bytes for entry in entries):
-                if any(branch.in_use for branch in agent.branches.values()):
-                    raise Conflict(
-                        f"Agent {key.agent_id[:200]!r} has a request running; wait for it.",
-                        param="agent_id",
-                    )
-                raise StoreFailed("The agent could not be saved: see /health.")
-            links = self._core.store.link_files(list(blocks), [branch_id for _, branch_id in tails])
-            self._then(links, done, lambda files: done.set_result(Exported(agent, held, files)))
-
-        self._save(agent, done, saved)
-
-    def begin_import(self, key: AgentKey, done: "Future[None]") -> None:
-        """Nobody else may import an agent of this name until `end_import`."""
-        self._check_new(key, "agent_id")
-        if key in self._importing:
-            raise Conflict(
-                f"Agent {key.agent_id[:200]!r} is being imported already.",
-                param="agent_id",
-                code="agent_exists",
-            )
-        self._importing.add(key)
-        done.set_result(None)
-
-    def end_import(
-        self,
-        key: AgentKey,
-        imported: Imported | None,
-        done: "Future[AgentDetail | None]",
-    ) -> None:
-        """Enter what it stored, if it did."""
-        self._importing.discard(key)
-        if imported is None:
-            done.set_result(None)
-            return
-        enter(self._prefix_cache, imported.branches, imported.blocks)
-        agent = self._agent(key)
-        agent.last_used = max(branch.last_used for branch in imported.branches)
-        self.show(key, cast("Future[AgentDetail]", done))
+        await stored(self._write_back.save_agent(agent))
+        kept = self._budget.in_use() | {id(entry) for entry in self._prefix_cache.held_entries()}
+        for other in self._prefix_cache.agents.values():
+            if other is not agent:
+                kept.update(id(entry) for entry in other.entries())
+        pool = self._prefix_cache.pool
+        before = pool.nbytes
+        for entry in agent.entries():
+            if entry.disk_bytes and id(entry) not in kept:
+                pool.drop(entry)
+        return before - pool.nbytes
 
     # -- the store
 
-    def delete(self, key: AgentKey, done: "Future[bool]") -> None:
-        """Forget the agent; `done` gets whether there was one, once its bytes are off the disk.
+    @on_engine_thread
+    async def delete(self, key: AgentKey) -> bool:
+        """Forget an agent; True once its bytes are off the disk, False if there was none.
 
         Its running sequences go on, and leave nothing behind.
         """
-        for seq in (*self._core.scheduler.active, *self._core.scheduler.waiting):
-            if seq.request.agent == key:
-                seq.discard = True
+        return await self._forget(key)
+
+    def delete_expired(self) -> None:
+        """Begin to delete the agents whose time is over. On the engine thread."""
+        for key in self.expired():
+            self._tasks.start(self._forget_expired(key))
+
+    async def _forget_expired(self, key: AgentKey) -> None:
+        with suppress(AgentMemError):  # nobody waits; /health tells of a store that can't write
+            await self._forget(key)
+
+    async def _forget(self, key: AgentKey) -> bool:
+        for seq in self._scheduler.of_agent(key):
+            seq.discard = True
         agent = self._prefix_cache.agents.get(key)
         if agent is not None:
-            nodes = [n for b in agent.branches.values() for n in b.nodes]
-            self._prefix_cache.drop_agent(agent)
-            kept = {
-                id(n)
-                for b in self._prefix_cache.branches()
-                if not b.agent.ephemeral
-                for n in b.nodes
-            }
-            unwritten = {
-                id(n) for b in self._prefix_cache.branches() if b.agent.ephemeral for n in b.nodes
-            }
-            for node in (
-                nodes
-            ):  # what only a running sequence or an ephemeral agent still holds goes from disk
-                if id(node) not in kept:
-                    node.not_on_disk()
-                    node.discardable = node.discardable or id(node) in unwritten
-                    if node.data is None and id(node) in unwritten:
-                        self._prefix_cache.lose(node)
+            self._drop(agent)
+        forgotten = self.on_forget(key, lambda: self._store.delete_agent(key))
+        await ended(forgotten)
+        error = forgotten.exception()
+        if isinstance(error, AgentMemError):
+            raise error
+        if error is not None:
+            message = f"The agent's bytes may still be on disk: {error}; delete it again"
+            raise StoreFailed(message)
+        return forgotten.result() or agent is not None
 
-        def deleted(stored: "Future[bool]") -> None:
-            error = stored.exception()
-            if error is not None:
-                failed = StoreFailed(
-                    f"The agent's bytes may still be on disk: {error}; delete it again"
-                )
-                done.set_exception(error if isinstance(error, AgentMemError) else failed)
-            else:
-                done.set_result(stored.result() or agent is not None)
+    def _drop(self, agent: Agent) -> None:
+        """Let go of an agent's caches: what only sequences or ephemeral agents hold is not on disk."""
+        blocks = [block for branch in agent.branches.values() for block in branch.nodes]
+        self._prefix_cache.drop_agent(agent)
+        written: set[int] = set()
+        unwritten: set[int] = set()
+        for branch in self._prefix_cache.branches():
+            held = unwritten if branch.agent.ephemeral else written
+            held.update(id(block) for block in branch.nodes)
+        for block in blocks:
+            if id(block) not in written:
+                block.not_on_disk()
+                block.discardable = block.discardable or id(block) in unwritten
+                if block.data is None and id(block) in unwritten:
+                    self._prefix_cache.lose(block)
 
-        store = self._core.store
-        forgotten = self.forget(key, lambda: store.delete_agent(key))
-        forgotten.add_done_callback(deleted)
-
-    def collect_garbage(self, done: "Future[int]") -> None:
-        before = self._core.store.stats()["disk_bytes"]
-        for key in self.expired():
-            self.delete(key, Future())
-        collected = self._core.store.collect_garbage()
-        self._then(
-            collected,
-            done,
-            lambda _: done.set_result(before - self._core.store.stats()["disk_bytes"]),
-        )
+    @on_engine_thread
+    async def collect_garbage(self) -> int:
+        """Let go of what has expired, is in quarantine, or belongs to nobody; return the disk bytes freed."""
+        before = self._store.stats()["disk_bytes"]
+        self.delete_expired()
+        await stored(self._store.collect_garbage())
+        return before - self._store.stats()["disk_bytes"]

@@ -17,7 +17,8 @@ from starlette.types import Receive, Scope, Send
 
 from ...agent_key import AgentKey, check_agent_id
 from ...chat.messages import SYSTEM_ROLES, Chat
-from ...engine.api import Export, SamplingParams
+from ...engine.agents.export import Export
+from ...engine.api import SamplingParams
 from ...errors import AgentNotFound, InvalidRequest, StoreFailed
 from ...prefix_cache.info import AgentDetail
 from ...transcripts.conversation import inherited, system
@@ -63,7 +64,7 @@ def add_routes(app: FastAPI, services: Services) -> None:
 
     @app.get("/v1/agents")
     async def list_agents(request: Request) -> dict[str, Any]:
-        agents = await engine.agents(namespace_of(request))
+        agents = engine.agents.infos(namespace_of(request))
         return {"object": "list", "data": [asdict(agent) for agent in agents]}
 
     @app.post(IMPORT_PATH)
@@ -76,18 +77,18 @@ def add_routes(app: FastAPI, services: Services) -> None:
             with tempfile.TemporaryFile(
                 dir=services.settings.home_dir
             ) as file:  # it has no name: nothing is left of it
-                await _receive(request, file, engine.room_bytes)
-                return _shown(await engine.import_agent(namespace_of(request), name, file))
+                await _receive(request, file, engine.archives.room_bytes)
+                return _shown(await engine.archives.import_(namespace_of(request), name, file))
         except OSError as e:
             raise StoreFailed(f"The archive could not be put on disk: {e.strerror}.") from e
 
     @app.get("/v1/agents/{agent_id:path}")
     async def show_agent(agent_id: str, request: Request) -> dict[str, Any]:
-        return _shown(await engine.agent(agent_of(request, agent_id)))
+        return _shown(await engine.agents.show(agent_of(request, agent_id)))
 
     @app.delete("/v1/agents/{agent_id:path}")
     async def delete_agent(agent_id: str, request: Request) -> dict[str, Any]:
-        if not await engine.delete_agent(agent_of(request, agent_id)):
+        if not await engine.agents.delete(agent_of(request, agent_id)):
             raise AgentNotFound(agent_id)
         return {"agent_id": agent_id, "deleted": True}
 
@@ -96,7 +97,7 @@ def add_routes(app: FastAPI, services: Services) -> None:
 
     @app.post("/v1/store/gc")
     async def collect_garbage() -> dict[str, Any]:
-        return {"freed_bytes": await engine.collect_garbage()}
+        return {"freed_bytes": await engine.agents.collect_garbage()}
 
 
 def _add_memory_routes(app: FastAPI, services: Services) -> None:
@@ -105,29 +106,29 @@ def _add_memory_routes(app: FastAPI, services: Services) -> None:
 
     @app.post("/v1/agents/{agent_id:path}/pin")
     async def pin_agent(agent_id: str, request: Request) -> dict[str, Any]:
-        await engine.pin_agent(agent_of(request, agent_id), True)
+        await engine.agents.pin(agent_of(request, agent_id), True)
         return {"agent_id": agent_id, "pinned": True}
 
     @app.post("/v1/agents/{agent_id:path}/unpin")
     async def unpin_agent(agent_id: str, request: Request) -> dict[str, Any]:
-        await engine.pin_agent(agent_of(request, agent_id), False)
+        await engine.agents.pin(agent_of(request, agent_id), False)
         return {"agent_id": agent_id, "pinned": False}
 
     @app.post("/v1/agents/{agent_id:path}/ttl")
     async def set_ttl(agent_id: str, body: TTLBody, request: Request) -> dict[str, Any]:
-        await engine.set_agent_ttl(agent_of(request, agent_id), body.seconds)
+        await engine.agents.set_ttl(agent_of(request, agent_id), body.seconds)
         return {"agent_id": agent_id, "ttl": body.seconds}
 
     @app.post("/v1/agents/{agent_id:path}/evict")
     async def evict_agent(agent_id: str, request: Request) -> dict[str, Any]:
         return {
             "agent_id": agent_id,
-            "freed_bytes": await engine.evict_agent(agent_of(request, agent_id)),
+            "freed_bytes": await engine.agents.evict(agent_of(request, agent_id)),
         }
 
     @app.post("/v1/agents/{agent_id:path}/prefetch")
     async def prefetch_agent(agent_id: str, request: Request) -> dict[str, Any]:
-        restored = await engine.prefetch_agent(agent_of(request, agent_id))
+        restored = await engine.agents.prefetch(agent_of(request, agent_id))
         if restored is None:
             raise AgentNotFound(agent_id)
         return {"agent_id": agent_id, "restored_bytes": restored}
@@ -149,7 +150,7 @@ def _add_copy_routes(app: FastAPI, services: Services) -> None:
     @app.post("/v1/agents/{agent_id:path}/fork")
     async def fork_agent(agent_id: str, body: ForkBody, request: Request) -> dict[str, Any]:
         to = check_agent_id(body.to, "to")
-        forked = await engine.fork_agent(agent_of(request, agent_id), to, body.tokens)
+        forked = await engine.forks.fork(agent_of(request, agent_id), to, body.tokens)
         if body.tokens is None:
             await services.transcripts.copy(agent_of(request, agent_id), to)
         return _shown(forked)
@@ -159,17 +160,17 @@ def _add_copy_routes(app: FastAPI, services: Services) -> None:
         agent, keep, held = agent_of(request, agent_id), body.tokens, None
         if keep is None:
             assert body.messages is not None
-            tokens = await engine.agent_tokens(agent)
+            tokens = await engine.agents.tokens(agent)
             keep, held = await _messages_end(services, agent, tokens, body.messages), len(tokens)
         branches = engine.branch_tokens(agent)
-        cut = await engine.truncate_agent(agent, keep, held)
+        cut = await engine.forks.truncate(agent, keep, held)
         await _cut_transcript(services, agent, keep, branches)
         return _shown(cut)
 
     @app.post("/v1/agents/{agent_id:path}/export", response_class=Response)
     async def export_agent(agent_id: str, request: Request) -> Response:
         """The agent in one file, see store/files/archive.py."""
-        return _Archive(await engine.export_agent(agent_of(request, agent_id)))
+        return _Archive(await engine.archives.export(agent_of(request, agent_id)))
 
 
 class _Archive(StreamingResponse):

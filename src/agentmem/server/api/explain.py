@@ -5,7 +5,7 @@ from typing import Any
 from fastapi import FastAPI, Request
 from pydantic import Field, model_validator
 
-from ...engine.api import EngineAPI
+from ...engine.engine import Engine
 from ...errors import NotFound
 from ...prefix_cache.explain import WORDS
 from ...prefix_cache.info import Explanation
@@ -32,7 +32,7 @@ def add_routes(app: FastAPI, services: Services) -> None:
 
     @app.get("/v1/agents/{agent_id:path}/explain")
     async def explain_last(agent_id: str, request: Request) -> dict[str, Any]:
-        found = await engine.explain_agent(agent_of(request, agent_id), None)
+        found = await engine.agents.explain(agent_of(request, agent_id), None)
         if found is None:
             raise NotFound(
                 f"Agent {agent_id[:200]!r} has had no request since the server was started."
@@ -46,12 +46,12 @@ def add_routes(app: FastAPI, services: Services) -> None:
             prompt = await services.prompt(agent, body.chat(body.messages))
         else:
             prompt = await services.text_prompt(agent, body.prompt or "")
-        found = await engine.explain_agent(agent, prompt.tokens)
+        found = await engine.agents.explain(agent, prompt.tokens)
         assert found is not None
         return _shown(engine, agent_id, found)
 
 
-def _shown(engine: EngineAPI, agent_id: str, found: Explanation) -> dict[str, Any]:
+def _shown(engine: Engine, agent_id: str, found: Explanation) -> dict[str, Any]:
     def side(tokens: list[int]) -> dict[str, Any]:
         return {"text": engine.tokenizer.decode(tokens), "tokens": tokens}
 
