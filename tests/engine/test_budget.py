@@ -295,7 +295,7 @@ def test_a_prompt_sent_again_and_preempted_goes_on_over_what_it_computed_itself(
 
     def second_answers(home, preempt_at: int) -> list[str]:
         with tiny_engine(home, tail_delay=0.0) as engine:
-            admission, answers = engine.engine._loop._admission, []
+            admission, answers = engine.core.admission, []
             grow = admission.grow
 
             def preempt_once() -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from agentmem.agent_key import AgentKey
 from agentmem.engine.api import GenerateRequest, SamplingParams
-from agentmem.engine.startup import calibrate
+from agentmem.engine.calibration import calibrate
 from agentmem.errors import Busy, CorruptSegment, EngineFailed, ModelError, ShuttingDown, StoreError
 from support.engines import settle
 from support.tiny import (

@@ -119,8 +119,8 @@ def test_the_logits_of_a_few_tokens_at_a_time_are_held(tmp_path, monkeypatch, pa
 def test_a_prompt_that_was_preempted_is_scored_once(tmp_path):
     with tiny_engine(tmp_path, prefill_chunk=16) as engine:
         want, _ = ask(engine, PROMPT, 0, prompt_logprobs=0, agent="bob")
-        loop, suspended = engine.engine._core_loop, []
-        prefill = loop._prefill
+        stepper, suspended = engine.core.stepper, []
+        prefill = stepper._prefill
 
         def suspending(step):
             prefill(step)
@@ -131,9 +131,9 @@ def test_a_prompt_that_was_preempted_is_scored_once(tmp_path):
                 and seq.num_scored > 40 * (len(suspended) + 1)
             ):
                 suspended.append(seq.num_scored)
-                loop._admission._preempt(seq)
+                engine.core.admission._preempt(seq)
 
-        loop._prefill = suspending
+        stepper._prefill = suspending
         told, _ = ask(engine, PROMPT, 3, prompt_logprobs=0, logprobs=0)
     assert len(suspended) == 2
     assert [t.token for t in told[: len(PROMPT) - 1]] == PROMPT[1:]

@@ -2,7 +2,6 @@
 
 import pytest
 
-from agentmem.engine.api import SamplingParams
 from agentmem.engine.output import OutputStream
 from support.chat_tokenizers import CHATML, chat_tokenizer
 from support.fake_engine import tiny_tokenizer
@@ -23,16 +22,14 @@ def said(output, tokens):
 @pytest.mark.parametrize("text", [" Paris, of course", "Paris", "  two blanks", " ", "é 🦊"])
 def test_an_answer_that_goes_on_with_a_text_keeps_the_blank_that_it_begins_with(text):
     answer = BYTES.encode(text, add_special_tokens=False)
-    assert said(OutputStream(BYTES, SamplingParams(9), continues_text=True), answer) == text
-    assert said(OutputStream(BYTES, SamplingParams(9)), answer) == text.removeprefix(" ")
+    assert said(OutputStream(BYTES, continues_text=True), answer) == text
+    assert said(OutputStream(BYTES), answer) == text.removeprefix(" ")
 
 
 def test_words_that_go_on_with_a_text_are_set_apart_from_it():
     tokenizer = tiny_tokenizer(size=20)
-    assert (
-        said(OutputStream(tokenizer, SamplingParams(9), continues_text=True), [9, 10]) == " w9 w10"
-    )
-    assert said(OutputStream(tokenizer, SamplingParams(9)), [9, 10]) == "w9 w10"
+    assert said(OutputStream(tokenizer, continues_text=True), [9, 10]) == " w9 w10"
+    assert said(OutputStream(tokenizer), [9, 10]) == "w9 w10"
 
 
 @pytest.mark.parametrize(
@@ -47,6 +44,6 @@ def test_words_that_go_on_with_a_text_are_set_apart_from_it():
 )
 def test_the_first_stop_string_ends_an_answer_and_is_told(stops, stop, text):
     words = "one two three E" if "three E" in stops else "one two END three E"
-    output = OutputStream(BYTES, SamplingParams(9, stop=stops))
+    output = OutputStream(BYTES, stop=stops)
     assert said(output, BYTES.encode(words, add_special_tokens=False)) == text
     assert output.stop_string == stop

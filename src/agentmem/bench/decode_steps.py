@@ -15,8 +15,8 @@ from mlx_lm.generate import BatchGenerator
 from mlx_lm.models.cache import KVCache, RotatingKVCache, make_prompt_cache
 
 from ..config import Settings
+from ..engine.calibration import faster_attention
 from ..engine.model_runner import ModelRunner
-from ..engine.startup import faster_attention
 from ..kvcache.block import SealedBlock, Snapshot, Tail
 from ..kvcache.quantize import encode
 from ..kvcache.sequence import SequenceCache

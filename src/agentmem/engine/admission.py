@@ -7,6 +7,7 @@ branches and the shared blocks hold when its prefill begins, on a branch of its 
 
 import logging
 import time
+from typing import Any
 
 import numpy as np
 
@@ -14,14 +15,20 @@ from ..errors import Busy
 from ..kvcache.layers.capacity import STEP, capacity_for
 from ..prefix_cache.agent import Agent
 from ..prefix_cache.block_pool import CachedTail
+from ..prefix_cache.cache import PrefixCache
 from ..prefix_cache.explain import explain
 from ..prefix_cache.match import Match
+from ..prefix_cache.restore import Restorer
 from ..prefix_cache.resume import last_snapshot
+from ..prefix_cache.write_back import WriteBack
+from .budget import RamBudget
+from .model_runner import ModelRunner
 from .output import OutputStream
 from .sampling import Sampler
+from .scheduler import Scheduler
 from .sequence import Sequence, Status
-from .startup import Core
 from .tasks import Tasks, finished
+from .trace import Trace
 
 log = logging.getLogger(__name__)
 _PREFETCH = 4  # of the queue, looked at in advance
@@ -32,25 +39,46 @@ _GIVE_UP = 15.0  # s without room and without anything running
 class Admission:
     """Engine thread only."""
 
-    def __init__(self, core: Core, tasks: Tasks):
-        self._core, self._trace = core, core.trace
+    def __init__(
+        self,
+        *,
+        tasks: Tasks,
+        runner: ModelRunner,
+        scheduler: Scheduler,
+        budget: RamBudget,
+        prefix_cache: PrefixCache,
+        restorer: Restorer,
+        write_back: WriteBack,
+        trace: Trace,
+        tokenizer: Any,
+        vocab_size: int,
+    ):
+        """`tokenizer`: mlx_lm's TokenizerWrapper; `vocab_size`: ids that may be sampled."""
         self._tasks = tasks
-        self.preemptions = 0  # since the start
+        self._runner = runner
+        self._scheduler = scheduler
+        self._budget = budget
+        self._prefix_cache = prefix_cache
+        self._restorer = restorer
+        self._write_back = write_back
+        self._trace = trace
+        self._tokenizer = tokenizer
+        self._vocab_size = vocab_size
         self.short = False  # the most urgent of the queue waits for RAM
         # time.monotonic(); before, there is hardly more room than at the last look
         self._look_at = 0.0
 
     @property
     def can_admit(self) -> bool:
-        seq = self._core.scheduler.next_waiting()
+        seq = self._scheduler.next_waiting()
         return seq is not None and not self.short
 
     # -- from the queue to a cache
 
     def admit(self) -> None:
         """Start what waits, in order, as far as RAM goes; then read ahead for the next."""
-        if not self._core.scheduler.waiting:
-            self.short, self._core.budget.short_since = False, None
+        if not self._scheduler.waiting:
+            self.short, self._budget.short_since = False, None
         elif time.monotonic() >= self._look_at:
             self._admit()
             self._prefetch()
@@ -59,12 +87,12 @@ class Admission:
 
     def _admit(self) -> None:
         self.short = False
-        while (seq := self._core.scheduler.next_waiting()) is not None and not self.short:
+        while (seq := self._scheduler.next_waiting()) is not None and not self.short:
             if not seq.reading:
                 self.look_up(seq)
             self.short = not self._reserve(seq, self._growth())
             if not self.short:
-                self._core.scheduler.activate(seq)
+                self._scheduler.activate(seq)
                 seq.started = seq.started or time.perf_counter()
                 self._restore_or_start(seq)
 
@@ -74,21 +102,19 @@ class Admission:
         self._look_at = 0.0
 
     def look_up(self, seq: Sequence) -> None:
-        request, prefix_cache = seq.request, self._core.prefix_cache
+        request, prefix_cache = seq.request, self._prefix_cache
         own = prefix_cache.match_whole(seq.kept, seq.tokens) if seq.kept is not None else None
         seq.match = own or prefix_cache.match(request.agent, seq.reusable)
 
     def _growth(self) -> int:
         """Bytes that let all that hold a cache go on a while."""
         return sum(
-            self._core.budget.growth_bytes(seq.capacity)
-            for seq in self._core.scheduler.active
-            if seq.cache
+            self._budget.growth_bytes(seq.capacity) for seq in self._scheduler.active if seq.cache
         )
 
     def _reserve(self, seq: Sequence, slack: int) -> bool:
         """Room for all tokens so far and what is to be read, with `slack` bytes left."""
-        budget, match = self._core.budget, seq.match
+        budget, match = self._budget, seq.match
         assert match is not None
         seq.capacity = 0
         capacity = capacity_for(len(seq.tokens))
@@ -117,13 +143,13 @@ class Admission:
     def _read(self, seq: Sequence, match: Match) -> None:
         """Begin to read what `match` lacks; `seq` goes on once that is there, if it waits for it."""
         seq.reading = True
-        self._core.prefix_cache.hold_match(match)
+        self._prefix_cache.hold_match(match)
         self._tasks.start(self._go_on_once_read(seq, match))
 
     async def _go_on_once_read(self, seq: Sequence, match: Match) -> None:
         began = time.perf_counter()
         try:
-            restored = await finished(self._core.restorer.restore(match))
+            restored = await finished(self._restorer.restore(match))
             seq.reading = False
             if not seq.preempted:
                 seq.restored_bytes += restored.nbytes
@@ -141,12 +167,12 @@ class Admission:
                 else:
                     self._requeue(seq)
         finally:
-            self._core.prefix_cache.release_match(match)
+            self._prefix_cache.release_match(match)
             self._look_at = 0.0
 
     def _start(self, seq: Sequence, match: Match) -> None:
-        prefix_cache, write_back = self._core.prefix_cache, self._core.write_back
-        snapshot, seq.lineage = self._core.restorer.snapshot(match)
+        prefix_cache, write_back = self._prefix_cache, self._write_back
+        snapshot, seq.lineage = self._restorer.snapshot(match)
         seq.nodes, seq.match = list(match.nodes), None
         prefix_cache.hold(seq.nodes)
         prefix_cache.touch(match)
@@ -158,7 +184,7 @@ class Admission:
         )
         write_back.note(agent, seq.branch)
         wanted = seq.request.checkpoint or seq.prompt_len - 1
-        seq.cache = self._core.runner.new_cache(
+        seq.cache = self._runner.new_cache(
             *(snapshot, seq.capacity),
             checkpoint_at=min(wanted, seq.prompt_len - 1),
             last_state=last_snapshot(prefix_cache.spec, seq.nodes),
@@ -169,10 +195,12 @@ class Admission:
             agent.explained = explain(agent, seq.tokens, match, scored=seq.num_to_score > 0)
             seq.cause = agent.explained.cause
         if seq.output is None:
-            seq.sampler = Sampler(seq.request.params, self._core.vocab_size)
+            seq.sampler = Sampler(seq.request.params, self._vocab_size)
             seq.output = OutputStream(
-                self._core.model.tokenizer,
-                seq.request.params,
+                self._tokenizer,
+                stop=seq.request.params.stop,
+                stop_token_ids=seq.request.params.stop_token_ids,
+                ignore_eos=seq.request.params.ignore_eos,
                 continues_text=seq.request.continues_text,
             )
         seq.restored = seq.restored or time.perf_counter()
@@ -200,18 +228,18 @@ class Admission:
         assert seq.cache is not None and seq.branch is not None
         if seq.cache.length > seq.cached_at_start:
             return False
-        match = self._core.prefix_cache.match(seq.request.agent, seq.reusable)
-        if match.length < seq.cache.length + self._core.runner.spec.block_size or match.missing:
+        match = self._prefix_cache.match(seq.request.agent, seq.reusable)
+        if match.length < seq.cache.length + self._runner.spec.block_size or match.missing:
             return False
-        if not self._core.budget.make_room(
-            self._core.budget.sharing_bytes(match), match.entries(), urgent=False
+        if not self._budget.make_room(
+            self._budget.sharing_bytes(match), match.entries(), urgent=False
         ):
             return False
-        self._core.prefix_cache.hold(match.all_nodes)
-        self._core.prefix_cache.release(seq.nodes)
-        self._core.write_back.abandon(seq.branch)
+        self._prefix_cache.hold(match.all_nodes)
+        self._prefix_cache.release(seq.nodes)
+        self._write_back.abandon(seq.branch)
         self._start(seq, match)
-        self._core.prefix_cache.release(match.all_nodes)
+        self._prefix_cache.release(match.all_nodes)
         return True
 
     # -- ahead of need
@@ -220,9 +248,9 @@ class Admission:
         """Read what the next in the queue matched, as far as that evicts nothing that any of them
         needs.
         """
-        if self._core.budget.under_pressure:
+        if self._budget.under_pressure:
             return
-        queue = self._core.scheduler.upcoming()[:_PREFETCH]
+        queue = self._scheduler.upcoming()[:_PREFETCH]
         for seq in queue:
             if not seq.reading:
                 self.look_up(seq)
@@ -232,7 +260,7 @@ class Admission:
             if seq.reading or match is None or not match.missing:
                 continue
             nbytes = match.missing_bytes
-            if not self._core.budget.make_room(nbytes + self._growth(), wanted, urgent=False):
+            if not self._budget.make_room(nbytes + self._growth(), wanted, urgent=False):
                 return
             self._read(seq, match)
 
@@ -242,16 +270,16 @@ class Admission:
         """Before a step: room for one more token of each that decodes, at the cost of the least
         urgent.
         """
-        for seq in list(self._core.scheduler.active):
+        for seq in list(self._scheduler.active):
             while (
                 seq.cache is not None
                 and seq.status is Status.DECODE
                 and seq.cache.length >= seq.capacity
             ):
-                if self._core.budget.make_room(self._core.budget.growth_bytes(seq.capacity), ()):
+                if self._budget.make_room(self._budget.growth_bytes(seq.capacity), ()):
                     seq.capacity += STEP
                 else:
-                    self._preempt(self._core.scheduler.least_urgent())
+                    self._preempt(self._scheduler.least_urgent())
 
     def _preempt(self, seq: Sequence) -> None:
         """Give its RAM to others; it goes on from here when there is room again."""
@@ -260,7 +288,7 @@ class Admission:
             seq.request.agent.agent_id,
             seq.num_generated,
         )
-        self.preemptions += 1
+        self._scheduler.preemptions += 1
         seq.preempted, branch = True, seq.branch
         self._give_back(seq, preempted=True)
         if branch is not None and branch.agent.branches.get(branch.id) is branch:
@@ -276,12 +304,12 @@ class Admission:
 
     def _requeue(self, seq: Sequence) -> None:
         seq.capacity, seq.status = 0, Status.WAITING
-        self._core.scheduler.preempt(seq)
+        self._scheduler.preempt(seq)
         self.look_up(seq)  # where it stands in the queue depends on it
 
     def leave(self, seq: Sequence) -> None:
         """Take `seq` out of the running and keep what it computed, if anything."""
-        self._core.scheduler.remove(seq)
+        self._scheduler.remove(seq)
         seq.status = Status.FINISHED
         self._let_go(seq)
         self._give_back(seq)
@@ -289,7 +317,7 @@ class Admission:
     def _give_back(self, seq: Sequence, *, preempted: bool = False) -> None:
         """What its cache holds becomes a branch of its agent; the working copy goes."""
         prefix_cache, cache, branch, nodes = (
-            self._core.prefix_cache,
+            self._prefix_cache,
             seq.cache,
             seq.branch,
             seq.nodes,
@@ -303,11 +331,11 @@ class Admission:
         same = None if preempted else prefix_cache.covering(branch, tokens)
         for node in nodes:
             node.last_used = time.time()
-        opaque = self._core.runner.spec.opaque is not None
+        opaque = self._runner.spec.opaque is not None
         if opaque or seq.discard or same is not None or cache.length == seq.cached_at_start:
             prefix_cache.drop_unneeded(nodes)
             prefix_cache.release(nodes)
-            self._core.write_back.abandon(branch)
+            self._write_back.abandon(branch)
             if same is not None:
                 same.last_used = same.agent.last_used = time.time()
             if opaque and not seq.discard:
@@ -319,14 +347,14 @@ class Admission:
             )
             if nodes and snapshot.tail is None:
                 prefix_cache.add_states(nodes[-1], snapshot.blocks[-1])
-            self._core.write_back.commit(branch, nodes, tail, snapshot.tail)
-            self._core.write_back.note(branch.agent, branch)
+            self._write_back.commit(branch, nodes, tail, snapshot.tail)
+            self._write_back.note(branch.agent, branch)
 
     def _note_progress(self) -> None:
         """Where nothing runs that could give back RAM, give up unsaved caches after a while, then
         the request.
         """
-        scheduler, budget = self._core.scheduler, self._core.budget
+        scheduler, budget = self._scheduler, self._budget
         if not self.short or scheduler.active:
             budget.short_since = None
             return

@@ -78,6 +78,8 @@ class RamBudget:
         # time.monotonic(): a request waits for RAM, and nothing runs
         self.short_since: float | None = None
         self.under_pressure = False  # the process is near its memory limit
+        self.noted_reserved = 0  # bytes, see `note`
+        self.noted_used = 0
         self._saves_asked = 0.0
         # the most that a tail takes: all of it dense, the block that it was cut from, and the
         # states at two positions
@@ -134,6 +136,11 @@ class RamBudget:
     @property
     def used_bytes(self) -> int:
         return self._prefix_cache.pool.nbytes + self.reserved_bytes
+
+    def note(self) -> None:
+        """Note what is used now, between two steps, for other threads to read."""
+        self.noted_reserved = self.reserved_bytes
+        self.noted_used = self._prefix_cache.pool.nbytes + self.noted_reserved
 
     def sharing_bytes(self, match: Match) -> int:
         """What running sequences can count on less once another one holds `match`: what they sealed

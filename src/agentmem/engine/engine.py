@@ -6,7 +6,6 @@ import asyncio
 import logging
 import queue
 import threading
-import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
@@ -15,16 +14,13 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from .. import __version__
 from ..agent_key import AgentKey
 from ..config import Settings
 from ..errors import AgentMemError, ContextLengthExceeded, EngineFailed, ShuttingDown, StartupError
-from ..kvcache.spec import describe
 from ..models.loading import LoadedModel
 from ..store.writer.turns import TurnTable
 from .api import Finished, GenerateRequest, TextDelta
-from .footprint import process_footprint
-from .loop import EngineLoop
+from .loop import EngineLoop, Inbox
 from .sequence import Event, Sequence
 from .startup import Core, build_core
 from .tasks import Tasks
@@ -38,10 +34,9 @@ class Engine:
     def __init__(self, settings: Settings, load: Callable[[], LoadedModel]):
         """`load` makes the model, on the engine thread."""
         self._settings, self._load = settings, load
-        self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._inbox: Inbox = queue.SimpleQueue()
         self._ready: Future[Core] = Future()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
-        self._loop: EngineLoop | None = None
         self._failure: str | None = None
         self._stopping = False
         self._tasks = Tasks(self._post, self._check_open)
@@ -50,15 +45,14 @@ class Engine:
         """Load the model and the store. Raises StartupError."""
         self._thread.start()
         self._core = self._ready.result()
-        self._started = time.monotonic()
         self.model_name = self._core.model.name
         self.max_context = self._core.budget.max_context
         self.why_max_context = self._core.budget.why_max_context
         self.vocab_size = self._core.vocab_size
         self.tokenizer = self._core.model.tokenizer
-        self.agents = self._core_loop.agents
-        self.forks = self._core_loop.forks
-        self.archives = self._core_loop.archives
+        self.agents = self._core.agents
+        self.forks = self._core.forks
+        self.archives = self._core.archives
         self.turn_table: TurnTable | None = self._core.store.turns
 
     async def generate(self, request: GenerateRequest) -> AsyncIterator[TextDelta | Finished]:
@@ -71,7 +65,7 @@ class Engine:
             emit=lambda event: loop.call_soon_threadsafe(events.put_nowait, event),
             tokens=list(request.tokens),
         )
-        self._post(lambda: self._core_loop.submit(seq))
+        self._post(lambda: self._loop.submit(seq))
         try:
             while True:
                 event = await events.get()
@@ -89,47 +83,15 @@ class Engine:
         return self._failure is not None
 
     def health(self) -> dict[str, Any]:
-        errors = [
-            e
-            for e in (
-                self._failure,
-                self._core.store.background_error,
-                self._core_loop.memory_error,
-            )
-            if e
-        ]
-        status = (
-            "failed"
-            if self._failure
-            else "stopping"
-            if self._stopping
-            else "degraded"
-            if errors
-            else "ok"
+        """Return what /health tells, see Health.told."""
+        return self._core.health.told(
+            failure=self._failure,
+            stopping=self._stopping,
+            memory_error=self._loop.memory_error,
         )
-        return {
-            "status": status,
-            "errors": errors,
-            "version": __version__,
-            "uptime": round(time.monotonic() - self._started, 1),
-            "model": self.model_name,
-            "max_context": self.max_context,
-            "device": str(mx.default_device()),
-            "kv_bits": self._settings.kv_bits if self._core.runner.spec.bits else "16",
-            "cache": describe(self._core.runner.spec),
-            "attention": "codes" if self._core.runner.on_codes else "dequantized",
-            "running": len(self._core.scheduler.active),
-            "waiting": len(self._core.scheduler.waiting),
-            "ram_bytes": self._core_loop.ram_bytes,
-            "reserved_bytes": self._core_loop.reserved_bytes,
-            "kv_budget": self._core.budget.limit,
-            "process_bytes": process_footprint(),
-            "memory_limit": self._core.budget.memory_limit,
-            "store": self._core.store.stats() | {"room_bytes": self._core.store.capacity},
-        }
 
     def metrics(self) -> bytes:
-        return self._core_loop.metrics.text()
+        return self._core.metrics.text()
 
     def branch_tokens(self, key: AgentKey) -> list[np.ndarray]:
         return self._core.prefix_cache.branch_tokens(key)
@@ -148,16 +110,11 @@ class Engine:
 
     def begin_drain(self) -> None:
         self._stopping = True
-        self._post(lambda: self._core_loop.drain(self._settings.grace))
+        self._post(lambda: self._loop.drain(self._settings.grace))
 
     async def stop(self) -> None:
         self.begin_drain()
         await asyncio.to_thread(self._thread.join)
-
-    @property
-    def _core_loop(self) -> EngineLoop:
-        assert self._loop is not None
-        return self._loop
 
     def _post(self, function: Callable[[], None]) -> None:
         self._inbox.put(function)
@@ -171,10 +128,21 @@ class Engine:
     def _run(self) -> None:
         try:
             with _mlx_thread():
+                core = build_core(self._settings, self._load, self._post, self._tasks)
                 self._loop = EngineLoop(
-                    build_core(self._settings, self._load, self._post), self._tasks, self._inbox
+                    inbox=self._inbox,
+                    tasks=self._tasks,
+                    stepper=core.stepper,
+                    admission=core.admission,
+                    agents=core.agents,
+                    scheduler=core.scheduler,
+                    budget=core.budget,
+                    prefix_cache=core.prefix_cache,
+                    write_back=core.write_back,
+                    store=core.store,
+                    trace=core.trace,
                 )
-                self._ready.set_result(self._loop.core)
+                self._ready.set_result(core)
                 self._run_loop(self._loop)
         except StartupError as e:
             self._ready.set_exception(e)

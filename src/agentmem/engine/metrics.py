@@ -2,22 +2,42 @@
 loop.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily as Counted
+from prometheus_client.core import GaugeMetricFamily as Gauge
 from prometheus_client.core import Metric
 from prometheus_client.registry import Collector
 
+from ..prefix_cache.block_pool import BlockPool
+from ..prefix_cache.restore import Restorer
+from ..store.agent_store import AgentStore
 from .api import RequestStats
+from .budget import RamBudget
+from .scheduler import Scheduler
+from .sequence import Status
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
 
 
 class Metrics(Collector):
-    """One engine's metrics, in a registry of their own. `read` gives what others count."""
+    """One engine's metrics, in a registry of their own."""
 
-    def __init__(self, read: Callable[[], Iterator[Metric]]):
-        self._read = read
+    def __init__(
+        self,
+        *,
+        scheduler: Scheduler,
+        budget: RamBudget,
+        pool: BlockPool,
+        restorer: Restorer,
+        store: AgentStore,
+    ):
+        self._scheduler = scheduler
+        self._budget = budget
+        self._pool = pool
+        self._restorer = restorer
+        self._store = store
         self._registry = registry = CollectorRegistry()
         registry.register(self)
         self._requests = Counter(
@@ -64,8 +84,53 @@ class Metrics(Collector):
         self._inter_token.observe(seconds)
 
     def collect(self) -> Iterator[Metric]:
-        """Gauges and the counters that others keep, as they are now."""
-        return self._read()
+        """Yield gauges, and the counters that others keep, as they are now.
+
+        The event loop reads counts that the engine thread changes, each whole. Bytes are of caches.
+        """
+        statuses = [seq.status for seq in list(self._scheduler.active)]
+        restoring = statuses.count(Status.RESTORING)
+        store = self._store.stats()
+        yield Gauge("agentmem_running_requests", "requests running", len(statuses) - restoring)
+        yield Gauge("agentmem_waiting_requests", "requests waiting", len(self._scheduler.waiting))
+        yield Gauge("agentmem_restoring_requests", "requests restoring", restoring)
+        yield Gauge(
+            "agentmem_ram_bytes",
+            "caches in RAM, and reserved; within kv_budget",
+            self._budget.noted_used,
+        )
+        text = "of agentmem_ram_bytes: working copies, what running requests may still take, reads in flight"
+        yield Gauge("agentmem_reserved_bytes", text, self._budget.noted_reserved)
+        yield Gauge(
+            "agentmem_disk_bytes",
+            "blocks and tails on disk",
+            store["block_bytes"] + store["tail_bytes"],
+        )
+        yield Counted("agentmem_written_bytes", "bytes written to disk", store["bytes_written"])
+        yield Counted(
+            "agentmem_restored_bytes",
+            "bytes restored from disk to RAM",
+            self._restorer.restored_bytes,
+        )
+        yield Counted("agentmem_evicted_bytes", "bytes evicted from RAM", self._pool.evicted_bytes)
+        yield Counted(
+            "agentmem_preemptions",
+            "times a request gave up its RAM to others",
+            self._scheduler.preemptions,
+        )
+        yield Gauge(
+            "agentmem_store_bytes", "disk it takes, within store_quota", store["disk_bytes"]
+        )
+        text = "bytes written to disk in the last hour"
+        yield Gauge("agentmem_written_bytes_last_hour", text, store["bytes_written_last_hour"])
+        yield Counted(
+            "agentmem_trimmed_bytes",
+            "bytes that left a full store, used longest ago",
+            store["trimmed_bytes"],
+        )
+        yield Counted(
+            "agentmem_quarantined_files", "stored files found damaged", store["quarantined"]
+        )
 
     def text(self) -> bytes:
         return generate_latest(self._registry)

@@ -2,27 +2,34 @@
 start of one.
 """
 
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from mlx_lm.generate import TextStateMachine
-
-from .api import SamplingParams
 
 
 class OutputStream:
     """The text of one answer. A stop string is never part of it, a stop token neither."""
 
-    def __init__(self, tokenizer: Any, params: SamplingParams, *, continues_text: bool = False):
+    def __init__(
+        self,
+        tokenizer: Any,
+        *,
+        stop: Sequence[str] = (),
+        stop_token_ids: Iterable[int] = (),
+        ignore_eos: bool = False,
+        continues_text: bool = False,
+    ):
         """`continues_text`: a blank that the answer begins with is part of it."""
         self._detokenizer = tokenizer.detokenizer
         if continues_text:  # mlx-lm drops the blank at the beginning of all text only
             for token in tokenizer.encode("a", add_special_tokens=False):
                 self._detokenizer.add_token(token)
             _ = self._detokenizer.last_segment
-        self._stop_ids = set(params.stop_token_ids) | (
-            set() if params.ignore_eos else set(tokenizer.eos_token_ids)
-        )
-        self._stops = {f"stop {i}": text for i, text in enumerate(params.stop)}
+        self._stop_ids = set(stop_token_ids)
+        if not ignore_eos:
+            self._stop_ids.update(tokenizer.eos_token_ids)
+        self._stops = {f"stop {i}": text for i, text in enumerate(stop)}
         edges = {"normal": [(text, state) for state, text in self._stops.items()]}
         self._state = TextStateMachine(edges | {state: [] for state in self._stops}).make_state()
         self.stop_string: str | None = None  # at which the answer ended

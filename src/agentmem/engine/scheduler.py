@@ -73,6 +73,7 @@ class Scheduler:
         self.pace = Pace()
         self.waiting: list[Sequence] = []
         self.active: list[Sequence] = []
+        self.preemptions = 0  # since the start: of those that gave up their RAM
 
     def add(self, seq: Sequence) -> None:
         if len(self.waiting) >= self._max_queue:

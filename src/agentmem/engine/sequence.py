@@ -5,6 +5,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from enum import Enum, auto
 
+import mlx.core as mx
+
 from ..errors import AgentMemError
 from ..kvcache.layers.opaque import OpaqueCache
 from ..kvcache.sequence import SequenceCache
@@ -15,7 +17,6 @@ from ..prefix_cache.match import Match
 from ..prefix_cache.unneeded import Holder
 from .api import CacheState, Finished, FinishReason, GenerateRequest, RequestStats, TextDelta
 from .output import OutputStream
-from .sampling import Sampler
 
 Event = TextDelta | Finished | AgentMemError
 
@@ -33,7 +34,8 @@ class Sequence:
     request: GenerateRequest
     emit: Callable[[Event], object]
     tokens: list[int]  # prompt, then the answer so far
-    sampler: Sampler | None = None
+    # from logits [1, vocab], the tokens so far and the prompt's length to the next token [1]
+    sampler: Callable[[mx.array, list[int], int], mx.array] | None = None
     output: OutputStream | None = None
     status: Status = Status.WAITING
     cancelled: bool = False

@@ -21,6 +21,7 @@ from ..errors import AgentMemError, EngineFailed
 
 T = TypeVar("T")
 P = ParamSpec("P")
+Post = Callable[[Callable[[], None]], None]  # runs a function on the engine thread
 Work = Coroutine[Future[Any], None, T]
 
 
@@ -44,7 +45,7 @@ async def finished(future: Future[T]) -> T:
 class Tasks:
     """Begins coroutines and carries them on, each piece of them on the engine thread."""
 
-    def __init__(self, post: Callable[[Callable[[], None]], None], check_open: Callable[[], None]):
+    def __init__(self, post: Post, check_open: Callable[[], None]):
         """`post` runs a function on the engine thread; `check_open` raises where nothing may begin."""
         self._post = post
         self._check_open = check_open
