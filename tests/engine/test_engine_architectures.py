@@ -147,7 +147,7 @@ def test_many_short_turns_store_states_a_quarter_of_the_interval_apart(tmp_path)
             text, stats = engine.ask("a", tokens, 4)
             assert stats.cached_tokens == (len(tokens) - 7 if turn else 0)
             tokens = tokens + word_ids(text) + random_tokens(6, seed=turn)
-        nodes = engine.agents_nodes("a")
+        nodes = engine.agents_blocks("a")
         at = [
             i * BLOCK + int(p[1:])
             for i, node in enumerate(nodes)

@@ -52,7 +52,7 @@ def test_what_a_restore_matched_in_ram_is_not_evicted_meanwhile(tmp_path):
         engine.ask("alice", PROMPT)
         wait_until_saved(engine)
         core = engine.engine._core
-        on_engine(engine, lambda: core.prefix_cache.pool.drop(branches(engine)[0].nodes[0]))
+        on_engine(engine, lambda: core.prefix_cache.pool.drop(branches(engine)[0].blocks[0]))
         gate = threading.Event()
         hold_back(engine, "read_block", {1}, gate)
 

@@ -125,9 +125,9 @@ def test_a_truncated_ephemeral_agent_keeps_the_rest_in_ram(tmp_path):
         engine.call(engine.engine.forks.truncate(AgentKey("default", "eve"), 2 * BLOCK + 5, None))
         stats = engine.ask("eve", PROMPT[: 2 * BLOCK + 5] + MORE)[1]
         assert (stats.cache, stats.cached_tokens) == ("hot", 2 * BLOCK + 5)
-        known = engine.on_engine(lambda: set(engine.core.prefix_cache.nodes))
+        known = engine.on_engine(lambda: set(engine.core.prefix_cache.blocks))
         held = engine.on_engine(
-            lambda: {n.key for b in engine.core.prefix_cache.branches() for n in b.nodes}
+            lambda: {n.key for b in engine.core.prefix_cache.branches() for n in b.blocks}
         )
         assert held == known
 

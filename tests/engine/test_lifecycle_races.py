@@ -128,7 +128,7 @@ def test_a_fork_whose_source_changes_while_it_is_read_is_refused(tmp_path, chang
         fork, gate = fork_while_reading(engine)
         prefix_cache = engine.core.prefix_cache
         if change == "quarantine":
-            node = prefix_cache.agents["default", "alice"].newest.nodes[1]
+            node = prefix_cache.agents["default", "alice"].newest.blocks[1]
             engine.on_engine(lambda: prefix_cache.cut_at(node))
         else:
             assert engine.call(engine.engine.agents.delete(AgentKey("default", "alice")))

@@ -32,7 +32,7 @@ def put(
     """A finished sequence of `tokens`, from an empty cache."""
     branch = c.new_branch(c.agent(AgentKey(namespace, agent)))
     for start in range(0, len(tokens) - SIZE + 1, SIZE):
-        parent = branch.nodes[-1].key if branch.nodes else ROOT
+        parent = branch.blocks[-1].key if branch.blocks else ROOT
         node = c.seal(
             c.scope(AgentKey(namespace, agent)),
             parent,
@@ -41,8 +41,8 @@ def put(
             Fill(),
         )
         c.hold([node])
-        branch.nodes.append(node)
-    branch.tail = CachedTail(np.array(tokens[len(branch.nodes) * SIZE :], np.uint32))
+        branch.blocks.append(node)
+    branch.tail = CachedTail(np.array(tokens[len(branch.blocks) * SIZE :], np.uint32))
     c.put_branch(branch)
     return branch
 
@@ -70,9 +70,9 @@ def test_a_difference_inside_a_block_cuts_that_block():
     c = prefix_cache()
     branch = put(c, "alice", [1, 2, 3, 4, 5, 6, 7, 8, 9])
     found = match(c, "alice", [1, 2, 3, 4, 5, 6, 99, 100])
-    assert (found.length, found.cut_node, len(found.nodes), found.extends) == (
+    assert (found.length, found.cut_block, len(found.blocks), found.extends) == (
         6,
-        branch.nodes[1],
+        branch.blocks[1],
         1,
         False,
     )
@@ -82,7 +82,7 @@ def test_a_difference_at_a_block_boundary_cuts_nothing():
     c = prefix_cache()
     put(c, "alice", [1, 2, 3, 4, 5, 6, 7, 8])
     found = match(c, "alice", [1, 2, 3, 4, 50, 60])
-    assert (found.length, found.cut_node, len(found.nodes)) == (4, None, 1)
+    assert (found.length, found.cut_block, len(found.blocks)) == (4, None, 1)
 
 
 def test_the_longest_of_several_branches_is_taken():
@@ -112,22 +112,22 @@ def test_a_block_that_refilled_after_a_cut_never_stands_in_for_a_fresh_one():
     c = prefix_cache()
     fresh = put(c, "alice", [1, 2, 3, 4])
     cut = put(c, "bob", [1, 2, 3, 4], lineage=b"cut")
-    assert fresh.nodes[0] is not cut.nodes[0]
-    assert match(c, "carol", [1, 2, 3, 4, 5]).nodes == (fresh.nodes[0],)
+    assert fresh.blocks[0] is not cut.blocks[0]
+    assert match(c, "carol", [1, 2, 3, 4, 5]).blocks == (fresh.blocks[0],)
 
 
 def test_two_computations_of_one_block_become_one_node():
     c = prefix_cache()
     a, b = put(c, "alice", [1, 2, 3, 4]), put(c, "bob", [1, 2, 3, 4])
-    assert a.nodes == b.nodes
-    assert a.nodes[0].refs == 2
+    assert a.blocks == b.blocks
+    assert a.blocks[0].refs == 2
 
 
 def test_a_block_known_only_on_disk_is_not_mixed_with_a_second_computation():
     c = prefix_cache()
     a = put(c, "alice", [1, 2, 3, 4])
-    a.nodes[0].data, a.nodes[0].disk_bytes = None, 10
-    assert put(c, "bob", [1, 2, 3, 4]).nodes != a.nodes
+    a.blocks[0].data, a.blocks[0].disk_bytes = None, 10
+    assert put(c, "bob", [1, 2, 3, 4]).blocks != a.blocks
 
 
 def test_a_branch_displaces_its_own_prefixes():
@@ -162,15 +162,15 @@ def test_nodes_are_forgotten_with_their_last_holder():
     put(c, "alice", [1, 2, 3, 4, 5, 6, 7, 8])
     put(c, "bob", [1, 2, 3, 4, 9, 9, 9, 9])
     c.drop_agent(c.agents["ns", "alice"])
-    assert len(c.nodes) == 2
+    assert len(c.blocks) == 2
     c.drop_agent(c.agents["ns", "bob"])
-    assert not c.nodes and not c.agents
+    assert not c.blocks and not c.agents
 
 
 def test_a_bad_block_cuts_every_branch_that_holds_it():
     c = prefix_cache()
     a, b = put(c, "alice", [1, 2, 3, 4, 5, 6, 7, 8, 9]), put(c, "bob", [1, 2, 3, 4, 5, 6, 7, 8, 10])
-    c.cut_at(a.nodes[1])
+    c.cut_at(a.blocks[1])
     assert [len(x) for x in (a, b)] == [4, 4]
     assert match(c, "alice", [1, 2, 3, 4, 5, 6, 7, 8, 9, 10]).length == 4
 

@@ -144,7 +144,7 @@ class Tree:
         branch.agent.ephemeral = stored.get("ephemeral", False)
         for i in range(len(tokens) // SIZE):
             parts = frozenset(stacks | states.get(i, set()))
-            parent = branch.nodes[-1].key if branch.nodes else ROOT
+            parent = branch.blocks[-1].key if branch.blocks else ROOT
             made = prefix_cache.seal(
                 prefix_cache.scope(AgentKey("ns", agent)), parent, tokens[i * SIZE : (i + 1) * SIZE], FRESH,
                 block(self.spec, parts), ephemeral=branch.agent.ephemeral,
@@ -152,14 +152,14 @@ class Tree:
             prefix_cache.hold([made])
             if stored.get("saved", False):
                 made.saved(FileRef(100, b"", parts=dict.fromkeys(parts, 10)))
-            branch.nodes.append(made)
+            branch.blocks.append(made)
         prefix_cache.put_branch(branch)
         if left := len(tokens) % SIZE:
-            at = len(branch.nodes)
+            at = len(branch.blocks)
             data = block(self.spec, frozenset(states.get(at, set()))).arrays
             tail = CachedTail(np.array(tokens[-left:], np.uint32))
             prefix_cache.set_tail(branch, tail, Tail(left, {}, states=data))
-        prefix_cache.drop_unneeded(branch.nodes)
+        prefix_cache.drop_unneeded(branch.blocks)
         return branch
 
     def match_length(self, agent: str, tokens: list[int]) -> int:
@@ -172,8 +172,8 @@ TOKENS = list(range(10, 50))
 def test_a_resting_agent_has_windows_in_ram_only_where_its_end_looks():
     tree = Tree("gemma")
     branch = tree.put("alice", TOKENS, saved=True)
-    assert ["1" in n.data.parts for n in branch.nodes] == [False] * 8 + [True] * 2
-    assert all("0" in n.data.parts for n in branch.nodes)
+    assert ["1" in n.data.parts for n in branch.blocks] == [False] * 8 + [True] * 2
+    assert all("0" in n.data.parts for n in branch.blocks)
     assert tree.prefix_cache.pool.nbytes == 12 * 64 == tree.prefix_cache.infos("ns")[0].ram_bytes
     assert tree.prefix_cache.infos("ns")[0].tier == "hot"
 
@@ -182,35 +182,35 @@ def test_what_two_branches_need_of_a_shared_block_stays_until_neither_does():
     tree = Tree("gemma")
     tree.put("bob", TOKENS, saved=True)
     short = tree.prefix_cache.new_branch(tree.prefix_cache.agent(AgentKey("ns", "alice")))
-    short.nodes = tree.prefix_cache.agents["ns", "bob"].newest.nodes[:4]
-    tree.prefix_cache.hold(short.nodes)
+    short.blocks = tree.prefix_cache.agents["ns", "bob"].newest.blocks[:4]
+    tree.prefix_cache.hold(short.blocks)
     tree.prefix_cache.put_branch(short)
-    for shared in short.nodes:
+    for shared in short.blocks:
         tree.prefix_cache.pool.add(shared, block(tree.spec, frozenset("1")).arrays)
-    tree.prefix_cache.drop_unneeded(short.nodes)
-    assert ["1" in n.data.parts for n in short.nodes] == [False, False, True, True]
+    tree.prefix_cache.drop_unneeded(short.blocks)
+    assert ["1" in n.data.parts for n in short.blocks] == [False, False, True, True]
     tree.prefix_cache.drop_agent(tree.prefix_cache.agents["ns", "alice"])
-    assert ["1" in n.data.parts for n in short.nodes] == [False] * 4
+    assert ["1" in n.data.parts for n in short.blocks] == [False] * 4
 
 
 def test_a_match_that_something_waits_for_keeps_what_it_read():
     tree = Tree("gemma")
     branch = tree.put("alice", TOKENS, saved=True)
     match = tree.prefix_cache.match(AgentKey("ns", "alice"), [*TOKENS[:16], 1])
-    assert [m.entry for m in match.missing] == branch.nodes[2:4]
+    assert [m.entry for m in match.missing] == branch.blocks[2:4]
     tree.prefix_cache.hold_match(match)
     for m in match.missing:
         tree.prefix_cache.pool.add(m.entry, block(tree.spec, m.parts).arrays)
-    tree.prefix_cache.drop_unneeded(branch.nodes)
+    tree.prefix_cache.drop_unneeded(branch.blocks)
     assert not match.missing
     tree.prefix_cache.release_match(match)
-    assert [m.entry for m in match.missing] == branch.nodes[2:4]
+    assert [m.entry for m in match.missing] == branch.blocks[2:4]
 
 
 def test_an_unsaved_path_keeps_no_more_windows_than_a_bound():
     tree = Tree("gemma")
     branch = tree.put("alice", [*TOKENS, *TOKENS])
-    kept = ["1" in n.data.parts for n in branch.nodes]
+    kept = ["1" in n.data.parts for n in branch.blocks]
     assert kept == [False] * (20 - 2 - UNSAVED_BLOCKS) + [True] * (2 + UNSAVED_BLOCKS)
 
 
@@ -232,10 +232,10 @@ def test_a_block_whose_windows_are_gone_from_ram_is_not_adopted():
     tree = Tree("gemma")
     first = tree.put("alice", TOKENS, saved=True)
     second = tree.put("bob", TOKENS[:8])
-    assert second.nodes[0] is not first.nodes[0]
+    assert second.blocks[0] is not first.blocks[0]
     fresh = Tree("gemma")
     first, second = fresh.put("alice", TOKENS[:8]), fresh.put("bob", TOKENS[:8])
-    assert second.nodes == first.nodes
+    assert second.blocks == first.blocks
 
 
 @pytest.mark.parametrize("name", ["hybrid", "mamba", "all"])
@@ -255,7 +255,7 @@ def test_recurrent_agents_go_on_from_the_last_snapshot_before_the_difference(nam
     ):
         assert tree.match_length("alice", [*TOKENS[:same], 1]) == reached
     match = tree.prefix_cache.match(AgentKey("ns", "alice"), [*TOKENS[:15], 1])
-    assert (len(match.nodes), match.cut_node is not None, match.open_len) == (3, True, 2)
+    assert (len(match.blocks), match.cut_block is not None, match.open_len) == (3, True, 2)
     assert all(m.parts <= m.entry.disk_parts.keys() for m in match.missing)
     assert not tree.prefix_cache.match(AgentKey("ns", "alice"), [*TOKENS[:39], 1]).missing
 
@@ -265,9 +265,9 @@ def test_snapshots_leave_ram_but_for_the_one_at_the_end(name):
     tree = Tree(name)
     states = {i: {"@4"} for i in range(10)}
     branch = tree.put("alice", TOKENS, states, saved=True)
-    assert [i for i, n in enumerate(branch.nodes) if n.data.parts & {"@4"}] == [9]
+    assert [i for i, n in enumerate(branch.blocks) if n.data.parts & {"@4"}] == [9]
     unsaved = tree.put("bob", TOKENS[::-1], states)
-    assert [i for i, n in enumerate(unsaved.nodes) if n.data.parts & {"@4"}] == [8, 9]
+    assert [i for i, n in enumerate(unsaved.blocks) if n.data.parts & {"@4"}] == [8, 9]
 
 
 def test_another_agent_starts_from_a_snapshot_in_shared_blocks():

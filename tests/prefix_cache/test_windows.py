@@ -39,14 +39,14 @@ def test_what_rests_has_in_ram_only_what_its_end_sees(tmp_path):
         engine.ask("alice", PROMPT, 8)
         settle(engine)
         branch, spec = newest(engine), engine.core.runner.spec
-        parts = [node.data.parts for node in branch.nodes]
-        assert parts == [spec.needed(i, len(branch)) for i in range(len(branch.nodes))]
+        parts = [node.data.parts for node in branch.blocks]
+        assert parts == [spec.needed(i, len(branch)) for i in range(len(branch.blocks))]
         assert (
             sum(len(p) == len(spec.stacks) for p in parts) == 1
         )  # 39 tokens before 607 lie in it and in the tail
         info = engine.agents()["alice"]
         assert (info.tier, info.ram_bytes) == ("hot", engine.core.prefix_cache.pool.nbytes)
-        assert all(len(node.disk_parts) == len(spec.stacks) for node in branch.nodes)
+        assert all(len(node.disk_parts) == len(spec.stacks) for node in branch.blocks)
 
 
 def test_an_evicted_agent_answers_as_if_it_had_not_been_and_only_what_it_needs_is_read(tmp_path):
@@ -113,7 +113,7 @@ def test_an_ephemeral_agent_goes_on_from_its_end_and_is_prefilled_where_its_wind
 
         engine.call(answer(PROMPT))
         branch = newest(engine, "eve")
-        lacking = missing(engine.core.runner.spec, branch.nodes, branch.tail, len(branch))
+        lacking = missing(engine.core.runner.spec, branch.blocks, branch.tail, len(branch))
         assert not lacking and engine.agents()["eve"].disk_bytes == 0
         tokens = branch.tokens().tolist()
         assert engine.call(answer([*tokens, 9, 9])).cached_tokens == 607
@@ -228,7 +228,7 @@ def test_a_prefill_that_outruns_the_disk_keeps_few_windows_and_what_could_not_be
         store.save_block = later
         engine.ask("alice", PROMPT, 8)
         branch = newest(engine)
-        windows = [i for i, node in enumerate(branch.nodes) if WINDOW in node.data.parts]
+        windows = [i for i, node in enumerate(branch.blocks) if WINDOW in node.data.parts]
         most = unsaved_blocks(engine.core.runner.spec)[int(WINDOW)]
         assert windows == list(range(18 - most, 18))
         store.save_block = save_block
@@ -247,7 +247,7 @@ def test_a_prefill_that_outruns_the_disk_keeps_few_windows_and_what_could_not_be
             engine.call(engine.engine.agents.evict(AgentKey("default", "alice")))
         settle_blocks(engine)
         assert len(branch.tokens()) == 607
-        assert [WINDOW in node.there for node in branch.nodes] == [
+        assert [WINDOW in node.there for node in branch.blocks] == [
             not fails or i in windows for i in range(18)
         ]
         _, stats = engine.ask("bob", [*PROMPT[: 5 * BLOCK], 9, 9])
@@ -258,7 +258,7 @@ def test_a_prefill_that_outruns_the_disk_keeps_few_windows_and_what_could_not_be
 
 def settle_blocks(engine: EngineThread) -> None:
     deadline = time.monotonic() + 10
-    while not all(node.disk_bytes for node in newest(engine).nodes):
+    while not all(node.disk_bytes for node in newest(engine).blocks):
         assert time.monotonic() < deadline, "not everything was persisted"
         time.sleep(0.02)
 
@@ -270,16 +270,16 @@ def test_what_runs_counts_on_windows_that_leave_until_another_sequence_shares_th
 
     def shared() -> tuple[int, int] | None:
         core = engine.core
-        if not any(seq.cache is not None and len(seq.nodes) > 14 for seq in core.scheduler.active):
+        if not any(seq.cache is not None and len(seq.blocks) > 14 for seq in core.scheduler.active):
             return None
         match, before = (
             core.prefix_cache.match(AgentKey("default", "bob"), PROMPT[: 14 * BLOCK]),
             core.budget.reserved_bytes,
         )
         announced = core.budget.sharing_bytes(match)
-        core.prefix_cache.hold(match.nodes)
+        core.prefix_cache.hold(match.blocks)
         more = core.budget.reserved_bytes - before
-        core.prefix_cache.release(match.nodes)
+        core.prefix_cache.release(match.blocks)
         return announced, more
 
     with tiny_engine(tmp_path, LOAD) as engine:
@@ -307,7 +307,7 @@ def test_what_a_full_store_lets_go_of_while_it_is_read_is_no_damage_to_what_is_i
             time.sleep(0.01)
 
         def trimmed() -> None:
-            forget(engine.core.prefix_cache, Trimmed([node.key for node in newest(engine).nodes]))
+            forget(engine.core.prefix_cache, Trimmed([node.key for node in newest(engine).blocks]))
             for future in late:
                 future.set_exception(CorruptSegment("it isn't in the store"))
 

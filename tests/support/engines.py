@@ -16,7 +16,7 @@ def settle(engine) -> None:
     while time.monotonic() < deadline:
         branches = list(engine.engine._core.prefix_cache.branches())
         if all(b.tail.disk_bytes or not len(b.tail.tokens) for b in branches) and all(
-            n.disk_bytes for b in branches for n in b.nodes
+            n.disk_bytes for b in branches for n in b.blocks
         ):
             return
         time.sleep(0.02)
@@ -41,7 +41,7 @@ class Sampler:
     def _look(self) -> tuple[int, int]:
         core = self._engine.core
         entries = [
-            *core.prefix_cache.nodes.values(),
+            *core.prefix_cache.blocks.values(),
             *(b.tail for b in core.prefix_cache.branches()),
         ]
         working = [

@@ -214,9 +214,9 @@ class EngineThread:
     def agents(self) -> dict[str, Any]:
         return {a.agent_id: a for a in self.core.prefix_cache.infos("default")}
 
-    def agents_nodes(self, name: str) -> list[Any]:
+    def agents_blocks(self, name: str) -> list[Any]:
         """Of its newest branch."""
-        return list(self.core.prefix_cache.agents["default", name].newest.nodes)
+        return list(self.core.prefix_cache.agents["default", name].newest.blocks)
 
     def stop(self) -> None:
         self.call(self.engine.stop())

@@ -118,7 +118,7 @@ class Admission:
         assert match is not None
         seq.capacity = 0
         capacity = capacity_for(len(seq.tokens))
-        needed = budget.running_bytes(capacity, len(match.nodes))
+        needed = budget.running_bytes(capacity, len(match.blocks))
         needed += match.missing_bytes + budget.sharing_bytes(match)
         if not budget.make_room(needed + slack, match.entries()):
             return False
@@ -173,8 +173,8 @@ class Admission:
     def _start(self, seq: Sequence, match: Match) -> None:
         prefix_cache, write_back = self._prefix_cache, self._write_back
         snapshot, seq.lineage = self._restorer.snapshot(match)
-        seq.nodes, seq.match = list(match.nodes), None
-        prefix_cache.hold(seq.nodes)
+        seq.blocks, seq.match = list(match.blocks), None
+        prefix_cache.hold(seq.blocks)
         prefix_cache.touch(match)
         self._let_go(seq)
         agent = prefix_cache.agent(seq.request.agent)
@@ -187,7 +187,7 @@ class Admission:
         seq.cache = self._runner.new_cache(
             *(snapshot, seq.capacity),
             checkpoint_at=min(wanted, seq.prompt_len - 1),
-            last_state=last_snapshot(prefix_cache.spec, seq.nodes),
+            last_state=last_snapshot(prefix_cache.spec, seq.blocks),
         )
         seq.cached_at_start = match.length
         if not seq.preempted:
@@ -235,11 +235,11 @@ class Admission:
             self._budget.sharing_bytes(match), match.entries(), urgent=False
         ):
             return False
-        self._prefix_cache.hold(match.all_nodes)
-        self._prefix_cache.release(seq.nodes)
+        self._prefix_cache.hold(match.all_blocks)
+        self._prefix_cache.release(seq.blocks)
         self._write_back.abandon(seq.branch)
         self._start(seq, match)
-        self._prefix_cache.release(match.all_nodes)
+        self._prefix_cache.release(match.all_blocks)
         return True
 
     # -- ahead of need
@@ -316,25 +316,25 @@ class Admission:
 
     def _give_back(self, seq: Sequence, *, preempted: bool = False) -> None:
         """What its cache holds becomes a branch of its agent; the working copy goes."""
-        prefix_cache, cache, branch, nodes = (
+        prefix_cache, cache, branch, blocks = (
             self._prefix_cache,
             seq.cache,
             seq.branch,
-            seq.nodes,
+            seq.blocks,
         )
         self._look_at = 0.0
         seq.cache = seq.branch = seq.match = None
-        seq.nodes, seq.capacity = [], 0
+        seq.blocks, seq.capacity = [], 0
         if cache is None or branch is None:
             return
         tokens = np.array(seq.tokens[: cache.length], dtype=np.uint32)
         same = None if preempted else prefix_cache.covering(branch, tokens)
-        for node in nodes:
-            node.last_used = time.time()
+        for block in blocks:
+            block.last_used = time.time()
         opaque = self._runner.spec.opaque is not None
         if opaque or seq.discard or same is not None or cache.length == seq.cached_at_start:
-            prefix_cache.drop_unneeded(nodes)
-            prefix_cache.release(nodes)
+            prefix_cache.drop_unneeded(blocks)
+            prefix_cache.release(blocks)
             self._write_back.abandon(branch)
             if same is not None:
                 same.last_used = same.agent.last_used = time.time()
@@ -345,9 +345,9 @@ class Admission:
                 CachedTail(tokens[cache.num_sealed :], lineage=seq.lineage),
                 cache.snapshot(),
             )
-            if nodes and snapshot.tail is None:
-                prefix_cache.add_states(nodes[-1], snapshot.blocks[-1])
-            self._write_back.commit(branch, nodes, tail, snapshot.tail)
+            if blocks and snapshot.tail is None:
+                prefix_cache.add_states(blocks[-1], snapshot.blocks[-1])
+            self._write_back.commit(branch, blocks, tail, snapshot.tail)
             self._write_back.note(branch.agent, branch)
 
     def _note_progress(self) -> None:

@@ -148,20 +148,20 @@ class RamBudget:
         """
         if self._spec.needs_all_parts:
             return 0
-        shared = {id(node) for node in match.nodes}
+        shared = {id(block) for block in match.blocks}
         return sum(
             self._running_bytes(seq, shared) - self._running_bytes(seq) for seq in self._active()
         )
 
     def _running_bytes(self, seq: Sequence, shared: Container[int] = ()) -> int:
-        """`shared`: ids of nodes that another sequence is about to hold."""
+        """`shared`: ids of blocks that another sequence is about to hold."""
         if not seq.capacity:
             return 0
-        match_nodes = len(seq.match.nodes) if seq.match else 0
-        num_sealed = max(len(seq.nodes), match_nodes)
+        matched = len(seq.match.blocks) if seq.match else 0
+        num_sealed = max(len(seq.blocks), matched)
         if self._spec.needs_all_parts:
             return self.running_bytes(seq.capacity, num_sealed)
-        own = seq.nodes[seq.cached_at_start // self._spec.block_size :]
+        own = seq.blocks[seq.cached_at_start // self._spec.block_size :]
         held = (
             part
             for n in own

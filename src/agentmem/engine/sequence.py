@@ -49,7 +49,7 @@ class Sequence:
     cached_at_start: int = 0  # tokens that `cache` began with
     num_cached: int = 0  # the same, when the sequence first left the queue
     branch: Branch | None = None
-    nodes: list[CachedBlock] = field(default_factory=list)  # of the sealed blocks, in order
+    blocks: list[CachedBlock] = field(default_factory=list)  # of the sealed blocks, in order
     lineage: bytes = b""  # of the open block, see contexts.block_key
     num_scored: int = 0  # tokens of the prompt, from its second on, whose log probability was told
     cause: Cause = "first"  # why no more was cached
@@ -99,16 +99,16 @@ class Sequence:
 
     def entries(self) -> Iterator[Entry]:
         """What of the block pool it works with."""
-        yield from self.nodes
+        yield from self.blocks
         if self.match is not None:
             yield from self.match.entries()
 
     def holds(self) -> Iterator[Holder]:
         """The path that it works with, or matched, and where it goes on from."""
         if self.cache is not None:
-            yield self.nodes, self.cache.length
+            yield self.blocks, self.cache.length
         if self.match is not None:
-            yield self.match.all_nodes, self.match.length
+            yield self.match.all_blocks, self.match.length
 
     @property
     def cache_state(self) -> CacheState:

@@ -196,31 +196,31 @@ class Stepper:
         self._metrics.finished(seq.stats())
         seq.finish(reason)
 
-    def _sealed(self, seq: Sequence, blocks: list[SealedBlock]) -> None:
+    def _sealed(self, seq: Sequence, sealed: list[SealedBlock]) -> None:
         """Enter the blocks that a step filled up into the tree, and queue them to be written."""
-        if not blocks:
+        if not sealed:
             return
         began = time.perf_counter()
         prefix_cache = self._prefix_cache
         size = self._runner.spec.block_size
         scope = prefix_cache.scope(seq.request.agent)
         assert seq.cache is not None and seq.branch is not None
-        for block in blocks:
-            index = len(seq.nodes)
-            parent = seq.nodes[-1].key if seq.nodes else ROOT
+        for data in sealed:
+            index = len(seq.blocks)
+            parent = seq.blocks[-1].key if seq.blocks else ROOT
             tokens = seq.tokens[index * size : (index + 1) * size]
-            node = prefix_cache.seal(
-                scope, parent, tokens, seq.lineage, block, ephemeral=seq.branch.agent.ephemeral
+            block = prefix_cache.seal(
+                scope, parent, tokens, seq.lineage, data, ephemeral=seq.branch.agent.ephemeral
             )
             seq.lineage = FRESH
-            if node.data is not None and node.data is not block:
-                seq.cache.adopt(index, node.data)
-            prefix_cache.hold([node])
-            seq.nodes.append(node)
+            if block.data is not None and block.data is not data:
+                seq.cache.adopt(index, block.data)
+            prefix_cache.hold([block])
+            seq.blocks.append(block)
             # the state at the end of a block is only known to be wanted once nothing follows: it
             # waits for the next
-            path = seq.nodes[:-1] if self._runner.spec.resumes_at_snapshots else list(seq.nodes)
+            path = seq.blocks[:-1] if self._runner.spec.resumes_at_snapshots else list(seq.blocks)
             if path and not seq.discard:
                 self._write_back.save_block(seq.branch, path)
-        prefix_cache.drop_unneeded(seq.nodes)
-        self._trace.span("seal", began, agent=seq.request.agent.agent_id, blocks=len(blocks))
+        prefix_cache.drop_unneeded(seq.blocks)
+        self._trace.span("seal", began, agent=seq.request.agent.agent_id, blocks=len(sealed))

@@ -17,7 +17,7 @@ from .resume import missing
 class Branch:
     id: str
     agent: "Agent"
-    nodes: list[CachedBlock] = field(default_factory=list)
+    blocks: list[CachedBlock] = field(default_factory=list)
     tail: CachedTail = field(default_factory=CachedTail)
     last_used: float = 0.0  # Unix seconds
     in_use: bool = False  # a sequence continues it
@@ -31,21 +31,21 @@ class Branch:
     )  # branches that leave the disk once all of this one is there
 
     def tokens(self) -> np.ndarray:
-        return np.concatenate([*(n.tokens for n in self.nodes), self.tail.tokens])
+        return np.concatenate([*(n.tokens for n in self.blocks), self.tail.tokens])
 
     def __len__(self) -> int:
-        per_node = len(self.nodes[0].tokens) if self.nodes else 0
-        return len(self.nodes) * per_node + len(self.tail.tokens)
+        per_block = len(self.blocks[0].tokens) if self.blocks else 0
+        return len(self.blocks) * per_block + len(self.tail.tokens)
 
     @property
     def head(self) -> bytes | None:
-        return self.nodes[-1].key if self.nodes else None
+        return self.blocks[-1].key if self.blocks else None
 
     def tier(self, spec: KVCacheSpec) -> Tier:
         """Hot: nothing that its end needs must be read."""
-        nodes, tail = list(self.nodes), self.tail
-        end = sum(len(n.tokens) for n in nodes) + len(tail.tokens)
-        return "warm" if missing(spec, nodes, tail if len(tail.tokens) else None, end) else "hot"
+        blocks, tail = list(self.blocks), self.tail
+        end = sum(len(n.tokens) for n in blocks) + len(tail.tokens)
+        return "warm" if missing(spec, blocks, tail if len(tail.tokens) else None, end) else "hot"
 
 
 @dataclass(eq=False)
@@ -79,16 +79,16 @@ class Agent:
 
     def entries(self) -> Iterator[Entry]:
         for branch in self.branches.values():
-            yield from branch.nodes
+            yield from branch.blocks
             yield branch.tail
 
 
 def agent_info(agent: Agent, spec: KVCacheSpec) -> AgentInfo:
     branches = list(agent.branches.values())
-    nodes = {n.key: n for b in branches for n in list(b.nodes)}.values()
+    blocks = {n.key: n for b in branches for n in list(b.blocks)}.values()
     held = [
         data
-        for data in (*(n.data for n in nodes), *(b.tail.data for b in branches))
+        for data in (*(n.data for n in blocks), *(b.tail.data for b in branches))
         if data is not None
     ]
     return AgentInfo(
@@ -97,7 +97,7 @@ def agent_info(agent: Agent, spec: KVCacheSpec) -> AgentInfo:
         tokens=max((len(b) for b in branches), default=0),
         branches=len(branches),
         ram_bytes=sum(data.nbytes for data in held),
-        disk_bytes=sum(n.disk_bytes for n in nodes) + sum(b.tail.disk_bytes for b in branches),
+        disk_bytes=sum(n.disk_bytes for n in blocks) + sum(b.tail.disk_bytes for b in branches),
         created=agent.created,
         last_used=agent.last_used,
         pinned=agent.pinned,

@@ -91,28 +91,28 @@ class BlockPool:
         self._entries: dict[int, Entry] = {}
 
     def put(self, entry: Entry, data: Any) -> None:
-        """`data`: a SealedBlock for a Node, a Tail for an CachedTail."""
+        """`data`: a SealedBlock for a CachedBlock, a Tail for an CachedTail."""
         assert id(entry) not in self._entries
         entry.data = data
         self._entries[id(entry)] = entry
         self.nbytes += data.nbytes
 
-    def add(self, node: CachedBlock, arrays: Arrays) -> None:
+    def add(self, block: CachedBlock, arrays: Arrays) -> None:
         """More parts of a block of which some may be here."""
-        if node.data is None:
-            self.put(node, SealedBlock(arrays))
+        if block.data is None:
+            self.put(block, SealedBlock(arrays))
         else:
-            self._replace(node, node.data.with_arrays(arrays))
+            self._replace(block, block.data.with_arrays(arrays))
 
-    def keep(self, node: CachedBlock, parts: Container[str]) -> None:
-        """Let go of the node's other parts."""
-        if node.data is not None and not all(part in parts for part in node.data.parts):
-            self._replace(node, node.data.only(parts))
+    def keep(self, block: CachedBlock, parts: Container[str]) -> None:
+        """Let go of the block's other parts."""
+        if block.data is not None and not all(part in parts for part in block.data.parts):
+            self._replace(block, block.data.only(parts))
 
-    def _replace(self, node: CachedBlock, data: SealedBlock) -> None:
-        assert node.data is not None
-        self.nbytes += data.nbytes - node.data.nbytes
-        node.data = data
+    def _replace(self, block: CachedBlock, data: SealedBlock) -> None:
+        assert block.data is not None
+        self.nbytes += data.nbytes - block.data.nbytes
+        block.data = data
 
     def drop(self, entry: Entry) -> None:
         """Let go of the entry's arrays, if it has any."""

@@ -1,8 +1,8 @@
 """Agents, their branches, and the tree of blocks that the branches share: what is cached, and for
 whom.
 
-A branch is a path of nodes (sealed blocks) plus a tail (an open block). Nodes are keyed by content,
-so that branches, and agents of one namespace, hold one node together where their prefixes are the
+A branch is a path of blocks (sealed blocks) plus a tail (an open block). Blocks are keyed by content,
+so that branches, and agents of one namespace, hold one block together where their prefixes are the
 same. Engine thread only, except `infos`.
 """
 
@@ -67,7 +67,7 @@ class PrefixCache:
         self._newcomers: WeakValueDictionary[AgentKey, Agent] = (
             WeakValueDictionary()
         )  # still without a branch
-        self.nodes: dict[bytes, CachedBlock] = {}
+        self.blocks: dict[bytes, CachedBlock] = {}
         self._held: list[Match] = []  # that something waits for, other than a sequence
         self.pool = BlockPool()
 
@@ -101,7 +101,7 @@ class PrefixCache:
 
     def match(self, key: AgentKey, tokens: Sequence[int]) -> Match:
         """The longest prefix of `tokens`, short of the last one, over the agent's branches, then
-        over shared nodes.
+        over shared blocks.
         """
         wanted = np.array(tokens[:-1], dtype=np.uint32)
         if self.spec.opaque is not None:
@@ -130,19 +130,19 @@ class PrefixCache:
 
     def _match_branch(self, branch: Branch, wanted: np.ndarray) -> Match:
         return matched(
-            self.spec, branch.nodes, branch.tail, common_prefix(branch.tokens(), wanted), branch
+            self.spec, branch.blocks, branch.tail, common_prefix(branch.tokens(), wanted), branch
         )
 
     def _match_shared(self, scope: bytes, wanted: np.ndarray) -> Match:
-        nodes: list[CachedBlock] = []
+        blocks: list[CachedBlock] = []
         parent, size = ROOT, self.spec.block_size
         for start in range(0, len(wanted) - size + 1, size):
-            node = self.nodes.get(block_key(scope, parent, wanted[start : start + size], FRESH))
-            if node is None:
+            block = self.blocks.get(block_key(scope, parent, wanted[start : start + size], FRESH))
+            if block is None:
                 break
-            nodes.append(node)
-            parent = node.key
-        return matched(self.spec, nodes, None, len(nodes) * size, None)
+            blocks.append(block)
+            parent = block.key
+        return matched(self.spec, blocks, None, len(blocks) * size, None)
 
     def new_branch(self, agent: Agent) -> Branch:
         return Branch(uuid.uuid4().hex, agent)
@@ -157,44 +157,44 @@ class PrefixCache:
         *,
         ephemeral: bool = False,
     ) -> CachedBlock:
-        """The node of a block that just filled up: the existing one of that key, or a new one. Not
+        """The block of a block that just filled up: the existing one of that key, or a new one. Not
         held yet.
 
-        An existing node of which a stack is not in RAM can't be adopted without a read, so the
+        An existing block of which a stack is not in RAM can't be adopted without a read, so the
         block gets a key of its own: a little space for never mixing two computations of one block.
         """
         array = np.array(tokens, dtype=np.uint32)
         key = block_key(scope, parent, array, lineage)
-        found = self.nodes.get(key)
+        found = self.blocks.get(key)
         if found is not None and (found.data is None or not self._stacks <= found.data.parts):
             key, found = block_key(scope, parent, array, lineage + uuid.uuid4().bytes), None
         if found is None:
-            found = self.nodes[key] = CachedBlock(key, parent, array, discardable=ephemeral)
+            found = self.blocks[key] = CachedBlock(key, parent, array, discardable=ephemeral)
             self.pool.put(found, data)
         found.discardable = found.discardable and ephemeral
         return found
 
-    def add_states(self, node: CachedBlock, block: SealedBlock) -> None:
-        """Keep what `block`, a running sequence's own, has more of recurrent state."""
-        had = node.data.arrays if node.data is not None else {}
+    def add_states(self, block: CachedBlock, sealed: SealedBlock) -> None:
+        """Keep what `sealed`, a running sequence's own, has more of recurrent state."""
+        had = block.data.arrays if block.data is not None else {}
         more = {
             name: a
-            for name, a in block.arrays.items()
+            for name, a in sealed.arrays.items()
             if is_state(part_of(name)) and name not in had
         }
         if more:
-            self.pool.add(node, more)
+            self.pool.add(block, more)
 
     @staticmethod
-    def hold(nodes: Iterable[CachedBlock]) -> None:
+    def hold(blocks: Iterable[CachedBlock]) -> None:
         now = time.time()
-        for node in nodes:
-            node.refs += 1
-            node.last_used = now
+        for block in blocks:
+            block.refs += 1
+            block.last_used = now
 
     def hold_match(self, match: Match) -> None:
-        """Keep its nodes, and what of them comes into RAM for it, until `release_match`."""
-        self.hold(match.all_nodes)
+        """Keep its blocks, and what of them comes into RAM for it, until `release_match`."""
+        self.hold(match.all_blocks)
         self._held.append(match)
 
     def held_entries(self) -> Iterator[Entry]:
@@ -204,18 +204,18 @@ class PrefixCache:
 
     def release_match(self, match: Match) -> None:
         self._held = [held for held in self._held if held is not match]
-        self.drop_unneeded(match.all_nodes)
-        self.release(match.all_nodes)
+        self.drop_unneeded(match.all_blocks)
+        self.release(match.all_blocks)
 
     def drop_unneeded(self, path: Sequence[CachedBlock]) -> None:
-        """Let go of what nobody needs in RAM of the nodes of a path that starts at the root."""
+        """Let go of what nobody needs in RAM of the blocks of a path that starts at the root."""
         drop_unneeded(self.spec, self.pool, path, self._holders())
 
     def _holders(self) -> Iterator[Holder]:
         for branch in self.branches():
-            yield branch.nodes, len(branch)
+            yield branch.blocks, len(branch)
         for match in self._held:
-            yield match.all_nodes, match.length
+            yield match.all_blocks, match.length
         yield from self._running()
 
     @staticmethod
@@ -232,20 +232,20 @@ class PrefixCache:
         if data is not None:
             self.pool.put(tail, data)
 
-    def release(self, nodes: Iterable[CachedBlock]) -> None:
-        for node in nodes:
-            node.refs -= 1
-            if node.refs == 0:
-                self.pool.drop(node)
-                if self.nodes.get(node.key) is node:
-                    del self.nodes[node.key]
+    def release(self, blocks: Iterable[CachedBlock]) -> None:
+        for block in blocks:
+            block.refs -= 1
+            if block.refs == 0:
+                self.pool.drop(block)
+                if self.blocks.get(block.key) is block:
+                    del self.blocks[block.key]
 
     def put_branch(self, branch: Branch) -> list[Branch]:
         """Enter a branch that a sequence leaves, and drop what it displaces: its own prefixes, and
         the oldest.
 
         Returns the oldest; the prefixes are in `branch.displaced`. The branch must already hold its
-        nodes.
+        blocks.
         """
         agent = branch.agent = self.enter(branch.agent)
         branch.last_used = agent.last_used
@@ -286,8 +286,8 @@ class PrefixCache:
         self.set_tail(
             branch, CachedTail()
         )  # a read of the old one that is on its way finds no place
-        self.drop_unneeded(branch.nodes)
-        self.release(branch.nodes)
+        self.drop_unneeded(branch.blocks)
+        self.release(branch.blocks)
 
     def is_ephemeral(self, key: AgentKey) -> bool:
         """Whether there is such an agent, and it is never written to disk. From any thread."""
@@ -302,13 +302,13 @@ class PrefixCache:
     def cut_at(self, bad: CachedBlock) -> None:
         """A block turned out unreadable: every branch that holds it keeps what comes before."""
         for branch in self.branches():
-            if bad in branch.nodes:
-                index = branch.nodes.index(bad)
-                self.release(branch.nodes[index:])
-                branch.nodes = branch.nodes[:index]
+            if bad in branch.blocks:
+                index = branch.blocks.index(bad)
+                self.release(branch.blocks[index:])
+                branch.blocks = branch.blocks[:index]
                 self.set_tail(branch, CachedTail())
-        if self.nodes.get(bad.key) is bad:
-            del self.nodes[bad.key]
+        if self.blocks.get(bad.key) is bad:
+            del self.blocks[bad.key]
 
     def lose(self, entry: Entry) -> None:
         """Its arrays are gone, and were never on disk."""

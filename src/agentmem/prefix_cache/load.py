@@ -38,18 +38,18 @@ def enter(
         key = b.head
         while key:
             record = records[key]
-            node = prefix_cache.nodes.get(key) or CachedBlock(
+            block = prefix_cache.blocks.get(key) or CachedBlock(
                 key,
                 record.parent or ROOT,
                 record.tokens,
                 disk_bytes=record.nbytes,
                 disk_parts=record.parts,
             )
-            prefix_cache.nodes[key] = node
-            branch.nodes.append(node)
+            prefix_cache.blocks[key] = block
+            branch.blocks.append(block)
             key = record.parent
-        branch.nodes.reverse()
-        prefix_cache.hold(branch.nodes)
+        branch.blocks.reverse()
+        prefix_cache.hold(branch.blocks)
         if b.tail is not None:
             branch.tail = CachedTail(
                 b.tail.tokens, disk_bytes=b.tail.nbytes, disk_parts=b.tail.parts
@@ -59,18 +59,19 @@ def enter(
 
 def forget(prefix_cache: PrefixCache, gone: Trimmed) -> None:
     """A full store let go of what was not used for longest: it stays only where it is in RAM."""
-    blocks, tails = set(gone.blocks), set(gone.tails)
-    for node in [prefix_cache.nodes[key] for key in blocks if key in prefix_cache.nodes]:
-        node.not_on_disk()
-        if node.data is None:
-            prefix_cache.cut_at(node)
+    keys = set(gone.blocks)
+    tails = set(gone.tails)
+    for block in [prefix_cache.blocks[key] for key in keys if key in prefix_cache.blocks]:
+        block.not_on_disk()
+        if block.data is None:
+            prefix_cache.cut_at(block)
     for branch in list(prefix_cache.branches()):
         if branch.id in tails:
             branch.tail.not_on_disk()
             if branch.tail.data is None:
                 prefix_cache.set_tail(branch, CachedTail())
-        if branch.disk_head in blocks or branch.id in tails:
-            branch.disk_head = None if branch.disk_head in blocks else branch.disk_head
+        if branch.disk_head in keys or branch.id in tails:
+            branch.disk_head = None if branch.disk_head in keys else branch.disk_head
             branch.save_at = branch.save_at or math.inf  # when it leaves RAM, not before
         if not len(branch) and not branch.in_use:
             prefix_cache.drop_branch(branch)

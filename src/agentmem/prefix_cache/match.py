@@ -11,35 +11,35 @@ from .resume import Missing, missing, resumable
 
 @dataclass(frozen=True)
 class Match:
-    """The longest reusable prefix: whole nodes, then part of one more node or of a tail."""
+    """The longest reusable prefix: whole blocks, then part of one more block or of a tail."""
 
     spec: KVCacheSpec
-    nodes: tuple[CachedBlock, ...] = ()
+    blocks: tuple[CachedBlock, ...] = ()
     length: int = 0
-    source: Branch | None = None  # None: shared nodes only
+    source: Branch | None = None  # None: shared blocks only
     # a sealed block of which the first tokens are kept, as codes
-    cut_node: CachedBlock | None = None
+    cut_block: CachedBlock | None = None
     tail: CachedTail | None = None  # of which the first tokens are kept
     extends: bool = False  # all of `source` is matched: the request continues it
 
     @property
     def open_len(self) -> int:
-        """Matched tokens after the whole nodes."""
-        return self.length - len(self.nodes) * self.spec.block_size
+        """Matched tokens after the whole blocks."""
+        return self.length - len(self.blocks) * self.spec.block_size
 
     @property
-    def all_nodes(self) -> tuple[CachedBlock, ...]:
-        return self.nodes + ((self.cut_node,) if self.cut_node else ())
+    def all_blocks(self) -> tuple[CachedBlock, ...]:
+        return self.blocks + ((self.cut_block,) if self.cut_block else ())
 
     def entries(self) -> Iterator[Entry]:
-        yield from self.all_nodes
+        yield from self.all_blocks
         if self.tail is not None:
             yield self.tail
 
     @property
     def missing(self) -> list[Missing]:
         """What has to be read from disk."""
-        return missing(self.spec, self.all_nodes, self.tail, self.length)
+        return missing(self.spec, self.all_blocks, self.tail, self.length)
 
     @property
     def missing_bytes(self) -> int:
@@ -48,22 +48,22 @@ class Match:
 
 def matched(
     spec: KVCacheSpec,
-    nodes: Sequence[CachedBlock],
+    blocks: Sequence[CachedBlock],
     tail: CachedTail | None,
     n: int,
     source: Branch | None,
 ) -> Match:
-    """The first `n` tokens of `nodes` and `tail`, or as many as a sequence can go on from."""
-    n = resumable(spec, nodes, tail, n)
-    whole = min(n // spec.block_size, len(nodes))
+    """The first `n` tokens of `blocks` and `tail`, or as many as a sequence can go on from."""
+    n = resumable(spec, blocks, tail, n)
+    whole = min(n // spec.block_size, len(blocks))
     inside = n > whole * spec.block_size
-    sealed = whole < len(nodes)
+    sealed = whole < len(blocks)
     return Match(
         spec,
-        nodes=tuple(nodes[:whole]),
+        blocks=tuple(blocks[:whole]),
         length=n,
         source=source,
-        cut_node=nodes[whole] if inside and sealed else None,
+        cut_block=blocks[whole] if inside and sealed else None,
         tail=tail if inside and not sealed else None,
         extends=source is not None and n == len(source),
     )
@@ -74,4 +74,4 @@ def preference(match: Match) -> tuple[int, bool, bool, str]:
     cut.
     """
     assert match.source is not None
-    return match.length, match.cut_node is None, match.extends, match.source.id
+    return match.length, match.cut_block is None, match.extends, match.source.id

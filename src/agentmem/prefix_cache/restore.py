@@ -24,9 +24,9 @@ Arrived = Callable[[int, float], None]  # bytes, when (time.perf_counter())
 _NOTHING = SealedBlock({})
 
 
-def cut_lineage(node: CachedBlock, num_tokens: int) -> bytes:
-    """Lineage of the block that goes on from the first `num_tokens` of `node`."""
-    return node.key + num_tokens.to_bytes(_LINEAGE_POSITION, "little")
+def cut_lineage(block: CachedBlock, num_tokens: int) -> bytes:
+    """Lineage of the block that goes on from the first `num_tokens` of `block`."""
+    return block.key + num_tokens.to_bytes(_LINEAGE_POSITION, "little")
 
 
 def foreign_lineage(prefix_len: int) -> bytes:
@@ -199,16 +199,16 @@ class Restorer:
             return self._take_in_parts(read, entry, raw)
         return self._take_in_tail(read.match, entry, raw, metadata)
 
-    def _take_in_parts(self, read: _Read, node: CachedBlock, raw: RawArrays) -> int:
-        have = node.data or _NOTHING
+    def _take_in_parts(self, read: _Read, block: CachedBlock, raw: RawArrays) -> int:
+        have = block.data or _NOTHING
         if not read.parts <= have.parts | {part_of(name) for name in raw}:
-            self._quarantine(read.match, node)
+            self._quarantine(read.match, block)
             return 0
         arrays = from_raw(
             {name: array for name, array in raw.items() if part_of(name) not in have.parts}
         )
-        self._prefix_cache.pool.add(node, arrays)
-        node.last_used = time.time()
+        self._prefix_cache.pool.add(block, arrays)
+        block.last_used = time.time()
         return SealedBlock(arrays).nbytes
 
     def _take_in_tail(
@@ -217,7 +217,7 @@ class Restorer:
         assert match.source is not None
         if tail.data is not None or match.source.tail is not tail:
             return 0
-        head = match.nodes[-1].key if match.nodes else ROOT
+        head = match.blocks[-1].key if match.blocks else ROOT
         if metadata["identity"] != _tail_identity(head, tail.tokens):
             self._quarantine(match, tail)
             return 0
@@ -234,7 +234,7 @@ class Restorer:
         its way.
         """
         if isinstance(entry, CachedBlock):
-            if self._prefix_cache.nodes.get(entry.key) is entry:
+            if self._prefix_cache.blocks.get(entry.key) is entry:
                 self._store.quarantine_block(entry.key)
                 self._prefix_cache.cut_at(entry)
         elif match.source is not None and match.source.tail is entry:
@@ -247,20 +247,20 @@ class Restorer:
         """
         assert not match.missing
         tail, lineage = self.open_block(match)
-        wanted = needs(self._spec, len(match.nodes), match.length)
+        wanted = needs(self._spec, len(match.blocks), match.length)
         blocks = (
-            (node.data or _NOTHING).only(parts)
-            for node, parts in zip(match.nodes, wanted, strict=True)
+            (block.data or _NOTHING).only(parts)
+            for block, parts in zip(match.blocks, wanted, strict=True)
         )
         return Snapshot(tuple(blocks), tail), lineage
 
     def open_block(self, match: Match) -> tuple[Tail | None, bytes]:
         """What follows the matched whole blocks, and its lineage; what that is cut from is in RAM."""
         n = match.open_len
-        if match.cut_node is not None:
-            assert match.cut_node.data is not None
-            return Tail.of_cut_block(match.cut_node.data, n, self._spec), cut_lineage(
-                match.cut_node, n
+        if match.cut_block is not None:
+            assert match.cut_block.data is not None
+            return Tail.of_cut_block(match.cut_block.data, n, self._spec), cut_lineage(
+                match.cut_block, n
             )
         if match.tail is None:
             return None, FRESH

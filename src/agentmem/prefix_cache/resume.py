@@ -44,9 +44,9 @@ class Missing:
 
 
 def resumable(
-    spec: KVCacheSpec, nodes: Sequence[CachedBlock], tail: CachedTail | None, n: int
+    spec: KVCacheSpec, blocks: Sequence[CachedBlock], tail: CachedTail | None, n: int
 ) -> int:
-    """The largest position, at most `n`, from which a sequence over `nodes` and then `tail` can go
+    """The largest position, at most `n`, from which a sequence over `blocks` and then `tail` can go
     on.
 
     What that takes may be in RAM or on disk. `n` is at most the tokens of both.
@@ -54,8 +54,8 @@ def resumable(
     if spec.needs_all_parts:
         return n
     at_snapshots = spec.resumes_at_snapshots
-    candidates = _snapshots(spec, nodes, tail, n) if at_snapshots else _ends(spec, n)
-    return next((p for p in candidates if _can_resume(spec, nodes, p)), 0)
+    candidates = _snapshots(spec, blocks, tail, n) if at_snapshots else _ends(spec, n)
+    return next((p for p in candidates if _can_resume(spec, blocks, p)), 0)
 
 
 def _ends(spec: KVCacheSpec, n: int) -> Iterator[int]:
@@ -68,38 +68,38 @@ def _ends(spec: KVCacheSpec, n: int) -> Iterator[int]:
 
 
 def _snapshots(
-    spec: KVCacheSpec, nodes: Sequence[CachedBlock], tail: CachedTail | None, n: int
+    spec: KVCacheSpec, blocks: Sequence[CachedBlock], tail: CachedTail | None, n: int
 ) -> Iterator[int]:
     """Positions at which there is a snapshot of recurrent state, the last one first."""
-    path: list[Entry] = [*nodes, *([tail] if tail is not None else [])]
+    path: list[Entry] = [*blocks, *([tail] if tail is not None else [])]
     for index in range(min(len(path), -(-n // spec.block_size)) - 1, -1, -1):
         offsets = map(state_offset, filter(is_state, path[index].there))
         positions = (index * spec.block_size + offset for offset in offsets)
         yield from sorted((p for p in positions if p <= n), reverse=True)
 
 
-def last_snapshot(spec: KVCacheSpec, nodes: Sequence[CachedBlock]) -> int:
-    """Position of the last snapshot of recurrent state in `nodes`; 0 if there is none."""
-    return next(_snapshots(spec, nodes, None, len(nodes) * spec.block_size), 0)
+def last_snapshot(spec: KVCacheSpec, blocks: Sequence[CachedBlock]) -> int:
+    """Position of the last snapshot of recurrent state in `blocks`; 0 if there is none."""
+    return next(_snapshots(spec, blocks, None, len(blocks) * spec.block_size), 0)
 
 
-def _can_resume(spec: KVCacheSpec, nodes: Sequence[CachedBlock], position: int) -> bool:
+def _can_resume(spec: KVCacheSpec, blocks: Sequence[CachedBlock], position: int) -> bool:
     """Of a tail, `position` is one that it has a snapshot of, if it needs one."""
-    wanted = needs(spec, min(len(nodes), -(-position // spec.block_size)), position)
+    wanted = needs(spec, min(len(blocks), -(-position // spec.block_size)), position)
     # the last ones need most, so a failure is found soon
-    return all(wanted[i] <= nodes[i].there for i in range(len(wanted) - 1, -1, -1))
+    return all(wanted[i] <= blocks[i].there for i in range(len(wanted) - 1, -1, -1))
 
 
 def missing(
-    spec: KVCacheSpec, nodes: Sequence[CachedBlock], tail: CachedTail | None, position: int
+    spec: KVCacheSpec, blocks: Sequence[CachedBlock], tail: CachedTail | None, position: int
 ) -> list[Missing]:
     """What is not in RAM, for a sequence that goes on from `position`, in `tail` or at the end of
-    `nodes`.
+    `blocks`.
     """
     lacking = [
-        Missing(node, parts)
-        for node, wanted in zip(nodes, needs(spec, len(nodes), position), strict=True)
-        if (parts := wanted - (_NONE if node.data is None else node.data.parts))
+        Missing(block, parts)
+        for block, wanted in zip(blocks, needs(spec, len(blocks), position), strict=True)
+        if (parts := wanted - (_NONE if block.data is None else block.data.parts))
     ]
     if tail is not None and tail.data is None:
         lacking.append(Missing(tail, _NONE))

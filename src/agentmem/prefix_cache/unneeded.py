@@ -27,7 +27,7 @@ def unsaved_blocks(spec: KVCacheSpec) -> list[int | None]:
 def drop_unneeded(
     spec: KVCacheSpec, pool: BlockPool, path: Sequence[CachedBlock], holders: Iterable[Holder]
 ) -> None:
-    """Let go of the parts that no holder needs of the path's nodes.
+    """Let go of the parts that no holder needs of the path's blocks.
 
     What is not on disk yet keeps those of its last blocks as well: the disk may be slower than a
     prefill, but the bytes of a save that waits are not to grow with the context.
@@ -36,16 +36,16 @@ def drop_unneeded(
         return
     needed, snapshots = _needed(spec, path, holders), 0
     for i in range(len(path) - 1, -1, -1):
-        node = path[i]
-        if node.data is None:
+        block = path[i]
+        if block.data is None:
             continue
-        if not (node.disk_bytes or node.discardable):
+        if not (block.disk_bytes or block.discardable):
             needed[i] |= _recent(spec, len(path) - i)
-            states = sorted(filter(is_state, node.data.parts), key=state_offset, reverse=True)
+            states = sorted(filter(is_state, block.data.parts), key=state_offset, reverse=True)
             states = states[: UNSAVED_SNAPSHOTS - snapshots]
             snapshots += len(states)
             needed[i].update(states)
-        pool.keep(node, needed[i])
+        pool.keep(block, needed[i])
 
 
 def _recent(spec: KVCacheSpec, from_end: int) -> set[str]:
@@ -60,10 +60,10 @@ def _recent(spec: KVCacheSpec, from_end: int) -> set[str]:
 def _needed(
     spec: KVCacheSpec, path: Sequence[CachedBlock], holders: Iterable[Holder]
 ) -> list[set[str]]:
-    """Parts that holders need of each node of the path."""
+    """Parts that holders need of each block of the path."""
     needed = [set(spec.lasting_parts) for _ in path]
-    for nodes, position in holders:
-        for i in range(_shared(path, nodes) - 1, -1, -1):
+    for blocks, position in holders:
+        for i in range(_shared(path, blocks) - 1, -1, -1):
             parts = spec.needed(i, position)
             needed[i] |= parts
             if parts <= spec.lasting_parts:  # what comes before needs no more
@@ -72,6 +72,6 @@ def _needed(
 
 
 def _shared(a: Sequence[CachedBlock], b: Sequence[CachedBlock]) -> int:
-    """Nodes at the beginning that are the same."""
+    """Blocks at the beginning that are the same."""
     n = min(len(a), len(b))
     return next((i for i in range(n) if a[i] is not b[i]), n)

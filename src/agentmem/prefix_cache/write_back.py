@@ -47,7 +47,7 @@ class WriteBack:
         """The branch that a sequence will leave: the one it continues, else a new one that pins
         what it shares.
         """
-        self._share(match.nodes, agent)
+        self._share(match.blocks, agent)
         source = match.source
         if (
             source is not None
@@ -59,53 +59,53 @@ class WriteBack:
             return source
         branch = self._prefix_cache.new_branch(agent)
         branch.in_use = True
-        if match.nodes and persist:
-            self._save_path(branch, list(match.nodes))
+        if match.blocks and persist:
+            self._save_path(branch, list(match.blocks))
         return branch
 
     @staticmethod
-    def _share(nodes: Iterable[CachedBlock], agent: Agent) -> None:
+    def _share(blocks: Iterable[CachedBlock], agent: Agent) -> None:
         """What an agent that is written uses is not expendable, whoever made it."""
-        for node in nodes:
-            node.discardable = node.discardable and agent.ephemeral
+        for block in blocks:
+            block.discardable = block.discardable and agent.ephemeral
 
-    def save_block(self, branch: Branch, nodes: list[CachedBlock]) -> None:
-        """Queue the last of `nodes`, a branch's path so far; if it is stored already, only the
+    def save_block(self, branch: Branch, blocks: list[CachedBlock]) -> None:
+        """Queue the last of `blocks`, a branch's path so far; if it is stored already, only the
         branch moves on.
         """
-        node, agent = nodes[-1], branch.agent
-        if node.saving is not None or agent.ephemeral:
+        block, agent = blocks[-1], branch.agent
+        if block.saving is not None or agent.ephemeral:
             return
-        if node.disk_bytes or node.data is None:
+        if block.disk_bytes or block.data is None:
             future = self._store.save_branch(
                 BranchHead(
                     branch_id=branch.id,
                     agent=agent.key,
-                    head=node.key,
+                    head=block.key,
                     last_used=self._used(branch),
                 )
             )
             future.add_done_callback(
-                lambda f: self._post(lambda: self._path_saved(branch, nodes, f))
+                lambda f: self._post(lambda: self._path_saved(branch, blocks, f))
             )
             return
-        block = BlockToSave(
+        to_save = BlockToSave(
             branch_id=branch.id,
             agent=agent.key,
-            key=node.key,
-            parent=node.parent or None,
-            tokens=node.tokens,
-            tensors=to_host(node.data.arrays),
+            key=block.key,
+            parent=block.parent or None,
+            tokens=block.tokens,
+            tensors=to_host(block.data.arrays),
             last_used=self._used(branch),
         )
-        saving = node.saving = self._store.save_block(block)
-        saving.add_done_callback(lambda f: self._post(lambda: self._block_saved(branch, nodes, f)))
+        saving = block.saving = self._store.save_block(to_save)
+        saving.add_done_callback(lambda f: self._post(lambda: self._block_saved(branch, blocks, f)))
 
     def commit(
-        self, branch: Branch, nodes: list[CachedBlock], tail: CachedTail, data: Tail | None
+        self, branch: Branch, blocks: list[CachedBlock], tail: CachedTail, data: Tail | None
     ) -> None:
-        """A sequence ends: its branch takes over its nodes (already held) and its tail."""
-        before, branch.nodes = branch.nodes, nodes
+        """A sequence ends: its branch takes over its blocks (already held) and its tail."""
+        before, branch.blocks = branch.blocks, blocks
         self._prefix_cache.release(before)
         tail.discardable = branch.agent.ephemeral
         self._prefix_cache.set_tail(branch, tail, data)
@@ -113,7 +113,7 @@ class WriteBack:
         branch.save_at = time.monotonic() + self._tail_delay
         self.next_save = min(self.next_save, branch.save_at)
         self.enter(branch)
-        self._prefix_cache.drop_unneeded(nodes)
+        self._prefix_cache.drop_unneeded(blocks)
 
     def enter(self, branch: Branch) -> None:
         """Among its agent's branches; those that are too many by now go from disk, too."""
@@ -160,7 +160,7 @@ class WriteBack:
             if nbytes <= 0:
                 return
             self.save_rest(branch, forced=True)
-            entries: list[Entry] = [*branch.nodes, branch.tail]
+            entries: list[Entry] = [*branch.blocks, branch.tail]
             nbytes -= sum(entry.data.nbytes for entry in entries if entry.data is not None)
             if branch.save_at is not None:
                 self.next_save = min(self.next_save, branch.save_at)
@@ -172,7 +172,7 @@ class WriteBack:
         Unless `forced`, a tail waits for its branch to leave RAM where writing it now is likely to
         be in vain.
         """
-        blocks_saved = all(n.disk_bytes for n in branch.nodes) and branch.disk_head == branch.head
+        blocks_saved = all(n.disk_bytes for n in branch.blocks) and branch.disk_head == branch.head
         tail_saved = branch.tail.data is None or branch.tail.disk_bytes > 0
         if branch.agent.ephemeral or (blocks_saved and tail_saved):
             branch.save_at = None
@@ -182,7 +182,7 @@ class WriteBack:
         branch.save_at = time.monotonic() + (
             _RETRY_BROKEN if self._store.background_error else _RETRY
         )
-        self._save_path(branch, branch.nodes)
+        self._save_path(branch, branch.blocks)
         if not tail_saved and branch.tail.saving is None:
             if forced or self._pays(branch):
                 self.save_tail(branch)
@@ -197,7 +197,7 @@ class WriteBack:
         bytes are written for each that stays; once t is replaced too, (B + t + w) / B.
         """
         assert branch.tail.data is not None
-        tail, stored = branch.tail.data.nbytes, sum(node.disk_bytes for node in branch.nodes)
+        tail, stored = branch.tail.data.nbytes, sum(block.disk_bytes for block in branch.blocks)
         return branch.tail_bytes_written + tail <= (self._write_amplification - 1) * (stored + tail)
 
     def save_agent(self, agent: Agent) -> Future[None]:
@@ -225,13 +225,13 @@ class WriteBack:
         """What a crash would cost: blocks on disk count for a branch once its row there reaches
         them.
         """
-        keys, reached = [node.key for node in branch.nodes], branch.disk_head
+        keys, reached = [block.key for block in branch.blocks], branch.disk_head
         while reached and reached not in keys:  # a running sequence has moved the row on
-            node = self._prefix_cache.nodes.get(reached)
-            reached = node.parent if node else None
+            block = self._prefix_cache.blocks.get(reached)
+            reached = block.parent if block else None
         there = keys.index(reached) + 1 if reached else 0
         entries: list[Entry] = [
-            *branch.nodes[:there],
+            *branch.blocks[:there],
             *([branch.tail] if there == len(keys) else []),
         ]
         return len(branch) - sum(len(entry.tokens) for entry in entries if entry.disk_bytes)
@@ -249,10 +249,10 @@ class WriteBack:
         agent.noted_at = clock
         return self._store.touch(agent.record(), branch.id if branch else None)
 
-    def _save_path(self, branch: Branch, nodes: list[CachedBlock]) -> None:
-        for i, node in enumerate(nodes, start=1):
-            if not node.disk_bytes or i == len(nodes):
-                self.save_block(branch, nodes[:i])
+    def _save_path(self, branch: Branch, blocks: list[CachedBlock]) -> None:
+        for i, block in enumerate(blocks, start=1):
+            if not block.disk_bytes or i == len(blocks):
+                self.save_block(branch, blocks[:i])
 
     def save_tail(self, branch: Branch) -> None:
         tail, agent = branch.tail, branch.agent
@@ -268,9 +268,9 @@ class WriteBack:
         )
         branch.tail_bytes_written += tail.data.nbytes
         tail.saving = self._store.save_tail(to_save)
-        nodes = branch.nodes
+        blocks = branch.blocks
         tail.saving.add_done_callback(
-            lambda f: self._post(lambda: self._tail_saved(branch, nodes, tail, f))
+            lambda f: self._post(lambda: self._tail_saved(branch, blocks, tail, f))
         )
 
     @staticmethod
@@ -278,39 +278,41 @@ class WriteBack:
         """Unix seconds: a full store keeps what was used last."""
         return time.time() if branch.in_use and not branch.preempted else branch.last_used
 
-    def _block_saved(self, branch: Branch, nodes: list[CachedBlock], future: "Future[Any]") -> None:
-        nodes[-1].saving = None
+    def _block_saved(
+        self, branch: Branch, blocks: list[CachedBlock], future: "Future[Any]"
+    ) -> None:
+        blocks[-1].saving = None
         if future.exception() is None:
-            nodes[-1].saved(future.result())
-        self._left_out(branch, nodes[-1], future)
-        self._path_saved(branch, nodes, future)
-        self._prefix_cache.drop_unneeded(nodes)
+            blocks[-1].saved(future.result())
+        self._left_out(branch, blocks[-1], future)
+        self._path_saved(branch, blocks, future)
+        self._prefix_cache.drop_unneeded(blocks)
 
     def _tail_saved(
-        self, branch: Branch, nodes: list[CachedBlock], tail: CachedTail, future: "Future[Any]"
+        self, branch: Branch, blocks: list[CachedBlock], tail: CachedTail, future: "Future[Any]"
     ) -> None:
         tail.saving = None
         if future.exception() is None:
             tail.saved(future.result())
         self._left_out(branch, tail, future)
-        self._path_saved(branch, nodes, future)
+        self._path_saved(branch, blocks, future)
 
     @staticmethod
     def _left_out(branch: Branch, entry: Entry, future: "Future[Any]") -> None:
         """A full store has no room for what was used longest ago: it stays while RAM lasts."""
         if isinstance(future.exception(), LeastRecentlyUsed):
-            entries: list[Entry] = [entry, *branch.nodes, branch.tail]
+            entries: list[Entry] = [entry, *branch.blocks, branch.tail]
             for unsaved in [e for e in entries if not e.disk_bytes]:
                 unsaved.discardable = True
             if not branch.in_use or branch.preempted:
                 branch.save_at = None
 
-    def _path_saved(self, branch: Branch, nodes: list[CachedBlock], future: "Future[Any]") -> None:
+    def _path_saved(self, branch: Branch, blocks: list[CachedBlock], future: "Future[Any]") -> None:
         if future.exception() is None:
-            branch.disk_head = nodes[-1].key if nodes else None
+            branch.disk_head = blocks[-1].key if blocks else None
         elif isinstance(future.exception(), NotFound):
             # part of the path was deleted with another agent: save it again, when the branch's turn
             # comes
-            for node in nodes:
-                if node.data is not None:
-                    node.not_on_disk()
+            for block in blocks:
+                if block.data is not None:
+                    block.not_on_disk()

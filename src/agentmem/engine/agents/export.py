@@ -87,7 +87,7 @@ class Archives:
             raise Conflict(message, param="agent_id")
         await stored(self._write_back.save_agent(agent))
         paths = [
-            _Path(branch.id, list(branch.nodes), branch.tail, branch.last_used)
+            _Path(branch.id, list(branch.blocks), branch.tail, branch.last_used)
             for branch in agent.branches.values()
             if len(branch)
         ]

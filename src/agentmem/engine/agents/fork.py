@@ -66,7 +66,7 @@ class Forks:
             self._check_new(target)
             agent = self._prefix_cache.agent(target)
             agent.ephemeral = source.agent.ephemeral
-            branch = self._enter(agent, list(match.nodes), tail, data)
+            branch = self._enter(agent, list(match.blocks), tail, data)
         finally:
             self._prefix_cache.release_match(match)
         await self._save_fork(source, branch, whole=match.extends)
@@ -82,7 +82,7 @@ class Forks:
         """
         tail = branch.tail
         tail_saved = source.tail.disk_bytes or not len(source.tail.tokens)
-        if not whole or not tail_saved or not all(node.disk_bytes for node in branch.nodes):
+        if not whole or not tail_saved or not all(block.disk_bytes for block in branch.blocks):
             self._write_back.save_rest(branch, forced=False)
             return
         tail.disk_bytes = source.tail.disk_bytes
@@ -127,7 +127,7 @@ class Forks:
                 raise _changed(key)
             # it goes first, or it would displace the new one
             self._prefix_cache.drop_branch(old)
-            branch = self._enter(agent, list(match.nodes), tail, data)
+            branch = self._enter(agent, list(match.blocks), tail, data)
         finally:
             self._prefix_cache.release_match(match)
         branch.displaced += [old.id, *old.displaced]
@@ -171,7 +171,7 @@ class Forks:
         self, agent: Agent, blocks: list[CachedBlock], tail: CachedTail, data: Tail | None
     ) -> Branch:
         branch = self._prefix_cache.new_branch(agent)
-        branch.nodes = blocks
+        branch.blocks = blocks
         branch.save_at = math.inf
         self._prefix_cache.hold(blocks)
         self._prefix_cache.set_tail(branch, tail, data)
@@ -192,19 +192,19 @@ class Forks:
                 match.tail.tokens, lineage=match.tail.lineage, discardable=discardable
             ), match.tail.data
         await self._read_open_block(match)
-        unchanged = source.nodes[: len(match.nodes)] == list(match.nodes)
+        unchanged = source.blocks[: len(match.blocks)] == list(match.blocks)
         here = source.agent.branches.get(source.id) is source and unchanged
         if not here or len(source) < match.length:  # deleted, or found damaged, while it was read
             raise Conflict("The agent was changed by another request; try again.", param="agent_id")
         data, lineage = self._restorer.open_block(match)
-        start = len(match.nodes) * self._prefix_cache.spec.block_size
+        start = len(match.blocks) * self._prefix_cache.spec.block_size
         tokens = source.tokens()[start : match.length]
         tail = CachedTail(tokens, lineage=lineage, discardable=discardable)
         return tail, data and data.compact()
 
     async def _read_open_block(self, match: Match) -> None:
         """Read from disk what the open block of `match` is cut from, unless it is in RAM."""
-        entry: Entry | None = match.cut_node if match.cut_node is not None else match.tail
+        entry: Entry | None = match.cut_block if match.cut_block is not None else match.tail
         missing = [what for what in match.missing if what.entry is entry]
         if not missing:
             return

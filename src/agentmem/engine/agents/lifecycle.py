@@ -265,13 +265,13 @@ class Lifecycle:
 
     def _drop(self, agent: Agent) -> None:
         """Let go of an agent's caches: what only sequences or ephemeral agents hold is not on disk."""
-        blocks = [block for branch in agent.branches.values() for block in branch.nodes]
+        blocks = [block for branch in agent.branches.values() for block in branch.blocks]
         self._prefix_cache.drop_agent(agent)
         written: set[int] = set()
         unwritten: set[int] = set()
         for branch in self._prefix_cache.branches():
             held = unwritten if branch.agent.ephemeral else written
-            held.update(id(block) for block in branch.nodes)
+            held.update(id(block) for block in branch.blocks)
         for block in blocks:
             if id(block) not in written:
                 block.not_on_disk()
