@@ -11,7 +11,7 @@ from mlx_lm.models.cache import CacheList
 from .block import SealedBlock
 from .layers.attended import AttendedView
 from .layers.kv import Positions
-from .layers.model_attends import ModelAttendsLayer, ModelAttendsView
+from .layers.model_attends import ModelAttendsView
 from .layers.recurrent import RecurrentLayer, RecurrentView
 from .sequence import SequenceCache
 from .spec import KVCacheSpec
@@ -53,6 +53,6 @@ def _view(spec: KVCacheSpec, rows: Sequence[Any], at: Positions) -> Any:
     """Return what a model sees of one layer, whose working copies are `rows`."""
     if isinstance(rows[0], RecurrentLayer):
         return RecurrentView(rows)
-    if isinstance(rows[0], ModelAttendsLayer):
+    if rows[0].layer.model_attends:
         return ModelAttendsView(rows, at)
     return AttendedView(spec, rows, at)

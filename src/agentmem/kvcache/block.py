@@ -25,12 +25,10 @@ import mlx.core as mx
 import numpy as np
 
 from ..tensors import HostTensor, TensorName, part_of, stack_part
-from .quantize import Codes
 from .spec import KVCacheSpec
 
 Arrays = dict[str, mx.array]
 RawArrays = dict[str, tuple[str, mx.array]]  # dtype as in HostTensor, array
-TOKENS = 2  # the token axis of every array here
 
 
 def states_until(arrays: Arrays, num_tokens: int) -> Arrays:
@@ -157,14 +155,6 @@ def compact(arrays: Arrays) -> Arrays:
     copies = {name: mx.contiguous(a) for name, a in arrays.items()}
     mx.eval(copies)
     return copies
-
-
-def concatenate_codes(blocks: Sequence[Mapping[str, mx.array]], name: str) -> Codes:
-    parts = (
-        mx.concatenate([b[f"{name}.{field}"] for b in blocks], axis=TOKENS)
-        for field in Codes._fields
-    )
-    return Codes(*parts)
 
 
 STORABLE = {  # dtypes of arrays that a file can hold

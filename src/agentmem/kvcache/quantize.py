@@ -8,6 +8,7 @@ full precision alike, lives in centred and rotated space ("cache space"). Of a l
 computes with what the cache returns, only the codes do.
 """
 
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import mlx.core as mx
@@ -15,6 +16,7 @@ import mlx.core as mx
 from .spec import KVCacheSpec, coded_shape
 
 ROTATION_GROUP = 64
+TOKENS = 2  # the token axis of every array of keys, values or codes
 Stored = tuple[mx.array, ...]  # keys and values in one array, or apart: see `join`
 
 
@@ -28,6 +30,15 @@ class Codes(NamedTuple):
     packed: mx.array
     scales: mx.array
     biases: mx.array
+
+
+def concatenate_codes(blocks: Sequence[Mapping[str, mx.array]], part: str) -> Codes:
+    """Join the codes of one layer's keys ("k") or values ("v") of consecutive blocks."""
+    fields = (
+        mx.concatenate([block[f"{part}.{field}"] for block in blocks], axis=TOKENS)
+        for field in Codes._fields
+    )
+    return Codes(*fields)
 
 
 def sealed_bytes(spec: KVCacheSpec, num_tokens: int) -> int:
@@ -172,6 +183,10 @@ class LayerCodec:
         i = "kv".index(part)
         return decode(codes, self._spec.bits[i], self._spec.dtype, self.layer.dims[i])
 
+    def decode_blocks(self, part: str, blocks: Sequence[Mapping[str, mx.array]]) -> list[mx.array]:
+        """Decode consecutive blocks of this layer: pieces [1, H, n, D], in order."""
+        return [self.decode(part, concatenate_codes(blocks, part))]
+
 
 class ModelSpaceCodec(LayerCodec):
     """Codes of a layer whose running cache holds keys and values as the model made them."""
@@ -180,5 +195,8 @@ class ModelSpaceCodec(LayerCodec):
         return super().encode(part, self.space.enter_part(self.index, part, x))
 
     def decode(self, part: str, codes: Codes) -> mx.array:
-        """The inverse. One block a call: a product's rounding may depend on its number of rows."""
         return self.space.leave_part(self.index, part, super().decode(part, codes))
+
+    def decode_blocks(self, part: str, blocks: Sequence[Mapping[str, mx.array]]) -> list[mx.array]:
+        """Decode one block a call: a product's rounding may depend on its number of rows."""
+        return [self.decode(part, concatenate_codes([block], part)) for block in blocks]

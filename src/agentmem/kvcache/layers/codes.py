@@ -6,11 +6,10 @@ import mlx.core as mx
 
 from ..attention import FEW_QUERIES, attend_codes, attend_dense
 from ..backend import AttentionBackend
-from ..block import TOKENS, Arrays, concatenate_codes
-from ..quantize import Codes, LayerCodec, Stored
+from ..block import Arrays
+from ..quantize import TOKENS, Codes, LayerCodec, Stored, concatenate_codes
 from ..spec import KVCacheSpec
 from .capacity import capacity_for
-from .dense import DenseLayer
 from .kv import CodesPair, DensePair, KVLayer
 
 
@@ -20,12 +19,19 @@ class CodesLayer(KVLayer):
     For attention over all tokens; a window is small, and stays dense.
     """
 
-    def __init__(self, spec: KVCacheSpec, codec: LayerCodec, backend: AttentionBackend):
+    def __init__(
+        self,
+        spec: KVCacheSpec,
+        codec: LayerCodec,
+        backend: AttentionBackend,
+        open_block: KVLayer,
+    ):
+        """`open_block` is an empty dense layer."""
         super().__init__(spec, codec, backend)
         self._num_sealed = 0
         self._codes: CodesPair | None = None
         self._first: DensePair | None = None  # sinks
-        self._open = DenseLayer(spec, codec, backend)
+        self._open = open_block
 
     @staticmethod
     def working_bytes(spec: KVCacheSpec, stack: int, num_tokens: int) -> int:

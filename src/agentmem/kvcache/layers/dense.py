@@ -6,8 +6,8 @@ import mlx.core as mx
 
 from ..attention import attend_dense
 from ..backend import AttentionBackend
-from ..block import TOKENS, Arrays, concatenate_codes
-from ..quantize import LayerCodec, Stored
+from ..block import Arrays
+from ..quantize import TOKENS, LayerCodec, Stored
 from ..spec import KVCacheSpec
 from .capacity import most_capacity
 from .kv import CodesPair, DensePair, KVLayer
@@ -79,14 +79,11 @@ class DenseLayer(KVLayer):
         """Decode `sources`, of which the first may carry sinks: pieces [1, H, n, D], in order."""
         if self._spec.bits is None:
             return [source[f"{part}.full"] for source in sources]
-        dense = self._decoded(sources, part)
+        dense = self.codec.decode_blocks(part, sources)
         sinks = sources[0].get(f"{part}.sinks")
         if sinks is None:
             return dense
         return [sinks, dense[0][:, :, sinks.shape[TOKENS] :], *dense[1:]]
-
-    def _decoded(self, sources: Sequence[Arrays], part: str) -> list[mx.array]:
-        return [self.codec.decode(part, concatenate_codes(sources, part))]
 
     def _room_for(self, stop: int) -> int:
         """Capacity to have for tokens up to `stop`."""

@@ -8,8 +8,8 @@ from typing import Any
 import mlx.core as mx
 
 from ..backend import AttentionBackend
-from ..block import TOKENS, Arrays, concatenate_codes
-from ..quantize import Codes, LayerCodec, Stored
+from ..block import Arrays
+from ..quantize import TOKENS, Codes, LayerCodec, Stored, concatenate_codes
 from ..spec import KVCacheSpec, LayerSpec
 
 CodesPair = tuple[Codes, Codes]  # of keys and of values

@@ -1,29 +1,25 @@
-"""A layer whose keys and values the model computes with by itself, MLA's latents say."""
+"""What a model sees of a layer whose keys and values it computes with by itself, MLA's latents say.
+
+The working copy is a dense one in the model's own space; only its codes are in cache space
+(quantize.ModelSpaceCodec).
+"""
 
 from collections.abc import Sequence
 
 import mlx.core as mx
 
-from ..block import Arrays, concatenate_codes
 from ..quantize import join
 from .dense import DenseLayer
 from .kv import KVView, Positions
 
 
-class ModelAttendsLayer(DenseLayer):
-    """A dense working copy in the model's own space; only its codes are in cache space."""
-
-    def _decoded(self, sources: Sequence[Arrays], part: str) -> list[mx.array]:
-        return [self.codec.decode(part, concatenate_codes([s], part)) for s in sources]
-
-
 class ModelAttendsView(KVView):
-    """Such a layer of B sequences, as a model sees it.
+    """Such a layer of B sequences.
 
     A batch of unequal lengths is padded on the left, for one pass.
     """
 
-    def __init__(self, rows: Sequence[ModelAttendsLayer], at: Positions):
+    def __init__(self, rows: Sequence[DenseLayer], at: Positions):
         super().__init__(rows[0].layer, at)
         self._rows = rows
 

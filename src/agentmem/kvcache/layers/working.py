@@ -6,7 +6,6 @@ from ..spec import KVCacheSpec, LayerSpec, Recurrent
 from .capacity import capacity_for
 from .codes import CodesLayer
 from .dense import DenseLayer
-from .model_attends import ModelAttendsLayer
 from .recurrent import RecurrentLayer
 
 Layer = CodesLayer | DenseLayer | RecurrentLayer
@@ -27,19 +26,15 @@ def new_layer(
     layer = spec.layers[index]
     if isinstance(layer, Recurrent):
         return RecurrentLayer(layer)
-    kind = _kind(spec, layer, on_codes=on_codes)
-    in_model_space = kind is ModelAttendsLayer
-    codec = (ModelSpaceCodec if in_model_space else LayerCodec)(spec, space, index)
-    return kind(spec, codec, backend)
+    codec = (ModelSpaceCodec if layer.model_attends else LayerCodec)(spec, space, index)
+    dense = DenseLayer(spec, codec, backend)
+    if not _stays_codes(spec, layer, on_codes=on_codes):
+        return dense
+    return CodesLayer(spec, codec, backend, open_block=dense)
 
 
-def _kind(
-    spec: KVCacheSpec, layer: LayerSpec, *, on_codes: bool
-) -> type[CodesLayer] | type[DenseLayer]:
-    if layer.model_attends:
-        return ModelAttendsLayer
-    sees_all = layer.window is None
-    return CodesLayer if on_codes and spec.bits is not None and sees_all else DenseLayer
+def _stays_codes(spec: KVCacheSpec, layer: LayerSpec, *, on_codes: bool) -> bool:
+    return on_codes and spec.bits is not None and layer.window is None and not layer.model_attends
 
 
 def working_bytes(spec: KVCacheSpec, num_tokens: int, *, on_codes: bool) -> int:
@@ -51,6 +46,7 @@ def working_bytes(spec: KVCacheSpec, num_tokens: int, *, on_codes: bool) -> int:
         return spec.opaque.fixed_bytes + capacity_for(num_tokens) * spec.opaque.token_bytes
     total = spec.state_bytes
     for s, stack in enumerate(spec.stacks):
-        kind = _kind(spec, spec.layers[stack[0]], on_codes=on_codes)
+        on_them = _stays_codes(spec, spec.layers[stack[0]], on_codes=on_codes)
+        kind = CodesLayer if on_them else DenseLayer
         total += kind.working_bytes(spec, s, num_tokens)
     return total
