@@ -77,7 +77,8 @@ def test_fifty_agents_in_a_store_for_ten_stay_under_the_quota_and_the_newest_and
 ):
     root = tmp_path / "f0"
     quota = 10 * (2 * FILE + 8192) + MANIFEST
-    gone_blocks, gone_tails, most = [], [], 0
+    gone_blocks, gone_tails = [], []
+    most = 0
     with opened(tmp_path, limits=Limits(quota=quota)) as store:
         store.on_trim = lambda gone: (
             gone_blocks.extend(gone.blocks),
@@ -139,7 +140,8 @@ def test_many_saves_at_once_stay_under_the_quota_too(tmp_path):
 
 def test_a_full_store_stays_under_the_quota_while_only_rows_change(tmp_path):
     """Each commit makes the manifest's log longer, up to about a megabyte."""
-    root, quota, most = tmp_path / "f0", 16 * FILE, 0
+    root, quota = tmp_path / "f0", 16 * FILE
+    most = 0
     with opened(tmp_path, limits=Limits(quota=quota)) as store:
         for i in range(12):
             fill(store, i, chain_of(i), time.time()).result()

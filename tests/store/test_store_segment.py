@@ -69,7 +69,9 @@ class Plain:
 
 class Sealed(Plain):
     def __init__(self, path, key: bytes | None = None, context: bytes = b"block:a"):
-        self.path, self.key, self.context = path, key or new_key(), context
+        self.path = path
+        self.key = key or new_key()
+        self.context = context
         self.data = encode_sealed(example(), {"tokens": "12"}, self.key, context)
 
     def read(self, parts=None):

@@ -62,7 +62,7 @@ class AgentStore:
         new master key may be made; `readers`: threads. Raises StoreError: in use by another
         process, of a newer format, encrypted otherwise, or unreadable.
         """
-        with opened(root, fingerprint, meta, limits or Limits(), unlock) as files:
+        with opened(root, fingerprint, meta, limits=limits or Limits(), unlock=unlock) as files:
             return cls(files, max_backlog, readers)
 
     def __init__(self, files: StoreFiles, max_backlog: int, readers: int):

@@ -71,9 +71,8 @@ class BlockRecord:
     nbytes: int  # of the file
     checksum: bytes
     created: float  # Unix seconds
-    parts: Mapping[str, int] = field(
-        default_factory=dict
-    )  # bytes of each (tensors.part_of) in the file
+    # bytes of each in the file (TensorName.part)
+    parts: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -83,9 +82,8 @@ class TailRecord:
     tokens: np.ndarray  # uint32
     nbytes: int
     checksum: bytes
-    parts: Mapping[str, int] = field(
-        default_factory=dict
-    )  # of its snapshots ("@137"); stacks it always has, all
+    # bytes of its snapshots ("@137"); stacks it always has, all of them
+    parts: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -154,9 +152,8 @@ class FileRef:
     checksum: bytes
     generation: int = 0  # of a tail
     key: bytes | None = field(default=None, repr=False)  # of an encrypted file
-    parts: Mapping[str, int] = field(
-        default_factory=dict
-    )  # as in the block's or tail's record; of a saved file only
+    # as in the block's or tail's record; of a file that was just saved only
+    parts: Mapping[str, int] = field(default_factory=dict)
 
 
 # second names of files, by block and branch

@@ -37,7 +37,9 @@ class _Sink:
     """A file for tarfile to write to, which hashes what is written and hands it out."""
 
     def __init__(self) -> None:
-        self.digest, self.size, self._parts = xxhash.xxh3_128(), 0, list[bytes]()
+        self.digest = xxhash.xxh3_128()
+        self.size = 0
+        self._parts: list[bytes] = []
 
     def write(self, data: bytes) -> int:
         self.digest.update(data)
@@ -124,9 +126,8 @@ class Archive:
 
 
 def _content(tar: tarfile.TarFile, member: tarfile.TarInfo, at_most: int) -> bytes:
-    plain = (
-        member.isreg() and not member.issparse()
-    )  # others hold bytes that are not in the archive
+    # others hold bytes that are not in the archive
+    plain = member.isreg() and not member.issparse()
     file = tar.extractfile(member) if plain and member.size <= at_most else None
     if file is None:
         raise _wrong(f"{member.name[:100]} is no file of at most {at_most} bytes")

@@ -25,7 +25,9 @@ def read_segment(
     Raises CorruptSegment.
     """
     if ref.key:
-        return read_sealed(path, ref.nbytes, ref.checksum, ref.key, context, parts)
+        return read_sealed(
+            path, ref.nbytes, ref.checksum, key=ref.key, context=context, parts=parts
+        )
     return read_file(path, ref.nbytes, ref.checksum, parts)
 
 
@@ -98,9 +100,9 @@ class Reader:
         tensors, _ = self._read(
             f"block {key.hex()}",
             b"block:" + key,
-            lambda: self._catalog.block(key),
-            lambda _: self._layout.block(key),
-            parts,
+            find=lambda: self._catalog.block(key),
+            path=lambda _: self._layout.block(key),
+            parts=parts,
         )
         return tensors
 
@@ -108,14 +110,15 @@ class Reader:
         return self._read(
             f"tail of branch {branch_id}",
             b"tail",
-            lambda: self._catalog.tail(branch_id),
-            lambda ref: self._layout.tail(branch_id, ref.generation),
+            find=lambda: self._catalog.tail(branch_id),
+            path=lambda ref: self._layout.tail(branch_id, ref.generation),
         )
 
     def _read(
         self,
         what: str,
         context: bytes,
+        *,
         find: Callable[[], FileRef | None],
         path: Callable[[FileRef], Path],
         parts: Collection[str] | None = None,

@@ -25,8 +25,16 @@ class AgentRows:
             " FROM agents ORDER BY id"
         )
         return [
-            AgentRecord(AgentKey(space, name), created, last_used, bool(pinned), *rest)
-            for space, name, created, last_used, pinned, *rest in found
+            AgentRecord(
+                key=AgentKey(namespace, name),
+                created=created,
+                last_used=last_used,
+                pinned=bool(pinned),
+                ttl=ttl,
+                requests=requests,
+                hit_tokens=hit_tokens,
+            )
+            for namespace, name, created, last_used, pinned, ttl, requests, hit_tokens in found
         ]
 
     def expired(self, now: float) -> list[AgentKey]:

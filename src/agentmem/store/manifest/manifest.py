@@ -93,8 +93,14 @@ class Manifest(Database):
                     checksum=checksum,
                     parts=unpack_parts(parts),
                 )
-            agent = AgentKey(namespace, name)
-            branches.append(BranchRecord(branch_id, agent, head, tail, last_used))
+            branch = BranchRecord(
+                id=branch_id,
+                agent=AgentKey(namespace, name),
+                head=head,
+                tail=tail,
+                last_used=last_used,
+            )
+            branches.append(branch)
         return branches
 
     def _blocks(self, block_keys: Mapping[bytes, bytes]) -> list[BlockRecord]:
@@ -187,7 +193,13 @@ class Manifest(Database):
             " FROM branches b JOIN agents a ON a.id = agent_id"
         )
         return [
-            Holding(branch_id, head, tail_bytes or 0, last_used, bool(pinned))
+            Holding(
+                branch_id=branch_id,
+                head=head,
+                tail_bytes=tail_bytes or 0,
+                last_used=last_used,
+                pinned=bool(pinned),
+            )
             for branch_id, head, tail_bytes, last_used, pinned in found
         ]
 

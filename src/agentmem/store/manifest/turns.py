@@ -50,7 +50,10 @@ class TurnRows:
             if self.keys:
                 content = self.keys.unseal_turn(stored, turn_id, agent_id)
             if content is not None:
-                found.append(TurnRecord(turn_id, agent, parent, content, created))
+                turn = TurnRecord(
+                    id=turn_id, agent=agent, parent=parent, content=content, created=created
+                )
+                found.append(turn)
         return found
 
     def owner(self, turn_id: str) -> AgentKey | None:

@@ -65,7 +65,9 @@ def opened(
             reconcile(layout, manifest)
             quota = _fit(layout, manifest, limits)
             secret = vault.derive(b"content addresses") if vault else b""
-            yield StoreFiles(layout, manifest, lock, quota, secret)
+            yield StoreFiles(
+                layout=layout, manifest=manifest, lock=lock, quota=quota, address_secret=secret
+            )
         except (OSError, sqlite3.Error, Damaged) as e:
             raise StoreError(
                 f"can't open the store at {layout.root}: {e}; to start empty, move it away"

@@ -58,13 +58,11 @@ class _Tree:
         self._files = manifest.block_files()
         self._children = Counter(self._parents.values())
         self._kept = set(blocks)
-        self._last_used: defaultdict[bytes, float] = defaultdict(
-            lambda: -math.inf
-        )  # of a block, by branches in it
+        # of a block, by branches in it
+        self._last_used: defaultdict[bytes, float] = defaultdict(lambda: -math.inf)
         self._with_tail: dict[str, int] = {}
-        self._leaves: list[
-            tuple[float, bytes, str]
-        ] = []  # when used last; a block, or b"" and a branch with a tail
+        # when used last; a block, or b"" and a branch with a tail
+        self._leaves: list[tuple[float, bytes, str]] = []
         self.gone = Trimmed()
         for held in manifest.holdings():
             last_used = math.inf if held.pinned or held.branch_id in branches else held.last_used

@@ -25,9 +25,8 @@ class Batch:
     manifest: Manifest
     quota: Quota
     generations: Iterator[int]
-    new_blocks: dict[bytes, BlockRecord] = field(
-        default_factory=dict
-    )  # files that no row names yet
+    # files that no row names yet
+    new_blocks: dict[bytes, BlockRecord] = field(default_factory=dict)
     new_keys: dict[bytes, bytes] = field(default_factory=dict)  # of those, if they are encrypted
     blocks: set[bytes] = field(default_factory=set)  # whose row or file may have changed
     branches: set[str] = field(default_factory=set)  # whose tail may have changed

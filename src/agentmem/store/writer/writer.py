@@ -204,9 +204,8 @@ class Writer:
             self._settle(batch, sync=jobs[0].alone)
         except (OSError, sqlite3.Error) as e:
             failures.append(e)
-            if jobs[
-                0
-            ].alone:  # its promise is that the bytes are gone; a save's rows are durable already
+            # its promise is that the bytes are gone; a save's rows are durable already
+            if jobs[0].alone:
                 jobs[0].error = jobs[0].error or e
         self._quota.recount(*batch.dirs)
         with self._changed:
@@ -241,14 +240,11 @@ class Writer:
             before = self._quota.used
             gone = self._let_go(short + self._quota.slack, jobs, used_at)
             if not gone.blocks and not gone.tails:
-                raise (
-                    LeastRecentlyUsed("the store is full of newer caches")
-                    if gone.newer
-                    else self._quota.full()
-                )
-            short -= (
-                before - self._quota.used
-            )  # less than asked for, where a file has a second name
+                if gone.newer:
+                    raise LeastRecentlyUsed("the store is full of newer caches")
+                raise self._quota.full()
+            # less than asked for, where a file has a second name
+            short -= before - self._quota.used
 
     def _count_manifest(self, nbytes: int = 0) -> None:
         """Empty the manifest's log where `nbytes` more would not fit.
@@ -264,7 +260,9 @@ class Writer:
         branches = {job.branch_head.branch_id for job in jobs if job.branch_head}
         blocks = set[bytes]().union(*(job.builds_on for job in jobs))
         with self._manifest.transaction():
-            gone = trim(self._manifest, nbytes, branches, blocks, used_before)
+            gone = trim(
+                self._manifest, nbytes, branches=branches, blocks=blocks, before=used_before
+            )
         before = {branch_id: self._catalog.tail(branch_id) for branch_id in gone.tails}
         if gone.blocks or gone.tails:  # told before a read can miss them
             self._trimmed(gone)
