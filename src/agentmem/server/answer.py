@@ -206,11 +206,16 @@ class RunningAnswer:
         parser: AnswerParser | None = None,
         conversation: Conversation | None = None,
     ):
-        """Without a parser the text is given as it comes; without a conversation, no turn left."""
+        """Have the engine answer `request`.
+
+        Its text is given as it comes where there is no parser; no turn is left where there is no
+        conversation.
+        """
         self.request = request
         self.parts: list[Part] = []  # so far
         self.finished: Finished | None = None
-        self._parser, self._conversation = parser, conversation
+        self._parser = parser
+        self._conversation = conversation
         self._events = sse.Events(services.engine.generate(request))
         self._has_left_turn = False
 
@@ -283,6 +288,7 @@ class RunningAnswer:
         return _cost(self.request.agent.agent_id, self.finished.stats, turn)
 
     async def ready(self, timeout: float) -> None:
+        """Wait until the answer begins, `timeout` s at most. Raises what the engine raises."""
         await self._events.ready(timeout)
 
     async def aclose(self) -> None:

@@ -16,16 +16,15 @@ from ..agent_key import AgentKey
 from ..errors import StartupError, Unauthorized
 from .errors import OnError
 
-ApiKeys = dict[
-    bytes, str
-]  # SHA-256 of a key: its namespace. How long a look-up takes says nothing of the keys
+# SHA-256 of a key: its namespace. How long a look-up takes says nothing of the keys
+ApiKeys = dict[bytes, str]
 
 
 def read_api_keys(path: Path | None) -> ApiKeys | None:
-    """Of a TOML file: `namespace = "key"` or `namespace = ["key", "sha256:HEX of a key"]`; None if
-    there is no file.
+    """Return the keys in a TOML file; None where `path` is None.
 
-    Raises StartupError, which names the entry and shows no key.
+    Its lines are `namespace = "key"` or `namespace = ["key", "sha256:HEX of a key"]`. Raises
+    StartupError, which names the entry and shows no key.
     """
     if path is None:
         return None
@@ -33,9 +32,8 @@ def read_api_keys(path: Path | None) -> ApiKeys | None:
     try:
         with path.expanduser().open("rb") as file:
             if os.fstat(file.fileno()).st_mode & 0o077:
-                logging.getLogger(__name__).warning(
-                    "%s is open to other users of this machine: chmod 600 it", path
-                )
+                warning = "%s is open to other users of this machine: chmod 600 it"
+                logging.getLogger(__name__).warning(warning, path)
             entries = tomllib.load(file)
         for name, entry in entries.items():
             for key in entry if isinstance(entry, list) else [entry]:
@@ -49,21 +47,23 @@ def read_api_keys(path: Path | None) -> ApiKeys | None:
 
 
 def _digest(name: str, key: Any) -> bytes:
+    """Return the SHA-256 of namespace `name`'s key. ValueError: either can't be one."""
     if not 1 <= len(name) <= 64 or any(unicodedata.category(c) == "Cc" for c in name):
-        raise ValueError(
-            f"{name[:65]!r}: a namespace has 1 to 64 characters and no control characters"
-        )
+        wanted = "a namespace has 1 to 64 characters and no control characters"
+        raise ValueError(f"{name[:65]!r}: {wanted}")
     if isinstance(key, str) and (digest := re.fullmatch("sha256:([0-9a-fA-F]{64})", key)):
         return bytes.fromhex(digest[1])
     if isinstance(key, str) and re.fullmatch("(?!sha256:)[!-~]{16,}", key):
         return hashlib.sha256(key.encode()).digest()
-    raise ValueError(
-        f"{name!r}: a key is a string of 16 or more ASCII characters without spaces, or sha256:HEX of one"
-    )
+    wanted = "a string of 16 or more ASCII characters without spaces, or sha256:HEX of one"
+    raise ValueError(f"{name!r}: a key is {wanted}")
 
 
 def namespace_of(request: Request) -> str:
-    """Whose the request is. On a route that ApiKeyCheck does not guard, a KeyError and so a 500."""
+    """Return whose the request is.
+
+    It is a KeyError, and so a 500, on a route that ApiKeyCheck does not guard.
+    """
     return str(request.scope["agentmem.namespace"])
 
 
@@ -73,13 +73,16 @@ def agent_of(request: Request, agent_id: str) -> AgentKey:
 
 
 class ApiKeyCheck:
-    """Gives every request under /v1 its key's namespace; refuses what has no valid key before its
-    body is read.
+    """Gives every request under /v1 its key's namespace.
+
+    What has no valid key is refused before its body is read.
     """
 
     def __init__(self, app: ASGIApp, keys: ApiKeys | None, on_error: OnError):
         """`keys` None: no key is needed, and all are in the namespace "default"."""
-        self._app, self._keys, self._on_error = app, keys, on_error
+        self._app = app
+        self._keys = keys
+        self._on_error = on_error
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and scope["path"].startswith("/v1"):
@@ -105,7 +108,7 @@ class ApiKeyCheck:
 
 
 def _key(name: bytes, value: bytes) -> bytes:
-    """The key in a header; empty where there is none."""
+    """Return the key in a header; it is empty where there is none."""
     if name == b"authorization":
         scheme, _, key = value.partition(b" ")
         return key.strip() if scheme.lower() == b"bearer" else b""

@@ -79,6 +79,7 @@ class ErrorResponses:
         return JSONResponse(body, error.status, headers)
 
     def add_handlers(self, app: FastAPI) -> None:
+        """Have the app answer with what is here, whatever is raised."""
         app.add_exception_handler(AgentMemError, self._on_agentmem_error)
         app.add_exception_handler(RequestValidationError, self._on_validation_error)
         app.add_exception_handler(HTTPException, self._on_http_error)
@@ -102,7 +103,7 @@ class ErrorResponses:
     async def _on_http_error(self, request: Request, exc: Exception) -> Response:
         """Answer Starlette's own errors.
 
-        These are unknown routes (404) and methods (405), and bodies that FastAPI can't decode (400).
+        They are unknown routes (404) and methods (405), and bodies that FastAPI can't decode (400).
         """
         http = cast(HTTPException, exc)
         error: AgentMemError = InvalidRequest(
@@ -116,9 +117,9 @@ class ErrorResponses:
         return Response(status_code=499)  # nobody is there to read it
 
     async def _on_bug(self, request: Request, exc: Exception) -> Response:
-        """Answer what nobody expected. Starlette raises `exc` again, and uvicorn logs its traceback.
+        """Answer what nobody expected, outside of the middleware that adds the request's id.
 
-        This runs outside of the middleware that gives responses their request id.
+        Starlette raises `exc` again after this, and uvicorn logs its traceback.
         """
         error = AgentMemError("The server had an internal error; its log says more.")
         request_id = request.scope["agentmem.request_id"]

@@ -11,13 +11,12 @@ from ..errors import InvalidRequest
 from .errors import REQUEST_ID_HEADERS, OnError
 
 _SANE_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
-_DRAIN = (
-    64 << 20
-)  # bytes of an oversized body that are read and dropped, so that the client gets to see the answer
+# bytes of an oversized body that are read and dropped, so that the client gets to see the answer
+_DRAIN = 64 << 20
 
 
 class RequestId:
-    """Gives every response an id: the request's own x-request-id where it is sane, else a new one."""
+    """Gives every response an id: the request's x-request-id where it is sane, else a new one."""
 
     def __init__(self, app: ASGIApp):
         self._app = app
@@ -39,12 +38,14 @@ class RequestId:
 
 
 class HostCheck:
-    """Refuses Host headers that aren't ours, so that no web page reaches the server by rebinding
-    its own name.
+    """Refuses Host headers that aren't ours.
+
+    So no web page reaches the server by rebinding its own name.
     """
 
     def __init__(self, app: ASGIApp, allowed: Iterable[str], on_error: OnError):
-        self._app, self._on_error = app, on_error
+        self._app = app
+        self._on_error = on_error
         self._allowed = {_bracketed(host.lower()) for host in allowed}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -59,7 +60,7 @@ class HostCheck:
 
     @staticmethod
     def _host(scope: Scope) -> str:
-        """The Host header without its port: "localhost", "127.0.0.1", "[::1]"."""
+        """Return the Host header without its port: "localhost", "127.0.0.1", "[::1]"."""
         return re.sub(r":\d*$", "", Headers(scope=scope).get("host", "").lower())
 
 
@@ -68,34 +69,39 @@ def _bracketed(host: str) -> str:
 
 
 class BodyLimit:
-    """Reads the body, of at most `limit` bytes, before the app sees the request; answers 400 to a
-    larger one.
+    """Reads the body, of at most `limit` bytes, before the app sees the request.
+
+    A larger one is answered with 400.
     """
 
     def __init__(
         self, app: ASGIApp, limit: int, on_error: OnError, unlimited: Collection[str] = ()
     ):
         """`unlimited`: paths whose bodies their routes read, and limit, by themselves."""
-        self._app, self._on_error = app, on_error
-        self._limit, self._unlimited = limit, unlimited
+        self._app = app
+        self._limit = limit
+        self._on_error = on_error
+        self._unlimited = unlimited
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or scope["path"] in self._unlimited:
             return await self._app(scope, receive, send)
         headers = Headers(scope=scope)
         if int(headers.get("content-length", 0)) > self._limit and "expect" in headers:
-            return await self._refuse(
-                scope, receive, send
-            )  # the client waits for our word before it sends
-        body, size, more = [], 0, True
+            # the client waits for our word before it sends
+            return await self._refuse(scope, receive, send)
+        body: list[bytes] = []
+        size = 0
+        more = True
         while more and size <= _DRAIN + self._limit:
             message = await receive()
             if message["type"] == "http.disconnect":
                 return
-            size += len(message.get("body", b""))
+            piece = message.get("body", b"")
+            size += len(piece)
             more = message.get("more_body", False)
             if size <= self._limit:
-                body.append(message.get("body", b""))
+                body.append(piece)
             else:
                 body.clear()
         if size > self._limit:

@@ -1,4 +1,7 @@
-"""Requests that fill the cache and answer nothing: one JSON object, or a stream of how far it is."""
+"""Requests that fill the cache and answer nothing.
+
+Their response is one JSON object, or a stream that tells how far they are.
+"""
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable

@@ -24,14 +24,13 @@ def serve(
     settings: Settings,
     ready: Callable[[str], None],
 ) -> int:
-    """Serve until SIGTERM or SIGINT; the exit code. `ready` is called with the URL once requests
-    are accepted.
+    """Serve until SIGTERM or SIGINT; return the exit code.
 
-    Keys are read and the port is bound before `start_engine` is awaited, so that what is wrong
-    there is found before a model is loaded. The first signal lets running answers finish within
-    `settings.grace` seconds, a second one drops them; `engine.stop()` is awaited in any case. An
-    engine that has failed ends it too, with exit code 1: whoever supervises starts another, which
-    has what is on disk. Raises StartupError.
+    `ready` is called with the URL once requests are accepted. Keys are read and the port is bound
+    before `start_engine` is awaited, so that what is wrong there is found before a model is loaded.
+    The first signal lets running answers finish within `settings.grace` seconds, a second one drops
+    them; `engine.stop()` is awaited in any case. An engine that has failed ends it too, with exit
+    code 1: whoever supervises starts another, which has what is on disk. Raises StartupError.
     """
     return asyncio.run(_serve(start_engine, settings, ready))
 
@@ -73,8 +72,8 @@ class _Server(uvicorn.Server):
             server_header=False,
             # above the 5 s after which clients drop an idle connection: they close first
             timeout_keep_alive=30,
-            timeout_graceful_shutdown=math.ceil(settings.grace)
-            + 5,  # the engine cuts answers after the grace time
+            # the engine cuts answers after the grace time
+            timeout_graceful_shutdown=math.ceil(settings.grace) + 5,
         )
         super().__init__(config)
         self._engine = engine
@@ -89,8 +88,9 @@ class _Server(uvicorn.Server):
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """Leaves signals to `on_signal`: uvicorn would raise them again at the end, for a non-zero
-        exit code.
+        """Leave signals to `on_signal`.
+
+        uvicorn would raise them again at the end, for a non-zero exit code.
         """
         yield
 
@@ -111,7 +111,10 @@ class _Server(uvicorn.Server):
 
 
 def _bind(host: str, port: int) -> socket.socket:
-    """A socket bound to `host`, to its IPv4 address where it has several. Raises StartupError."""
+    """Return a socket bound to `host`, to its IPv4 address where it has several.
+
+    Raises StartupError.
+    """
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
         family, _, protocol, _, address = min(found, key=lambda info: info[0] != socket.AF_INET)
@@ -133,12 +136,12 @@ def _cannot_listen(host: str, port: int, error: OSError) -> StartupError:
     if error.errno == errno.EADDRINUSE:
         return StartupError(f"port {port} is in use: choose another with --port")
     if error.errno == errno.EACCES:
-        return StartupError(
-            f"port {port} is not open to this user: choose one above 1023 with --port"
-        )
+        use = "choose one above 1023 with --port"
+        return StartupError(f"port {port} is not open to this user: {use}")
     return StartupError(f"can't listen on {host}: {error.strerror or error}")
 
 
 def _url(host: str, sock: socket.socket) -> str:
     host = _ANY.get(host, host)
-    return f"http://{f'[{host}]' if ':' in host else host}:{sock.getsockname()[1]}"
+    host = f"[{host}]" if ":" in host else host
+    return f"http://{host}:{sock.getsockname()[1]}"

@@ -115,7 +115,7 @@ class EventStream(StreamingResponse):
 
 
 async def _unless_disconnected(request: Request, work: Coroutine[Any, Any, T]) -> T:
-    """Return what comes of `work`; raise ClientDisconnect, and cancel it, if the client goes away."""
+    """Return what comes of `work`. Where the client goes away, cancel it: ClientDisconnect."""
     task = asyncio.create_task(work)
     gone = asyncio.create_task(_disconnected(request))
     try:

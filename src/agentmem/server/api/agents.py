@@ -69,14 +69,14 @@ def add_routes(app: FastAPI, services: Services) -> None:
 
     @app.post(IMPORT_PATH)
     async def import_agent(request: Request, agent_id: str | None = None) -> dict[str, Any]:
-        """The body is an archive; `agent_id` (in the query) its new name, by default the one it
-        had.
+        """Import the archive in the body.
+
+        `agent_id`, in the query, is the agent's new name, by default the one it had.
         """
         name = None if agent_id is None else check_agent_id(agent_id)
         try:
-            with tempfile.TemporaryFile(
-                dir=services.settings.home_dir
-            ) as file:  # it has no name: nothing is left of it
+            # it has no name: nothing is left of it
+            with tempfile.TemporaryFile(dir=services.settings.home_dir) as file:
                 await _receive(request, file, engine.archives.room_bytes)
                 return _shown(await engine.archives.import_(namespace_of(request), name, file))
         except OSError as e:
@@ -157,11 +157,15 @@ def _add_copy_routes(app: FastAPI, services: Services) -> None:
 
     @app.post("/v1/agents/{agent_id:path}/truncate")
     async def truncate_agent(agent_id: str, body: TruncateBody, request: Request) -> dict[str, Any]:
-        agent, keep, held = agent_of(request, agent_id), body.tokens, None
+        """Keep the beginning of what the agent holds, and of its transcript what is within it."""
+        agent = agent_of(request, agent_id)
+        keep = body.tokens
+        held = None
         if keep is None:
             assert body.messages is not None
             tokens = await engine.agents.tokens(agent)
-            keep, held = await _messages_end(services, agent, tokens, body.messages), len(tokens)
+            held = len(tokens)
+            keep = await _messages_end(services, agent, tokens, body.messages)
         branches = engine.branch_tokens(agent)
         cut = await engine.forks.truncate(agent, keep, held)
         await _cut_transcript(services, agent, keep, branches)
@@ -169,12 +173,12 @@ def _add_copy_routes(app: FastAPI, services: Services) -> None:
 
     @app.post("/v1/agents/{agent_id:path}/export", response_class=Response)
     async def export_agent(agent_id: str, request: Request) -> Response:
-        """The agent in one file, see store/files/archive.py."""
+        """Send the agent as one file, see store/files/archive.py."""
         return _Archive(await engine.archives.export(agent_of(request, agent_id)))
 
 
 class _Archive(StreamingResponse):
-    """Whatever ends the response, the files that it reads from are let go."""
+    """An agent on its way out. Whatever ends that, the files that it is read from are let go."""
 
     def __init__(self, export: Export):
         headers = {"content-disposition": 'attachment; filename="agent.agentmem"'}

@@ -26,7 +26,7 @@ def add_routes(app: FastAPI, services: Services) -> None:
     async def create_chat_completion(body: ChatCompletionRequest, request: Request) -> Response:
         services.check_model(body.model)
         answer = await _ask(services, body, request)
-        completion = _Completion(services, answer)
+        completion = _ChatCompletion(services, answer)
         if body.stream:
             include_usage = bool(body.stream_options and body.stream_options.include_usage)
             return await stream(request, completion.chunks(include_usage), answer)
@@ -56,7 +56,7 @@ async def _ask(services: Services, body: ChatCompletionRequest, request: Request
     )
 
 
-class _Completion:
+class _ChatCompletion:
     """An answer in OpenAI's shape, whole or in chunks."""
 
     def __init__(self, services: Services, answer: RunningAnswer):
@@ -102,8 +102,8 @@ class _Completion:
                     for delta in self._deltas(item):
                         yield self._chunk(delta, **usage)
                 elif isinstance(item, Finished):
-                    reason, cost = self._finish_reason(item), await self._answer.leave_turn()
-                    yield self._chunk({}, reason, **usage, agentmem=cost)
+                    cost = await self._answer.leave_turn()
+                    yield self._chunk({}, self._finish_reason(item), **usage, agentmem=cost)
                     if include_usage:
                         yield self._event(choices=[], usage=_usage(item.stats))
                     yield DONE

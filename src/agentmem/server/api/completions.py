@@ -21,7 +21,7 @@ from ..answer import Ping, RunningAnswer, Services
 from ..auth import agent_of
 from ..errors import openai_error
 from ..sse import PING, event_lines, stream, whole
-from .identity import resolve_agent_id
+from .identity import agent_id_of
 from .wire import AgentLife, Only, SamplingInput, StreamOptions, Text
 
 DONE = "data: [DONE]\n\n"
@@ -89,7 +89,7 @@ def add_routes(app: FastAPI, services: Services) -> None:
     @app.post("/v1/completions", response_model=None)
     async def create_completion(body: CompletionRequest, request: Request) -> Response:
         services.check_model(body.model)
-        agent = agent_of(request, _agent_id(request, body))
+        agent = agent_of(request, agent_id_of(request, body))
         choices = [
             await _begin(services, body, agent, index, prompt)
             for index, prompt in enumerate(body.prompt)
@@ -100,17 +100,6 @@ def add_routes(app: FastAPI, services: Services) -> None:
             include_usage = bool(body.stream_options and body.stream_options.include_usage)
             return await stream(request, completion.chunks(include_usage), *answers)
         return JSONResponse(await whole(request, completion.body(), *answers))
-
-
-def _agent_id(request: Request, body: CompletionRequest) -> str:
-    return resolve_agent_id(
-        request.headers,
-        agent_id=body.agent_id,
-        prompt_cache_key=body.prompt_cache_key,
-        metadata=body.metadata,
-        user=body.user,
-        safety_identifier=body.safety_identifier,
-    )
 
 
 async def _begin(

@@ -1,5 +1,6 @@
-"""/v1/agents/{id}/context and /transcript: what an agent is told without being asked, and all that
-was said.
+"""/v1/agents/{id}/context and /transcript.
+
+The first tells an agent something without asking it; the second shows all that was said.
 """
 
 from dataclasses import dataclass
@@ -22,16 +23,16 @@ from .wire import MAX_MESSAGES, AgentLife, ChatMessage, Text, Wire, said
 
 
 class ContextBody(Wire):
-    """One of the two: messages, or text, which the user says; texts without a key that follow one
-    another are one.
+    """What an agent is told: messages, or text, which the user says.
+
+    Texts without a key that follow one another are one.
     """
 
     messages: list[ChatMessage] | None = Field(default=None, min_length=1, max_length=MAX_MESSAGES)
     text: Text | None = Field(default=None, min_length=1)
     mode: Literal["append", "replace"] = "append"
-    key: Text | None = Field(
-        default=None, min_length=1, max_length=256
-    )  # replaces what was appended under the same
+    # replaces what was appended under the same
+    key: Text | None = Field(default=None, min_length=1, max_length=256)
     stream: bool | None = None
     agentmem: AgentLife | None = None
 
@@ -43,6 +44,7 @@ class ContextBody(Wire):
 
     @property
     def items(self) -> Messages:
+        """The messages, whichever way they came."""
         if self.messages is None:
             return [{"role": "user", "content": self.text}]
         return said(self.messages)
@@ -77,7 +79,7 @@ def add_routes(app: FastAPI, services: Services) -> None:
 
 @dataclass(frozen=True)
 class Change:
-    """Of a transcript."""
+    """What becomes of a transcript."""
 
     parent: Turn | None
     turns: list[Turn]  # that follow the parent, and each other
@@ -85,16 +87,15 @@ class Change:
 
 
 def plan(tree: TurnTree, body: ContextBody, *, retried: bool) -> Change:
-    """What a context changes. What was appended under its key is replaced where it stands, and what
-    follows, kept.
+    """Return what a context changes.
+
+    What was appended under its key is replaced where it stands, and what follows, kept.
     """
     newest = None if body.mode == "replace" else tree.newest
     path = tree.path(newest)
-    same = next(
-        (i for i in reversed(range(len(path))) if body.key and path[i].key == body.key), None
-    )
-    if same is not None:
-        return _replace(tree, path, same, body.items)
+    same = [i for i, turn in enumerate(path) if body.key and turn.key == body.key]
+    if same:
+        return _replace(path, same[-1], body.items)
     if newest is not None and body.key is None and newest.kind == "context" and newest.key is None:
         if retried and _repeats(newest, body):
             return Change(newest, [], [])
@@ -111,8 +112,9 @@ def _context(parent: Turn | None, items: Messages, body: ContextBody) -> Turn:
     return new_turn("context", parent, items, key=body.key, about=about)
 
 
-def _replace(tree: TurnTree, path: list[Turn], at: int, items: Messages) -> Change:
-    old, parent = path[at], path[at - 1] if at else None
+def _replace(path: list[Turn], at: int, items: Messages) -> Change:
+    old = path[at]
+    parent = path[at - 1] if at else None
     if [canonical(item) for item in old.items] == [canonical(item) for item in items]:
         return Change(path[-1], [], [])
     new = new_turn("context", parent, items, key=old.key)
@@ -139,7 +141,8 @@ class _Told:
 
     async def run(self, on_progress: OnProgress | None) -> dict[str, Any]:
         while True:
-            newest, change = self.tree.newest, plan(self.tree, self.body, retried=self.retried)
+            newest = self.tree.newest
+            change = plan(self.tree, self.body, retried=self.retried)
             done = await self._prefill(change, on_progress)
             if self.body.mode == "replace" or not self._outdated(newest):
                 break
@@ -149,23 +152,22 @@ class _Told:
         return {**done, "turn": last.id}
 
     def _outdated(self, newest: Turn | None) -> bool:
-        """Whether the conversation went on meanwhile: what is told comes after that. A title call
-        is another one.
+        """Return whether the conversation went on from `newest` meanwhile.
+
+        What is told comes after that. A title call is another conversation.
         """
         tree = self.tree
         if newest is None or tree.newest is newest:
             return tree.newest is not newest
-        return newest.id not in tree.turns or newest.id in {
-            turn.id for turn in tree.path(tree.newest)
-        }
+        path = {turn.id for turn in tree.path(tree.newest)}
+        return newest.id not in tree.turns or newest.id in path
 
     async def _prefill(self, change: Change, on_progress: OnProgress | None) -> dict[str, Any]:
-        """As the next request is likely to have it."""
+        """Prefill what is told as the next request is likely to have it."""
         self._check_kept()
         tree = self.tree
-        instructions, tools = (
-            inherited(tree, tree.newest, name) for name in ("instructions", "tools")
-        )
+        instructions = inherited(tree, tree.newest, "instructions")
+        tools = inherited(tree, tree.newest, "tools")
         before = [*system(instructions), *tree.messages(change.parent)]
         chat = Chat(
             [*before, *(item for turn in change.turns for item in turn.items)],

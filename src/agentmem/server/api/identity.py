@@ -2,20 +2,34 @@
 
 import json
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, Protocol
 
 from starlette.datastructures import Headers
 from starlette.requests import Request
 
 from ...agent_key import check_agent_id
 from ...errors import InvalidRequest
-from .responses_wire import ResponsesRequest
-from .wire import ChatCompletionRequest
 
 ANONYMOUS = "anonymous"
 
 
-def agent_id_of(request: Request, body: ChatCompletionRequest | ResponsesRequest) -> str:
+class OpenAIBody(Protocol):
+    """The fields by which a body of OpenAI's APIs may say who the agent is."""
+
+    @property
+    def agent_id(self) -> str | None: ...
+    @property
+    def prompt_cache_key(self) -> str | None: ...
+    @property
+    def metadata(self) -> Mapping[str, Any] | None: ...
+    @property
+    def user(self) -> str | None: ...
+    @property
+    def safety_identifier(self) -> str | None: ...
+
+
+def agent_id_of(request: Request, body: OpenAIBody) -> str:
+    """Return the agent's id as `resolve_agent_id` does, of a request to one of OpenAI's APIs."""
     return resolve_agent_id(
         request.headers,
         agent_id=body.agent_id,
@@ -35,11 +49,10 @@ def resolve_agent_id(
     user: str | None = None,
     safety_identifier: str | None = None,
 ) -> str:
-    """The first that a request has of: these fields of its body and its headers, in the order of
-    `_said` below.
+    """Return the first id that a request has in its headers and in these fields of its body.
 
-    Raises InvalidRequest, which names the field, where that one can't be an agent id; else
-    "anonymous".
+    Their order is that of `_said` below; "anonymous" if there is none. Raises InvalidRequest, which
+    names the field, where the first one can't be an agent id.
     """
     for name, value in _said(
         headers, agent_id, prompt_cache_key, metadata or {}, user, safety_identifier
@@ -59,10 +72,9 @@ def _said(
     user: str | None,
     safety_identifier: str | None,
 ) -> Iterator[tuple[str, Any]]:
-    """(field or header, what it says or None), the most particular first."""
-    given = {
-        name.decode(): value for name, value in reversed(headers.raw)
-    }  # of one sent twice, the first
+    """Yield (field or header, what it says or None), the most particular first."""
+    # of a header that was sent twice, the first
+    given = {name.decode(): value for name, value in reversed(headers.raw)}
 
     def header(*names: str) -> Iterator[tuple[str, bytes | None]]:
         yield from ((name, given.get(name)) for name in names)
@@ -80,8 +92,10 @@ def _said(
 
 
 def _user_id(user_id: Any) -> Any:
-    """Claude Code's is an object as JSON, of which the agent or the session counts; any other is
-    taken whole.
+    """Return the agent in a user id.
+
+    Claude Code's is an object as JSON, of which the agent or the session counts; any other is taken
+    whole.
     """
     try:
         inside = json.loads(user_id) if isinstance(user_id, str) else None
@@ -89,9 +103,8 @@ def _user_id(user_id: Any) -> Any:
         return user_id
     if not isinstance(inside, dict):
         return user_id
-    return next(
-        (inside[key] for key in ("agent_id", "session_id") if inside.get(key) is not None), None
-    )
+    agent_id = inside.get("agent_id")
+    return inside.get("session_id") if agent_id is None else agent_id
 
 
 def _decoded(name: str, value: bytes) -> str:

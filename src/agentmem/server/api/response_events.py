@@ -9,14 +9,15 @@ from ...chat.messages import ToolCall
 from ...errors import AgentMemError, Busy
 from ..sse import event_lines
 
-_KINDS = {  # of text: the prefix of the item's id, the type of its part, the name of its events
+# kinds of text: the prefix of the item's id, the type of its part, the name of its events
+_KINDS = {
     "reasoning": ("rs", "reasoning_text", "reasoning_text"),
     "message": ("msg", "output_text", "output_text"),
 }
 
 
 class GrowingResponse:
-    """Every method gives the events, ready to be sent."""
+    """A response and its events, which the methods return ready to be sent."""
 
     def __init__(self, response: dict[str, Any]):
         """`response`: the answer's object, but for status and output."""
@@ -26,10 +27,12 @@ class GrowingResponse:
         self._kind = ""
 
     def begin(self) -> Iterator[str]:
+        """Yield what comes before any part."""
         for name in ("created", "in_progress"):
             yield self._event(name, response=self.body)
 
     def add(self, part: Part) -> Iterator[str]:
+        """Go on by a part."""
         if isinstance(part, ToolCall):
             yield from self._close()
             yield from self._call(part)
@@ -45,28 +48,24 @@ class GrowingResponse:
         )
 
     def finish(self, *, cut: bool, usage: dict[str, Any]) -> Iterator[str]:
-        """The last item is whole, or cut; `end` has the last event."""
-        yield from self._close("incomplete" if cut else "completed")
-        self.body |= {
-            "status": "incomplete" if cut else "completed",
-            "usage": usage,
-            "completed_at": time.time(),
-        }
+        """End the last item, which is whole or `cut`; the last event is left to `end`."""
+        status = "incomplete" if cut else "completed"
+        yield from self._close(status)
+        self.body |= {"status": status, "usage": usage}
         if cut:
-            self.body |= {
-                "incomplete_details": {"reason": "max_output_tokens"},
-                "completed_at": None,
-            }
+            self.body["incomplete_details"] = {"reason": "max_output_tokens"}
+        else:
+            self.body["completed_at"] = time.time()
 
     def end(self) -> str:
+        """Return the last event."""
         return self._event(self.body["status"], response=self.body)
 
     def fail(self, error: AgentMemError) -> str:
-        code = (
-            "rate_limit_exceeded"
-            if isinstance(error, Busy) and error.status == 429
-            else "server_error"
-        )
+        """Return the last event of a response that failed."""
+        code = "server_error"
+        if isinstance(error, Busy) and error.status == 429:
+            code = "rate_limit_exceeded"
         if error.code == "context_length_exceeded":
             code = error.code
         self.body |= {"status": "failed", "error": {"code": code, "message": error.message}}
@@ -80,21 +79,24 @@ class GrowingResponse:
             "status": "in_progress",
             "content": [],
         }
-        more: dict[str, Any] = {"summary": []} if kind == "reasoning" else {"role": "assistant"}
-        item |= more
+        part: dict[str, Any] = {"type": part_type, "text": ""}
+        if kind == "reasoning":
+            item["summary"] = []
+        else:
+            item["role"] = "assistant"
+            part |= {"annotations": [], "logprobs": []}
         self.body["output"].append(item)
-        self._open, self._kind = item, kind
+        self._open = item
+        self._kind = kind
         yield self._event("output_item.added", output_index=self._index, item=item)
-        part = {"type": part_type, "text": ""} | (
-            {"annotations": [], **self._logprobs} if kind == "message" else {}
-        )
         item["content"].append(part)
         yield self._event("content_part.added", **self._place, part=part)
 
     def _close(self, status: str = "completed") -> Iterator[str]:
         if self._open is None:
             return
-        item, name = self._open, _KINDS[self._kind][2]
+        item = self._open
+        name = _KINDS[self._kind][2]
         part = item["content"][0]
         yield self._event(f"{name}.done", **self._place, text=part["text"], **self._logprobs)
         yield self._event("content_part.done", **self._place, part=part)

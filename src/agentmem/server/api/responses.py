@@ -1,5 +1,6 @@
-"""/v1/responses: OpenAI's Responses, whose conversations the server keeps as turns of an agent's
-transcript.
+"""/v1/responses: OpenAI's Responses.
+
+The server keeps their conversations, as turns of an agent's transcript.
 """
 
 import time
@@ -53,14 +54,12 @@ def add_routes(app: FastAPI, services: Services) -> None:
                 "stream: a response that is there comes as a whole; leave it out", param="stream"
             )
         tree, turn = await _find(services, request, response_id)
-        tools, instructions = (inherited(tree, turn, name) for name in ("tools", "instructions"))
         shown = turn.about["response"] | {
-            "tools": flat_tools(tools or []),
-            "instructions": instructions,
+            "tools": flat_tools(inherited(tree, turn, "tools") or []),
+            "instructions": inherited(tree, turn, "instructions"),
         }
-        return JSONResponse(
-            shown
-        )  # as it is: FastAPI's encoder would walk through all of it, and fails at less depth
+        # as it is: FastAPI's encoder would walk through all of it, and fails at less depth
+        return JSONResponse(shown)
 
     @app.delete("/v1/responses/{response_id}")
     async def delete_response(response_id: str, request: Request) -> dict[str, Any]:
@@ -147,8 +146,10 @@ class _Response:
         answer: RunningAnswer,
         growing: GrowingResponse,
     ):
-        self._services, self._prewarm = services, body.prewarm
-        self._answer, self._growing = answer, growing
+        self._services = services
+        self._prewarm = body.prewarm
+        self._answer = answer
+        self._growing = growing
 
     async def body(self) -> dict[str, Any]:
         """Return the response, when it is whole."""
@@ -188,7 +189,7 @@ class _Response:
         return len(await self._services.renderer.text_tokens(text)) if text else 0
 
     async def _leave_turn(self) -> None:
-        """Leave a turn that holds the response, but for what its conversation tells; say its cost."""
+        """Leave a turn that holds the response, but for what its conversation tells."""
         response = self._growing.body
         about = ("tools", "instructions")
         kept = {name: value for name, value in response.items() if name not in about}

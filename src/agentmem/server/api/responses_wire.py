@@ -1,6 +1,4 @@
-"""OpenAI's Responses wire format: what a request may hold, and its input as messages of the chat
-format.
-"""
+"""OpenAI's Responses wire format: what a request may hold, and its input as chat messages."""
 
 from typing import Annotated, Any, Literal, NoReturn
 
@@ -16,8 +14,9 @@ _ECHO = 200  # characters of the client's own text that an error repeats
 
 
 class InputItem(BaseModel):
-    """Any item; what a client sends back of an output item besides (id, status, phase) is not
-    looked at.
+    """Any item.
+
+    What a client sends back of an output item besides (id, status, phase) is not looked at.
     """
 
     model_config = ConfigDict(extra="ignore", strict=True)
@@ -44,7 +43,7 @@ class CacheOptions(BaseModel):
     prewarm: bool | None = None  # fill the cache, answer nothing
 
 
-class StreamOptions(Wire):
+class ResponseStreamOptions(Wire):
     include_obfuscation: Annotated[Any, Only(False)] = None
 
 
@@ -65,7 +64,7 @@ class ResponsesRequest(Wire):
     agentmem: AgentOptions | None = None
     store: bool | None = None
     stream: bool | None = None
-    stream_options: StreamOptions | None = None
+    stream_options: ResponseStreamOptions | None = None
 
     max_output_tokens: Annotated[int, Field(ge=1)] | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
@@ -99,27 +98,27 @@ class ResponsesRequest(Wire):
 
     @property
     def prewarm(self) -> bool:
+        """Whether the cache is to be filled, and nothing answered."""
         return bool(self.prompt_cache_options and self.prompt_cache_options.prewarm)
 
     @property
     def messages(self) -> Messages:
-        return (
-            [{"role": "user", "content": self.input}]
-            if isinstance(self.input, str)
-            else _messages(self.input)
-        )
+        """The input in the chat format. InvalidRequest names what can't be read."""
+        if isinstance(self.input, str):
+            return [{"role": "user", "content": self.input}]
+        return _messages(self.input)
 
 
 def flat_tools(tools: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """What `function_tools` gives, in the format of Responses."""
+    """Return what `function_tools` returns in the format of Responses."""
     return [{"type": "function", **tool["function"], "strict": False} for tool in tools]
 
 
 def _messages(items: list[InputItem]) -> Messages:
-    """Reasoning, a message and calls that follow one another are one message of the assistant's.
+    """Return items as messages.
 
-    So is text that follows calls: they wait for their results, so that no other answer can have
-    begun.
+    Reasoning, a message and calls that follow one another are one message of the assistant's. So is
+    text that follows calls: they wait for their results, so that no other answer can have begun.
     """
     messages: Messages = []
     whole = True  # nothing more belongs to the last message
@@ -138,15 +137,17 @@ def _messages(items: list[InputItem]) -> Messages:
             whole = True
         else:
             news = _of_assistant(item, param)
-            if whole or (
-                messages[-1]["content"] is not None
-                and news["content"] is not None
-                and not messages[-1].get("tool_calls")
-            ):
+            if whole or _says_more(messages[-1], news):
                 messages.append({"role": "assistant", "content": None})
             _extend(messages[-1], news)
             whole = False
     return messages
+
+
+def _says_more(message: dict[str, Any], news: dict[str, Any]) -> bool:
+    """Return whether text comes after text, with no call between: it is another message."""
+    both_say = message["content"] is not None and news["content"] is not None
+    return both_say and not message.get("tool_calls")
 
 
 def _of_assistant(item: InputItem, param: str) -> dict[str, Any]:
@@ -156,28 +157,22 @@ def _of_assistant(item: InputItem, param: str) -> dict[str, Any]:
         return {"content": None, "reasoning_content": _text(item.content or "", f"{param}.content")}
     if item.type != "function_call":
         kinds = "message, reasoning, function_call and function_call_output"
-        _refuse(
-            f"{param}.type",
-            f"{item.type[:_ECHO]!r} is not supported by this server; it reads {kinds}",
-        )
+        message = f"{item.type[:_ECHO]!r} is not supported by this server; it reads {kinds}"
+        _refuse(f"{param}.type", message)
     for name in ("call_id", "name", "arguments"):
         if not getattr(item, name) and (name != "arguments" or item.arguments is None):
             _refuse(f"{param}.{name}", "missing, but required", "missing_required_parameter")
     arguments_of(item.arguments, f"{param}.arguments")
     function = {"name": item.name, "arguments": item.arguments}
-    return {
-        "content": None,
-        "tool_calls": [{"id": item.call_id, "type": "function", "function": function}],
-    }
+    call = {"id": item.call_id, "type": "function", "function": function}
+    return {"content": None, "tool_calls": [call]}
 
 
 def _extend(message: dict[str, Any], news: dict[str, Any]) -> None:
     if news["content"] is not None:
         message["content"] = (message["content"] or "") + news["content"]
-    if news.get("reasoning_content"):
-        message["reasoning_content"] = (
-            message.get("reasoning_content", "") + news["reasoning_content"]
-        )
+    if thought := news.get("reasoning_content"):
+        message["reasoning_content"] = message.get("reasoning_content", "") + thought
     if "tool_calls" in news:
         message["tool_calls"] = [*message.get("tool_calls", ()), *news["tool_calls"]]
 
@@ -192,9 +187,8 @@ def _text(content: Any, param: str) -> str:
     for i, part in enumerate(content):
         kind = part.get("type") if isinstance(part, dict) else None
         if kind not in _TEXT_PARTS:
-            _refuse(
-                f"{param}.{i}", f"is of type {str(kind)[:_ECHO]!r}; this server reads only text"
-            )
+            message = f"is of type {str(kind)[:_ECHO]!r}; this server reads only text"
+            _refuse(f"{param}.{i}", message)
         if not isinstance(part.get("text"), str):
             _refuse(f"{param}.{i}.text", "must be a string", "invalid_type")
         check_encodable(part["text"], f"{param}.{i}.text")

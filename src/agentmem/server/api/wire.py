@@ -37,7 +37,8 @@ _SAME_NAME = (  # in the body and in SamplingParams
     "presence_penalty",
     "frequency_penalty",
 )
-_MAX_STOPS, _LONGEST_STOP = 16, 1000  # strings, characters
+_MAX_STOPS = 16
+_LONGEST_STOP = 1000  # characters
 
 
 def _unsupported(what: str) -> NoReturn:
@@ -46,8 +47,9 @@ def _unsupported(what: str) -> NoReturn:
 
 @dataclass(frozen=True, init=False, eq=False)  # else typing takes Only(0) and Only(False) for one
 class Only:
-    """Annotates a field whose feature isn't there: null and `allowed` pass, anything else is
-    refused.
+    """Annotates a field whose feature isn't there.
+
+    Null and what is `allowed` pass, anything else is refused.
     """
 
     allowed: tuple[Any, ...]
@@ -56,9 +58,9 @@ class Only:
         object.__setattr__(self, "allowed", allowed)
 
     def check(self, value: Any) -> Any:
-        if value is not None and not any(
-            type(value) is type(a) and value == a for a in self.allowed
-        ):
+        """Return `value` if it passes."""
+        same = (type(value) is type(a) and value == a for a in self.allowed)
+        if value is not None and not any(same):
             use = f", or use {' or '.join(map(repr, self.allowed))}" if self.allowed else ""
             _unsupported(f"this is not supported by this server; leave it out{use}")
         return value
@@ -92,10 +94,10 @@ def _known_role(role: Any) -> Any:
 
 
 def check_tool_choice(choice: Any) -> Any:
+    """Return `choice`, unless it forces a call."""
     if choice not in (None, "none", "auto"):
-        _unsupported(
-            "this server can't make the model call a tool; leave it out, or use 'auto' or 'none'"
-        )
+        use = "leave it out, or use 'auto' or 'none'"
+        _unsupported(f"this server can't make the model call a tool; {use}")
     return choice
 
 
@@ -117,6 +119,8 @@ def _token_ids(bias: dict[str, float] | None) -> dict[str, float] | None:
 
 
 class Wire(BaseModel):
+    """Something in a request that holds no fields but those that are known."""
+
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 
@@ -165,18 +169,16 @@ def said(messages: Sequence[ChatMessage]) -> Messages:
 class AgentLife(Wire):
     """What a request says of how long its agent is kept."""
 
-    ttl: float | None = Field(
-        default=None, gt=0, allow_inf_nan=False
-    )  # s that it is kept after its last use
+    # s that it is kept after its last use
+    ttl: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     ephemeral: bool | None = None  # a new agent is never written to disk
 
 
 class AgentOptions(AgentLife):
     """The field `agentmem` of a request: what it says of its agent."""
 
-    continue_: bool | None = Field(
-        default=None, alias="continue"
-    )  # the transcript holds what was said before
+    # the transcript holds what was said before
+    continue_: bool | None = Field(default=None, alias="continue")
     turn: Text | None = None  # where to continue, by default the newest
 
     @model_validator(mode="after")
