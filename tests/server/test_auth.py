@@ -166,7 +166,12 @@ def test_every_route_under_v1_needs_a_key_and_one_that_is_added_later_too(app):
     assert {"/v1/chat/completions", "/v1/models", "/v1/agents", "/v1/later"} <= set(paths)
     for path, methods in paths.items():
         for method in methods:
-            refused(call(app, method, path))
+            response = call(app, method, path)
+            if path.startswith("/v1/messages"):  # in Anthropic's shape
+                assert response.status_code == 401
+                assert response.json()["error"]["type"] == "authentication_error"
+            else:
+                refused(response)
     assert call(app, "GET", "/v1/later", bearer(BOB)).json() == "team b"
     refused(call(app, "GET", "/v1/no-such-route"))
 
