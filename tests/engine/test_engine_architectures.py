@@ -81,8 +81,9 @@ def test_after_a_restart_every_token_of_the_last_turn_is_cached(tmp_path, model_
 
 @pytest.mark.parametrize("model_type", KINDS)
 def test_an_answer_that_was_dropped_costs_the_answer_alone(tmp_path, model_type):
-    """As where a template leaves the reasoning of earlier turns out; recurrent models have a state
-    kept there.
+    """Drop an answer, as a template does that leaves out the reasoning of earlier turns.
+
+    Recurrent models have a state kept there.
     """
     with tiny_engine(tmp_path, loader(model_type), state_interval=8 * BLOCK) as engine:
         engine.ask("a", PROMPT, 70)

@@ -464,7 +464,7 @@ def test_an_agent_that_left_a_full_store_is_prefilled_again_and_right(tmp_path):
         assert engine.engine.health()["status"] == "ok"
 
 
-def test_fifty_agents_in_a_store_for_ten_stay_within_the_quota_and_the_pinned_and_the_newest_are_there(
+def test_fifty_agents_in_a_store_for_ten_keep_its_quota_and_the_pinned_and_newest_are_there(
     tmp_path,
 ):
     prompts = {f"a{i}": random_tokens(20 * BLOCK + 10, seed=300 + i) for i in range(50)}

@@ -325,9 +325,7 @@ def test_agents_get_the_tokens_they_get_alone_whatever_the_schedule(setup, crowd
 
 
 def eight_agents(setup: Setup) -> dict[Agent, Arrival]:
-    """Of the lengths that issue 3 asks for; every other one greedy, every third one back for a
-    second turn.
-    """
+    """Return agents of many lengths; every other one is greedy, every third one comes back."""
     rng, crowd = random.Random(repr(setup)), {}
     for i, length in enumerate(rng.sample(LENGTHS, len(LENGTHS))):
         seeded = (("temperature", 0.9), ("top_p", 0.95), ("seed", rng.randrange(1 << 63)))

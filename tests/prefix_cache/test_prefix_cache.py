@@ -1,4 +1,4 @@
-"""The tree of branches: what is matched, what is shared, what is dropped. Token ids only, no model."""
+"""Branches in a tree: what is matched, shared and dropped. Token ids only, no model."""
 
 import mlx.core as mx
 import numpy as np
@@ -34,11 +34,11 @@ def put(
     for start in range(0, len(tokens) - SIZE + 1, SIZE):
         parent = branch.blocks[-1].key if branch.blocks else ROOT
         node = c.seal(
-            c.scope(AgentKey(namespace, agent)),
-            parent,
-            tokens[start : start + SIZE],
-            lineage,
-            Fill(),
+            scope=c.scope(AgentKey(namespace, agent)),
+            parent=parent,
+            tokens=tokens[start : start + SIZE],
+            lineage=lineage,
+            data=Fill(),
         )
         c.hold([node])
         branch.blocks.append(node)

@@ -1,4 +1,4 @@
-"""From which positions a sequence can go on, and what stays in RAM for that. No model."""
+"""Positions from which a sequence can go on, and what stays in RAM for that. No model."""
 
 from collections.abc import Mapping
 from types import MappingProxyType
@@ -146,9 +146,13 @@ class Tree:
             parts = frozenset(stacks | states.get(i, set()))
             parent = branch.blocks[-1].key if branch.blocks else ROOT
             made = prefix_cache.seal(
-                prefix_cache.scope(AgentKey("ns", agent)), parent, tokens[i * SIZE : (i + 1) * SIZE], FRESH,
-                block(self.spec, parts), ephemeral=branch.agent.ephemeral,
-            )  # fmt: skip
+                scope=prefix_cache.scope(AgentKey("ns", agent)),
+                parent=parent,
+                tokens=tokens[i * SIZE : (i + 1) * SIZE],
+                lineage=FRESH,
+                data=block(self.spec, parts),
+                ephemeral=branch.agent.ephemeral,
+            )
             prefix_cache.hold([made])
             if stored.get("saved", False):
                 made.saved(FileRef(100, b"", parts=dict.fromkeys(parts, 10)))

@@ -1,4 +1,4 @@
-"""An agent's tree: what it was asked before is found again, at once, and whatever came in between."""
+"""An agent's tree: what it was asked before is found again, whatever came in between."""
 
 import mlx.core as mx
 import pytest

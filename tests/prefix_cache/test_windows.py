@@ -213,7 +213,7 @@ def test_a_file_that_lacks_what_it_should_hold_is_put_aside_and_prefilled_again(
 
 
 @pytest.mark.parametrize("fails", [False, True])
-def test_a_prefill_that_outruns_the_disk_keeps_few_windows_and_what_could_not_be_saved_is_prefilled_again(
+def test_a_prefill_that_outruns_the_disk_keeps_few_windows_and_what_is_lost_is_prefilled_again(
     tmp_path, fails
 ):
     with tiny_engine(tmp_path, LOAD, tail_delay=3600) as engine:

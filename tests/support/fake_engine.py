@@ -11,7 +11,8 @@ from agentmem.errors import ShuttingDown
 from agentmem.prefix_cache.info import AgentInfo
 
 CHATML = (
-    "{% if messages[0].role == 'assistant' %}{{ raise_exception('the user speaks first') }}{% endif %}"
+    "{% if messages[0].role == 'assistant' %}"
+    "{{ raise_exception('the user speaks first') }}{% endif %}"
     "{% for m in messages %}<s> {{ m.role }} {{ m.content }} </s> {% endfor %}"
     "{% if add_generation_prompt %}<s> assistant{% endif %}"
 )

@@ -215,7 +215,7 @@ class EngineThread:
         return {a.agent_id: a for a in self.core.prefix_cache.infos("default")}
 
     def agents_blocks(self, name: str) -> list[Any]:
-        """Of its newest branch."""
+        """Return the blocks of its newest branch."""
         return list(self.core.prefix_cache.agents["default", name].newest.blocks)
 
     def stop(self) -> None:

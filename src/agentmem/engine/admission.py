@@ -1,8 +1,8 @@
-"""How sequences get their caches and give them back: admitted when RAM allows, preempted when it
-runs out, left idle.
+"""How sequences get their caches and give them back.
 
-A second request of an agent, while one runs, does not wait: it starts from what the agent's
-branches and the shared blocks hold when its prefill begins, on a branch of its own.
+They are admitted when RAM allows, preempted when it runs out, and left idle in the end. A second
+request of an agent, while one runs, does not wait: it starts from what the agent's branches and the
+shared blocks hold when its prefill begins, on a branch of its own.
 """
 
 import logging
@@ -37,7 +37,7 @@ _GIVE_UP = 15.0  # s without room and without anything running
 
 
 class Admission:
-    """Engine thread only."""
+    """Moves sequences from the queue to a cache and back. Engine thread only."""
 
     def __init__(
         self,
@@ -70,6 +70,7 @@ class Admission:
 
     @property
     def can_admit(self) -> bool:
+        """Tell whether a sequence waits that may become active, and RAM was not short for it."""
         seq = self._scheduler.next_waiting()
         return seq is not None and not self.short
 
@@ -78,7 +79,8 @@ class Admission:
     def admit(self) -> None:
         """Start what waits, in order, as far as RAM goes; then read ahead for the next."""
         if not self._scheduler.waiting:
-            self.short, self._budget.short_since = False, None
+            self.short = False
+            self._budget.short_since = None
         elif time.monotonic() >= self._look_at:
             self._admit()
             self._prefetch()
@@ -97,24 +99,27 @@ class Admission:
                 self._restore_or_start(seq)
 
     def entered(self, seq: Sequence) -> None:
-        """A new one in the queue; where it stands there depends on what is cached."""
+        """Look up a sequence that is new in the queue: where it stands there depends on it."""
         self.look_up(seq)
         self._look_at = 0.0
 
     def look_up(self, seq: Sequence) -> None:
-        request, prefix_cache = seq.request, self._prefix_cache
+        """Note what of a sequence's tokens is cached now."""
+        request = seq.request
+        prefix_cache = self._prefix_cache
         own = prefix_cache.match_whole(seq.kept, seq.tokens) if seq.kept is not None else None
         seq.match = own or prefix_cache.match(request.agent, seq.reusable)
 
     def _growth(self) -> int:
-        """Bytes that let all that hold a cache go on a while."""
+        """Return the bytes that let all who hold a cache go on for a while."""
         return sum(
             self._budget.growth_bytes(seq.capacity) for seq in self._scheduler.active if seq.cache
         )
 
     def _reserve(self, seq: Sequence, slack: int) -> bool:
-        """Room for all tokens so far and what is to be read, with `slack` bytes left."""
-        budget, match = self._budget, seq.match
+        """Make room for all tokens so far and what is to be read, with `slack` bytes left."""
+        budget = self._budget
+        match = seq.match
         assert match is not None
         seq.capacity = 0
         capacity = capacity_for(len(seq.tokens))
@@ -141,12 +146,13 @@ class Admission:
             self._start(seq, match)
 
     def _read(self, seq: Sequence, match: Match) -> None:
-        """Begin to read what `match` lacks; `seq` goes on once that is there, if it waits for it."""
+        """Begin to read what `match` lacks; a sequence that waits for it goes on then."""
         seq.reading = True
         self._prefix_cache.hold_match(match)
         self._tasks.start(self._go_on_once_read(seq, match))
 
     async def _go_on_once_read(self, seq: Sequence, match: Match) -> None:
+        """Wait for what `match` lacks, then start `seq` if it is restoring by then."""
         began = time.perf_counter()
         try:
             restored = await finished(self._restorer.restore(match))
@@ -171,9 +177,12 @@ class Admission:
             self._look_at = 0.0
 
     def _start(self, seq: Sequence, match: Match) -> None:
-        prefix_cache, write_back = self._prefix_cache, self._write_back
+        """Give a sequence its cache and its branch; all that `match` needs is in RAM."""
+        prefix_cache = self._prefix_cache
+        write_back = self._write_back
         snapshot, seq.lineage = self._restorer.snapshot(match)
-        seq.blocks, seq.match = list(match.blocks), None
+        seq.blocks = list(match.blocks)
+        seq.match = None
         prefix_cache.hold(seq.blocks)
         prefix_cache.touch(match)
         self._let_go(seq)
@@ -185,7 +194,8 @@ class Admission:
         write_back.note(agent, seq.branch)
         wanted = seq.request.checkpoint or seq.prompt_len - 1
         seq.cache = self._runner.new_cache(
-            *(snapshot, seq.capacity),
+            snapshot,
+            capacity=seq.capacity,
             checkpoint_at=min(wanted, seq.prompt_len - 1),
             last_state=last_snapshot(prefix_cache.spec, seq.blocks),
         )
@@ -208,8 +218,9 @@ class Admission:
         self.prefilled_maybe(seq)
 
     def _apply(self, seq: Sequence, agent: Agent) -> None:
-        """What the request says of its agent."""
-        request, known = seq.request, bool(agent.branches)
+        """Set what the request says of its agent."""
+        request = seq.request
+        known = bool(agent.branches)
         if request.ephemeral is not None and not known:
             agent.ephemeral = request.ephemeral
         if request.ttl is not None and not seq.preempted:
@@ -217,13 +228,16 @@ class Admission:
 
     @staticmethod
     def prefilled_maybe(seq: Sequence) -> None:
+        """Let a sequence decode once nothing of its prompt is left to prefill."""
         if seq.num_to_prefill == 0:
             seq.prefilled = seq.prefilled or time.perf_counter()
             seq.status = Status.DECODE
 
     def look_again(self, seq: Sequence) -> bool:
-        """Before its first chunk: start from blocks that another request has sealed meanwhile, if
-        there are any.
+        """Start again from blocks that another request has sealed meanwhile, if there are any.
+
+        It is asked ahead of a sequence's first chunk. Returns whether the sequence starts elsewhere
+        now.
         """
         assert seq.cache is not None and seq.branch is not None
         if seq.cache.length > seq.cached_at_start:
@@ -245,9 +259,7 @@ class Admission:
     # -- ahead of need
 
     def _prefetch(self) -> None:
-        """Read what the next in the queue matched, as far as that evicts nothing that any of them
-        needs.
-        """
+        """Read what the next in the queue matched, evicting nothing that any of them needs."""
         if self._budget.under_pressure:
             return
         queue = self._scheduler.upcoming()[:_PREFETCH]
@@ -267,9 +279,7 @@ class Admission:
     # -- RAM of the running
 
     def grow(self) -> None:
-        """Before a step: room for one more token of each that decodes, at the cost of the least
-        urgent.
-        """
+        """Make room for one more token of each that decodes, at the cost of the least urgent."""
         for seq in list(self._scheduler.active):
             while (
                 seq.cache is not None
@@ -282,14 +292,15 @@ class Admission:
                     self._preempt(self._scheduler.least_urgent())
 
     def _preempt(self, seq: Sequence) -> None:
-        """Give its RAM to others; it goes on from here when there is room again."""
+        """Give a sequence's RAM to others; it goes on from here when there is room again."""
         log.info(
             "preempted a request of agent %r after %d tokens: no RAM",
             seq.request.agent.agent_id,
             seq.num_generated,
         )
         self._scheduler.preemptions += 1
-        seq.preempted, branch = True, seq.branch
+        seq.preempted = True
+        branch = seq.branch
         self._give_back(seq, preempted=True)
         if branch is not None and branch.agent.branches.get(branch.id) is branch:
             branch.in_use = branch.preempted = True
@@ -298,12 +309,15 @@ class Admission:
 
     @staticmethod
     def _let_go(seq: Sequence) -> None:
+        """Let others use the branch that a preempted sequence left."""
         if seq.kept is not None:
             seq.kept.in_use = seq.kept.preempted = False
             seq.kept = None
 
     def _requeue(self, seq: Sequence) -> None:
-        seq.capacity, seq.status = 0, Status.WAITING
+        """Put a sequence back into the queue."""
+        seq.capacity = 0
+        seq.status = Status.WAITING
         self._scheduler.preempt(seq)
         self.look_up(seq)  # where it stands in the queue depends on it
 
@@ -315,16 +329,15 @@ class Admission:
         self._give_back(seq)
 
     def _give_back(self, seq: Sequence, *, preempted: bool = False) -> None:
-        """What its cache holds becomes a branch of its agent; the working copy goes."""
-        prefix_cache, cache, branch, blocks = (
-            self._prefix_cache,
-            seq.cache,
-            seq.branch,
-            seq.blocks,
-        )
+        """Make a branch of its agent of what a sequence's cache holds; drop the working copy."""
+        prefix_cache = self._prefix_cache
+        cache = seq.cache
+        branch = seq.branch
+        blocks = seq.blocks
         self._look_at = 0.0
         seq.cache = seq.branch = seq.match = None
-        seq.blocks, seq.capacity = [], 0
+        seq.blocks = []
+        seq.capacity = 0
         if cache is None or branch is None:
             return
         tokens = np.array(seq.tokens[: cache.length], dtype=np.uint32)
@@ -341,20 +354,17 @@ class Admission:
             if opaque and not seq.discard:
                 prefix_cache.enter(branch.agent)
         else:
-            tail, snapshot = (
-                CachedTail(tokens[cache.num_sealed :], lineage=seq.lineage),
-                cache.snapshot(),
-            )
+            tail = CachedTail(tokens[cache.num_sealed :], lineage=seq.lineage)
+            snapshot = cache.snapshot()
             if blocks and snapshot.tail is None:
                 prefix_cache.add_states(blocks[-1], snapshot.blocks[-1])
             self._write_back.commit(branch, blocks, tail, snapshot.tail)
             self._write_back.note(branch.agent, branch)
 
     def _note_progress(self) -> None:
-        """Where nothing runs that could give back RAM, give up unsaved caches after a while, then
-        the request.
-        """
-        scheduler, budget = self._scheduler, self._budget
+        """Give up unsaved caches, then a request, where nothing runs that could free RAM."""
+        scheduler = self._scheduler
+        budget = self._budget
         if not self.short or scheduler.active:
             budget.short_since = None
             return
@@ -364,10 +374,8 @@ class Admission:
         if seq is not None and now - budget.short_since > _GIVE_UP:
             budget.short_since = None
             self.leave(seq)
-            seq.fail(
-                Busy(
-                    f"No RAM for caches came free: of kv_budget ({budget.limit:,} bytes) {budget.used_bytes:,} are in "
-                    "use by agents that are pinned or can't be saved.",
-                    code="kv_budget_full",
-                )
+            message = (
+                f"No RAM for caches came free: of kv_budget ({budget.limit:,} bytes) "
+                f"{budget.used_bytes:,} are in use by agents that are pinned or can't be saved."
             )
+            seq.fail(Busy(message, code="kv_budget_full"))

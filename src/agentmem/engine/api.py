@@ -13,6 +13,8 @@ FinishReason = Literal["stop", "length"]
 
 @dataclass(frozen=True)
 class SamplingParams:
+    """How the tokens of an answer are chosen, and what ends it."""
+
     max_tokens: int
     temperature: float = 1.0
     top_p: float = 1.0
@@ -34,6 +36,8 @@ class SamplingParams:
 
 @dataclass(frozen=True)
 class GenerateRequest:
+    """One prompt of an agent, and what is wanted of it."""
+
     agent: AgentKey
     tokens: list[int]  # the rendered prompt, at least one
     params: SamplingParams  # max_tokens 0: prefill the prompt, and no more
@@ -71,8 +75,9 @@ class TextDelta:
 
 @dataclass(frozen=True)
 class RequestStats:
-    """What one request cost. Times in ms; `ttft_ms` runs from submission to the first sampled
-    token.
+    """What one request cost.
+
+    Times are in ms; `ttft_ms` runs from submission to the first sampled token.
     """
 
     prompt_tokens: int
@@ -89,13 +94,16 @@ class RequestStats:
 
 @dataclass(frozen=True)
 class Finished:
+    """The end of an answer."""
+
     reason: FinishReason
     stats: RequestStats
     stop_string: str | None = None  # which ended the answer, if one did
 
     @property
     def cut(self) -> bool:
-        """The model had not ended the answer: what it was about to say, a tool call perhaps, is not
-        whole.
+        """Tell whether the model had not ended the answer.
+
+        What it was about to say, a tool call perhaps, is not whole then.
         """
         return self.reason == "length" or self.stop_string is not None

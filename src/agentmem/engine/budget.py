@@ -1,4 +1,4 @@
-"""RamBudget: what `--kv-budget` has left, counted by real bytes, and what must go to make room.
+"""RamBudget: what `--kv-budget` has left, counted by real bytes, and what must go for room.
 
 Counted are blocks and tails in RAM, what is being read from disk, and for each running sequence the
 working copy it has room for, the blocks it will seal up to there, and the copy of its tail that it
@@ -31,7 +31,8 @@ from .sequence import Sequence
 
 log = logging.getLogger(__name__)
 _STUCK = 5.0  # s without room and without anything running, after which unsaved caches are given up
-_EVICT_FROM, _EVICT_TO = 0.95, 0.9  # of the memory limit
+_EVICT_FROM = 0.95
+_EVICT_TO = 0.9  # of the memory limit
 _FILE_HEADER = 4096  # bytes, at most
 _NOTHING_HELD: Mapping[str, int] = MappingProxyType({})
 _SAVE_INTERVAL = 0.25  # s
@@ -39,8 +40,9 @@ _STATES = "states"  # what all snapshots of recurrent state are counted as
 
 
 def _footprint_above(limit: float) -> int | None:
-    """The process's bytes if they are more than `limit`, also without the memory that is only kept
-    for reuse.
+    """Return the process's bytes if they are more than `limit`, else None.
+
+    Memory that is only kept for reuse is let go of first.
     """
     if process_footprint() <= limit:
         return None
@@ -51,30 +53,34 @@ def _footprint_above(limit: float) -> int | None:
 
 
 class RamBudget:
+    """Keeps caches and the process within their limits, in bytes. Engine thread only."""
+
     def __init__(
         self,
+        *,
         limit: int,
         memory_limit: int,
         prefix_cache: PrefixCache,
         restorer: Restorer,
         write_back: WriteBack,
         store: AgentStore,
-        *,
         on_codes: bool,
         max_context: int,
         active: Callable[[], Iterable[Sequence]],
     ):
-        """`active`: the sequences that hold RAM or are about to. Raises StartupError: too small for
-        any sequence.
+        """Raise StartupError if `limit` is too small for any sequence.
+
+        `active` gives the sequences that hold RAM or are about to.
         """
-        self.limit, self.memory_limit = limit, memory_limit
-        self._prefix_cache, self._restorer, self._write_back, self._store = (
-            prefix_cache,
-            restorer,
-            write_back,
-            store,
-        )
-        self._spec, self._on_codes, self._active = prefix_cache.spec, on_codes, active
+        self.limit = limit
+        self.memory_limit = memory_limit
+        self._prefix_cache = prefix_cache
+        self._restorer = restorer
+        self._write_back = write_back
+        self._store = store
+        self._spec = prefix_cache.spec
+        self._on_codes = on_codes
+        self._active = active
         # time.monotonic(): a request waits for RAM, and nothing runs
         self.short_since: float | None = None
         self.under_pressure = False  # the process is near its memory limit
@@ -95,10 +101,10 @@ class RamBudget:
     def running_bytes(
         self, capacity: int, num_sealed: int = 0, held: Mapping[str, int] = _NOTHING_HELD
     ) -> int:
-        """A sequence with room for `capacity` tokens, beside the first `num_sealed` blocks.
+        """Return what a sequence takes that has room for `capacity` tokens.
 
-        `held`: of how many blocks that it has sealed itself each part is in RAM, snapshots of
-        recurrent state together as _STATES.
+        The first `num_sealed` blocks are not counted. `held`: of how many blocks that it has sealed
+        itself each part is in RAM, snapshots of recurrent state as one part.
         """
         working = working_bytes(self._spec, capacity, on_codes=self._on_codes)
         if self._spec.opaque is not None:
@@ -106,8 +112,9 @@ class RamBudget:
         return working + self._new_blocks_bytes(capacity, num_sealed, held) + self._tail_bytes
 
     def _new_blocks_bytes(self, capacity: int, num_sealed: int, held: Mapping[str, int]) -> int:
-        """What it will add to the pool: of layers with a window, and of snapshots, only so much at
-        a time (unneeded.py).
+        """Return what a sequence will add to the pool.
+
+        It adds only so much at a time of layers with a window, and of snapshots (unneeded.py).
         """
         spec = self._spec
         num_new = max(0, capacity // spec.block_size - num_sealed)
@@ -124,17 +131,18 @@ class RamBudget:
         return nbytes + max(0, UNSAVED_SNAPSHOTS - held.get(_STATES, 0)) * spec.state_bytes
 
     def growth_bytes(self, capacity: int) -> int:
-        """Of the next step from `capacity` tokens."""
+        """Return the bytes of the next step from `capacity` tokens."""
         return self.running_bytes(capacity + STEP) - self.running_bytes(capacity)
 
     @property
     def reserved_bytes(self) -> int:
-        """Beside what is in the block pool."""
+        """Return the bytes that are spoken for and not in the block pool."""
         running = sum(self._running_bytes(seq) for seq in self._active())
         return running + self._restorer.incoming_bytes
 
     @property
     def used_bytes(self) -> int:
+        """Return the bytes in the block pool and those that are spoken for."""
         return self._prefix_cache.pool.nbytes + self.reserved_bytes
 
     def note(self) -> None:
@@ -143,8 +151,9 @@ class RamBudget:
         self.noted_used = self._prefix_cache.pool.nbytes + self.noted_reserved
 
     def sharing_bytes(self, match: Match) -> int:
-        """What running sequences can count on less once another one holds `match`: what they sealed
-        stays for it.
+        """Return what running sequences can count on less once another one holds `match`.
+
+        What they sealed stays for it.
         """
         if self._spec.needs_all_parts:
             return 0
@@ -154,7 +163,10 @@ class RamBudget:
         )
 
     def _running_bytes(self, seq: Sequence, shared: Container[int] = ()) -> int:
-        """`shared`: ids of blocks that another sequence is about to hold."""
+        """Return what a sequence takes beside its sealed blocks.
+
+        `shared`: ids of blocks that another sequence is about to hold.
+        """
         if not seq.capacity:
             return 0
         matched = len(seq.match.blocks) if seq.match else 0
@@ -172,11 +184,10 @@ class RamBudget:
         return self.running_bytes(seq.capacity, num_sealed, parts)
 
     def make_room(self, nbytes: int, kept: Iterable[Entry], *, urgent: bool = True) -> bool:
-        """Evict what is idle until `nbytes` more fit; False, and nothing evicted, if they can't
-        now.
+        """Evict what is idle until `nbytes` more fit; if they can't now, evict nothing.
 
-        `urgent`: a request can't go on without: what is not on disk yet is saved now, or given up
-        if it can't be.
+        Returns whether they fit. `urgent`: a request can't go on without, so what is not on disk
+        yet is saved now, or given up if it can't be. `kept`: what must stay.
         """
         prefix_cache = self._prefix_cache
         short = nbytes + self.used_bytes - self.limit
@@ -201,14 +212,15 @@ class RamBudget:
             prefix_cache.lose(entry)
 
     def in_use(self) -> set[int]:
-        """Ids of what active sequences work with, and of what pinned agents hold."""
+        """Return the ids of what active sequences work with, and of what pinned agents hold."""
         pinned = (agent for agent in self._prefix_cache.agents.values() if agent.pinned)
         held = (*(seq.entries() for seq in self._active()), *(agent.entries() for agent in pinned))
         return {id(entry) for entries in held for entry in entries}
 
     def relieve_process(self) -> str | None:
-        """Keep the process below `memory_limit` by evicting. Returns what to tell new requests if
-        that won't do.
+        """Keep the process below `memory_limit` by evicting.
+
+        Returns what to tell new requests if that won't do, else None.
         """
         footprint = _footprint_above(_EVICT_FROM * self.memory_limit)
         self.under_pressure = footprint is not None
@@ -225,25 +237,28 @@ class RamBudget:
         )
 
     def _may_lose(self) -> bool:
-        """Whether to give up caches that are not on disk: a store that can't write must not stop
-        the serving.
+        """Tell whether to give up caches that are not on disk.
+
+        A store that can't write must not stop the serving.
         """
         stuck = self.short_since is not None and time.monotonic() - self.short_since > _STUCK
         return stuck or self._store.background_error is not None
 
     def _save_soon(self, nbytes: int) -> None:
-        """What rests unsaved can leave RAM once it is on disk."""
+        """Save what rests, so that `nbytes` of it can leave RAM soon."""
         now = time.monotonic()
         if now - self._saves_asked > _SAVE_INTERVAL:
             self._saves_asked = now
             self._write_back.save_for_room(nbytes)
 
     def _largest(self, wanted: int) -> int:
-        """Tokens of the longest sequence, of at most `wanted`, that fits with nothing else in RAM."""
-        if (needed := self._alone_bytes(STEP)) > self.limit:
+        """Return the tokens of the longest sequence, at most `wanted`, that fits into empty RAM."""
+        needed = self._alone_bytes(STEP)
+        if needed > self.limit:
             raise StartupError(
-                f"kv_budget: {self.limit:,} bytes of RAM for caches are too few for this model, which needs "
-                f"{needed:,} for a sequence of {STEP} tokens; give it more, or use a smaller --block-size"
+                f"kv_budget: {self.limit:,} bytes of RAM for caches are too few for this model, "
+                f"which needs {needed:,} for a sequence of {STEP} tokens; give it more, or use a "
+                "smaller --block-size"
             )
         capacity = STEP
         while capacity < wanted and self._alone_bytes(capacity + STEP) <= self.limit:
@@ -251,8 +266,10 @@ class RamBudget:
         return min(capacity, wanted)
 
     def _alone_bytes(self, capacity: int) -> int:
-        """The most that a sequence takes: the tail and the windows that it starts from, and files'
-        headers, on top.
+        """Return the most that a sequence takes.
+
+        On top of what it works with, that is the tail and the windows that it starts from, and
+        files' headers.
         """
         if (spec := self._spec).opaque is not None:
             return self.running_bytes(capacity)

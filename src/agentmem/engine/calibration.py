@@ -1,4 +1,4 @@
-"""Key centres and the way of attention: from disk, or measured once when a model is first loaded."""
+"""Key centres and the way of attention: from disk, or measured at a model's first load."""
 
 import hashlib
 import logging
@@ -63,8 +63,10 @@ def calibrate_runner(
 
 
 def faster_attention(runner: ModelRunner) -> str:
-    """On a CPU the dequantized copy, by far (docs/architecture.md has the figures); elsewhere
-    measured here.
+    """Return the faster way of attention on this device: "codes" or "dequantized".
+
+    A CPU reads the dequantized copy, faster by far (docs/architecture.md has the figures);
+    elsewhere both are measured.
     """
     if mx.default_device() == mx.Device(mx.cpu):
         return "dequantized"
@@ -73,12 +75,14 @@ def faster_attention(runner: ModelRunner) -> str:
 
 
 def _checksum(centres: list[mx.array]) -> str:
+    """Return a checksum of key centres, in hex."""
     return segment.checksum(b"".join(bytes(memoryview(cast(Any, c))) for c in centres)).hex()
 
 
 def _read_calibration(path: Path) -> tuple[list[mx.array], str] | None:
-    """None where there is none, or a damaged one: it is made again, and gives the same numbers on
-    the same machine.
+    """Return centres and way of attention, or None where the file is missing or damaged.
+
+    They are made again then, and come out the same on the same machine.
     """
     try:
         tensors, metadata = segment.decode(path.read_bytes())
@@ -92,6 +96,7 @@ def _read_calibration(path: Path) -> tuple[list[mx.array], str] | None:
 
 
 def _write_calibration(path: Path, centres: list[mx.array], attention: str) -> None:
+    """Write centres and way of attention, durably."""
     segment.make_private_dir(path.parent)
     tensors = to_host({str(i): c for i, c in enumerate(centres)})
     data = segment.encode(tensors, {"checksum": _checksum(centres), "attention": attention})

@@ -1,5 +1,6 @@
-"""The engine: one thread that makes every MLX call of inference, and the border that the event loop
-talks to.
+"""Engine: the thread that makes every MLX call of inference, and the border around it.
+
+The event loop talks to that thread through an inbox only.
 """
 
 import asyncio
@@ -29,11 +30,15 @@ log = logging.getLogger(__name__)
 
 
 class Engine:
-    """Start it, then use it from one event loop. See EngineAPI in api.py."""
+    """One model, its agents and their store. Start it, then use it from one event loop.
+
+    What can be done to agents is in `agents`, `forks` and `archives`.
+    """
 
     def __init__(self, settings: Settings, load: Callable[[], LoadedModel]):
-        """`load` makes the model, on the engine thread."""
-        self._settings, self._load = settings, load
+        """Keep `load`, which makes the model on the engine thread."""
+        self._settings = settings
+        self._load = load
         self._inbox: Inbox = queue.SimpleQueue()
         self._ready: Future[Core] = Future()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -56,10 +61,15 @@ class Engine:
         self.turn_table: TurnTable | None = self._core.store.turns
 
     async def generate(self, request: GenerateRequest) -> AsyncIterator[TextDelta | Finished]:
+        """Stream one answer; closing the iterator cancels it within one token.
+
+        Raises ContextLengthExceeded, Busy, ShuttingDown and EngineFailed, at first or mid-stream.
+        """
         self._check_open()
         if len(request.tokens) >= self.max_context:
             raise ContextLengthExceeded(len(request.tokens), self.max_context, self.why_max_context)
-        loop, events = asyncio.get_running_loop(), asyncio.Queue[Event]()
+        loop = asyncio.get_running_loop()
+        events = asyncio.Queue[Event]()
         seq = Sequence(
             request,
             emit=lambda event: loop.call_soon_threadsafe(events.put_nowait, event),
@@ -80,6 +90,7 @@ class Engine:
 
     @property
     def failed(self) -> bool:
+        """Tell whether it answers no more for good, so that only a new process helps."""
         return self._failure is not None
 
     def health(self) -> dict[str, Any]:
@@ -91,9 +102,14 @@ class Engine:
         )
 
     def metrics(self) -> bytes:
+        """Return the metrics in Prometheus' text format."""
         return self._core.metrics.text()
 
     def branch_tokens(self, key: AgentKey) -> list[np.ndarray]:
+        """Return the token ids of what an agent has cached, branch by branch.
+
+        While the agent changes, they may be of no branch at all.
+        """
         return self._core.prefix_cache.branch_tokens(key)
 
     def is_ephemeral(self, key: AgentKey) -> bool:
@@ -101,18 +117,21 @@ class Engine:
         return self._core.prefix_cache.is_ephemeral(key)
 
     def agent_times(self, key: AgentKey) -> tuple[float, float] | None:
+        """Return when an agent was created and last used, Unix seconds; None: there is none."""
         agent = self._core.prefix_cache.agents.get(key)
         return (agent.created, agent.last_used) if agent else None
 
     def announce(self, url: str) -> None:
-        """Where the server can be reached: for other processes that find the store in use."""
+        """Note where the server can be reached, for processes that find the store in use."""
         self._core.store.announce(url)
 
     def begin_drain(self) -> None:
+        """Refuse new requests; cut running ones (ShuttingDown) after the grace time."""
         self._stopping = True
         self._post(lambda: self._loop.drain(self._settings.grace))
 
     async def stop(self) -> None:
+        """Drain, persist every tail, close the store, end the threads."""
         self.begin_drain()
         await asyncio.to_thread(self._thread.join)
 
@@ -120,6 +139,7 @@ class Engine:
         self._inbox.put(function)
 
     def _check_open(self) -> None:
+        """Raise EngineFailed or ShuttingDown where nothing new may begin."""
         if self._failure:
             raise EngineFailed("the engine has failed and must be restarted; /health has the error")
         if self._stopping:
@@ -152,6 +172,7 @@ class Engine:
             self._ready.set_exception(e)
 
     def _run_loop(self, loop: EngineLoop) -> None:
+        """Run until drained; latch a bug, tell everyone who waits, and let /health say so."""
         try:
             loop.run()
         except BaseException as e:  # a bug: latch it, tell everyone who waits, let /health say so
@@ -162,8 +183,9 @@ class Engine:
 
 @contextmanager
 def _mlx_thread() -> Iterator[None]:
-    """MLX keeps worker threads for each thread that used it; left behind, they abort the process at
-    its exit.
+    """Let go of what MLX keeps for a thread that used it.
+
+    MLX's worker threads, left behind, abort the process at its exit.
     """
     try:
         yield

@@ -9,11 +9,14 @@ import mlx.core as mx
 
 # <sys/resource.h>: uuid[16], then 64-bit fields, the eighth of them ri_phys_footprint
 _RUSAGE_INFO_V0 = 0
-_PHYS_FOOTPRINT, _RUSAGE_SIZE = 16 + 7 * 8, 16 + 10 * 8
+_PHYS_FOOTPRINT = 16 + 7 * 8
+_RUSAGE_SIZE = 16 + 10 * 8
 
 
 def process_footprint() -> int:
-    """Bytes: phys_footprint on macOS (what Activity Monitor shows, GPU buffers included), else the
+    """Return the bytes of this process.
+
+    They are phys_footprint on macOS (what Activity Monitor shows, GPU buffers included), else the
     resident set.
     """
     if sys.platform == "darwin":
@@ -25,7 +28,7 @@ def process_footprint() -> int:
 
 
 def physical_memory() -> int:
-    """Bytes of RAM, or of this process' control group where that has less."""
+    """Return the bytes of RAM, or of this process' control group where that has less."""
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     try:
         return min(total, int(Path("/sys/fs/cgroup/memory.max").read_text()))
@@ -34,8 +37,9 @@ def physical_memory() -> int:
 
 
 def room_for_caches() -> int:
-    """Bytes that are free with the model loaded: of the GPU's recommended working set; on a CPU, of
-    available RAM.
+    """Return the bytes that are free with the model loaded.
+
+    They are of the GPU's recommended working set, or on a CPU of the available RAM.
     """
     info = mx.device_info()
     for name in ("max_recommended_working_set_size", "total_memory"):  # Metal, CUDA

@@ -24,8 +24,10 @@ class Logprobs:
 
     def rows(self) -> Iterator[TokenLogprob]:
         """Yield each token's, once the arrays are evaluated."""
-        tokens, chosen = np.array(self.tokens), np.array(self.chosen)
-        top_ids, top = np.array(self.top_ids), np.array(self.top)
+        tokens = np.array(self.tokens)
+        chosen = np.array(self.chosen)
+        top_ids = np.array(self.top_ids)
+        top = np.array(self.top)
         order = np.argsort(-top, axis=-1, kind="stable")
         for i, likeliest in enumerate(order):
             pairs = zip(top_ids[i, likeliest].tolist(), top[i, likeliest].tolist(), strict=True)

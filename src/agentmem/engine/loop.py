@@ -1,4 +1,4 @@
-"""What the engine thread does: take commands, then schedule, run, commit, over and over."""
+"""The engine thread's loop: it takes what was posted, admits what waits, and steps."""
 
 import logging
 import queue
@@ -26,7 +26,7 @@ _WATCH_INTERVAL = 0.25  # s between two looks at the process' memory
 
 
 class EngineLoop:
-    """Owned by the engine thread; every method runs there."""
+    """The loop of the engine thread; every method runs there."""
 
     def __init__(
         self,
@@ -60,7 +60,7 @@ class EngineLoop:
         self._failed = False
 
     def run(self) -> None:
-        """Until drained."""
+        """Work until drained. A bug is raised; `run_failed` follows."""
         while True:
             self._take_commands()
             self._watch_memory()
@@ -75,9 +75,7 @@ class EngineLoop:
                 return
 
     def run_failed(self) -> None:
-        """After an internal failure: answer every request with it, until drained. The store keeps
-        what it has.
-        """
+        """Answer every request with EngineFailed, until drained. The store keeps what it has."""
         self._failed = True
         for seq in (*self._scheduler.active, *self._scheduler.waiting):
             seq.fail(failed_error())
@@ -91,6 +89,7 @@ class EngineLoop:
     # -- commands
 
     def submit(self, seq: Sequence) -> None:
+        """Put a sequence into the queue, or fail it at once."""
         try:
             if self._failed:
                 raise failed_error()
@@ -105,6 +104,7 @@ class EngineLoop:
             seq.fail(e)
 
     def drain(self, grace: float) -> None:
+        """Fail what waits, and let what runs end within `grace` seconds."""
         if self._drain_deadline is None:
             self._drain_deadline = time.monotonic() + grace
             for seq in [s for s in self._scheduler.waiting if not s.preempted]:
@@ -112,9 +112,7 @@ class EngineLoop:
                 seq.fail(ShuttingDown("the server is shutting down"))
 
     def _take_commands(self) -> None:
-        """Run what is in the inbox; with nothing else to do, wait for it or for the next tail to
-        fall due.
-        """
+        """Run what is in the inbox; with nothing else to do, wait for it for a while."""
         timeout = self._idle_time()
         try:
             if timeout > 0:
@@ -124,6 +122,7 @@ class EngineLoop:
         self._run_posted()
 
     def _run_posted(self) -> None:
+        """Run what is in the inbox until it is empty."""
         try:
             while True:
                 self._inbox.get_nowait()()
@@ -131,7 +130,7 @@ class EngineLoop:
             return
 
     def _idle_time(self) -> float:
-        """Seconds that the thread may sleep."""
+        """Return the seconds that the thread may sleep."""
         if self._scheduler.can_run or self._admission.can_admit:
             return 0.0
         if self._drain_deadline is not None:
@@ -145,7 +144,7 @@ class EngineLoop:
         return min(60.0, max(0.0, soon))
 
     def _watch_memory(self) -> None:
-        """Save what rests; keep the process below `--memory-limit`."""
+        """Save what rests, keep the process below `--memory-limit`, let go of what has expired."""
         now = time.monotonic()
         if now >= self._write_back.next_save:
             self._write_back.save_idle()
@@ -155,15 +154,16 @@ class EngineLoop:
             self._agents.delete_expired()
 
     def _end_cancelled(self) -> None:
+        """Take out the sequences whose clients have gone away."""
         for seq in [*self._scheduler.active, *self._scheduler.waiting]:
-            if (
-                seq.cancelled and seq.status is not Status.RESTORING
-            ):  # a restore ends by itself, soon
+            # a restore ends by itself, soon
+            if seq.cancelled and seq.status is not Status.RESTORING:
                 self._admission.leave(seq)
 
     # -- stop
 
     def _drained(self) -> bool:
+        """Tell whether nothing runs; cut what still does after the grace time."""
         assert self._drain_deadline is not None
         scheduler = self._scheduler
         if time.monotonic() < self._drain_deadline:
@@ -198,6 +198,7 @@ class EngineLoop:
         mx.clear_cache()
 
     def _close(self) -> None:
+        """Close the store, and tell everyone who still waits."""
         self._store.close()
         self._run_posted()  # what was still being read for someone
         self._tasks.end(ShuttingDown("the server is shutting down"))

@@ -1,5 +1,6 @@
-"""What /metrics shows, in Prometheus' text format. Counted on the engine thread, read on the event
-loop.
+"""What /metrics shows, in Prometheus' text format.
+
+It is counted on the engine thread and read on the event loop.
 """
 
 from collections.abc import Iterator
@@ -72,6 +73,7 @@ class Metrics(Collector):
         return Histogram(name, text, labels, buckets=_SECONDS, registry=self._registry)
 
     def finished(self, stats: RequestStats) -> None:
+        """Count a request that has ended."""
         self._requests.labels(stats.cache).inc()
         self._causes.labels(stats.cause).inc()
         self._prompt.inc(stats.prompt_tokens)
@@ -81,6 +83,7 @@ class Metrics(Collector):
         self._queue.labels(stats.cache).observe(stats.queue_ms / 1e3)
 
     def token_after(self, seconds: float) -> None:
+        """Count the seconds between two tokens of one answer."""
         self._inter_token.observe(seconds)
 
     def collect(self) -> Iterator[Metric]:
@@ -99,7 +102,10 @@ class Metrics(Collector):
             "caches in RAM, and reserved; within kv_budget",
             self._budget.noted_used,
         )
-        text = "of agentmem_ram_bytes: working copies, what running requests may still take, reads in flight"
+        text = (
+            "of agentmem_ram_bytes: working copies, what running requests may still take, "
+            "reads in flight"
+        )
         yield Gauge("agentmem_reserved_bytes", text, self._budget.noted_reserved)
         yield Gauge(
             "agentmem_disk_bytes",
@@ -133,4 +139,5 @@ class Metrics(Collector):
         )
 
     def text(self) -> bytes:
+        """Return all of it as Prometheus reads it."""
         return generate_latest(self._registry)

@@ -1,4 +1,4 @@
-"""Every forward pass: prefill of one sequence, decode of a batch. Engine thread only."""
+"""ModelRunner: every forward pass, prefill of one sequence and decode of a batch."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -27,7 +27,7 @@ _LOGITS_BYTES = 64 << 20  # of one pass whose logits are all wanted, in float32
 
 
 class ModelRunner:
-    """A loaded model behind the attention seam, and the caches it runs over."""
+    """A loaded model behind the attention seam, and the caches it runs over. Engine thread only."""
 
     def __init__(
         self,
@@ -38,10 +38,10 @@ class ModelRunner:
         state_interval: int | None = None,
         backend: AttentionBackend | None = None,
     ):
-        """Install the seam, read the spec and check its numbers against mlx-lm's; see `spec.opaque`
-        if they part.
+        """Install the seam, read the spec and check its numbers against mlx-lm's.
 
-        `backend`: the way of attention; None: the one for MLX's default device.
+        Where they part, `spec.opaque` says why. `backend`: the way of attention; None: the one for
+        MLX's default device.
         """
         self._backend = backend or attention_backend()
         self.model = model
@@ -55,8 +55,9 @@ class ModelRunner:
         self._space = CacheSpace(self.spec)
 
     def _understood(self, spec: KVCacheSpec) -> tuple[KVCacheSpec, bool]:
-        """The spec that gives mlx-lm's logits, and whether a batch does too."""
-        reason, candidates = "", [spec, all_model_attends(spec)]
+        """Return the spec that gives mlx-lm's logits, and whether a batch does too."""
+        reason = ""
+        candidates = [spec, all_model_attends(spec)]
         for candidate in [c for c in candidates if c is not None and c.opaque is None]:
             plain = replace(candidate, kv_bits="16")
             try:
@@ -65,10 +66,9 @@ class ModelRunner:
             except ModelError as e:
                 reason = reason or str(e)
             except MODEL_ERRORS as e:
-                reason = (
-                    reason
-                    or f"its code does not work with caches other than its own ({type(e).__name__}: {e})"
-                )
+                error = f"{type(e).__name__}: {e}"
+                why = f"its code does not work with caches other than its own ({error})"
+                reason = reason or why
         return (
             spec if spec.opaque else opaque_spec(self.model, reason, spec.kv_bits, spec.block_size)
         ), False
@@ -78,11 +78,9 @@ class ModelRunner:
         return lambda tokens: self._forward(plain, tokens, [cache])[0]
 
     def _batches(self, plain: KVCacheSpec) -> bool:
-        """Whether the model takes a batch of sequences of unequal length."""
-        space, tokens = (
-            CacheSpace(plain),
-            mx.array([[(7919 * i + 13) % self.vocab_size for i in range(12)]]),
-        )
+        """Tell whether the model takes a batch of sequences of unequal length."""
+        space = CacheSpace(plain)
+        tokens = mx.array([[(7919 * i + 13) % self.vocab_size for i in range(12)]])
 
         def prefilled() -> list[SequenceCache]:
             caches = [SequenceCache(plain, space, backend=self._backend) for _ in range(2)]
@@ -98,12 +96,13 @@ class ModelRunner:
             return False
 
     def calibrate(self, tokens: list[int]) -> list[mx.array]:
-        """Key centres of this model, see kvcache/calibrate.py."""
+        """Return the key centres of this model, one array a layer, see kvcache/calibrate.py."""
         plain = self.plain_spec
         empty = SequenceCache(plain, CacheSpace(plain), backend=self._backend)
         return key_centres(plain, empty, lambda t, cache: self._forward(plain, t, [cache]), tokens)
 
     def use_centres(self, centres: list[mx.array], space: type[CacheSpace] = CacheSpace) -> None:
+        """Quantize keys around `centres` from now on."""
         self._space = space(self.spec, centres)
 
     def new_cache(
@@ -113,7 +112,7 @@ class ModelRunner:
         checkpoint_at: int | None = None,
         last_state: int = 0,
     ) -> Cache:
-        """See SequenceCache."""
+        """Make a cache for one sequence, see SequenceCache."""
         if self.spec.opaque is not None:
             return OpaqueCache(make_prompt_cache(self.model))
         return SequenceCache(
@@ -130,8 +129,9 @@ class ModelRunner:
     def forward(
         self, tokens: mx.array, caches: Sequence[Cache]
     ) -> tuple[mx.array, list[list[SealedBlock]]]:
-        """tokens [B, L] through the model; (logits [B, L, vocab], blocks that filled up), both
-        lazy.
+        """Run tokens [B, L] through the model.
+
+        Returns logits [B, L, vocab] and each sequence's blocks that filled up, both lazy.
         """
         return self._forward(self.spec, tokens, caches)
 
@@ -145,7 +145,8 @@ class ModelRunner:
             return mx.concatenate([logits for logits, _ in each]), [fresh for _, [fresh] in each]
         if tokens.shape[1] <= min(cache.pass_limit for cache in caches):
             return self._pass(spec, tokens, caches)
-        parts, fresh = [], []
+        parts = []
+        fresh = []
         while tokens.shape[1]:
             n = caches[0].pass_limit
             logits, [blocks] = self._pass(spec, tokens[:, :n], caches)
@@ -182,7 +183,7 @@ class ModelRunner:
         num_top: int,
         vocab_size: int,
     ) -> tuple[list[SealedBlock], list[TokenLogprob]]:
-        """Append `tokens` as `prefill` does; return the log probabilities of what follows each too.
+        """Append `tokens` as `prefill` does, and return the log probabilities of what follows.
 
         `following`: a token for each of them; `vocab_size`: ids that count. A pass is over few
         tokens, since logits are large.
@@ -202,8 +203,10 @@ class ModelRunner:
     def decode(
         self, caches: Sequence[Cache], tokens: Sequence[int]
     ) -> tuple[mx.array, list[list[SealedBlock]]]:
-        """One token for each sequence: (logits [B, vocab], blocks that filled up), lazy: `settle`
-        evaluates.
+        """Run one token of each sequence through the model.
+
+        Returns logits [B, vocab] and each sequence's blocks that filled up, both lazy: `evaluate`
+        evaluates them.
         """
         logits, fresh = self.forward(mx.array(list(tokens))[:, None], caches)
         return logits[:, -1], fresh
@@ -217,11 +220,10 @@ class ModelRunner:
         mx.eval(sampled, [block.arrays for blocks in fresh for block in blocks], more)
 
     def choose_attention(self, num_tokens: int = 2048) -> dict[str, float]:
-        """Time a decode step over `num_tokens` sealed tokens on codes and on their dequantized
-        copy; use the faster.
+        """Time a decode step on codes and on their dequantized copy; use the faster.
 
-        Returns {"dequantized": ms, "codes": ms}. One block, repeated, will do: time does not depend
-        on values.
+        The step is over `num_tokens` sealed tokens. Returns {"dequantized": ms, "codes": ms}. One
+        block, repeated, will do: time does not depend on values.
         """
         if self.spec.bits is None:
             return {}
@@ -242,6 +244,7 @@ class ModelRunner:
         return times
 
     def _repeated_block(self, count: int) -> Snapshot:
+        """Return a snapshot of `count` blocks, all but the first one the same."""
         cache = SequenceCache(self.spec, self._space, backend=self._backend)
         [first] = self.prefill(cache, [0] * self.spec.block_size)
         later = SealedBlock(

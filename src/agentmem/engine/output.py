@@ -1,5 +1,6 @@
-"""From tokens to text: detokenize, end at stop tokens and stop strings, hold back what may be the
-start of one.
+"""OutputStream: text of tokens as they come, up to a stop token or a stop string.
+
+What may be the start of a stop string is held back.
 """
 
 from collections.abc import Iterable, Sequence
@@ -20,7 +21,7 @@ class OutputStream:
         ignore_eos: bool = False,
         continues_text: bool = False,
     ):
-        """`continues_text`: a blank that the answer begins with is part of it."""
+        """Begin an answer; `continues_text`: a blank that it begins with is part of it."""
         self._detokenizer = tokenizer.detokenizer
         if continues_text:  # mlx-lm drops the blank at the beginning of all text only
             for token in tokenizer.encode("a", add_special_tokens=False):
@@ -35,14 +36,14 @@ class OutputStream:
         self.stop_string: str | None = None  # at which the answer ended
 
     def feed(self, token: int) -> tuple[str, bool]:
-        """(text that is safe to send, whether the answer ends here)."""
+        """Take a token; return text that is safe to send, and whether the answer ends here."""
         if token in self._stop_ids:
             return self.finish(), True
         self._detokenizer.add_token(token)
         return self._advance(self._detokenizer.last_segment)
 
     def finish(self) -> str:
-        """The answer ends without a stop string: what was held back belongs to it."""
+        """End the answer without a stop string; return what was held back, which belongs to it."""
         self._detokenizer.finalize()
         text, stopped = self._advance(self._detokenizer.last_segment)
         if stopped:
@@ -51,6 +52,7 @@ class OutputStream:
         return text + held
 
     def _advance(self, text: str) -> tuple[str, bool]:
+        """Return the text up to a stop string, and whether there was one."""
         self._state, segments = TextStateMachine.split(self._state, text)
         self.stop_string = self._stops.get(self._state[0])
         return segments[0][1], self.stop_string is not None

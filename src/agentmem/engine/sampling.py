@@ -1,6 +1,4 @@
-"""From logits to the next token: mlx-lm's samplers and processors, with random numbers of each
-sequence's own.
-"""
+"""Sampler: mlx-lm's samplers and processors, with random numbers of each sequence's own."""
 
 import os
 
@@ -13,8 +11,9 @@ _ALL_TOKENS = 1 << 30  # context size of a penalty that looks at the whole answe
 
 
 class Sampler:
-    """One sequence's sampler. The random numbers of its nth token depend on its seed and n, never
-    on batchmates.
+    """One sequence's way from logits to the next token.
+
+    The random numbers of its nth token depend on its seed and n, never on batchmates.
     """
 
     def __init__(self, params: SamplingParams, vocab_size: int):
@@ -42,7 +41,7 @@ class Sampler:
         )
 
     def __call__(self, logits: mx.array, tokens: list[int], prompt_len: int) -> mx.array:
-        """logits [1, vocab] to one token [1], lazy. `tokens`: prompt and answer so far."""
+        """Return one token [1] for logits [1, vocab], lazy. `tokens`: prompt and answer so far."""
         for process in self._processors:
             logits = process(tokens, logits)
         if self._answer_processors and len(tokens) > prompt_len:

@@ -1,11 +1,11 @@
-"""Who takes part in the next step: all running sequences decode, and one of the others prefills a
-chunk.
+"""Scheduler: who takes part in the next step.
 
-Which one: the lowest `priority` number, then the shortest remaining prefill, less the time it has
-waited while others were served: a warm agent overtakes a cold one, and nobody starves. How much: a
-whole chunk while nobody decodes; else as much as keeps the gap between two tokens of the others
-within `max_itl_ms`, by what prefill and decode were last measured to take. Decode comes first: who
-has just been restored does not wait for another one's chunk.
+All running sequences decode, and one of the others prefills a chunk. Which one: the lowest
+`priority` number, then the shortest remaining prefill, less the time it has waited while others
+were served: a warm agent overtakes a cold one, and nobody starves. How much: a whole chunk while
+nobody decodes; else as much as keeps the gap between two tokens of the others within `max_itl_ms`,
+by what prefill and decode were last measured to take. Decode comes first: who has just been
+restored does not wait for another one's chunk.
 """
 
 import time
@@ -28,13 +28,15 @@ _NEWEST = 0.5  # weight of the newest measurement
 
 @dataclass(frozen=True)
 class Step:
+    """What the engine does next."""
+
     decode: tuple[Sequence, ...]
     prefill: Sequence | None
     chunk: int  # prompt tokens of `prefill` in this step
 
 
 class Pace:
-    """What passes take on this machine, in ms: exponentially weighted means of what was measured."""
+    """What passes take on this machine, in ms, as exponentially weighted means."""
 
     def __init__(self) -> None:
         self.decode_ms = 0.0  # a step
@@ -43,9 +45,11 @@ class Pace:
         self.first_prefill_ms = 0.0
 
     def saw_decode(self, ms: float) -> None:
+        """Take in that a step of decode took `ms`."""
         self.decode_ms += (ms - self.decode_ms) * (_NEWEST if self.decode_ms else 1.0)
 
     def saw_prefill(self, ms: float, num_tokens: int) -> None:
+        """Take in that a chunk of `num_tokens` took `ms`."""
         if num_tokens >= _MIN_CHUNK:  # shorter ones say more of the pass than of its tokens
             self.first_prefill_ms = self.first_prefill_ms or ms / num_tokens
             self.prefill_ms += (ms / num_tokens - self.prefill_ms) * (
@@ -54,7 +58,10 @@ class Pace:
 
 
 class Scheduler:
-    """`waiting` is the queue; `active` holds what has left it: restoring, prefilling, decoding."""
+    """The sequences that wait, and those that have left the queue.
+
+    `waiting` is the queue; `active` are restoring, prefilling or decoding.
+    """
 
     def __init__(
         self,
@@ -64,11 +71,9 @@ class Scheduler:
         prefill_chunk: int,
         max_itl_ms: float | None = None,
     ):
-        self._max_running, self._max_queue, self._prefill_chunk = (
-            max_running,
-            max_queue,
-            prefill_chunk,
-        )
+        self._max_running = max_running
+        self._max_queue = max_queue
+        self._prefill_chunk = prefill_chunk
         self._max_itl_ms = max_itl_ms
         self.pace = Pace()
         self.waiting: list[Sequence] = []
@@ -76,6 +81,7 @@ class Scheduler:
         self.preemptions = 0  # since the start: of those that gave up their RAM
 
     def add(self, seq: Sequence) -> None:
+        """Put a sequence into the queue. Raises Busy where it is full."""
         if len(self.waiting) >= self._max_queue:
             raise Busy(
                 f"{len(self.waiting)} requests are waiting already (max_queue): try again later"
@@ -83,27 +89,29 @@ class Scheduler:
         self.waiting.append(seq)
 
     def upcoming(self) -> list[Sequence]:
-        """The queue, in the order in which it will be served as things stand."""
+        """Return the queue, in the order in which it will be served as things stand."""
         return sorted(self.waiting, key=self._urgency)
 
     def next_waiting(self) -> Sequence | None:
-        """The one that may become active now, if RAM allows."""
+        """Return the one that may become active now, if RAM allows."""
         if len(self.active) >= self._max_running:
             return None
         return min(self.waiting, key=self._urgency, default=None)
 
     def activate(self, seq: Sequence) -> None:
+        """Take a sequence out of the queue."""
         self.waiting.remove(seq)
         self.active.append(seq)
 
     def preempt(self, seq: Sequence) -> None:
-        """Back into the queue, however full it is."""
+        """Put an active sequence back into the queue, however full that is."""
         self.active.remove(seq)
         self.waiting.append(seq)
 
     def least_urgent(self) -> Sequence:
-        """Of those that hold a cache, the one to preempt: the highest `priority` number, the
-        newest.
+        """Return the one to preempt of those that hold a cache.
+
+        It has the highest `priority` number, and is the newest.
         """
         holders = (seq for seq in self.active if seq.cache is not None)
         return max(holders, key=lambda seq: (seq.request.priority, seq.submitted))
@@ -117,25 +125,27 @@ class Scheduler:
         return any(seq.request.agent == key for seq in (*self.active, *self.waiting))
 
     def holders(self) -> Iterator[Holder]:
-        """Paths that sequences hold, and where they go on from."""
+        """Yield the paths that sequences hold, and the position from which each goes on."""
         for seq in (*self.active, *self.waiting):
             yield from seq.holds()
 
     def remove(self, seq: Sequence) -> None:
+        """Take a sequence out, wherever it is."""
         for queue in (self.waiting, self.active):
             if seq in queue:
                 queue.remove(seq)
 
     @property
     def can_run(self) -> bool:
+        """Tell whether any sequence can take part in a step."""
         return any(s.status in (Status.DECODE, Status.PREFILL) for s in self.active)
 
     def schedule(self, reading_ms: float | None = None) -> Step | None:
-        """None: nothing can run now. `reading_ms`: how long caches have been read since the last
-        prefill, if they are.
+        """Return the next step, or None where nothing can run now.
 
-        A read ends within a decode step or two, and what it brings is often just one more step from
-        its first token: where others decode, prefill waits for it, for a while.
+        `reading_ms`: how long caches have been read since the last prefill, if they are. A read
+        ends within a decode step or two, and what it brings is often just one more step from its
+        first token: where others decode, prefill waits for it, for a while.
         """
         decode = tuple(s for s in self.active if s.status is Status.DECODE)
         prefill = min(
@@ -148,10 +158,12 @@ class Scheduler:
         return Step(decode, prefill, self._chunk(prefill, shared=bool(decode)) if prefill else 0)
 
     def _urgency(self, seq: Sequence) -> tuple[int, float]:
+        """Return what sorts sequences by, the most urgent first."""
         waited_ms = (time.perf_counter() - seq.submitted) * 1e3 - seq.served_ms
         return seq.request.priority, seq.num_to_prefill * self.pace.prefill_ms - waited_ms
 
     def _chunk(self, seq: Sequence, *, shared: bool) -> int:
+        """Return how many prompt tokens a sequence prefills in the next step."""
         assert seq.cache is not None
         at = seq.cache.length
         # alone, up to a multiple of the chunk size: where a prefill began does not shift what
@@ -162,7 +174,7 @@ class Scheduler:
         return min(size, seq.num_to_prefill)
 
     def _shared_chunk(self) -> int:
-        """Prompt tokens that fit between two tokens of others."""
+        """Return how many prompt tokens fit between two tokens of others."""
         if not self.pace.prefill_ms:
             return min(_SHARED_CHUNK, self._prefill_chunk)
         if self._max_itl_ms is None:

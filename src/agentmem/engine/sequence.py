@@ -22,6 +22,8 @@ Event = TextDelta | Finished | AgentMemError
 
 
 class Status(Enum):
+    """Stages of a sequence, in order; a preempted one waits again."""
+
     WAITING = auto()
     RESTORING = auto()
     PREFILL = auto()
@@ -31,6 +33,8 @@ class Status(Enum):
 
 @dataclass(eq=False)
 class Sequence:
+    """One running request: what is asked, what it holds, and how far it is."""
+
     request: GenerateRequest
     emit: Callable[[Event], object]
     tokens: list[int]  # prompt, then the answer so far
@@ -72,14 +76,14 @@ class Sequence:
 
     @property
     def num_to_score(self) -> int:
-        """Tokens of the prompt whose log probabilities are wanted and not told yet."""
+        """Return how many tokens of the prompt have log probabilities that are yet to be told."""
         if self.request.params.prompt_logprobs is None:
             return 0
         return self.prompt_len - 1 - self.num_scored
 
     @property
     def reusable(self) -> list[int]:
-        """Tokens that may come from a cache, and one more.
+        """Return the tokens that may come from a cache, and one more.
 
         Where the logits of a prompt are wanted, its tokens have to be computed.
         """
@@ -87,10 +91,10 @@ class Sequence:
 
     @property
     def num_to_prefill(self) -> int:
-        """Tokens not in the cache, but for the last: that is decode's next input, so that no
-        prefill computes logits.
+        """Return how many tokens are not in the cache, but for the last.
 
-        Before there is a cache, as many as matched when it was last looked up.
+        The last one is decode's next input, so that no prefill computes logits. A sequence without
+        a cache counts as many as matched when it was last looked up.
         """
         have = (
             self.cache.length if self.cache is not None else self.match.length if self.match else 0
@@ -98,13 +102,13 @@ class Sequence:
         return len(self.tokens) - 1 - have
 
     def entries(self) -> Iterator[Entry]:
-        """What of the block pool it works with."""
+        """Yield what of the block pool it works with."""
         yield from self.blocks
         if self.match is not None:
             yield from self.match.entries()
 
     def holds(self) -> Iterator[Holder]:
-        """The path that it works with, or matched, and where it goes on from."""
+        """Yield the path that it works with, or matched, and where it goes on from."""
         if self.cache is not None:
             yield self.blocks, self.cache.length
         if self.match is not None:
@@ -112,11 +116,14 @@ class Sequence:
 
     @property
     def cache_state(self) -> CacheState:
+        """Return whether its prompt was read from disk, was in RAM, or was not cached."""
         if self.restored_bytes:
             return "warm"
         return "hot" if self.num_cached else "cold"
 
     def stats(self) -> RequestStats:
+        """Return what the request has cost so far."""
+
         def span(start: float, stop: float) -> float:
             return max(0.0, stop - start) * 1e3 if start and stop else 0.0
 
@@ -134,9 +141,11 @@ class Sequence:
         )
 
     def finish(self, reason: FinishReason) -> None:
+        """Tell the client that the answer has ended."""
         self.status = Status.FINISHED
         self.emit(Finished(reason, self.stats(), self.output.stop_string if self.output else None))
 
     def fail(self, error: AgentMemError) -> None:
+        """Tell the client what went wrong."""
         self.status = Status.FINISHED
         self.emit(error)

@@ -1,4 +1,4 @@
-"""From settings to a running engine's parts: model, runner, calibration, store, contexts."""
+"""build_core: makes the engine's parts of settings, and gives each what it uses."""
 
 import logging
 import shutil
@@ -40,7 +40,10 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Core:
-    """The engine's parts, put together. Each was given what it uses; nobody is given all of them."""
+    """The engine's parts, put together.
+
+    Each was given what it uses; none is given all of them.
+    """
 
     model: LoadedModel
     runner: ModelRunner
@@ -64,7 +67,10 @@ class Core:
 def build_core(
     settings: Settings, load: Callable[[], LoadedModel], post: Post, tasks: Tasks
 ) -> Core:
-    """Load everything. Raises StartupError. On the engine thread: MLX's streams belong to one."""
+    """Load everything. Raises StartupError.
+
+    It runs on the engine thread: MLX's streams belong to one.
+    """
     model = load()
     runner = ModelRunner(
         model.model,
@@ -92,8 +98,12 @@ def build_core(
 
 
 def open_store(settings: Settings, fingerprint: str, calibration: str) -> AgentStore:
-    """With the quota that other models' stores leave; those give way to half of it."""
-    root, disk = settings.store_dir, shutil.disk_usage(settings.store_dir).total
+    """Open the store of a model, within what other models' stores leave of the quota.
+
+    Those give way to half of it.
+    """
+    root = settings.store_dir
+    disk = shutil.disk_usage(settings.store_dir).total
     quota = resolve(settings.store_quota, disk)
     others = collect_garbage(root, quota // 2, keep=fingerprint)
     return AgentStore.open(
@@ -109,7 +119,7 @@ def open_store(settings: Settings, fingerprint: str, calibration: str) -> AgentS
 
 @dataclass(frozen=True)
 class _Loaded:
-    """What comes from disk."""
+    """The parts that come from disk."""
 
     model: LoadedModel
     runner: ModelRunner
@@ -119,12 +129,17 @@ class _Loaded:
 
     @property
     def vocab_size(self) -> int:
+        """Return how many ids the tokenizer knows, as far as the model has logits for them."""
         highest = max(self.model.tokenizer.get_vocab().values())
         return min(self.runner.vocab_size, highest + 1)
 
 
 def _core(settings: Settings, loaded: _Loaded, post: Post, tasks: Tasks) -> Core:
-    model, runner, store, trace = loaded.model, loaded.runner, loaded.store, loaded.trace
+    """Put together what comes from disk and what works with it."""
+    model = loaded.model
+    runner = loaded.runner
+    store = loaded.store
+    trace = loaded.trace
     scheduler = Scheduler(
         max_running=settings.max_running,
         max_queue=settings.max_queue,
@@ -149,12 +164,12 @@ def _core(settings: Settings, loaded: _Loaded, post: Post, tasks: Tasks) -> Core
     store.on_trim = lambda gone: post(lambda: forget(prefix_cache, gone))
     load_index(prefix_cache, store)
     budget = RamBudget(
-        resolve(settings.kv_budget, room_for_caches()),
-        resolve(settings.memory_limit, physical_memory()),
-        prefix_cache,
-        restorer,
-        write_back,
-        store,
+        limit=resolve(settings.kv_budget, room_for_caches()),
+        memory_limit=resolve(settings.memory_limit, physical_memory()),
+        prefix_cache=prefix_cache,
+        restorer=restorer,
+        write_back=write_back,
+        store=store,
         on_codes=runner.on_codes,
         max_context=min(settings.max_context or model.max_context, model.max_context),
         active=lambda: scheduler.active,

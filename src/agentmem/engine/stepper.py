@@ -78,6 +78,7 @@ class Stepper:
                 self._finish(seq, "length")
 
     def _schedule(self) -> Step | None:
+        """Return the next step. A prefill that begins looks for newly sealed blocks first."""
         restorer = self._restorer
         since = max(restorer.reading_since, self._last_prefill)
         reading_ms = (time.perf_counter() - since) * 1e3 if restorer.incoming_bytes else None
@@ -91,6 +92,7 @@ class Stepper:
         return step
 
     def _decode(self, step: Step) -> Decoded:
+        """Run one token of each decoding sequence, and sample the next."""
         if not step.decode:
             return Decoded()
         runner = self._runner
@@ -127,6 +129,7 @@ class Stepper:
         return asking, log_probabilities(rows, tokens, max(wanted[i] or 0 for i in asking))
 
     def _prefill(self, step: Step) -> None:
+        """Run a chunk of a prompt."""
         seq = step.prefill
         if seq is None:
             return
@@ -145,7 +148,7 @@ class Stepper:
         self._admission.prefilled_maybe(seq)
 
     def _prefill_chunk(self, seq: Sequence, start: int, end: int) -> list[SealedBlock]:
-        """Return the blocks that filled up; tell the prompt's log probabilities if they are wanted."""
+        """Return the blocks that filled up; tell the prompt's log probabilities if asked for."""
         runner = self._runner
         assert seq.cache is not None
         if not seq.num_to_score:
@@ -189,6 +192,7 @@ class Stepper:
                 self._finish(seq, "stop" if stopped else "length")
 
     def _finish(self, seq: Sequence, reason: FinishReason) -> None:
+        """End a sequence; what it computed becomes its agent's."""
         agent = self._prefix_cache.agent(seq.request.agent)
         agent.requests += 1
         agent.hit_tokens += seq.num_cached
@@ -210,7 +214,12 @@ class Stepper:
             parent = seq.blocks[-1].key if seq.blocks else ROOT
             tokens = seq.tokens[index * size : (index + 1) * size]
             block = prefix_cache.seal(
-                scope, parent, tokens, seq.lineage, data, ephemeral=seq.branch.agent.ephemeral
+                scope=scope,
+                parent=parent,
+                tokens=tokens,
+                lineage=seq.lineage,
+                data=data,
+                ephemeral=seq.branch.agent.ephemeral,
             )
             seq.lineage = FRESH
             if block.data is not None and block.data is not data:

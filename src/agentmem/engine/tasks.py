@@ -46,7 +46,7 @@ class Tasks:
     """Begins coroutines and carries them on, each piece of them on the engine thread."""
 
     def __init__(self, post: Post, check_open: Callable[[], None]):
-        """`post` runs a function on the engine thread; `check_open` raises where nothing may begin."""
+        """Take `post`, and `check_open`, which raises where nothing may begin."""
         self._post = post
         self._check_open = check_open
         # who is told of each in the end, if anybody is
@@ -54,7 +54,7 @@ class Tasks:
         self._refusal: AgentMemError | None = None  # of whatever is yet to begin
 
     async def perform(self, begin: Callable[[], Work[T]]) -> T:
-        """Have `begin()` run on the engine thread, and wait for its result on the event loop.
+        """Have `begin()` run on the engine thread; wait for its result on the event loop.
 
         Once begun it runs to its end, even if the caller is cancelled. Raises what it raises, and
         EngineFailed where it meets a bug.
@@ -70,9 +70,10 @@ class Tasks:
         self._step(work, None)
 
     def end(self, error: AgentMemError) -> None:
-        """Tell `error` to everyone who waits, and to whoever asks from now on. On the engine thread."""
+        """Tell `error` to everyone who waits, and to whoever asks later. On the engine thread."""
         self._refusal = error
-        waiting, self._waiting = self._waiting, {}
+        waiting = self._waiting
+        self._waiting = {}
         for work, answer in waiting.items():
             if answer is not None:
                 answer.set_exception(error)

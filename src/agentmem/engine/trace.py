@@ -1,8 +1,10 @@
-"""Trace: what the engine did when, as Chrome trace events (`--trace FILE`; open it in
-https://ui.perfetto.dev).
+"""Trace: what the engine did when, as Chrome trace events.
 
-One event a line, times in us:
-    {"name": "decode", "ph": "X", "ts": 1204.1, "dur": 48.0, "pid": 71, "tid": 0, "args": {"agents": ["alice", "bob"]}}
+`--trace FILE` writes them; open it in https://ui.perfetto.dev. One event a line, times in us:
+
+    {"name": "decode", "ph": "X", "ts": 1204.1, "dur": 48.0, "pid": 71, "tid": 0,
+     "args": {"agents": ["alice", "bob"]}}
+
 Rows (tid): 0 forward passes, 1 sealing and handing over to the writer, 2 to 17 restores.
 """
 
@@ -18,9 +20,10 @@ _ROWS = {"prefill": 0, "decode": 0, "seal": 1}
 
 
 class Trace:
-    """Engine thread only. Without a path, nothing is kept."""
+    """A file of events. Engine thread only. Without a path, nothing is kept."""
 
     def __init__(self, path: Path | None):
+        """Begin the file. Raises StartupError where it can't be written."""
         self._file: TextIO | None = None
         self._count = 0
         if path is not None:
@@ -32,7 +35,7 @@ class Trace:
             self._file.write("[\n")
 
     def span(self, name: str, began: float, ended: float | None = None, **args: Any) -> None:
-        """From `began` to `ended` (time.perf_counter()), by default now."""
+        """Note what took from `began` to `ended` (time.perf_counter()), by default until now."""
         if self._file is None:
             return
         ended = ended or time.perf_counter()
@@ -49,6 +52,7 @@ class Trace:
         self._file.write(json.dumps(event | {"args": args}) + ",\n")
 
     def close(self) -> None:
+        """End the file."""
         if self._file is not None:
             self._file.close()
             self._file = None

@@ -1,4 +1,4 @@
-"""Agents and their branches: what of their contexts is cached."""
+"""Agents and their branches: what is cached, and for whom."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -15,6 +15,8 @@ from .resume import missing
 
 @dataclass(eq=False)
 class Branch:
+    """One path of blocks from the root, and the tail that follows them."""
+
     id: str
     agent: "Agent"
     blocks: list[CachedBlock] = field(default_factory=list)
@@ -26,11 +28,11 @@ class Branch:
     # time.monotonic() when what is not on disk is to be saved; None: all is
     save_at: float | None = None
     tail_bytes_written: int = 0  # of all its tails, one after the other
-    displaced: list[str] = field(
-        default_factory=list
-    )  # branches that leave the disk once all of this one is there
+    # branches that leave the disk once all of this one is there
+    displaced: list[str] = field(default_factory=list)
 
     def tokens(self) -> np.ndarray:
+        """Return its token ids [n], uint32."""
         return np.concatenate([*(n.tokens for n in self.blocks), self.tail.tokens])
 
     def __len__(self) -> int:
@@ -39,17 +41,21 @@ class Branch:
 
     @property
     def head(self) -> bytes | None:
+        """Return the key of its last block."""
         return self.blocks[-1].key if self.blocks else None
 
     def tier(self, spec: KVCacheSpec) -> Tier:
-        """Hot: nothing that its end needs must be read."""
-        blocks, tail = list(self.blocks), self.tail
+        """Return "hot" where nothing that its end needs must be read, else "warm"."""
+        blocks = list(self.blocks)
+        tail = self.tail
         end = sum(len(n.tokens) for n in blocks) + len(tail.tokens)
         return "warm" if missing(spec, blocks, tail if len(tail.tokens) else None, end) else "hot"
 
 
 @dataclass(eq=False)
 class Agent:
+    """A named holder of context, and the branches that it goes on from."""
+
     key: AgentKey
     created: float
     last_used: float
@@ -64,9 +70,11 @@ class Agent:
 
     @property
     def newest(self) -> Branch | None:
+        """Return the branch that was used last."""
         return max(list(self.branches.values()), key=lambda b: b.last_used, default=None)
 
     def record(self) -> AgentRecord:
+        """Return what the store keeps of it, but for its branches."""
         return AgentRecord(
             key=self.key,
             created=self.created,
@@ -78,12 +86,14 @@ class Agent:
         )
 
     def entries(self) -> Iterator[Entry]:
+        """Yield the blocks and tails of all its branches."""
         for branch in self.branches.values():
             yield from branch.blocks
             yield branch.tail
 
 
 def agent_info(agent: Agent, spec: KVCacheSpec) -> AgentInfo:
+    """Return the row that tells of an agent. On any thread."""
     branches = list(agent.branches.values())
     blocks = {n.key: n for b in branches for n in list(b.blocks)}.values()
     held = [

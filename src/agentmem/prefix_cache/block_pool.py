@@ -1,4 +1,4 @@
-"""The blocks and tails that are in RAM: their real bytes, and which of them leaves first."""
+"""BlockPool: the blocks and tails that are in RAM, and which of them leaves first."""
 
 import time
 from collections.abc import Container, Mapping
@@ -14,13 +14,15 @@ from ..store.records import FileRef
 FRESH = b""  # the lineage of a block that was never cut
 # what it takes to bring an entry back, a file and its bytes: 26.8 MB in 16 files were measured to
 # take 4 to 12 ms
-_READ_MS, _READ_MS_PER_BYTE = 0.2, 2e-7
+_READ_MS = 0.2
+_READ_MS_PER_BYTE = 2e-7
 
 
 @dataclass(eq=False, kw_only=True)
 class _Stored:
-    """Where the arrays are: in RAM, on disk, in both, or some parts (tensors.part_of) here and some
-    there.
+    """Arrays that are in RAM, on disk, or in both, or some of their parts here and some there.
+
+    Parts are as tensors.TensorName has them.
     """
 
     data: Any = None  # in RAM
@@ -33,15 +35,19 @@ class _Stored:
 
     @property
     def there(self) -> frozenset[str]:
-        """Parts that are in RAM or on disk."""
+        """Return the parts that are in RAM or on disk."""
         in_ram: frozenset[str] = frozenset() if self.data is None else self.data.parts
         return in_ram.union(self.disk_parts) if self.disk_parts else in_ram
 
     def saved(self, ref: FileRef) -> None:
-        self.disk_bytes, self.disk_parts = ref.nbytes, ref.parts
+        """Note that it is on disk as `ref` says."""
+        self.disk_bytes = ref.nbytes
+        self.disk_parts = ref.parts
 
     def not_on_disk(self) -> None:
-        self.disk_bytes, self.disk_parts = 0, {}
+        """Note that it is not on disk, or no longer."""
+        self.disk_bytes = 0
+        self.disk_parts = {}
 
 
 @dataclass(eq=False)
@@ -57,11 +63,10 @@ class CachedBlock(_Stored):
 
 @dataclass(eq=False)
 class CachedTail(_Stored):
-    """A branch's tail: its tokens, and the arrays if they are in RAM. Replaced as a whole, never
-    grown.
+    """A branch's tail: its tokens, and the arrays if they are in RAM.
 
-    Its parts are its snapshots of recurrent state; of the layers' stacks it has all, and it is read
-    as a whole.
+    It is replaced as a whole, never grown. Its parts are its snapshots of recurrent state; of the
+    layers' stacks it has all, and it is read as a whole.
     """
 
     tokens: np.ndarray = field(default_factory=lambda: np.empty(0, np.uint32))
@@ -73,8 +78,10 @@ Entry = CachedBlock | CachedTail
 
 
 def _value(entry: Entry, now: float) -> tuple[bool, float]:
-    """Lowest leaves first: what is on disk; then the least ms to bring a byte back, over the time
-    it was not used.
+    """Return what entries are sorted by: the lowest leaves RAM first.
+
+    What is on disk comes first; then counts the least ms to bring a byte back, over the time it was
+    not used.
     """
     assert entry.data is not None
     nbytes = max(entry.data.nbytes, 1)
@@ -85,20 +92,22 @@ def _value(entry: Entry, now: float) -> tuple[bool, float]:
 
 
 class BlockPool:
+    """The entries that hold arrays in RAM, and their bytes. Engine thread only."""
+
     def __init__(self) -> None:
         self.nbytes = 0
         self.evicted_bytes = 0  # since the start
         self._entries: dict[int, Entry] = {}
 
     def put(self, entry: Entry, data: Any) -> None:
-        """`data`: a SealedBlock for a CachedBlock, a Tail for an CachedTail."""
+        """Give an entry its arrays: a SealedBlock for a CachedBlock, a Tail for a CachedTail."""
         assert id(entry) not in self._entries
         entry.data = data
         self._entries[id(entry)] = entry
         self.nbytes += data.nbytes
 
     def add(self, block: CachedBlock, arrays: Arrays) -> None:
-        """More parts of a block of which some may be here."""
+        """Add parts to a block of which some may be here."""
         if block.data is None:
             self.put(block, SealedBlock(arrays))
         else:
@@ -124,11 +133,11 @@ class BlockPool:
     def evict(
         self, nbytes: int, kept: Container[int], *, lossy: bool = False, partly: bool = False
     ) -> list[Entry] | None:
-        """Drop entries of at least `nbytes` in all, none whose id is in `kept`. Returns those that
-        were not on disk.
+        """Drop entries of at least `nbytes` in all, none whose id is in `kept`.
 
-        None, and nothing done, if there are not enough; `partly`: as many as there are. `lossy`:
-        also what is not on disk, last; what is expendable never will be, and goes like what is.
+        Returns those that were not on disk; None, and nothing done, if there are not enough.
+        `partly`: as many as there are. `lossy`: also what is not on disk, last; what is discardable
+        never will be, and goes like what is.
         """
         now = time.time()
         # among equals the later ones of a path go first: more branches share the earlier ones

@@ -1,9 +1,8 @@
-"""Agents, their branches, and the tree of blocks that the branches share: what is cached, and for
-whom.
+"""PrefixCache: agents, their branches, and the tree of blocks that the branches share.
 
-A branch is a path of blocks (sealed blocks) plus a tail (an open block). Blocks are keyed by content,
-so that branches, and agents of one namespace, hold one block together where their prefixes are the
-same. Engine thread only, except `infos`.
+A branch is a path of sealed blocks plus a tail (an open block). Blocks are keyed by content, so
+that branches, and agents of one namespace, hold one block together where their prefixes are the
+same. Engine thread only, except where a method says otherwise.
 """
 
 import hashlib
@@ -30,9 +29,9 @@ ROOT = b""
 
 
 def block_key(scope: bytes, parent: bytes, tokens: np.ndarray, lineage: bytes) -> bytes:
-    """Content address of a block: 32 bytes over who may share it, what came before, its tokens, and
-    how it came about.
+    """Return the content address of a block, 32 bytes.
 
+    It is a hash of who may share the block, what came before, its tokens, and how it came about.
     `scope` holds namespace (or agent) and the fingerprint of model, quantization and calibration.
     `lineage` is FRESH, or names the block and position at which this one was cut before it filled
     up again: its first tokens are codes where a fresh block of the same tokens saw full precision,
@@ -46,8 +45,9 @@ def block_key(scope: bytes, parent: bytes, tokens: np.ndarray, lineage: bytes) -
 
 
 class PrefixCache:
-    """The registry. It knows what is in RAM and on disk; prefix_cache/restore.py and
-    prefix_cache/write_back.py move it.
+    """The registry of agents and of the radix tree of blocks.
+
+    It knows what is in RAM and on disk; restore.py and write_back.py move it.
     """
 
     def __init__(
@@ -59,24 +59,27 @@ class PrefixCache:
         max_branches: int,
         running: Callable[[], Iterable[Holder]] = tuple,
     ):
-        """`running`: what the sequences of the moment hold."""
-        self._fingerprint, self.spec, self._running = fingerprint, spec, running
+        """Begin empty; `running`: what the sequences of the moment hold."""
+        self._fingerprint = fingerprint
+        self.spec = spec
+        self._running = running
         self._stacks = frozenset(map(str, range(len(spec.stacks))))
-        self._sharing, self._max_branches = sharing, max_branches
+        self._sharing = sharing
+        self._max_branches = max_branches
         self.agents: dict[AgentKey, Agent] = {}
-        self._newcomers: WeakValueDictionary[AgentKey, Agent] = (
-            WeakValueDictionary()
-        )  # still without a branch
+        # still without a branch
+        self._newcomers: WeakValueDictionary[AgentKey, Agent] = WeakValueDictionary()
         self.blocks: dict[bytes, CachedBlock] = {}
         self._held: list[Match] = []  # that something waits for, other than a sequence
         self.pool = BlockPool()
 
     def scope(self, key: AgentKey) -> bytes:
+        """Return what block keys of an agent begin from: who may share them, of which model."""
         owner = [key.namespace] if self._sharing == "namespace" else [*key]
         return self._fingerprint + repr(owner).encode()
 
     def agent(self, key: AgentKey) -> Agent:
-        """The agent of that key; a new one is entered with its first branch."""
+        """Return the agent of that key; a new one is entered with its first branch."""
         now = time.time()
         agent = self.agents.get(key) or self._newcomers.get(key) or Agent(key, now, now)
         if key not in self.agents:
@@ -84,7 +87,7 @@ class PrefixCache:
         return agent
 
     def enter(self, agent: Agent) -> Agent:
-        """Note that it was used; returns the one of that name, if there is another one by now."""
+        """Note that an agent was used; return the one of its key, if that is another one by now."""
         agent = self.agents.setdefault(agent.key, agent)
         agent.last_used = time.time()
         return agent
@@ -97,11 +100,13 @@ class PrefixCache:
         return agent
 
     def branches(self) -> Iterable[Branch]:
+        """Return the branches of all agents."""
         return (b for a in self.agents.values() for b in a.branches.values())
 
     def match(self, key: AgentKey, tokens: Sequence[int]) -> Match:
-        """The longest prefix of `tokens`, short of the last one, over the agent's branches, then
-        over shared blocks.
+        """Return the longest prefix of `tokens`, short of the last one, that is cached.
+
+        It is looked for among the agent's branches, then among the blocks that it shares.
         """
         wanted = np.array(tokens[:-1], dtype=np.uint32)
         if self.spec.opaque is not None:
@@ -117,11 +122,11 @@ class PrefixCache:
         return shared if shared.length > best.length else best
 
     def prefix(self, branch: Branch, num_tokens: int) -> Match:
-        """The branch's first tokens, or fewer, if a sequence can't go on from there."""
+        """Return the branch's first tokens, or fewer, if a sequence can't go on from there."""
         return self._match_branch(branch, branch.tokens()[:num_tokens])
 
     def match_whole(self, branch: Branch, tokens: Sequence[int]) -> Match | None:
-        """`branch`, if it still holds all of `tokens` but the last."""
+        """Return all of `tokens` but the last as a match of `branch`, if it still holds them."""
         wanted = np.array(tokens[:-1], dtype=np.uint32)
         if branch.agent.branches.get(branch.id) is not branch:
             return None
@@ -135,7 +140,8 @@ class PrefixCache:
 
     def _match_shared(self, scope: bytes, wanted: np.ndarray) -> Match:
         blocks: list[CachedBlock] = []
-        parent, size = ROOT, self.spec.block_size
+        parent = ROOT
+        size = self.spec.block_size
         for start in range(0, len(wanted) - size + 1, size):
             block = self.blocks.get(block_key(scope, parent, wanted[start : start + size], FRESH))
             if block is None:
@@ -145,29 +151,31 @@ class PrefixCache:
         return matched(self.spec, blocks, None, len(blocks) * size, None)
 
     def new_branch(self, agent: Agent) -> Branch:
+        """Return an empty branch, which its agent does not have yet."""
         return Branch(uuid.uuid4().hex, agent)
 
     def seal(
         self,
+        *,
         scope: bytes,
         parent: bytes,
         tokens: Sequence[int],
         lineage: bytes,
         data: SealedBlock,
-        *,
         ephemeral: bool = False,
     ) -> CachedBlock:
-        """The block of a block that just filled up: the existing one of that key, or a new one. Not
-        held yet.
+        """Return the entry of a block that just filled up, which nobody holds yet.
 
-        An existing block of which a stack is not in RAM can't be adopted without a read, so the
-        block gets a key of its own: a little space for never mixing two computations of one block.
+        It is the existing one of that key, or a new one. An existing block of which a stack is not
+        in RAM can't be adopted without a read, so the new one gets a key of its own: a little space
+        for never mixing two computations of one block.
         """
         array = np.array(tokens, dtype=np.uint32)
         key = block_key(scope, parent, array, lineage)
         found = self.blocks.get(key)
         if found is not None and (found.data is None or not self._stacks <= found.data.parts):
-            key, found = block_key(scope, parent, array, lineage + uuid.uuid4().bytes), None
+            key = block_key(scope, parent, array, lineage + uuid.uuid4().bytes)
+            found = None
         if found is None:
             found = self.blocks[key] = CachedBlock(key, parent, array, discardable=ephemeral)
             self.pool.put(found, data)
@@ -187,13 +195,14 @@ class PrefixCache:
 
     @staticmethod
     def hold(blocks: Iterable[CachedBlock]) -> None:
+        """Keep blocks until `release`."""
         now = time.time()
         for block in blocks:
             block.refs += 1
             block.last_used = now
 
     def hold_match(self, match: Match) -> None:
-        """Keep its blocks, and what of them comes into RAM for it, until `release_match`."""
+        """Keep a match's blocks, and what of them comes into RAM for it, until `release_match`."""
         self.hold(match.all_blocks)
         self._held.append(match)
 
@@ -203,15 +212,17 @@ class PrefixCache:
             yield from match.entries()
 
     def release_match(self, match: Match) -> None:
+        """Let go of what `hold_match` kept."""
         self._held = [held for held in self._held if held is not match]
         self.drop_unneeded(match.all_blocks)
         self.release(match.all_blocks)
 
     def drop_unneeded(self, path: Sequence[CachedBlock]) -> None:
-        """Let go of what nobody needs in RAM of the blocks of a path that starts at the root."""
+        """Let go of what nobody needs in RAM of the blocks of a path from the root."""
         drop_unneeded(self.spec, self.pool, path, self._holders())
 
     def _holders(self) -> Iterator[Holder]:
+        """Yield the paths that somebody holds, and the position from which each goes on."""
         for branch in self.branches():
             yield branch.blocks, len(branch)
         for match in self._held:
@@ -233,6 +244,7 @@ class PrefixCache:
             self.pool.put(tail, data)
 
     def release(self, blocks: Iterable[CachedBlock]) -> None:
+        """Let go of blocks; one that nobody holds leaves RAM and the tree."""
         for block in blocks:
             block.refs -= 1
             if block.refs == 0:
@@ -241,11 +253,10 @@ class PrefixCache:
                     del self.blocks[block.key]
 
     def put_branch(self, branch: Branch) -> list[Branch]:
-        """Enter a branch that a sequence leaves, and drop what it displaces: its own prefixes, and
-        the oldest.
+        """Enter a branch that a sequence leaves, and drop what it displaces.
 
-        Returns the oldest; the prefixes are in `branch.displaced`. The branch must already hold its
-        blocks.
+        Those are its own prefixes, which are then in `branch.displaced`, and the oldest, which are
+        returned. The branch must already hold its blocks.
         """
         agent = branch.agent = self.enter(branch.agent)
         branch.last_used = agent.last_used
@@ -259,9 +270,8 @@ class PrefixCache:
             and len(b) <= len(mine)
             and common_prefix(b.tokens(), mine) == len(b)
         ]
-        main = max(
-            agent.branches.values(), key=lambda b: (len(b), b.last_used)
-        )  # leaves after all side branches
+        # it leaves after all side branches
+        main = max(agent.branches.values(), key=lambda b: (len(b), b.last_used))
         idle = (b for b in agent.branches.values() if b not in gone and not b.in_use)
         others = sorted(idle, key=lambda b: (b is main, b.last_used))
         oldest = others[: max(0, len(others) - self._max_branches)]
@@ -272,8 +282,9 @@ class PrefixCache:
         return oldest
 
     def covering(self, branch: Branch, tokens: np.ndarray) -> Branch | None:
-        """Another branch of the agent that can be gone on from after `tokens`, as when a prompt was
-        sent again.
+        """Return another branch of the agent that can be gone on from after `tokens`.
+
+        There is one when a prompt was sent again.
         """
         known = self.agents.get(branch.agent.key)
         others = (b for b in known.branches.values() if b is not branch) if known else ()
@@ -282,25 +293,26 @@ class PrefixCache:
         )
 
     def drop_branch(self, branch: Branch) -> None:
+        """Forget a branch, and let go of what it holds."""
         branch.agent.branches.pop(branch.id, None)
-        self.set_tail(
-            branch, CachedTail()
-        )  # a read of the old one that is on its way finds no place
+        # a read of the old one that is on its way finds no place
+        self.set_tail(branch, CachedTail())
         self.drop_unneeded(branch.blocks)
         self.release(branch.blocks)
 
     def is_ephemeral(self, key: AgentKey) -> bool:
-        """Whether there is such an agent, and it is never written to disk. From any thread."""
+        """Tell whether there is such an agent, and it is never written to disk. On any thread."""
         agent = self.agents.get(key)
         return agent is not None and agent.ephemeral
 
     def drop_agent(self, agent: Agent) -> None:
+        """Forget an agent and its branches."""
         self.agents.pop(agent.key, None)
         for branch in list(agent.branches.values()):
             self.drop_branch(branch)
 
     def cut_at(self, bad: CachedBlock) -> None:
-        """A block turned out unreadable: every branch that holds it keeps what comes before."""
+        """End every branch that holds `bad`, which turned out unreadable, at what comes before."""
         for branch in self.branches():
             if bad in branch.blocks:
                 index = branch.blocks.index(bad)
@@ -311,7 +323,7 @@ class PrefixCache:
             del self.blocks[bad.key]
 
     def lose(self, entry: Entry) -> None:
-        """Its arrays are gone, and were never on disk."""
+        """Forget an entry whose arrays are gone, and were never on disk."""
         if isinstance(entry, CachedBlock):
             self.cut_at(entry)
         for branch in self.branches():
@@ -319,13 +331,15 @@ class PrefixCache:
                 branch.tail = CachedTail()
 
     def branch_tokens(self, key: AgentKey) -> list[np.ndarray]:
-        """On any thread: a branch that moves on meanwhile may give ids of before and after, which
-        no one relies on.
+        """Return the token ids of an agent's branches. On any thread.
+
+        A branch that moves on meanwhile may give ids of before and after, which no one relies on.
         """
         agent = self.agents.get(key)
         return [branch.tokens() for branch in list(agent.branches.values())] if agent else []
 
     def infos(self, namespace: str) -> list[AgentInfo]:
+        """Return a row for each agent of a namespace. On any thread."""
         return [
             agent_info(a, self.spec)
             for key, a in list(self.agents.items())

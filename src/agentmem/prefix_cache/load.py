@@ -1,4 +1,4 @@
-"""What the store holds, entered among the agents; and what it lost."""
+"""What the store holds is entered among the agents here, and what it lost is forgotten."""
 
 import math
 from collections.abc import Iterable
@@ -58,7 +58,10 @@ def enter(
 
 
 def forget(prefix_cache: PrefixCache, gone: Trimmed) -> None:
-    """A full store let go of what was not used for longest: it stays only where it is in RAM."""
+    """Forget what a full store let go of, since it was not used for longest.
+
+    It stays only where it is in RAM.
+    """
     keys = set(gone.blocks)
     tails = set(gone.tails)
     for block in [prefix_cache.blocks[key] for key in keys if key in prefix_cache.blocks]:

@@ -24,25 +24,28 @@ class Match:
 
     @property
     def open_len(self) -> int:
-        """Matched tokens after the whole blocks."""
+        """Return the number of matched tokens after the whole blocks."""
         return self.length - len(self.blocks) * self.spec.block_size
 
     @property
     def all_blocks(self) -> tuple[CachedBlock, ...]:
+        """Return the whole blocks, and the one that is cut."""
         return self.blocks + ((self.cut_block,) if self.cut_block else ())
 
     def entries(self) -> Iterator[Entry]:
+        """Yield the blocks and the tail that matched."""
         yield from self.all_blocks
         if self.tail is not None:
             yield self.tail
 
     @property
     def missing(self) -> list[Missing]:
-        """What has to be read from disk."""
+        """Return what has to be read from disk."""
         return missing(self.spec, self.all_blocks, self.tail, self.length)
 
     @property
     def missing_bytes(self) -> int:
+        """Return the bytes on disk of what has to be read."""
         return sum(what.nbytes for what in self.missing)
 
 
@@ -53,7 +56,7 @@ def matched(
     n: int,
     source: Branch | None,
 ) -> Match:
-    """The first `n` tokens of `blocks` and `tail`, or as many as a sequence can go on from."""
+    """Return the first `n` tokens of `blocks` and `tail`, or as many as can be gone on from."""
     n = resumable(spec, blocks, tail, n)
     whole = min(n // spec.block_size, len(blocks))
     inside = n > whole * spec.block_size
@@ -70,8 +73,10 @@ def matched(
 
 
 def preference(match: Match) -> tuple[int, bool, bool, str]:
-    """Longest first; then, by what a restart does not change, what is whole before what must be
-    cut.
+    """Return what matches are sorted by, the best last.
+
+    The longest one is best; then, by what a restart does not change, what is whole comes before
+    what must be cut.
     """
     assert match.source is not None
     return match.length, match.cut_block is None, match.extends, match.source.id

@@ -25,13 +25,14 @@ _NOTHING = SealedBlock({})
 
 
 def cut_lineage(block: CachedBlock, num_tokens: int) -> bytes:
-    """Lineage of the block that goes on from the first `num_tokens` of `block`."""
+    """Return the lineage of the block that goes on from the first `num_tokens` of `block`."""
     return block.key + num_tokens.to_bytes(_LINEAGE_POSITION, "little")
 
 
 def foreign_lineage(prefix_len: int) -> bytes:
-    """Lineage of an open block that came from outside: the block that it grows into never stands in
-    for another.
+    """Return a lineage for an open block that came from outside.
+
+    The block that it grows into never stands in for another.
     """
     return os.urandom(32) + prefix_len.to_bytes(_LINEAGE_POSITION, "little")
 
@@ -39,7 +40,7 @@ def foreign_lineage(prefix_len: int) -> bytes:
 def tail_metadata(
     head: bytes | None, tokens: np.ndarray, lineage: bytes, prefix_len: int
 ) -> dict[str, str]:
-    """What a tail's file says beside its tensors; `head`: the block that it follows."""
+    """Return what a tail's file says beside its tensors; `head`: the block that it follows."""
     return {
         "lineage": lineage.hex(),
         "prefix_len": str(prefix_len),
@@ -48,7 +49,10 @@ def tail_metadata(
 
 
 def _tail_identity(head: bytes, tokens: np.ndarray) -> str:
-    """Says which tail a file holds: a branch's file is replaced as the branch moves on."""
+    """Return what says which tail a file holds.
+
+    A branch's file is replaced as the branch moves on.
+    """
     return hashlib.blake2b(
         head + np.ascontiguousarray(tokens, "<u4").tobytes(), digest_size=16
     ).hexdigest()
@@ -64,7 +68,7 @@ class Restored:
 
 @dataclass(eq=False)
 class _Read:
-    """One that is on its way."""
+    """A read that is on its way."""
 
     match: Match
     entry: Entry
@@ -76,8 +80,9 @@ class _Read:
 def _copy(
     future: "Future[Any]", entry: Entry
 ) -> tuple[RawArrays, Mapping[str, str]] | BaseException:
-    """What was read, as arrays, and a tail's metadata; or why not, to be raised on the engine
-    thread.
+    """Return what was read as arrays, and a tail's metadata.
+
+    What went wrong is returned, to be raised on the engine thread.
     """
     try:
         tensors, metadata = (
@@ -89,8 +94,9 @@ def _copy(
 
 
 class Restorer:
-    """Engine thread only; the store's futures come back through `post`, which runs a function on
-    that thread.
+    """Reads parts of blocks, and tails. Engine thread only.
+
+    The store's futures come back through `post`, which runs a function on that thread.
     """
 
     def __init__(
@@ -99,12 +105,10 @@ class Restorer:
         store: AgentStore,
         post: Callable[[Callable[[], None]], None],
     ):
-        self._prefix_cache, self._store, self._spec, self._post = (
-            prefix_cache,
-            store,
-            prefix_cache.spec,
-            post,
-        )
+        self._prefix_cache = prefix_cache
+        self._store = store
+        self._spec = prefix_cache.spec
+        self._post = post
         self.restored_bytes = 0  # since the start
         self.incoming_bytes = 0  # being read
         self.reading_since = 0.0  # time.perf_counter(), while there are any
@@ -117,7 +121,8 @@ class Restorer:
         bad block or tail is quarantined and forgotten. `only`: read no more than of this.
         """
         restored: Future[Restored] = Future()
-        total, left = 0, 0
+        total = 0
+        left = 0
 
         def arrived(nbytes: int, at: float) -> None:
             nonlocal total, left
@@ -138,8 +143,9 @@ class Restorer:
         return restored
 
     def _reads_of(self, match: Match, what: Missing) -> list[_Read]:
-        """Each part is read once, however many wait for it."""
-        entry, parts = what.entry, what.parts
+        """Return the reads that bring `what`; each part is read once, however many wait for it."""
+        entry = what.entry
+        parts = what.parts
         on_their_way = self._reads.get(id(entry), [])
         if isinstance(entry, CachedTail):
             return on_their_way or [self._read(match, entry, parts)]
@@ -148,13 +154,15 @@ class Restorer:
         return shared + ([self._read(match, entry, left)] if left else [])
 
     def _read(self, match: Match, entry: Entry, parts: frozenset[str]) -> _Read:
+        """Begin to read parts of an entry."""
         read = _Read(match, entry, parts, Missing(entry, parts).nbytes, [])
         self._reads.setdefault(id(entry), []).append(read)
         self.incoming_bytes += read.nbytes
 
         def copied(future: "Future[Any]") -> None:
-            """On the reader's thread, so that decode goes on."""
-            result, at = _copy(future, entry), time.perf_counter()
+            """Copy on the reader's thread, so that decode goes on."""
+            result = _copy(future, entry)
+            at = time.perf_counter()
             self._post(lambda: self._arrived(read, result, at))
 
         if isinstance(entry, CachedBlock):
@@ -166,6 +174,7 @@ class Restorer:
         return read
 
     def _arrived(self, read: _Read, result: Any, at: float) -> None:
+        """Take in what was read, and tell those who wait for it."""
         self.incoming_bytes -= read.nbytes
         taken = self._take_in(read, result)
         self.restored_bytes += taken
@@ -177,8 +186,9 @@ class Restorer:
             arrived(taken, at)
 
     def _take_in(self, read: _Read, result: Any) -> int:
-        """Put what was read in its place, unless it is there, or the place is gone, by now; returns
-        its bytes.
+        """Put what was read in its place; return its bytes.
+
+        Nothing is done where it is there by now, or its place is gone.
         """
         entry = read.entry
         if isinstance(result, CorruptSegment):
@@ -200,6 +210,7 @@ class Restorer:
         return self._take_in_tail(read.match, entry, raw, metadata)
 
     def _take_in_parts(self, read: _Read, block: CachedBlock, raw: RawArrays) -> int:
+        """Add parts to a block; return their bytes."""
         have = block.data or _NOTHING
         if not read.parts <= have.parts | {part_of(name) for name in raw}:
             self._quarantine(read.match, block)
@@ -214,6 +225,7 @@ class Restorer:
     def _take_in_tail(
         self, match: Match, tail: CachedTail, raw: RawArrays, metadata: Mapping[str, str]
     ) -> int:
+        """Give a tail its arrays; return their bytes."""
         assert match.source is not None
         if tail.data is not None or match.source.tail is not tail:
             return 0
@@ -230,8 +242,10 @@ class Restorer:
         return data.nbytes
 
     def _quarantine(self, match: Match, entry: Entry) -> None:
-        """Unless the block was sealed again, or the branch got another tail, while the read was on
-        its way.
+        """Put a damaged file aside, and forget what was in it.
+
+        A block that was sealed again while it was read stays, and so does the branch's tail if it
+        is another one by now.
         """
         if isinstance(entry, CachedBlock):
             if self._prefix_cache.blocks.get(entry.key) is entry:
@@ -242,8 +256,9 @@ class Restorer:
             self._prefix_cache.set_tail(match.source, CachedTail())
 
     def snapshot(self, match: Match) -> tuple[Snapshot, bytes]:
-        """What the matched prefix looks like as a cache, all of it in RAM; and the lineage of its
-        open block.
+        """Return a matched prefix, all of it in RAM, as a cache begins with it.
+
+        The second value is the lineage of its open block.
         """
         assert not match.missing
         tail, lineage = self.open_block(match)
@@ -255,7 +270,10 @@ class Restorer:
         return Snapshot(tuple(blocks), tail), lineage
 
     def open_block(self, match: Match) -> tuple[Tail | None, bytes]:
-        """What follows the matched whole blocks, and its lineage; what that is cut from is in RAM."""
+        """Return what follows the matched whole blocks, and its lineage.
+
+        What that is cut from is in RAM.
+        """
         n = match.open_len
         if match.cut_block is not None:
             assert match.cut_block.data is not None

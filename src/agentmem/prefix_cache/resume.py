@@ -1,4 +1,4 @@
-"""From which positions a sequence can go on, and what must be in RAM for that.
+"""Positions from which a sequence can go on, and what must be in RAM for that.
 
 Worked example, blocks of 256, one layer that sees all and one that slides over 300 tokens: part "0"
 is needed of every block, part "1" only of blocks that the next token sees into. A sequence of 2,048
@@ -17,8 +17,9 @@ _NONE: frozenset[str] = frozenset()
 
 
 def needs(spec: KVCacheSpec, count: int, position: int) -> list[frozenset[str]]:
-    """By block, of the first `count` ones: what `spec.needed` says. Blocks far from the end all
-    need the same.
+    """Return what `spec.needed` says of each of the first `count` blocks.
+
+    Blocks far from the end all need the same.
     """
     found: list[frozenset[str]] = []
     while len(found) < count and (not found or found[-1] != spec.lasting_parts):
@@ -28,8 +29,9 @@ def needs(spec: KVCacheSpec, count: int, position: int) -> list[frozenset[str]]:
 
 @dataclass(frozen=True)
 class Missing:
-    """Parts of a block that are not in RAM; of a tail, which is read as a whole, no parts are
-    named.
+    """Parts of a block that are not in RAM.
+
+    A tail is read as a whole: no parts of it are named.
     """
 
     entry: Entry
@@ -37,7 +39,7 @@ class Missing:
 
     @property
     def nbytes(self) -> int:
-        """On disk."""
+        """Return their bytes on disk."""
         if isinstance(self.entry, CachedBlock):
             return sum(self.entry.disk_parts.get(part, 0) for part in self.parts)
         return self.entry.disk_bytes
@@ -46,10 +48,10 @@ class Missing:
 def resumable(
     spec: KVCacheSpec, blocks: Sequence[CachedBlock], tail: CachedTail | None, n: int
 ) -> int:
-    """The largest position, at most `n`, from which a sequence over `blocks` and then `tail` can go
-    on.
+    """Return the largest position, at most `n`, from which a sequence can go on.
 
-    What that takes may be in RAM or on disk. `n` is at most the tokens of both.
+    It goes on over `blocks` and then `tail`, whose tokens are at least `n`. What that takes may be
+    in RAM or on disk.
     """
     if spec.needs_all_parts:
         return n
@@ -59,8 +61,9 @@ def resumable(
 
 
 def _ends(spec: KVCacheSpec, n: int) -> Iterator[int]:
-    """`n`, and block boundaries before it: within a block a lower position needs all that a higher
-    one does.
+    """Yield `n`, and block boundaries before it.
+
+    Within a block a lower position needs all that a higher one does.
     """
     if n > 0:
         yield n
@@ -70,7 +73,7 @@ def _ends(spec: KVCacheSpec, n: int) -> Iterator[int]:
 def _snapshots(
     spec: KVCacheSpec, blocks: Sequence[CachedBlock], tail: CachedTail | None, n: int
 ) -> Iterator[int]:
-    """Positions at which there is a snapshot of recurrent state, the last one first."""
+    """Yield positions at which there is a snapshot of recurrent state, the last one first."""
     path: list[Entry] = [*blocks, *([tail] if tail is not None else [])]
     for index in range(min(len(path), -(-n // spec.block_size)) - 1, -1, -1):
         offsets = map(state_offset, filter(is_state, path[index].there))
@@ -79,12 +82,15 @@ def _snapshots(
 
 
 def last_snapshot(spec: KVCacheSpec, blocks: Sequence[CachedBlock]) -> int:
-    """Position of the last snapshot of recurrent state in `blocks`; 0 if there is none."""
+    """Return the position of the last snapshot of recurrent state in `blocks`; 0: none."""
     return next(_snapshots(spec, blocks, None, len(blocks) * spec.block_size), 0)
 
 
 def _can_resume(spec: KVCacheSpec, blocks: Sequence[CachedBlock], position: int) -> bool:
-    """Of a tail, `position` is one that it has a snapshot of, if it needs one."""
+    """Tell whether the blocks have what going on from `position` takes.
+
+    In a tail, `position` is one that it has a snapshot of, if it needs one.
+    """
     wanted = needs(spec, min(len(blocks), -(-position // spec.block_size)), position)
     # the last ones need most, so a failure is found soon
     return all(wanted[i] <= blocks[i].there for i in range(len(wanted) - 1, -1, -1))
@@ -93,8 +99,9 @@ def _can_resume(spec: KVCacheSpec, blocks: Sequence[CachedBlock], position: int)
 def missing(
     spec: KVCacheSpec, blocks: Sequence[CachedBlock], tail: CachedTail | None, position: int
 ) -> list[Missing]:
-    """What is not in RAM, for a sequence that goes on from `position`, in `tail` or at the end of
-    `blocks`.
+    """Return what is not in RAM for a sequence that goes on from `position`.
+
+    The position is in `tail`, or at the end of `blocks`.
     """
     lacking = [
         Missing(block, parts)

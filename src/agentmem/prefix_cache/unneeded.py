@@ -1,4 +1,4 @@
-"""Thinning: of a block in RAM, only what somebody needs of it stays.
+"""drop_unneeded: of a block in RAM, only what somebody needs of it stays.
 
 A layer with a window sees the end of a context only, and a snapshot of recurrent state serves one
 position. So an agent that rests has the stacks of layers that see everything of all its blocks, and
@@ -12,15 +12,17 @@ from ..kvcache.spec import KVCacheSpec
 from ..tensors import is_state, stack_part, state_offset
 from .block_pool import BlockPool, CachedBlock
 
-Holder = tuple[
-    Sequence[CachedBlock], int
-]  # a path from the root, and the position from which it is to be continued
+# a path from the root, and the position from which it is to be continued
+Holder = tuple[Sequence[CachedBlock], int]
 UNSAVED_BLOCKS = 8  # beyond a window, that keep its layers' parts while they wait for the disk
 UNSAVED_SNAPSHOTS = 2
 
 
 def unsaved_blocks(spec: KVCacheSpec) -> list[int | None]:
-    """Return by stack how many blocks of an unsaved path, from its end, keep its part; None: all."""
+    """Return by stack how many blocks, from its end, of an unsaved path keep its part.
+
+    None: all of them.
+    """
     return [None if n is None else n + UNSAVED_BLOCKS for n in spec.window_blocks]
 
 
@@ -34,7 +36,8 @@ def drop_unneeded(
     """
     if spec.needs_all_parts:
         return
-    needed, snapshots = _needed(spec, path, holders), 0
+    needed = _needed(spec, path, holders)
+    snapshots = 0
     for i in range(len(path) - 1, -1, -1):
         block = path[i]
         if block.data is None:
@@ -49,7 +52,7 @@ def drop_unneeded(
 
 
 def _recent(spec: KVCacheSpec, from_end: int) -> set[str]:
-    """Stacks that stay in the block that is the `from_end`-th last of an unsaved path."""
+    """Return the stacks that stay in the block that is the `from_end`-th last, unsaved."""
     return {
         stack_part(s)
         for s, most in enumerate(unsaved_blocks(spec))
@@ -60,7 +63,7 @@ def _recent(spec: KVCacheSpec, from_end: int) -> set[str]:
 def _needed(
     spec: KVCacheSpec, path: Sequence[CachedBlock], holders: Iterable[Holder]
 ) -> list[set[str]]:
-    """Parts that holders need of each block of the path."""
+    """Return the parts that holders need of each block of the path."""
     needed = [set(spec.lasting_parts) for _ in path]
     for blocks, position in holders:
         for i in range(_shared(path, blocks) - 1, -1, -1):
@@ -72,6 +75,6 @@ def _needed(
 
 
 def _shared(a: Sequence[CachedBlock], b: Sequence[CachedBlock]) -> int:
-    """Blocks at the beginning that are the same."""
+    """Return how many blocks at the beginning are the same."""
     n = min(len(a), len(b))
     return next((i for i in range(n) if a[i] is not b[i]), n)

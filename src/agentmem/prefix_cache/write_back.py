@@ -26,8 +26,9 @@ _SOONEST = 0.01  # s between two looks at what rests
 
 
 class WriteBack:
-    """Engine thread only; the store's futures come back through `post`, which runs a function on
-    that thread.
+    """Queues what is to be written, and notes what was. Engine thread only.
+
+    The store's futures come back through `post`, which runs a function on that thread.
     """
 
     def __init__(
@@ -39,13 +40,17 @@ class WriteBack:
         write_amplification: float,
         post: Callable[[Callable[[], None]], None],
     ):
-        self._prefix_cache, self._store, self._post = prefix_cache, store, post
-        self._tail_delay, self._write_amplification = tail_delay, write_amplification
+        self._prefix_cache = prefix_cache
+        self._store = store
+        self._post = post
+        self._tail_delay = tail_delay
+        self._write_amplification = write_amplification
         self.next_save = 0.0  # time.monotonic() when `save_idle` is due
 
     def claim_branch(self, agent: Agent, match: Match, *, persist: bool) -> Branch:
-        """The branch that a sequence will leave: the one it continues, else a new one that pins
-        what it shares.
+        """Return the branch that a sequence will leave.
+
+        It is the one that the sequence continues, else a new one that pins what it shares.
         """
         self._share(match.blocks, agent)
         source = match.source
@@ -65,15 +70,17 @@ class WriteBack:
 
     @staticmethod
     def _share(blocks: Iterable[CachedBlock], agent: Agent) -> None:
-        """What an agent that is written uses is not expendable, whoever made it."""
+        """Let what an agent that is written uses be written too, whoever made it."""
         for block in blocks:
             block.discardable = block.discardable and agent.ephemeral
 
     def save_block(self, branch: Branch, blocks: list[CachedBlock]) -> None:
-        """Queue the last of `blocks`, a branch's path so far; if it is stored already, only the
-        branch moves on.
+        """Queue the last of `blocks`, a branch's path so far.
+
+        If it is stored already, only the branch moves on.
         """
-        block, agent = blocks[-1], branch.agent
+        block = blocks[-1]
+        agent = branch.agent
         if block.saving is not None or agent.ephemeral:
             return
         if block.disk_bytes or block.data is None:
@@ -104,8 +111,9 @@ class WriteBack:
     def commit(
         self, branch: Branch, blocks: list[CachedBlock], tail: CachedTail, data: Tail | None
     ) -> None:
-        """A sequence ends: its branch takes over its blocks (already held) and its tail."""
-        before, branch.blocks = branch.blocks, blocks
+        """End a sequence: its branch takes over its blocks (already held) and its tail."""
+        before = branch.blocks
+        branch.blocks = blocks
         self._prefix_cache.release(before)
         tail.discardable = branch.agent.ephemeral
         self._prefix_cache.set_tail(branch, tail, data)
@@ -116,16 +124,17 @@ class WriteBack:
         self._prefix_cache.drop_unneeded(blocks)
 
     def enter(self, branch: Branch) -> None:
-        """Among its agent's branches; those that are too many by now go from disk, too."""
+        """Enter a branch among its agent's; those that are too many by now go from disk, too."""
         for old in self._prefix_cache.put_branch(branch):
             self._delete(old.id, *old.displaced)
 
     def _delete(self, *branch_ids: str) -> None:
+        """Delete branches from disk."""
         for branch_id in branch_ids:
             self._store.delete_branch(branch_id)
 
     def abandon(self, branch: Branch) -> None:
-        """A sequence ends with nothing to keep."""
+        """End a sequence with nothing to keep."""
         branch.in_use = False
         if branch.save_at is not None:
             self.next_save = min(self.next_save, branch.save_at)
@@ -133,8 +142,9 @@ class WriteBack:
             self._store.delete_branch(branch.id)
 
     def save_idle(self, *, now: bool = False) -> bool:
-        """Save what rested for `tail_delay` s; `now`: all that is not on disk. Whether something is
-        left to save.
+        """Save what rested for `tail_delay` s; `now`: all that is not on disk.
+
+        Returns whether something is left to save.
         """
         clock = time.monotonic()
         self.next_save = math.inf
@@ -148,8 +158,9 @@ class WriteBack:
         return self.next_save < math.inf
 
     def save_for_room(self, nbytes: int) -> None:
-        """Save idle caches, the least recently used first, until at least `nbytes` of RAM can be
-        given back.
+        """Save idle caches until at least `nbytes` of RAM can be given back.
+
+        The least recently used go first.
         """
         idle = (
             b
@@ -166,11 +177,10 @@ class WriteBack:
                 self.next_save = min(self.next_save, branch.save_at)
 
     def save_rest(self, branch: Branch, *, forced: bool) -> None:
-        """Queue a branch's unsaved blocks, root first, and its tail. Looked at again until all of
-        it is on disk.
+        """Queue a branch's unsaved blocks, root first, and its tail.
 
-        Unless `forced`, a tail waits for its branch to leave RAM where writing it now is likely to
-        be in vain.
+        It is looked at again until all of it is on disk. Unless `forced`, a tail waits for its
+        branch to leave RAM where writing it now is likely to be in vain.
         """
         blocks_saved = all(n.disk_bytes for n in branch.blocks) and branch.disk_head == branch.head
         tail_saved = branch.tail.data is None or branch.tail.disk_bytes > 0
@@ -190,14 +200,15 @@ class WriteBack:
                 branch.save_at = math.inf
 
     def _pays(self, branch: Branch) -> bool:
-        """Whether the tails of a branch, each replaced by the next turn, stay a small part of what
-        it writes.
+        """Tell whether a branch's tails stay a small part of what it writes.
 
-        With blocks B, the tail t and earlier tails w, all of it written, (B + t + w) / (B + t)
-        bytes are written for each that stays; once t is replaced too, (B + t + w) / B.
+        Each tail is replaced by that of the next turn. With blocks B, the tail t and earlier tails
+        w, all of it written, (B + t + w) / (B + t) bytes are written for each that stays; once t is
+        replaced too, (B + t + w) / B.
         """
         assert branch.tail.data is not None
-        tail, stored = branch.tail.data.nbytes, sum(block.disk_bytes for block in branch.blocks)
+        tail = branch.tail.data.nbytes
+        stored = sum(block.disk_bytes for block in branch.blocks)
         return branch.tail_bytes_written + tail <= (self._write_amplification - 1) * (stored + tail)
 
     def save_agent(self, agent: Agent) -> Future[None]:
@@ -209,7 +220,8 @@ class WriteBack:
 
     def detail(self, key: AgentKey) -> AgentDetail:
         """Return what is told of an agent and its branches. Raises AgentNotFound."""
-        agent, spec = self._prefix_cache.known(key), self._prefix_cache.spec
+        agent = self._prefix_cache.known(key)
+        spec = self._prefix_cache.spec
         rows = [
             BranchInfo(
                 tokens=len(branch),
@@ -222,10 +234,12 @@ class WriteBack:
         return AgentDetail(agent_info(agent, spec), rows)
 
     def unsaved_tokens(self, branch: Branch) -> int:
-        """What a crash would cost: blocks on disk count for a branch once its row there reaches
-        them.
+        """Return how many tokens a crash would cost.
+
+        Blocks on disk count for a branch once its row there reaches them.
         """
-        keys, reached = [block.key for block in branch.blocks], branch.disk_head
+        keys = [block.key for block in branch.blocks]
+        reached = branch.disk_head
         while reached and reached not in keys:  # a running sequence has moved the row on
             block = self._prefix_cache.blocks.get(reached)
             reached = block.parent if block else None
@@ -239,8 +253,9 @@ class WriteBack:
     def note(
         self, agent: Agent, branch: Branch | None = None, *, now: bool = False
     ) -> "Future[None] | None":
-        """Tell the store that the agent is used, every few seconds, or `now`; what comes of it, if
-        it is told.
+        """Tell the store that an agent is used, every few seconds, or `now`.
+
+        Returns what comes of it, if it is told.
         """
         clock = time.monotonic()
         known = self._prefix_cache.agents.get(agent.key) is agent and not agent.ephemeral
@@ -250,12 +265,15 @@ class WriteBack:
         return self._store.touch(agent.record(), branch.id if branch else None)
 
     def _save_path(self, branch: Branch, blocks: list[CachedBlock]) -> None:
+        """Queue what of a path is not on disk, and its end, which moves the branch on."""
         for i, block in enumerate(blocks, start=1):
             if not block.disk_bytes or i == len(blocks):
                 self.save_block(branch, blocks[:i])
 
     def save_tail(self, branch: Branch) -> None:
-        tail, agent = branch.tail, branch.agent
+        """Queue a branch's tail."""
+        tail = branch.tail
+        agent = branch.agent
         assert tail.data is not None
         to_save = TailToSave(
             branch_id=branch.id,
@@ -275,12 +293,13 @@ class WriteBack:
 
     @staticmethod
     def _used(branch: Branch) -> float:
-        """Unix seconds: a full store keeps what was used last."""
+        """Return when a branch was used, in Unix seconds: a full store keeps what was used last."""
         return time.time() if branch.in_use and not branch.preempted else branch.last_used
 
     def _block_saved(
         self, branch: Branch, blocks: list[CachedBlock], future: "Future[Any]"
     ) -> None:
+        """Note what came of saving the last of `blocks`."""
         blocks[-1].saving = None
         if future.exception() is None:
             blocks[-1].saved(future.result())
@@ -291,6 +310,7 @@ class WriteBack:
     def _tail_saved(
         self, branch: Branch, blocks: list[CachedBlock], tail: CachedTail, future: "Future[Any]"
     ) -> None:
+        """Note what came of saving a tail."""
         tail.saving = None
         if future.exception() is None:
             tail.saved(future.result())
@@ -299,7 +319,7 @@ class WriteBack:
 
     @staticmethod
     def _left_out(branch: Branch, entry: Entry, future: "Future[Any]") -> None:
-        """A full store has no room for what was used longest ago: it stays while RAM lasts."""
+        """Keep what a full store has no room for, used longest ago, while RAM lasts."""
         if isinstance(future.exception(), LeastRecentlyUsed):
             entries: list[Entry] = [entry, *branch.blocks, branch.tail]
             for unsaved in [e for e in entries if not e.disk_bytes]:
@@ -308,6 +328,7 @@ class WriteBack:
                 branch.save_at = None
 
     def _path_saved(self, branch: Branch, blocks: list[CachedBlock], future: "Future[Any]") -> None:
+        """Note how far a branch's row in the store reaches."""
         if future.exception() is None:
             branch.disk_head = blocks[-1].key if blocks else None
         elif isinstance(future.exception(), NotFound):

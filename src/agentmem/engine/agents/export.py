@@ -1,4 +1,4 @@
-"""Agents as files: what an export holds, and an import's way among the agents."""
+"""Archives: agents as files, out of the store and into it."""
 
 import asyncio
 from collections.abc import Callable, Iterator
@@ -111,7 +111,7 @@ class Archives:
         return Export(self._chunks(_Exported(agent, paths, files)), close)
 
     def _chunks(self, exported: _Exported) -> Iterator[bytes]:
-        """Return the archive's bytes. CorruptSegment in the middle, if a file is damaged."""
+        """Yield the archive's bytes. CorruptSegment in the middle, if a file is damaged."""
         blocks = {block.key: block for path in exported.paths for block in path.blocks}
         index = {key: i for i, key in enumerate(blocks)}
 
@@ -141,6 +141,7 @@ class Archives:
         return write_archive(about, content())
 
     def _content(self, exported: _Exported, name: bytes | str) -> bytes:
+        """Return a stored file as it stands in an archive."""
         tensors, metadata = self._store.read_linked(exported.files, name)
         return segment.encode(tensors, metadata)
 
@@ -182,6 +183,7 @@ class Archives:
         return detail
 
     def _read(self, file: IO[bytes]) -> Archive:
+        """Return an archive that this model can use. Raises InvalidRequest."""
         archive = Archive.read(file)
         check_model(archive.about, self._model)
         return archive

@@ -23,6 +23,7 @@ _TRIES = 4  # times that what is left of a truncated agent is looked at, until i
 
 
 def _changed(key: AgentKey) -> Conflict:
+    """Return the error for an agent that is not as it was when the operation began."""
     message = f"Agent {key.agent_id[:200]!r} was changed by another request; try again."
     return Conflict(message, param="agent_id")
 
@@ -73,6 +74,7 @@ class Forks:
         return self._write_back.detail(target)
 
     def _check_new(self, target: AgentKey) -> None:
+        """Raise Conflict where there is an agent of that key."""
         check_new(target, prefix_cache=self._prefix_cache, scheduler=self._scheduler, param="to")
 
     async def _save_fork(self, source: Branch, branch: Branch, *, whole: bool) -> None:
@@ -170,6 +172,7 @@ class Forks:
     def _enter(
         self, agent: Agent, blocks: list[CachedBlock], tail: CachedTail, data: Tail | None
     ) -> Branch:
+        """Make a branch of `blocks` and `tail`, and enter it among its agent's."""
         branch = self._prefix_cache.new_branch(agent)
         branch.blocks = blocks
         branch.save_at = math.inf

@@ -124,6 +124,7 @@ class _Import:
         self._stored: dict[int, BlockRecord] = {}
 
     def run(self) -> Imported:
+        """Store all of it; return what to enter among the agents. Raises ValueError and such."""
         rows = self._archive.about["branches"]
         if not 1 <= len(rows) <= _MAX_BRANCHES:
             raise ValueError(f"{len(rows)} branches")
@@ -131,6 +132,7 @@ class _Import:
         return Imported(branches, list(self._stored.values()))
 
     def _branch(self, row: dict[str, Any]) -> BranchRecord:
+        """Store a branch, and the blocks of it that are not stored yet."""
         branch_id = uuid.uuid4().hex
         head = row["head"]
         for i in self._chain(head):
@@ -159,6 +161,7 @@ class _Import:
         return chain[::-1]
 
     def _block(self, branch_id: str, i: int) -> BlockRecord:
+        """Store the `i`th block of the archive."""
         row = self._rows[i]
         key = self._keys[i]
         parent = None if row["parent"] is None else self._keys[row["parent"]]
@@ -180,6 +183,7 @@ class _Import:
         return BlockRecord(key, parent, tokens, ref.nbytes, ref.checksum, time.time(), ref.parts)
 
     def _tail(self, branch_id: str, head: bytes | None, row: dict[str, Any]) -> TailRecord:
+        """Store a branch's tail."""
         tokens = self._tokens(row["tokens"], 1, self._spec.block_size - 1)
 
         def shapes(metadata: dict[str, str], parts: set[str]) -> Shapes:
@@ -202,6 +206,7 @@ class _Import:
         return TailRecord(tokens, ref.nbytes, ref.checksum, ref.parts)
 
     def _tokens(self, given: list[int], at_least: int, at_most: int) -> np.ndarray:
+        """Return token ids as an array [n], uint32, if they are that many and all known."""
         known = all(type(t) is int and 0 <= t < self._vocab_size for t in given)
         if not known or not at_least <= len(given) <= at_most:
             raise ValueError(

@@ -147,6 +147,7 @@ class Lifecycle:
         await self._note(agent)
 
     async def _note(self, agent: Agent) -> None:
+        """See what is set for an agent onto the disk."""
         await stored(self._write_back.note(agent, now=True) or self._store.flush())
 
     def expired(self) -> list[AgentKey]:
@@ -164,6 +165,7 @@ class Lifecycle:
 
     @staticmethod
     def _expiry(agent: Agent) -> float:
+        """Return when an agent expires, in Unix seconds; infinity: not as things stand."""
         in_use = any(branch.in_use for branch in agent.branches.values())
         if agent.ttl is None or agent.pinned or in_use:
             return math.inf
@@ -184,7 +186,8 @@ class Lifecycle:
         if not match.missing:
             self._prefix_cache.touch(match)
             return 0
-        nbytes, budget = match.missing_bytes, self._budget
+        nbytes = match.missing_bytes
+        budget = self._budget
         if not budget.make_room(nbytes, match.entries(), urgent=False):
             raise Busy(
                 f"There is no room for the {nbytes:,} bytes of agent {key.agent_id[:200]!r}: "
@@ -199,7 +202,8 @@ class Lifecycle:
         finally:
             self._prefix_cache.release_match(match)
         ended_at = max(began, restored.at)
-        agent_id, nbytes = key.agent_id, restored.nbytes
+        agent_id = key.agent_id
+        nbytes = restored.nbytes
         self._trace.span("restore", began, ended_at, agent=agent_id, bytes=nbytes)
         return nbytes
 
@@ -248,6 +252,7 @@ class Lifecycle:
             await self._forget(key)
 
     async def _forget(self, key: AgentKey) -> bool:
+        """Drop an agent, in RAM and then on disk; return whether there was one."""
         for seq in self._scheduler.of_agent(key):
             seq.discard = True
         agent = self._prefix_cache.agents.get(key)
@@ -264,7 +269,10 @@ class Lifecycle:
         return forgotten.result() or agent is not None
 
     def _drop(self, agent: Agent) -> None:
-        """Let go of an agent's caches: what only sequences or ephemeral agents hold is not on disk."""
+        """Let go of an agent's caches.
+
+        What only sequences or ephemeral agents still hold counts as not on disk.
+        """
         blocks = [block for branch in agent.branches.values() for block in branch.blocks]
         self._prefix_cache.drop_agent(agent)
         written: set[int] = set()
@@ -281,7 +289,10 @@ class Lifecycle:
 
     @on_engine_thread
     async def collect_garbage(self) -> int:
-        """Let go of what has expired, is in quarantine, or belongs to nobody; return the disk bytes freed."""
+        """Let go of what has expired, is in quarantine, or belongs to nobody.
+
+        Returns the bytes of disk that came free.
+        """
         before = self._store.stats()["disk_bytes"]
         self.delete_expired()
         await stored(self._store.collect_garbage())
