@@ -14,6 +14,10 @@ from ..errors import program
 from ..service.files import ServiceState, holder, service_files
 
 _DEFAULT_URL = "http://127.0.0.1:8000"
+# settings that are lists
+_LISTS = {
+    name for name, field in Settings.model_fields.items() if get_origin(field.annotation) is list
+}
 
 Url = Annotated[
     str | None,
@@ -107,11 +111,6 @@ def with_settings(*only: str) -> Callable[[Callable[..., Any]], Callable[..., An
         return run
 
     return decorate
-
-
-_LISTS = {
-    name for name, field in Settings.model_fields.items() if get_origin(field.annotation) is list
-}
 
 
 def _option(name: str) -> Any:
