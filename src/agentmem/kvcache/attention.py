@@ -44,9 +44,12 @@ def _dispatch(
 ) -> mx.array:
     for observer in _observers.get():
         observer(keys, values, cache, mask, sinks is not None)
+    out: mx.array
     if hasattr(cache, "attend"):
-        return cache.attend(queries, scale, sinks)
-    return _original(queries, keys, values, cache=cache, scale=scale, mask=mask, sinks=sinks)
+        out = cache.attend(queries, scale, sinks)
+    else:
+        out = _original(queries, keys, values, cache=cache, scale=scale, mask=mask, sinks=sinks)
+    return out
 
 
 @contextmanager

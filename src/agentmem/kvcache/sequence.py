@@ -177,7 +177,7 @@ class SequenceCache:
                 parts.append(self._unstack(tail.prefix.arrays, i))
                 work.keep_prefix(parts[-1])
             work.load(parts, self._unstack(tail.full, i) if tail else {}, first * size, capacity)
-            mx.async_eval(work.arrays())
+            mx.async_eval(work.arrays())  # type: ignore[no-untyped-call]
         if tail:
             self._load_state(tail.states, tail.num_tokens)
         elif snapshot.blocks:

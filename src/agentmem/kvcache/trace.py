@@ -69,7 +69,7 @@ class _Use:
     sinks: bool = False
 
 
-class _TracedKV(KVCache):
+class _TracedKV(KVCache):  # type: ignore[misc]
     start_position = 0
 
     def __init__(self, trace: "_Trace", window: int | None, kind: type[LayerSpec]):

@@ -183,16 +183,18 @@ def _tokenizer(metadata: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _tokenizer_config(metadata: dict[str, Any]) -> dict[str, Any]:
-    def token(kind: str) -> str:
-        return metadata["tokenizer.ggml.tokens"][metadata[f"tokenizer.ggml.{kind}_token_id"].item()]
+def _special_token(metadata: dict[str, Any], kind: str) -> str:
+    tokens: list[str] = metadata["tokenizer.ggml.tokens"]
+    return tokens[metadata[f"tokenizer.ggml.{kind}_token_id"].item()]
 
+
+def _tokenizer_config(metadata: dict[str, Any]) -> dict[str, Any]:
     return {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": token("bos"),
-        "eos_token": token("eos"),
-        "pad_token": token("padding"),
-        "unk_token": token("unknown"),
+        "bos_token": _special_token(metadata, "bos"),
+        "eos_token": _special_token(metadata, "eos"),
+        "pad_token": _special_token(metadata, "padding"),
+        "unk_token": _special_token(metadata, "unknown"),
         "clean_up_tokenization_spaces": False,
         "model_max_length": metadata["llama.context_length"].item(),
         "chat_template": metadata["tokenizer.chat_template"],

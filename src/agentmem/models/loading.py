@@ -135,7 +135,8 @@ def _load(found: ModelDir) -> tuple[nn.Module, TokenizerWrapper]:
 
 
 def _download_from_hub(name: str) -> Path:
-    return _from_hub(name, lambda: _download(name))
+    path: Path = _from_hub(name, lambda: _download(name))
+    return path
 
 
 def _from_hub(name: str, download: Callable[[], _T]) -> _T:

@@ -22,7 +22,7 @@ class RecurrentLayer:
         return [a for a in self.state if a is not None]
 
 
-class RecurrentView(ArraysCache):
+class RecurrentView(ArraysCache):  # type: ignore[misc]
     """Such a layer of B sequences, as a model sees it: [B, ...] each."""
 
     def __init__(self, rows: Sequence[RecurrentLayer]):
