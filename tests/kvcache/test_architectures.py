@@ -1,5 +1,6 @@
-"""DESIGN's invariants 1 to 3 for every model type of the installed mlx-lm; docs/models.md says what
-came out.
+"""DESIGN's invariants 1 to 3 for every model type of the installed mlx-lm.
+
+docs/models.md says what came out.
 
 After mlx-lm gained types: add them to zoo.toml, then `PYTHONPATH=tests python -m
 support.support_matrix` writes docs/models.md.
@@ -40,7 +41,7 @@ def runner_of(model_type: str, kv_bits: str = "4") -> ModelRunner:
 
 
 def pieces(runner: ModelRunner, cache: object, tokens: list[int], sizes: Sequence[int]) -> mx.array:
-    """Logits of `tokens`, `sizes` at a time."""
+    """Return the logits of `tokens`, run `sizes` at a time."""
     logits, at = [], 0
     for n in sizes:
         logits.append(run(runner, cache, tokens[at : at + n], n))
@@ -61,7 +62,7 @@ def test_with_16_bits_logits_equal_mlx_lms(model_type):
 
 
 def through_the_store(runner: ModelRunner, snapshot: Snapshot, length: int) -> Snapshot:
-    """What a restore reads: of every block the parts that are needed, as bytes and back."""
+    """Return what a restore reads: of every block what is needed, as bytes and back."""
     blocks = []
     for i, block in enumerate(snapshot.blocks):
         part = block.only(runner.spec.needed(i, length))
@@ -161,8 +162,9 @@ def test_each_of_a_batch_gets_the_logits_it_gets_alone(model_type):
 
 
 def naive_logits(runner: ModelRunner, tokens: list[int]) -> mx.array:
-    """Invariant 1, word for word: one token a pass; after each full block the cache is rebuilt from
-    its blocks.
+    """Run invariant 1 word for word: one token a pass, and logits of each.
+
+    After each full block the cache is rebuilt from its blocks.
     """
     cache, blocks, logits = runner.new_cache(), [], []
     for token in tokens:

@@ -46,8 +46,9 @@ def corpus(demo) -> list[int]:
 
 
 class PlainAffineCache(KVCache):
-    """Every token in 4 bits at once, as mlx-lm's QuantizedKVCache and the paper do, dequantized for
-    speed on a CPU.
+    """Every token in 4 bits at once, as mlx-lm's QuantizedKVCache and the paper do it.
+
+    It is dequantized for speed on a CPU.
     """
 
     def update_and_fetch(self, keys, values):
@@ -59,7 +60,7 @@ class PlainAffineCache(KVCache):
 
 
 def mean_kl(logits: mx.array, reference: mx.array) -> float:
-    """Mean over positions of KL(reference || logits), in nats."""
+    """Return KL(reference || logits) in nats, the mean over positions."""
     p, q = (x - mx.logsumexp(x, axis=-1, keepdims=True) for x in (reference, logits))
     return (mx.exp(p) * (p - q)).sum(axis=-1).mean().item()
 

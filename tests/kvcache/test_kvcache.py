@@ -1,5 +1,6 @@
-"""DESIGN's invariants 1 to 3 on tiny models: what a token sees, exact restore, batchmates that do
-not matter.
+"""DESIGN's invariants 1 to 3 on tiny models.
+
+What a token sees depends on positions alone, a restore is exact, batchmates do not matter.
 """
 
 import threading
@@ -30,8 +31,9 @@ def attend(q: mx.array, k: mx.array, v: mx.array, **options: Any) -> mx.array:
 
 
 def naive_logits(runner: ModelRunner, tokens: list[int]) -> mx.array:
-    """Invariant 1, word for word: one token a pass; after each full block the cache is rebuilt from
-    its codes alone.
+    """Run invariant 1 word for word: one token a pass, and logits of each.
+
+    After each full block the cache is rebuilt from its codes alone.
     """
     cache, logits = runner.new_cache(), []
     for token in tokens:

@@ -17,9 +17,7 @@ ROUNDS = 20
 
 @dataclass
 class Agent:
-    """A context as the store has it: whole blocks, a tail, and the edges of the passes that made
-    it.
-    """
+    """A context as the store has it: blocks, a tail, and the edges of the passes that made it."""
 
     tokens: list[int] = field(default_factory=list)
     edges: list[int] = field(default_factory=lambda: [0])
@@ -27,7 +25,7 @@ class Agent:
     tail: Tail | None = None
 
     def restore(self, runner: ModelRunner):
-        """From what is needed of it alone, as bytes and back."""
+        """Make a cache of what is needed of it alone, as bytes and back."""
         needed = [
             b.only(runner.spec.needed(i, len(self.tokens))) for i, b in enumerate(self.blocks)
         ]
@@ -39,7 +37,7 @@ class Agent:
         return runner.new_cache(Snapshot(blocks, tail))
 
     def append(self, runner: ModelRunner, cache, tokens: list[int], rng: random.Random) -> None:
-        """In passes that end at block boundaries or before."""
+        """Run `tokens` in passes that end at block boundaries or before."""
         while tokens:
             n = min(rng.randint(1, BLOCK), BLOCK - len(self.tokens) % BLOCK, len(tokens))
             self.blocks += runner.prefill(cache, tokens[:n])
@@ -103,7 +101,7 @@ def _model(kind: str, seed: int):
 
 
 def _error_of_4_bits(kind: str) -> float:
-    """Mean over seeds of the relative error that 4-bit blocks make in the logits, against 16 bits."""
+    """Return the relative error that 4-bit blocks make in the logits, the mean over seeds."""
     errors = []
     for seed in range(4):
         tokens, logits = random_tokens(160, seed=seed), {}

@@ -1,5 +1,6 @@
-"""What mlx-lm's own models and caches do: every model type is built tiny, and fed in one go and in
-pieces.
+"""What mlx-lm's own models and caches do, fed in one go and in pieces.
+
+Every model type is built tiny.
 """
 
 from collections.abc import Iterator
@@ -54,7 +55,7 @@ BUILDABLE = [t for t in (*MODEL_TYPES, *ALIASES) if t not in UNBUILDABLE]
 
 
 def logits_of(model: nn.Module, tokens: list[int], chunks: tuple[int, ...]) -> np.ndarray:
-    """Logits [tokens, vocab] with the caches mlx-lm makes, `chunks` tokens at a time."""
+    """Return logits [tokens, vocab] with the caches mlx-lm makes, `chunks` tokens at a time."""
     cache = make_prompt_cache(model)
     logits = []
     for end, n in zip(np.cumsum(chunks), chunks, strict=True):

@@ -1,5 +1,6 @@
-"""A fast BLAS takes the place of the reference one. Each case is a process of its own: MLX is
-linked only once.
+"""A fast BLAS takes the place of the reference one.
+
+Each case is a process of its own: MLX is linked only once.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""Models from their names: the demo model, and what is said about those that are missing or broken."""
+"""Models from their names: the demo model, and what is said of missing and broken ones."""
 
 import os
 import subprocess
@@ -46,9 +46,10 @@ def test_special_tokens_are_single_ids_and_the_end_of_a_turn_ends_an_answer(demo
 def test_the_chat_template_renders_roles(demo):
     messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
     text = demo.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-    assert (
-        text
-        == "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+    assert text == (
+        "<|im_start|>system\nBe brief.<|im_end|>\n"
+        "<|im_start|>user\nHi<|im_end|>\n"
+        "<|im_start|>assistant\n"
     )
 
 

@@ -1,5 +1,4 @@
-"""The one seam between mlx-lm's model files and our caches, and attention over sealed blocks plus
-an open one.
+"""The one seam between mlx-lm's model files and our caches, and attention over them.
 
 mlx-lm's model files import `scaled_dot_product_attention` by name; it knows neither rotated caches
 nor sequences of unequal length. `install_seam` replaces that name in the modules of one loaded
@@ -54,7 +53,7 @@ def _dispatch(
 
 @contextmanager
 def observed(observer: Observer) -> Iterator[None]:
-    """`observer` is told of every call of the seam that this thread makes meanwhile."""
+    """Tell `observer` of every call of the seam that this thread makes meanwhile."""
     token = _observers.set((*_observers.get(), observer))
     try:
         yield
@@ -63,8 +62,9 @@ def observed(observer: Observer) -> Iterator[None]:
 
 
 def install_seam(model: Any) -> None:
-    """Route the attention of `model`'s modules through their cache objects, as far as it uses
-    mlx-lm's. Idempotent.
+    """Route the attention of `model`'s modules through their cache objects.
+
+    Only attention that is mlx-lm's is routed. A second call changes nothing.
     """
     for name in {type(module).__module__ for _, module in model.named_modules()}:
         module = sys.modules[name]
@@ -73,10 +73,10 @@ def install_seam(model: Any) -> None:
 
 
 def verify_seam(model: Any, forward: Callable[[mx.array], mx.array], vocab_size: int) -> None:
-    """Compare logits of `forward` (tokens [1, L] over an unquantized cache of ours) with those over
-    mlx-lm's caches.
+    """Compare logits of `forward` with those over mlx-lm's caches.
 
-    Raises ModelError.
+    `forward` runs tokens [1, L] over an unquantized cache of ours. Raises ModelError where they
+    differ by more than TOLERANCE.
     """
     tokens = mx.array([[(7919 * i + 13) % vocab_size for i in range(24)]])
     theirs = make_prompt_cache(model)
@@ -94,7 +94,7 @@ TOLERANCE = 0.02
 
 
 def relative_error(got: mx.array, expected: mx.array) -> float:
-    """Largest difference of two arrays of one shape, by the largest value; nan where either is."""
+    """Return the largest difference of two arrays, by the largest value; nan where either is."""
     return cast(
         float, (mx.abs(expected - got).max() / mx.maximum(mx.abs(expected).max(), 1e-6)).item()
     )
@@ -135,19 +135,16 @@ def attend_codes(
     scale: float,
     bits: tuple[int, int],
 ) -> mx.array:
-    """Causal attention that reads sealed codes in place.
+    """Attend causally, reading sealed codes in place; return [1, Hq, n, Dv].
 
     q [1, Hq, n, D]: the last n positions, all in the open block. Codes [1, H, S, ...]: sealed
     tokens; the first `k_first.shape[2]` of them are taken from k_first, v_first (full precision)
-    instead. k_open, v_open [1, H, m, D]: the open block, the queries' own keys included.
+    instead. k_open, v_open [1, H, m, D]: the open block, the queries' own keys included. `bits` are
+    those of keys and of values.
     """
     _, heads_q, n, dim = q.shape
-    heads, first, sealed, m = (
-        k_open.shape[1],
-        k_first.shape[2],
-        k_codes.packed.shape[2],
-        k_open.shape[2],
-    )
+    heads, m = k_open.shape[1], k_open.shape[2]
+    first, sealed = k_first.shape[2], k_codes.packed.shape[2]
     rows = (q * scale).reshape(1, heads, heads_q // heads * n, dim)
     padded, group = coded_shape(dim)
     on_codes = mx.quantized_matmul(

@@ -1,6 +1,4 @@
-"""What mlx-lm's model files see as a model's caches: several sequences' working copies, for one
-forward pass.
-"""
+"""What mlx-lm's model files see as a model's caches: the working copies of several sequences."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -18,13 +16,11 @@ from .spec import KVCacheSpec
 
 
 class BatchQuantizedKVCache:
-    """Several sequences' caches for one forward pass: `model(tokens [B, L], cache=batch.layers)`,
-    then `advance`.
+    """The caches of several sequences for one forward pass.
 
-    Sequences that are not `batchable` go alone.
-
-    Nothing is padded, merged or copied but state and what a model attends to by itself: attention
-    runs per sequence, the rest on the batch.
+    `model(tokens [B, L], cache=batch.layers)` runs it, then `advance` closes it. Sequences that are
+    not `batchable` go alone. Nothing is padded, merged or copied but state and what a model attends
+    to by itself: attention runs per sequence, the rest on the batch.
     """
 
     def __init__(self, spec: KVCacheSpec, caches: Sequence[SequenceCache]):
@@ -43,7 +39,7 @@ class BatchQuantizedKVCache:
         ]
 
     def advance(self, num_tokens: int) -> list[list[SealedBlock]]:
-        """Close the pass; returns for each sequence the blocks that filled up."""
+        """Close the pass; return for each sequence the blocks that filled up."""
         for view in self._views:
             view.finish(num_tokens)
         return [cache.advance(num_tokens) for cache in self._caches]

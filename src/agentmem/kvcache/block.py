@@ -1,11 +1,14 @@
-"""The idle forms of a cache: sealed blocks, the tail, and a snapshot of both. Immutable; arrays are
-evaluated.
+"""The idle forms of a cache: sealed blocks, the tail, and a snapshot of both.
+
+All are immutable, and their arrays are evaluated.
 
 Worked example, block_size 256, SmolLM2 (30 equal layers, 3 KV heads, head dim 64, 4 bits), 600
 tokens:
 
-    blocks[0]  tokens   0..255   k0.packed [30, 3, 256, 8] uint32, k0.scales and k0.biases [30, 3, 256, 1] float16, the
-                                 same for v0, and k0.sinks, v0.sinks [30, 3, 4, 64]: the first tokens as they are
+    blocks[0]  tokens   0..255   k0.packed [30, 3, 256, 8] uint32,
+                                 k0.scales, k0.biases [30, 3, 256, 1] float16,
+                                 the same for v0, and the first tokens as they are:
+                                 k0.sinks, v0.sinks [30, 3, 4, 64]
     blocks[1]  tokens 256..511   the same without sinks
     tail       tokens 512..599   k0.full, v0.full [30, 3, 88, 64], in the model's dtype
 
@@ -42,6 +45,8 @@ def states_until(arrays: Arrays, num_tokens: int) -> Arrays:
 
 @dataclass(frozen=True, eq=False)
 class SealedBlock:
+    """A full block, or the first tokens of one that was cut: codes of all layers or some."""
+
     arrays: Arrays
 
     @cached_property
@@ -50,26 +55,29 @@ class SealedBlock:
 
     @cached_property
     def parts(self) -> frozenset[str]:
-        """Of what is here, see tensors.part_of."""
+        """The parts that are here, see tensors.TensorName."""
         return frozenset(map(part_of, self.arrays))
 
     def only(self, parts: Container[str]) -> "SealedBlock":
-        """Without the other parts."""
+        """Return the block with none but these parts."""
         return SealedBlock({name: a for name, a in self.arrays.items() if part_of(name) in parts})
 
     def with_arrays(self, more: Arrays) -> "SealedBlock":
+        """Return the block with `more` beside what it has."""
         return SealedBlock(self.arrays | more)
 
     def cut(self, num_tokens: int) -> "SealedBlock":
-        """The first `num_tokens` tokens, codes as they are, without states."""
+        """Return the first `num_tokens` tokens, codes as they are, without states."""
         stacks = {n: a for n, a in self.arrays.items() if TensorName.parse(n).offset is None}
         return SealedBlock({name: a[:, :, :num_tokens] for name, a in stacks.items()})
 
 
 @dataclass(frozen=True, eq=False)
 class Tail:
-    """The open block of a sequence: `prefix_len` tokens as codes (of a block that was cut), the
-    others in full.
+    """The open block of a sequence, `num_tokens` long.
+
+    Its first `prefix_len` tokens are codes, of a block that was cut; the others are in full
+    precision.
     """
 
     num_tokens: int
@@ -89,6 +97,7 @@ class Tail:
         return frozenset(map(part_of, self.states))
 
     def cut(self, num_tokens: int) -> "Tail | None":
+        """Return the first `num_tokens` tokens; None where that is none."""
         if num_tokens == 0:
             return None
         if num_tokens >= self.num_tokens:
@@ -99,18 +108,19 @@ class Tail:
         return Tail(num_tokens, full, prefix, keep, states_until(self.states, num_tokens))
 
     def compact(self) -> "Tail":
-        """The same, no views of what it was cut from."""
+        """Return a copy that is no view of what it was cut from."""
         prefix = SealedBlock(compact(self.prefix.arrays)) if self.prefix else None
         return replace(self, full=compact(self.full), prefix=prefix, states=compact(self.states))
 
     def to_arrays(self) -> Arrays:
-        """One flat dict, for a file; empty arrays are left out."""
+        """Return one flat dict, for a file; empty arrays are left out."""
         prefix = self.prefix.arrays if self.prefix else {}
         codes = {str(replace(TensorName.parse(n), in_prefix=True)): a for n, a in prefix.items()}
         return {n: a for n, a in self.full.items() if a.size} | codes | self.states
 
     @staticmethod
     def from_arrays(arrays: Arrays, num_tokens: int, prefix_len: int, spec: KVCacheSpec) -> "Tail":
+        """Make a tail of what `to_arrays` returned."""
         states = states_until(arrays, num_tokens)
         codes: Arrays = {}
         full: Arrays = {}
@@ -125,7 +135,7 @@ class Tail:
 
     @staticmethod
     def of_cut_block(block: SealedBlock, num_tokens: int, spec: KVCacheSpec) -> "Tail":
-        """The open block after `block` was cut to `num_tokens` >= 1 tokens: all of them codes."""
+        """Make the open block after `block` was cut to `num_tokens` >= 1 tokens, all codes."""
         states = states_until(block.arrays, num_tokens)
         return Tail(num_tokens, _no_tokens(spec), block.cut(num_tokens), num_tokens, states)
 
@@ -142,15 +152,16 @@ def _no_tokens(spec: KVCacheSpec) -> Arrays:
 
 @dataclass(frozen=True, eq=False)
 class Snapshot:
-    """All of one sequence's cache: whole blocks, then the open one."""
+    """One sequence's cache at rest: whole blocks, then the open one."""
 
     blocks: Sequence[SealedBlock] = field(default_factory=tuple)
     tail: Tail | None = None
 
 
 def compact(arrays: Arrays) -> Arrays:
-    """Evaluated copies of what may be views, so that a tail of a few tokens does not keep a whole
-    buffer in RAM.
+    """Return evaluated copies of what may be views.
+
+    A view of a few tokens would keep a whole buffer in RAM.
     """
     copies = {name: mx.contiguous(a) for name, a in arrays.items()}
     mx.eval(copies)
@@ -158,15 +169,26 @@ def compact(arrays: Arrays) -> Arrays:
 
 
 STORABLE = {  # dtypes of arrays that a file can hold
-    mx.int64: "I64", mx.int32: "I32", mx.uint32: "U32", mx.float32: "F32", mx.float16: "F16", mx.bfloat16: "BF16",
-}  # fmt: skip
+    mx.int64: "I64",
+    mx.int32: "I32",
+    mx.uint32: "U32",
+    mx.float32: "F32",
+    mx.float16: "F16",
+    mx.bfloat16: "BF16",
+}
 _NUMPY_DTYPES = {
-    "I64": np.int64, "I32": np.int32, "U32": np.uint32, "F32": np.float32, "F16": np.float16, "BF16": np.uint16,
-}  # fmt: skip
+    "I64": np.int64,
+    "I32": np.int32,
+    "U32": np.uint32,
+    "F32": np.float32,
+    "F16": np.float16,
+    "BF16": np.uint16,
+}
 
 
 def to_host(arrays: Arrays) -> dict[str, HostTensor]:
-    """Evaluate, and hand out views of the memory that keep the arrays alive: nothing is copied.
+    """Evaluate, and return views of the memory that keep the arrays alive: nothing is copied.
+
     Engine thread only.
     """
     raw = {
@@ -181,7 +203,10 @@ def to_host(arrays: Arrays) -> dict[str, HostTensor]:
 
 
 def copy_host(tensors: Mapping[str, HostTensor]) -> RawArrays:
-    """Arrays that own their memory, evaluated, bfloat16 as uint16. Any thread: no stream is used."""
+    """Return arrays that own their memory, evaluated, bfloat16 as uint16.
+
+    Any thread may call it: no stream is used.
+    """
     return {
         name: (t.dtype, mx.array(np.frombuffer(t.data, _NUMPY_DTYPES[t.dtype]).reshape(t.shape)))
         for name, t in tensors.items()
@@ -189,7 +214,7 @@ def copy_host(tensors: Mapping[str, HostTensor]) -> RawArrays:
 
 
 def from_raw(raw: RawArrays) -> Arrays:
-    """Engine thread only."""
+    """Return what `copy_host` made, in the arrays' own dtypes. Engine thread only."""
     arrays = {
         name: a.view(mx.bfloat16) if dtype == "BF16" else a for name, (dtype, a) in raw.items()
     }
@@ -198,5 +223,5 @@ def from_raw(raw: RawArrays) -> Arrays:
 
 
 def from_host(tensors: Mapping[str, HostTensor]) -> Arrays:
-    """The inverse of `to_host`. Engine thread only."""
+    """Undo `to_host`. Engine thread only."""
     return from_raw(copy_host(tensors))

@@ -1,5 +1,6 @@
-"""Key centres: per layer, KV head and channel the mean key over a short, fixed text. Computed once
-per model.
+"""Key centres: the mean key of each layer, KV head and channel over a short, fixed text.
+
+They are computed once for each model.
 """
 
 from collections.abc import Callable
@@ -14,8 +15,9 @@ NUM_TOKENS = 512
 
 
 def calibration_tokens(encode: Callable[[str], list[int]]) -> list[int]:
-    """512 tokens of the text that comes with the package (repeated where a tokenizer makes fewer of
-    it).
+    """Return 512 tokens of the text that comes with the package.
+
+    It is repeated where a tokenizer makes fewer tokens of it.
     """
     tokens = encode(files(__package__).joinpath("calibration.txt").read_text(encoding="utf-8"))
     return (tokens * -(-NUM_TOKENS // len(tokens)))[:NUM_TOKENS]

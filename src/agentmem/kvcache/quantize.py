@@ -1,5 +1,4 @@
-"""Keys and values to 4-bit codes and back: centre (keys), rotate, affine codes in groups along the
-head dim.
+"""Codes of keys and values, and back: centre (keys), rotate, affine codes in groups along the head.
 
 `q.k` is unchanged up to one constant per query when a vector is subtracted from every key, and
 unchanged when q and k are both rotated; values are rotated back once, after attention (QuaRot,
@@ -21,10 +20,10 @@ Stored = tuple[mx.array, ...]  # keys and values in one array, or apart: see `jo
 
 
 class Codes(NamedTuple):
-    """`mx.quantize`'s triple: packed uint32 [..., D * bits / 32], scales and biases [..., D /
-    group], 16-bit.
+    """The triple of `mx.quantize`.
 
-    D is the head dim, padded to whole groups.
+    packed is uint32 [..., D * bits / 32], scales and biases are 16-bit [..., D / group]; D is the
+    head dim, padded to whole groups.
     """
 
     packed: mx.array
@@ -42,8 +41,9 @@ def concatenate_codes(blocks: Sequence[Mapping[str, mx.array]], part: str) -> Co
 
 
 def sealed_bytes(spec: KVCacheSpec, num_tokens: int) -> int:
-    """Of the first `num_tokens` tokens of a sequence in sealed blocks, all layers and parts, the
-    sinks included.
+    """Count the bytes of the first `num_tokens` tokens of a sequence in sealed blocks.
+
+    All layers and parts count, the sinks included.
     """
     sinks = min(num_tokens, spec.num_sinks) if spec.bits is not None else 0
     states = num_tokens // spec.state_interval * spec.state_bytes
@@ -51,8 +51,9 @@ def sealed_bytes(spec: KVCacheSpec, num_tokens: int) -> int:
 
 
 def encode(x: mx.array, bits: int) -> Codes:
-    """Affine codes of x [..., D]. Scales are 16-bit whatever x is, so that 4 bits are 4.5 and not
-    5.
+    """Make affine codes of x [..., D].
+
+    Scales are 16-bit whatever x is, so that 4 bits are 4.5 and not 5.
     """
     padded, group = coded_shape(x.shape[-1])
     if padded != x.shape[-1]:
@@ -64,28 +65,26 @@ def encode(x: mx.array, bits: int) -> Codes:
 
 
 def decode(codes: Codes, bits: int, dtype: mx.Dtype, dim: int) -> mx.array:
-    """The value of sealed codes: [..., dim] in `dtype`."""
+    """Return the value of sealed codes: [..., dim] in `dtype`."""
     _, group = coded_shape(dim)
     scales, biases = codes.scales.astype(dtype), codes.biases.astype(dtype)
     return mx.dequantize(codes.packed, scales, biases, group_size=group, bits=bits)[..., :dim]
 
 
 def join(k: mx.array, v: mx.array) -> Stored:
-    """k, v [B, H, L, D] as they are written to a working copy: ([B, 2 H, L, D],), or apart where
-    their dims differ.
+    """Put k, v [B, H, L, D] into the form of a working copy.
 
-    One update instead of two, for each layer of each sequence: 4 % of a decode step of four on a
-    CPU.
+    That is ([B, 2 H, L, D],), or both apart where their dims differ. One update instead of two, for
+    each layer of each sequence, is 4 % of a decode step of four on a CPU.
     """
     return (mx.concatenate([k, v], axis=1),) if k.shape[-1] == v.shape[-1] else (k, v)
 
 
 def hadamard(dim: int) -> mx.array:
-    """An orthonormal, symmetric matrix that mixes `dim` channels: Hadamard matrices along its
-    diagonal. float32.
+    """Return an orthonormal, symmetric matrix that mixes `dim` channels, float32.
 
-    One of 64 stands for all groups where `dim` is a multiple of 64; else its pieces are powers of
-    two, [dim, dim].
+    Hadamard matrices lie along its diagonal. Where `dim` is a multiple of 64, one of [64, 64]
+    stands for all groups; else it is [dim, dim] and its pieces are powers of two.
     """
     if dim % ROTATION_GROUP == 0:
         return _hadamard(ROTATION_GROUP)
@@ -102,15 +101,12 @@ def _hadamard(size: int) -> mx.array:
 
 
 class CacheSpace:
-    """Moves queries, keys and values of each layer into cache space, and attention's output out of
-    it.
-    """
+    """The way of queries, keys and values into cache space, and of attention's output out of it."""
 
     def __init__(self, spec: KVCacheSpec, key_centres: list[mx.array] | None = None):
-        """`key_centres`: per layer [num_kv_heads, 1, k_dim], or None for no centring; of recurrent
-        layers anything.
+        """Take `key_centres` of each layer, [num_kv_heads, 1, k_dim], of recurrent ones anything.
 
-        Unquantized specs do nothing.
+        None: keys are not centred. With an unquantized spec nothing is done to anything.
         """
         self.identity = spec.bits is None
         dims = {d for layer in spec.layers for d in layer.dims if d}
@@ -124,8 +120,9 @@ class CacheSpace:
         mx.eval(list(self._rotations.values()), [c for c in self._centres if c is not None])
 
     def enter(self, layer: int, q: mx.array, k: mx.array, v: mx.array) -> tuple[mx.array, Stored]:
-        """q [B, Hq, L, Dk], k [B, H, L, Dk], v [B, H, L, Dv] rotated, keys centred first: q, and
-        `join` of k and v.
+        """Rotate q [B, Hq, L, Dk], k [B, H, L, Dk], v [B, H, L, Dv], with keys centred first.
+
+        Return q, and `join` of k and v.
         """
         if self.identity:
             return q, join(k, v)
@@ -140,20 +137,22 @@ class CacheSpace:
         return qkv[:, : q.shape[1]], (qkv[:, q.shape[1] :],)
 
     def leave(self, out: mx.array) -> mx.array:
-        """Attention's output [B, Hq, L, Dv], back in the model's space: the rotation is its own
-        inverse.
+        """Return attention's output [B, Hq, L, Dv] to the model's space.
+
+        The rotation is its own inverse.
         """
         return out if self.identity else self._rotate(out)
 
     def enter_part(self, layer: int, part: str, x: mx.array) -> mx.array:
-        """Keys (part "k") or values ("v") [1, H, n, D] of a layer that is fetched, on their way
-        into codes.
+        """Move keys (part "k") or values ("v") [1, H, n, D] into cache space, to be encoded.
+
+        They are of a layer whose model attends by itself.
         """
         centre = self._centres[layer] if part == "k" else None
         return self._rotate(x if centre is None else x - centre)
 
     def leave_part(self, layer: int, part: str, x: mx.array) -> mx.array:
-        """The inverse of `enter_part`."""
+        """Undo `enter_part`."""
         centre, x = self._centres[layer] if part == "k" else None, self._rotate(x)
         return x if centre is None else x + centre
 
@@ -173,12 +172,12 @@ class LayerCodec:
         self._spec = spec
 
     def encode(self, part: str, x: mx.array) -> Codes:
-        """`part` "k" or "v" of one block, x [1, H, n, D], as the running cache holds it."""
+        """Make the codes of `part` "k" or "v" of one block, x [1, H, n, D]."""
         assert self._spec.bits is not None
         return encode(x, self._spec.bits["kv".index(part)])
 
     def decode(self, part: str, codes: Codes) -> mx.array:
-        """The inverse: [1, H, n, D]."""
+        """Return what codes stand for: [1, H, n, D], as the running cache holds it."""
         assert self._spec.bits is not None
         i = "kv".index(part)
         return decode(codes, self._spec.bits[i], self._spec.dtype, self.layer.dims[i])

@@ -38,8 +38,10 @@ class SequenceCache:
         last_state: int = 0,
         backend: AttentionBackend | None = None,
     ):
-        """`capacity`: tokens known to come, the snapshot's included, so that prefill does not copy
-        as it grows.
+        """Go on from `snapshot`, or from nothing.
+
+        `capacity`: tokens known to come, the snapshot's included, so that prefill does not copy as
+        it grows.
 
         `checkpoint_at`: the position, beside every `state_interval` of the spec, whose recurrent
         state is to be kept: where the prompt's last message ends, say. Once its block is full it
@@ -76,8 +78,9 @@ class SequenceCache:
 
     @property
     def pass_limit(self) -> int:
-        """Tokens that a pass may have, where it must end at block boundaries and at a state that is
-        to be kept.
+        """Tokens that the next pass may have.
+
+        A stepwise one ends at a block boundary, and at a state that is to be kept.
         """
         if not self._spec.stepwise:
             return _ANY_LENGTH
@@ -87,14 +90,16 @@ class SequenceCache:
 
     @property
     def batchable(self) -> bool:
-        """Tell whether the sequence may run in a batch: what an empty recurrent state stands for
-        only the model knows.
+        """Tell whether the sequence may run in a batch.
+
+        What an empty recurrent state stands for only the model knows.
         """
         return self.length > 0 or not self._recurrent
 
     def advance(self, num_tokens: int) -> list[SealedBlock]:
-        """Count `num_tokens` more positions; returns the blocks that filled up, in order, not
-        evaluated yet.
+        """Count `num_tokens` more positions; return the blocks that filled up, in order.
+
+        They are not evaluated yet.
         """
         first, size = self.length // self._spec.block_size, self._spec.block_size
         self.length += num_tokens
@@ -123,8 +128,9 @@ class SequenceCache:
             work.adopt(index, self._unstack(block.arrays, i))
 
     def snapshot(self) -> Snapshot:
-        """The idle form, with the state at its end. Its tail is a copy: the working copy may go on
-        or be dropped.
+        """Return the idle form, with the state at its end.
+
+        Its tail is a copy: the working copy may go on or be dropped.
         """
         n = self.length - self.num_sealed
         if n == 0:
@@ -151,12 +157,13 @@ class SequenceCache:
         }
 
     def arrays(self) -> list[mx.array]:
-        """What a forward pass leaves to evaluate."""
+        """Return what a forward pass leaves to evaluate."""
         return [a for work in self.layers for a in work.arrays()]
 
     def _let_go(self) -> None:
-        """Of states, and of what no window reaches back to any more; the block pool may still hold
-        it.
+        """Drop states, and what no window reaches back to any more.
+
+        The block pool may still hold them.
         """
         first = self._spec.first_visible(self.length)
         for i in range(len(self.blocks) - 1, -1, -1):
@@ -166,9 +173,7 @@ class SequenceCache:
             self.blocks[i] = block
 
     def _load(self, snapshot: Snapshot, capacity: int) -> None:
-        """Layer by layer, so that what is decoded on the way takes the memory of one layer, not of
-        all.
-        """
+        """Load layer by layer, so that what is decoded on the way takes the memory of one."""
         tail, size = snapshot.tail, self._spec.block_size
         for i, work in self._kv.items():
             first = min(work.layer.first_visible(self.length) // size, len(snapshot.blocks))
@@ -186,7 +191,7 @@ class SequenceCache:
     # -- recurrent state
 
     def _state_arrays(self) -> Arrays:
-        """A snapshot, named by where in the open block it is taken."""
+        """Return a snapshot of the state, named by where in the open block it is taken."""
         offset = (self.length - 1) % self._spec.block_size + 1
         per_layer = {
             i: {_state_name(j, offset): a for j, a in enumerate(work.arrays())}
@@ -195,7 +200,7 @@ class SequenceCache:
         return self._stack(per_layer, self._spec.state_stacks)
 
     def _worth_keeping(self) -> Arrays:
-        """Of the snapshot in the block that just filled up."""
+        """Return the snapshot in the block that just filled up, or nothing."""
         if not self._states:
             return {}
         offset = max(TensorName.parse(name).offset or 0 for name in self._states)
@@ -217,7 +222,7 @@ class SequenceCache:
 
     @staticmethod
     def _stack(per_layer: dict[int, Arrays], stacks: tuple[tuple[int, ...], ...]) -> Arrays:
-        """By layer {"k.packed": [1, ...]} to {"k0.packed": [layers of stack 0, ...]}."""
+        """Turn {"k.packed": [1, ...]} of each layer into {"k0.packed": [layers of stack, ...]}."""
         stacked: Arrays = {}
         for s, stack in enumerate(stacks):
             for text in per_layer.get(stack[0], {}):
@@ -243,5 +248,5 @@ def _state_name(index: int, offset: int) -> str:
 
 
 def _joined(arrays: list[mx.array]) -> mx.array:
-    """Along the layers, as a copy: one that were a view would keep a whole working copy in RAM."""
+    """Join along the layers, as a copy: a view would keep a whole working copy in RAM."""
     return mx.concatenate(arrays, axis=0) if len(arrays) > 1 else mx.contiguous(arrays[0])

@@ -1,4 +1,4 @@
-"""What the arrays of a block or a tail must look like: for caches that come from outside."""
+"""Shapes that the arrays of a block or a tail must have, where caches come from outside."""
 
 import math
 from collections.abc import Collection, Iterable
@@ -16,10 +16,10 @@ Shapes = dict[str, tuple[str, tuple[int, ...]]]  # by name: dtype as in HostTens
 def block_shapes(
     spec: KVCacheSpec, num_tokens: int, parts: Collection[str], *, first: bool
 ) -> Shapes:
-    """Of a sealed block, or of the first tokens of one, that has `parts`; `first`: of a sequence,
-    so that it has sinks.
+    """Return the shapes of a sealed block, or of the first tokens of one, that has `parts`.
 
-    The stacks of layers that see everything must be there. Parts that there can't be are left out.
+    `first`: it is a sequence's first block, so that it has sinks. The stacks of layers that see
+    everything must be there. Parts that there can't be are left out.
     """
     there = spec.lasting_parts.union(parts)
     wanted = [s for s in range(len(spec.stacks)) if stack_part(s) in there]
@@ -34,8 +34,9 @@ def block_shapes(
 def tail_shapes(
     spec: KVCacheSpec, num_tokens: int, prefix_len: int, parts: Collection[str], *, first: bool
 ) -> Shapes:
-    """Of a tail that starts with the codes of `prefix_len` tokens; of `parts`, those that are
-    snapshots count.
+    """Return the shapes of a tail that starts with the codes of `prefix_len` tokens.
+
+    Of `parts`, only snapshots count: of the stacks it always has all.
     """
     stacks = {stack_part(s) for s in range(len(spec.stacks))}
     full = _full(spec, range(len(spec.stacks)), num_tokens - prefix_len)

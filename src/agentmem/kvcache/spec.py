@@ -1,5 +1,6 @@
-"""KVCacheSpec: what a model's cache is made of, and what of it a sequence needs. trace.py reads it
-off a model.
+"""KVCacheSpec: what a model's cache is made of, and what of it a sequence needs.
+
+trace.py reads it off a model.
 """
 
 import math
@@ -25,8 +26,9 @@ _BITS: dict[KVBits, tuple[int, int] | None] = {
 
 @cache
 def coded_shape(dim: int) -> tuple[int, int]:
-    """How a head of `dim` values is coded: (values, padded to whole groups; group that shares a
-    scale and a bias).
+    """Return how a head of `dim` values is coded: values, padded to whole groups, and the group.
+
+    The values of a group share a scale and a bias.
     """
     padded = {group: -(-dim // group) * group for group in (QUANT_GROUP, 32)}
     group = min(padded, key=lambda g: coded_bytes(padded[g], g, 4))
@@ -34,7 +36,7 @@ def coded_shape(dim: int) -> tuple[int, int]:
 
 
 def coded_bytes(padded: int, group: int, bits: int) -> int:
-    """Of one head: codes, and a scale and a bias of 16 bits for each group."""
+    """Count the bytes of one head: codes, and a scale and a bias of 16 bits for each group."""
     return padded * bits // 8 + padded // group * 4
 
 
@@ -81,8 +83,9 @@ class LayerSpec:
 
     @property
     def stepwise(self) -> bool:
-        """Tell whether what the model gets is of one position, so that a pass over it must not
-        cross the end of a block.
+        """Tell whether a pass must not cross the end of a block.
+
+        It must not where what the model gets is of one position.
         """
         return self.model_attends
 
@@ -170,8 +173,9 @@ class Recurrent(LayerSpec):
 
 @dataclass(frozen=True)
 class OpaqueCaches:
-    """A model whose caches only mlx-lm's own classes can hold: correct, but nothing is kept after
-    an answer.
+    """A model whose caches only mlx-lm's own classes can hold.
+
+    It is served correctly, but nothing is kept after an answer.
     """
 
     reason: str
@@ -181,8 +185,9 @@ class OpaqueCaches:
 
 @dataclass(frozen=True)
 class KVCacheSpec:
-    """Shapes and precision of one model's cache. Layers of one kind and shape are stacked in one
-    tensor.
+    """Shapes and precision of one model's cache.
+
+    Layers of one kind and shape are stacked in one tensor.
     """
 
     layers: tuple[LayerSpec, ...]
@@ -204,9 +209,7 @@ class KVCacheSpec:
 
     @cached_property
     def unquantized_reason(self) -> str | None:
-        """In words, why blocks stay in full precision although fewer bits were asked for; else
-        None.
-        """
+        """The reason, in words, that blocks are not quantized although that was asked for."""
         bits = _BITS[self.kv_bits]
         if bits is None:
             return None
@@ -215,22 +218,25 @@ class KVCacheSpec:
             d for d in dims if coded_bytes(*coded_shape(d), max(bits)) >= d * self.dtype.size
         ]
         if no_gain:
-            return f"head dims {no_gain} are too small to take fewer bytes as codes: blocks keep the model's dtype"
+            return (
+                f"head dims {no_gain} are too small to take fewer bytes as codes: "
+                "blocks keep the model's dtype"
+            )
         return None if dims else "no layer has keys and values"
 
     @cached_property
     def dense_bytes(self) -> int:
-        """Of one token in the model's dtype, all layers."""
+        """Bytes of one token in the model's dtype, all layers."""
         return sum(layer.token_values for layer in self.layers) * self.dtype.size
 
     @cached_property
     def sealed_bytes(self) -> int:
-        """Of one token in a sealed block, all layers; sinks come on top."""
+        """Bytes of one token in a sealed block, all layers; sinks come on top."""
         return sum(self.stack_bytes)
 
     @cached_property
     def stack_bytes(self) -> tuple[int, ...]:
-        """By stack: of one token in a sealed block."""
+        """Bytes of one token in a sealed block, by stack."""
         return tuple(len(stack) * self._layer_bytes(self.layers[stack[0]]) for stack in self.stacks)
 
     def _layer_bytes(self, layer: LayerSpec) -> int:
@@ -241,7 +247,7 @@ class KVCacheSpec:
 
     @cached_property
     def state_bytes(self) -> int:
-        """Of one snapshot of the recurrent state, all layers."""
+        """Bytes of one snapshot of the recurrent state, all layers."""
         arrays = (array for layer in self.layers for array in layer.state)
         return sum(math.prod(shape) * getattr(mx, dtype).size for shape, dtype in arrays)
 
@@ -264,7 +270,7 @@ class KVCacheSpec:
 
     @cached_property
     def position_in_stack(self) -> tuple[tuple[int, int], ...]:
-        """For each layer: (index of its stack, or of its state stack, index within it)."""
+        """Place of each layer: index of its stack, or of its state stack, and index within it."""
         both = (self.stacks, self.state_stacks)
         where = {
             layer: (s, i)
@@ -302,18 +308,19 @@ class KVCacheSpec:
         return frozenset(stack_part(s) for s, seen in blocks if seen is None)
 
     def first_visible(self, position: int) -> int:
-        """Return the earliest position that the token at `position` sees in a layer with a window:
-        `position` where no layer has one.
+        """Return the earliest position that the token at `position` sees in a layer with a window.
+
+        It is `position` where no layer has one.
         """
         windowed = (layer for layer in self.layers if layer.window is not None)
         return min((layer.first_visible(position) for layer in windowed), default=position)
 
     def needed(self, index: int, position: int) -> frozenset[str]:
-        """Parts (tensors.part_of) of block `index` that a sequence needs to go on from `position`,
-        in it or after.
+        """Return the parts (tensors.TensorName) of block `index` that a sequence needs.
 
-        Whole stacks, as far as the next token sees into the block, all of them of a block that is
-        cut inside; the recurrent state at `position`, for the block that it lies in or ends.
+        It goes on from `position`, in the block or after it, and needs whole stacks, as far as the
+        next token sees into the block, all of them of a block that is cut inside; and the recurrent
+        state at `position`, of the block that it lies in or ends.
         """
         start, stop = index * self.block_size, (index + 1) * self.block_size
         cut = start < position < stop
@@ -327,7 +334,7 @@ class KVCacheSpec:
         return frozenset(parts)
 
     def identity(self) -> str:
-        """Everything that gives a stored byte its meaning, as text for the fingerprint."""
+        """Return everything that gives a stored byte its meaning, as text for the fingerprint."""
         return repr((self.layers, str(self.dtype), self.kv_bits, self.block_size, self.num_sinks))
 
 
@@ -335,18 +342,19 @@ MAX_STATE_INTERVAL = 4096
 
 
 def default_state_interval(spec: KVCacheSpec) -> int:
-    """Tokens between two snapshots of recurrent state: as many as take the bytes of one, 4096 at
-    most.
+    """Return the tokens between two snapshots of recurrent state.
 
-    Measured by benchmarks/state_interval.py, see docs/architecture.md.
+    They are as many as take the bytes of a snapshot, 4096 at most: measured by
+    benchmarks/state_interval.py, see docs/architecture.md.
     """
     return min(MAX_STATE_INTERVAL, max(1, -(-spec.state_bytes // max(spec.sealed_bytes, 1))))
 
 
 def describe(spec: KVCacheSpec) -> str:
-    """In words: what layers there are, and how each is kept."""
+    """Say in words what layers there are, and how each is kept."""
     if spec.opaque is not None:
-        return f"mlx-lm's own, in full precision; nothing is kept after an answer: {spec.opaque.reason}"
+        kept = "mlx-lm's own, in full precision; nothing is kept after an answer"
+        return f"{kept}: {spec.opaque.reason}"
     kinds = ", ".join(_describe_stack(spec, stack) for stack in (*spec.stacks, *spec.state_stacks))
     kept = {
         "16": "in the model's own type",
@@ -356,7 +364,10 @@ def describe(spec: KVCacheSpec) -> str:
     if spec.unquantized_reason:
         kept = f"in the model's own type ({spec.unquantized_reason})"
     blocks = [f"keys and values {kept}, {spec.sealed_bytes:,} bytes a token"] if spec.stacks else []
-    states = f"recurrent state in full precision, {spec.state_bytes:,} bytes every {spec.state_interval:,} tokens"
+    states = (
+        f"recurrent state in full precision, {spec.state_bytes:,} bytes every "
+        f"{spec.state_interval:,} tokens"
+    )
     return f"{kinds}; " + "; ".join(blocks + ([states] if spec.state_stacks else []))
 
 
@@ -367,4 +378,5 @@ def _describe_stack(spec: KVCacheSpec, stack: tuple[int, ...]) -> str:
         return text
     over = f" over {layer.window:,}" if layer.window else ""
     dims = f"{layer.k_dim}" if layer.k_dim == layer.v_dim else f"{layer.k_dim}/{layer.v_dim}"
-    return f"{text}{over} ({layer.num_kv_heads} heads of {dims}{', with sinks' if layer.attention_sinks else ''})"
+    sinks = ", with sinks" if layer.attention_sinks else ""
+    return f"{text}{over} ({layer.num_kv_heads} heads of {dims}{sinks})"

@@ -1,4 +1,4 @@
-"""From a model's config.json to the KVCacheSpec of its cache, without weights."""
+"""The KVCacheSpec of a model's cache, read off its config.json, without weights."""
 
 from dataclasses import replace
 from typing import Any
@@ -30,8 +30,7 @@ def spec_of_config(
     block_size: int = 256,
     state_interval: int | None = None,
 ) -> KVCacheSpec:
-    """The spec that loading the model in bfloat16 would give, as far as that can be told without
-    computing.
+    """Return the spec that loading the model in bfloat16 would give.
 
     What a load checks beyond, that logits agree with mlx-lm's own, needs weights. Raises ModelError
     for a config that mlx-lm can't make a model of.
@@ -46,7 +45,8 @@ def spec_of_config(
         )
     except _CONFIG_ERRORS as e:
         raise ModelError(
-            f"mlx-lm can't make a {config['model_type'][:80]} model of it: {type(e).__name__}: {_first_line(e)}"
+            f"mlx-lm can't make a {config['model_type'][:80]} model of it: "
+            f"{type(e).__name__}: {_first_line(e)}"
         ) from e
     return replace(
         spec, dtype=mx.bfloat16
@@ -54,8 +54,9 @@ def spec_of_config(
 
 
 def _stand_in(parameter: mx.array) -> mx.array:
-    """Of the same shape, but one value in memory, so that even a model that computes while it is
-    traced stays small.
+    """Return an array of the same shape that is one value in memory.
+
+    So even a model that computes while it is traced stays small.
     """
     of = mx.bfloat16 if mx.issubdtype(parameter.dtype, mx.floating) else parameter.dtype
     return mx.broadcast_to(mx.zeros((), of), parameter.shape)

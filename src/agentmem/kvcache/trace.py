@@ -1,8 +1,7 @@
-"""Reads a model's KVCacheSpec off the cache objects that it makes, and off what it does with them
-in a traced pass.
+"""KVCacheSpecs, read off the cache objects that models make and what they do with them.
 
-Nothing is computed: MLX's arrays are lazy, and their shapes are enough. So it works on a model
-without weights too.
+A model is traced in a few passes. Nothing is computed: MLX's arrays are lazy, and their shapes are
+enough. So it works on a model without weights too.
 """
 
 from dataclasses import dataclass, field, replace
@@ -52,7 +51,7 @@ _LENGTHS = (
 
 
 class Untraceable(Exception):
-    """In words, why a model's caches can't be held as blocks."""
+    """A model's caches can't be held as blocks; the message says why."""
 
 
 @dataclass
@@ -110,7 +109,7 @@ class _Trace:
     )  # that were made, and for which window
 
     def stand_in(self, made: list[Any]) -> list[Any]:
-        """Caches that note what is done with them, in the places of those that the model made."""
+        """Return caches that note what is done with them, in place of those the model made."""
         result: list[Any] = []
         for cache in made:
             if type(cache) is CacheList:
@@ -138,7 +137,7 @@ class _Trace:
         return len(self.caches) - 1
 
     def seen(self, keys: mx.array, values: mx.array, cache: Any, mask: Any, sinks: bool) -> None:
-        """A call of the attention seam."""
+        """Note a call of the attention seam."""
         for mine in self.caches:
             if not isinstance(mine, _TracedKV) or mine.use.returned is None:
                 continue
@@ -161,8 +160,9 @@ class _Trace:
 def read_spec(
     model: Any, *, kv_bits: KVBits = "4", block_size: int = 256, state_interval: int | None = None
 ) -> KVCacheSpec:
-    """Trace a few tokens through `model`, its attention seam installed. `opaque` says what could
-    not be read.
+    """Trace a few tokens through `model`, its attention seam installed.
+
+    The spec's `opaque` says what could not be read.
 
     `state_interval`: tokens between two snapshots of recurrent state; None: see
     `default_state_interval`.
@@ -235,7 +235,10 @@ def _layer_spec(cache: Any) -> LayerSpec:
 
 
 def _agreed(start: LayerSpec, prompt: LayerSpec, step: LayerSpec) -> LayerSpec:
-    """What all passes say; of masks only the prompt's can tell, as a single token needs none."""
+    """Return what all passes say.
+
+    Masks are the prompt's, since a single token needs none.
+    """
     if isinstance(prompt, Recurrent):
         if not start == prompt == step:
             raise Untraceable(
@@ -248,8 +251,9 @@ def _agreed(start: LayerSpec, prompt: LayerSpec, step: LayerSpec) -> LayerSpec:
 
 
 def _latent(layer: LayerSpec) -> LayerSpec:
-    """MLA's way where what is cached is one latent vector for all heads (as "keys") and the keys'
-    rotated part.
+    """Return the layer as a latent one where it is: MLA's way.
+
+    What is cached is then one latent vector for all heads (as "keys") and the keys' rotated part.
     """
     is_latent = type(layer) is FullAttention and layer.model_attends and layer.num_kv_heads == 1
     if not is_latent:
@@ -264,8 +268,10 @@ def _latent(layer: LayerSpec) -> LayerSpec:
 
 
 def all_model_attends(spec: KVCacheSpec) -> KVCacheSpec | None:
-    """The same with every layer of keys and values fetched, for a model whose attention is not
-    plainly causal.
+    """Return the spec with all keys and values handed to the model, which attends by itself.
+
+    It is for a model whose attention is not plainly causal. None where that changes nothing, or
+    where a layer is chunked.
     """
     if any(isinstance(layer, ChunkedAttention) for layer in spec.layers):
         return None
@@ -277,8 +283,9 @@ def all_model_attends(spec: KVCacheSpec) -> KVCacheSpec | None:
 
 
 def opaque_spec(model: Any, reason: str, kv_bits: KVBits, block_size: int) -> KVCacheSpec:
-    """Of a model that keeps mlx-lm's own caches. Their bytes are taken from two lengths of a
-    sequence.
+    """Return the spec of a model that keeps mlx-lm's own caches.
+
+    Their bytes are taken from two lengths of a sequence.
     """
     sizes = []
     for n in (8, 8 + 512):

@@ -25,8 +25,9 @@ def release_freed_memory() -> None:
 
 
 def keep_freed_memory() -> bool:
-    """Whether glibc took it. Call it before threads start: each would otherwise get a heap of its
-    own.
+    """Tell glibc to keep freed memory, and return whether it took it.
+
+    Call it before threads start: each would otherwise get a heap of its own.
     """
     if sys.platform != "linux":
         return False

@@ -23,8 +23,8 @@ from pathlib import Path
 from ..errors import StartupError
 
 INSTALL_HINT = (
-    "install OpenBLAS (Debian, Ubuntu: apt-get install libopenblas0-pthread; Fedora: dnf install openblas) "
-    "or a C compiler (gcc), and start again"
+    "install OpenBLAS (Debian, Ubuntu: apt-get install libopenblas0-pthread; "
+    "Fedora: dnf install openblas) or a C compiler (gcc), and start again"
 )
 _SYSTEM_LIBRARIES = ("libopenblas.so.0", "libopenblas.so", "libopenblasp.so.0")
 _MKL_LIBRARIES = ("libmkl_rt.so.3", "libmkl_rt.so.2", "libmkl_rt.so")
@@ -33,9 +33,10 @@ _MKL_LIBRARIES = ("libmkl_rt.so.3", "libmkl_rt.so.2", "libmkl_rt.so")
 # their usual names.
 _SHIM = """\
 #define GEMM(p, T, S) \\
-void scipy_cblas_##p##gemm(int, int, int, int, int, int, S, const T *, int, const T *, int, S, T *, int); \\
-void cblas_##p##gemm(int order, int ta, int tb, int m, int n, int k, S alpha, const T *a, int lda, \\
-                     const T *b, int ldb, S beta, T *c, int ldc) \\
+void scipy_cblas_##p##gemm(int, int, int, int, int, int, S, const T *, int, const T *, int, S, \\
+                           T *, int); \\
+void cblas_##p##gemm(int order, int ta, int tb, int m, int n, int k, S alpha, const T *a, \\
+                     int lda, const T *b, int ldb, S beta, T *c, int ldc) \\
 { scipy_cblas_##p##gemm(order, ta, tb, m, n, k, alpha, a, lda, b, ldb, beta, c, ldc); }
 GEMM(s, float, float)
 GEMM(d, double, double)
@@ -45,8 +46,9 @@ GEMM(c, void, const void *)
 
 @dataclass(frozen=True)
 class BlasInfo:
-    """Which BLAS MLX's CPU backend uses. `warning` is one line for the user, with what would be
-    right.
+    """The BLAS that MLX's CPU backend uses.
+
+    `warning` is one line for the user, with what would be right.
     """
 
     name: str
@@ -58,8 +60,9 @@ _loaded: BlasInfo | None = None
 
 
 def load_fast_blas(home: Path | None = None) -> BlasInfo:
-    """Find and load a fast BLAS; call it before anything imports mlx.core. Later calls return the
-    first answer.
+    """Find and load a fast BLAS; call it before anything imports mlx.core.
+
+    Later calls return the first answer.
 
     home: where the compiled shim is cached (default: AGENTMEM_HOME, or ~/.agentmem). AGENTMEM_BLAS
     names a library to use, or `reference` for none. Raises StartupError if it can't be loaded.
@@ -99,7 +102,8 @@ def _find_blas(cache: Path) -> BlasInfo:
     if chosen:
         if not _try_load(chosen):
             raise StartupError(
-                f"AGENTMEM_BLAS={chosen}: not a shared library with cblas_sgemm; unset it, or name another"
+                f"AGENTMEM_BLAS={chosen}: not a shared library with cblas_sgemm; "
+                "unset it, or name another"
             )
         return BlasInfo(Path(chosen).name, chosen, None)
     for name in _SYSTEM_LIBRARIES:
@@ -124,8 +128,9 @@ def _default_home() -> Path:
 
 
 def _try_load(name: str) -> bool:
-    """Load into the global scope if it is there and has what MLX imports; nothing is left in that
-    scope otherwise.
+    """Load a library into the global scope if it is there and has what MLX imports.
+
+    Nothing is left in that scope otherwise.
     """
     try:
         has_gemm = hasattr(ctypes.CDLL(name), "cblas_sgemm")
@@ -153,8 +158,9 @@ def _load_wheel(library: Path, cache: Path) -> bool:
 
 
 def _load_with_shim(library: Path, directory: Path) -> bool:
-    """Load the wheel's library and the shim, which is compiled into `directory` once; False without
-    a C compiler.
+    """Load the wheel's library and the shim; return False without a C compiler.
+
+    The shim is compiled into `directory` once.
     """
     key = hashlib.sha256(f"{platform.machine()}\n{_SHIM}".encode()).hexdigest()[:16]
     shim = directory / f"blas-shim-{key}.so"
@@ -169,8 +175,9 @@ def _load_with_shim(library: Path, directory: Path) -> bool:
 
 
 def _is_private_dir(path: Path) -> bool:
-    """Make `path` with mode 0700; False unless it can be written and only by us (a library is
-    loaded from it).
+    """Make `path` with mode 0700; return whether it can be written, and only by us.
+
+    A library is loaded from it.
     """
     try:
         for directory in (path.parent, path):
@@ -182,8 +189,9 @@ def _is_private_dir(path: Path) -> bool:
 
 
 def _compile(target: Path) -> bool:
-    """Compile to a temporary name, then rename, so that a process beside this one never loads half
-    a file.
+    """Compile to a temporary name, then rename.
+
+    A process beside this one so never loads half a file.
     """
     compiler = next(filter(None, map(shutil.which, ("cc", "gcc", "clang"))), None)
     if compiler is None:
@@ -200,7 +208,7 @@ def _compile(target: Path) -> bool:
 
 
 def is_cpu_build() -> bool:
-    """True on Linux unless one of MLX's CUDA packages is installed."""
+    """Tell whether MLX is its CPU build: on Linux, unless one of its CUDA packages is there."""
     names = (d.metadata["Name"] or "" for d in importlib.metadata.distributions())
     return sys.platform == "linux" and not any(
         n.lower().replace("_", "-").startswith("mlx-cuda") for n in names
@@ -208,7 +216,10 @@ def is_cpu_build() -> bool:
 
 
 def measure_gflops(size: int = 1024, repeats: int = 3) -> float:
-    """Speed of a float32 matrix product on MLX's default device: the best of `repeats`, in GFLOP/s."""
+    """Return the speed of a float32 matrix product on MLX's default device, in GFLOP/s.
+
+    It is the best of `repeats`.
+    """
     import mlx.core as mx
 
     a, b = mx.random.normal((size, size)), mx.random.normal((size, size))

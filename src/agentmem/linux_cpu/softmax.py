@@ -69,8 +69,9 @@ def attention_for(device: mx.Device) -> CPUAttention | None:
 def _with_numpys_softmax(
     q: mx.array, k: mx.array, v: mx.array, scale: float, seen: mx.array | None
 ) -> mx.array:
-    """Compute the softmax in NumPy, in place: on x86-64 the `exp` of MLX takes 12 ns, that of NumPy
-    0.5.
+    """Attend with a softmax that NumPy computes in place.
+
+    On x86-64 the `exp` of MLX takes 12 ns, that of NumPy 0.5.
 
     q [1, Hq, n, D], n > 1; k, v [1, H, T, D]; seen [n, T], bool; None: causal, the queries being
     the last n.

@@ -1,4 +1,4 @@
-"""From the name of a model to the model, ready to run."""
+"""Models, ready to run, from their names."""
 
 import re
 from collections.abc import Callable
@@ -42,7 +42,7 @@ class LoadedModel:
 
 
 def resolve_model(name: str, home: Path, progress: Progress = print) -> Path:
-    """The directory of 'demo', of a model under `home`/models, of a path, or of a hub name.
+    """Return the directory of 'demo', of a model under `home`/models, a path, or a hub name.
 
     'demo' and hub names are downloaded where they are not on this machine yet. Raises ModelError.
     """
@@ -52,7 +52,7 @@ def resolve_model(name: str, home: Path, progress: Progress = print) -> Path:
 
 
 def find_local(name: str, home: Path) -> Path | None:
-    """As resolve_model, without downloading: None for what is not on this machine yet."""
+    """Do what resolve_model does without downloading: None for what is not here yet."""
     if name == "demo":
         path = home / "models" / "demo"
         return path if path.is_dir() else None
@@ -63,7 +63,10 @@ def find_local(name: str, home: Path) -> Path | None:
 
 
 def find_config(name: str, home: Path) -> Path:
-    """The config.json of a model, which of a hub name is downloaded alone. Raises ModelError."""
+    """Return a model's config.json, which of a hub name is downloaded alone.
+
+    Raises ModelError.
+    """
     found = find_local(name, home)
     if found is not None:
         return found / "config.json"
@@ -74,7 +77,10 @@ def find_config(name: str, home: Path) -> Path:
 
 
 def _directory(name: str, home: Path) -> Path | None:
-    """None for a hub name; raises ModelError for what is neither that nor a directory."""
+    """Return the directory that `name` is, or None for a hub name.
+
+    Raises ModelError for what is neither.
+    """
     path = Path(name).expanduser()
     if path.exists():
         return path
@@ -83,7 +89,8 @@ def _directory(name: str, home: Path) -> Path | None:
     if re.fullmatch(f"{_PART}/{_PART}", name):
         return None
     raise ModelError(
-        f"model {name!r}: no such directory; name 'demo', an MLX model directory, or a hub name (org/model)"
+        f"model {name!r}: no such directory; "
+        "name 'demo', an MLX model directory, or a hub name (org/model)"
     )
 
 
@@ -117,14 +124,21 @@ def load_model(name: str, home: Path, progress: Progress = print) -> LoadedModel
 
 
 _LOAD_ERRORS = (
-    *(OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, ImportError),
+    OSError,
+    ValueError,
+    KeyError,
+    TypeError,
+    AttributeError,
+    RuntimeError,
+    ImportError,
     StrictDataclassError,  # transformers', of a config field of a wrong type
 )
 
 
 def _load(found: ModelDir) -> tuple[nn.Module, TokenizerWrapper]:
-    """mlx-lm's own loading; it never sets a wired limit (kernel panics are reported with one: mlx
-    issue 3186).
+    """Load as mlx-lm does.
+
+    It never sets a wired limit: kernel panics are reported with one (mlx issue 3186).
     """
     try:
         model, config = load_mlx_model(found.path, lazy=True)

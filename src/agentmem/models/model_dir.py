@@ -1,6 +1,4 @@
-"""What an MLX model directory says about itself, read from config.json and the safetensors headers
-alone.
-"""
+"""What an MLX model directory says about itself in config.json and the headers of its weights."""
 
 import json
 import math
@@ -28,8 +26,9 @@ class ModelDir:
 
 
 def read_model_dir(path: Path) -> ModelDir:
-    """Check that a directory holds a whole MLX model. Raises ModelError, in one line, with what is
-    wrong with it.
+    """Check that a directory holds a whole MLX model, and return what it says.
+
+    Raises ModelError, in one line, with what is wrong with it.
     """
     if not path.is_dir():
         raise ModelError(f"model {path}: no such directory")
@@ -37,9 +36,8 @@ def read_model_dir(path: Path) -> ModelDir:
     files = tuple(sorted(path.glob("*.safetensors")))
     missing = sorted(_indexed_files(path) - {file.name for file in files})
     if not files or missing:
-        raise ModelError(
-            f"model {path}: {', '.join(missing) or 'model.safetensors'} is missing; download it again"
-        )
+        names = ", ".join(missing) or "model.safetensors"
+        raise ModelError(f"model {path}: {names} is missing; download it again")
     tensors: dict[str, TensorHeader] = {}
     for file in files:
         tensors |= read_headers(file)
@@ -56,7 +54,7 @@ def read_model_dir(path: Path) -> ModelDir:
 
 
 def max_context(config: dict[str, Any]) -> int:
-    """Positions the model was made for, in tokens; multimodal models keep it in text_config."""
+    """Return how many tokens the model was made for; multimodal ones say it in text_config."""
     text = config.get("text_config")
     for section in (config, text if isinstance(text, dict) else {}):
         value = section.get("max_position_embeddings")
@@ -106,7 +104,7 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 
 def _indexed_files(path: Path) -> set[str]:
-    """Weight files that model.safetensors.index.json names, where a model is split."""
+    """Return the weight files that model.safetensors.index.json names, where a model is split."""
     try:
         index = json.loads((path / "model.safetensors.index.json").read_text(encoding="utf-8"))
         return set(index["weight_map"].values())
@@ -141,7 +139,7 @@ def _count_parameters(tensors: dict[str, TensorHeader], config: dict[str, Any]) 
 
 
 def _dtype(tensors: dict[str, TensorHeader], config: dict[str, Any]) -> str:
-    """The commonest floating dtype by tensors, and the width of the codes where there are any."""
+    """Name the commonest floating dtype by tensors, and the width of codes if there are any."""
     dtypes = [entry.dtype for entry in tensors.values()]
     floating = [dtype for dtype in dtypes if dtype in ("F16", "BF16", "F32")]
     names = [max(sorted(set(floating)), key=floating.count)] if floating else []

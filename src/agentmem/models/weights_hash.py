@@ -13,8 +13,9 @@ _CHUNK = 8 << 20  # bytes a read
 
 
 def weights_hash(model: ModelDir, cache: Path) -> str:
-    """xxh3-128 over config.json and the whole content of every weight file; the tokenizer does not
-    count.
+    """Return xxh3-128, in hex, over config.json and the whole content of every weight file.
+
+    The tokenizer does not count.
 
     The hash of a file is remembered in `cache`/weights.json under its path, size, modification time
     and inode, so that only a first start reads all weights.
@@ -47,8 +48,9 @@ def _hash_file(path: Path) -> str:
 
 
 def _read(path: Path) -> dict[str, str]:
-    """What is remembered; nothing if the file is not there or not ours to read: then all is hashed
-    again.
+    """Return what is remembered: nothing if the file is not there or can't be read.
+
+    Then all is hashed again.
     """
     try:
         known = json.loads(path.read_text())

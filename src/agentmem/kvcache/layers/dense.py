@@ -14,10 +14,10 @@ from .kv import CodesPair, DensePair, KVLayer
 
 
 class DenseLayer(KVLayer):
-    """Keys and values [1, H, capacity, D], stored as `join` gives them. Sealed tokens hold the
-    value of their codes.
+    """Keys and values [1, H, capacity, D], stored as `join` gives them.
 
-    Of a layer with a window: what can still be seen, and the open block.
+    Sealed tokens hold the value of their codes. A layer with a window has what can still be seen,
+    and the open block.
     """
 
     def __init__(self, spec: KVCacheSpec, codec: LayerCodec, backend: AttentionBackend):
@@ -125,8 +125,9 @@ class DenseLayer(KVLayer):
         return k, v, first
 
     def fetch(self, start: int, new: Stored) -> DensePair:
-        """Write the next positions, within one block, and return all keys and values [1, H, T, D]
-        that they see; a block that is full is sealed.
+        """Write the next positions and return all keys and values [1, H, T, D] that they see.
+
+        They lie within one block, which is sealed when it is full.
         """
         size, stop = self._spec.block_size, start + new[0].shape[TOKENS]
         assert (stop - 1) // size == start // size

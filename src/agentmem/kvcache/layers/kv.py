@@ -53,9 +53,7 @@ class KVLayer(ABC):
 
     @abstractmethod
     def take_codes(self, start: int, codes: CodesPair, sinks: DensePair | None) -> None:
-        """Let the tokens from `start` be what `codes` stand for; the first of them, where given,
-        `sinks`.
-        """
+        """Let the tokens from `start` be what `codes` stand for, the first of them `sinks`."""
 
     @abstractmethod
     def arrays(self) -> list[mx.array]:
@@ -86,8 +84,9 @@ class KVLayer(ABC):
         self._sealed[block] = parts
 
     def adopt(self, block: int, parts: Arrays) -> None:
-        """Go on from `parts`, this layer's of a block that another sequence sealed for the same
-        tokens.
+        """Go on from `parts`, this layer's of a block that another sequence sealed.
+
+        The block has the same tokens; this sequence has sealed it too.
         """
         sinks = (parts["k.sinks"], parts["v.sinks"]) if "k.sinks" in parts else None
         codes = concatenate_codes([parts], "k"), concatenate_codes([parts], "v")
@@ -117,7 +116,7 @@ def _named(part: str, codes: Codes) -> Arrays:
 
 @dataclass(frozen=True)
 class Positions:
-    """Where the sequences of a batch stand before a pass."""
+    """The positions at which the sequences of a batch stand before a pass."""
 
     starts: tuple[int, ...]  # tokens of each that are cached
     offset: int | mx.array  # the same as models want it: of one sequence an int, else [B]

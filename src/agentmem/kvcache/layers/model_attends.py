@@ -24,7 +24,7 @@ class ModelAttendsView(KVView):
         self._rows = rows
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-        """Take keys [B, H, L, Dk] and values [B, H, L, Dv]; return the same of all that they see."""
+        """Take keys [B, H, L, Dk] and values [B, H, L, Dv]; return those of all that they see."""
         self.offset = self.offset + keys.shape[2]
         seen = [
             row.fetch(start, join(keys[b : b + 1], values[b : b + 1]))
