@@ -257,6 +257,20 @@ def test_a_late_bad_read_does_not_undo_a_block_that_was_sealed_again(tmp_path):
             )
 
 
+def test_prewarms_of_one_prompt_at_once_answer_nothing(tmp_path):
+    """The second one finds its whole prompt, but for the last token, in blocks of the first."""
+    prompt = random_tokens(2 * BLOCK + 1)
+    with tiny_engine(tmp_path) as engine:
+
+        async def at_once():
+            asked = [engine.answer("alice", prompt, max_tokens=0) for _ in range(4)]
+            return await asyncio.gather(*asked)
+
+        answers = engine.call(at_once())
+    assert [(text, stats.completion_tokens) for text, stats in answers] == [("", 0)] * 4
+    assert max(stats.cached_tokens for _, stats in answers) == 2 * BLOCK
+
+
 def test_ids_that_the_tokenizer_does_not_know_are_never_sampled(tmp_path):
     def load():
         bare = tiny_tokenizer(size=200)._tokenizer

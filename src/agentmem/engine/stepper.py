@@ -88,6 +88,7 @@ class Stepper:
             and step.prefill is not None
             and self._admission.look_again(step.prefill)
         ):
+            self.end_prewarmed()  # its whole prompt may be in the cache now
             step = self._scheduler.schedule(reading_ms)
         return step
 
