@@ -115,7 +115,8 @@ def test_an_echo_has_the_prompt_before_the_answer_and_a_place_for_each_token(ser
         assert all(top[token] == logprob for token, logprob, top in rows)
     told = create(server, prompt, logprobs=0).choices[0].logprobs
     assert told.token_logprobs == pytest.approx(table.token_logprobs[12:], abs=1e-4)
-    assert told.text_offset[0] == 0
+    assert told.tokens == table.tokens[12:] and told.top_logprobs[0].keys() <= {told.tokens[0]}
+    assert told.text_offset == [offset - len(prompt) for offset in table.text_offset[12:]]
 
 
 def test_an_agents_cache_is_used_and_left_as_everywhere_else(server):

@@ -136,9 +136,9 @@ class ChatRenderer:
 
         return await self._in_thread(work)
 
-    async def token_texts(self) -> TokenTexts:
-        """Return what tells the text of token after token."""
-        return await self._in_thread(partial(TokenTexts, self._tokenizer, self._token_bytes))
+    async def token_texts(self, after: int | None = None) -> TokenTexts:
+        """Return what tells the text of token after token; `after`: the one before the first."""
+        return await self._in_thread(partial(TokenTexts, self._tokenizer, self._token_bytes, after))
 
     async def _in_thread(self, work: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._thread, work)

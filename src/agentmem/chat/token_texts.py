@@ -16,11 +16,11 @@ from .token_bytes import TokenBytes
 class TokenTexts:
     """Follows one text token by token."""
 
-    def __init__(self, tokenizer: Any, token_bytes: TokenBytes):
-        """`tokenizer` is an mlx_lm TokenizerWrapper."""
+    def __init__(self, tokenizer: Any, token_bytes: TokenBytes, after: int | None = None):
+        """`tokenizer` is an mlx_lm TokenizerWrapper; `after`: the token before the text, if any."""
         self._tokenizer, self._token_bytes = tokenizer, token_bytes
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        self._last: int | None = None
+        self._last = after
         self.offset = 0  # characters of the text so far
 
     def whole(self, tokens: Sequence[int]) -> str:

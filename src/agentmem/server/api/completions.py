@@ -124,7 +124,7 @@ async def _begin(
         agent, prompt, params, life=body.agentmem, priority=body.priority or 0
     )
     answer = RunningAnswer(services, replace(request, continues_text=True))
-    texts = await services.renderer.token_texts()
+    texts = await services.renderer.token_texts(after=None if body.echo else prompt.tokens[-1])
     echo = None
     shift = 0
     if body.echo:
