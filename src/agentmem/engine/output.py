@@ -49,7 +49,7 @@ class OutputStream:
         if stopped:
             return text
         self._state, held, _ = TextStateMachine.flush(self._state)
-        return text + held
+        return f"{text}{held}"
 
     def _advance(self, text: str) -> tuple[str, bool]:
         """Return the text up to a stop string, and whether there was one."""

@@ -51,4 +51,6 @@ class Sampler:
         if self._greedy:
             return mx.argmax(logits, axis=-1)
         mx.random.seed((self._seed + (len(tokens) - prompt_len) * 0x9E3779B97F4A7C15) % 2**64)
-        return self._sample(logits - mx.logsumexp(logits, axis=-1, keepdims=True))
+        logprobs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+        token: mx.array = self._sample(logprobs)
+        return token

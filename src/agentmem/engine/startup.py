@@ -130,7 +130,7 @@ class _Loaded:
     @property
     def vocab_size(self) -> int:
         """Return how many ids the tokenizer knows, as far as the model has logits for them."""
-        highest = max(self.model.tokenizer.get_vocab().values())
+        highest: int = max(self.model.tokenizer.get_vocab().values())
         return min(self.runner.vocab_size, highest + 1)
 
 

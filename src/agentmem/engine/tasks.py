@@ -125,7 +125,7 @@ def on_engine_thread(
     """
 
     @wraps(method)
-    async def perform(self: S, *args: P.args, **kwargs: P.kwargs) -> T:
+    async def perform(self: S, /, *args: P.args, **kwargs: P.kwargs) -> T:
         return await self._tasks.perform(lambda: method(self, *args, **kwargs))
 
     return perform

@@ -98,7 +98,8 @@ class Lifecycle:
     @on_engine_thread
     async def tokens(self, key: AgentKey) -> list[int]:
         """Return the token ids of the newest branch."""
-        return newest_branch(self._prefix_cache.known(key)).tokens().tolist()
+        tokens: list[int] = newest_branch(self._prefix_cache.known(key)).tokens().tolist()
+        return tokens
 
     @on_engine_thread
     async def explain(self, key: AgentKey, tokens: list[int] | None) -> Explanation | None:
