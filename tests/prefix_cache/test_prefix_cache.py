@@ -7,8 +7,9 @@ import pytest
 from agentmem.agent_key import AgentKey
 from agentmem.kvcache.spec import FullAttention, KVCacheSpec
 from agentmem.prefix_cache.agent import Branch
-from agentmem.prefix_cache.block_pool import FRESH, CachedTail
-from agentmem.prefix_cache.cache import ROOT, PrefixCache, block_key
+from agentmem.prefix_cache.block_pool import CachedTail
+from agentmem.prefix_cache.cache import PrefixCache
+from agentmem.prefix_cache.lineage import FRESH, ROOT, block_key
 from agentmem.prefix_cache.match import Match
 
 SIZE = 4

@@ -19,8 +19,9 @@ from agentmem.kvcache.spec import (
     SlidingWindow,
 )
 from agentmem.prefix_cache.agent import Branch
-from agentmem.prefix_cache.block_pool import FRESH, CachedBlock, CachedTail
-from agentmem.prefix_cache.cache import ROOT, PrefixCache
+from agentmem.prefix_cache.block_pool import CachedBlock, CachedTail
+from agentmem.prefix_cache.cache import PrefixCache
+from agentmem.prefix_cache.lineage import FRESH, ROOT
 from agentmem.prefix_cache.resume import missing, resumable
 from agentmem.prefix_cache.unneeded import UNSAVED_BLOCKS
 from agentmem.store.records import FileRef

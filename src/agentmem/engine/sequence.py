@@ -54,7 +54,7 @@ class Sequence:
     num_cached: int = 0  # the same, when the sequence first left the queue
     branch: Branch | None = None
     blocks: list[CachedBlock] = field(default_factory=list)  # of the sealed blocks, in order
-    lineage: bytes = b""  # of the open block, see contexts.block_key
+    lineage: bytes = b""  # of the open block, see prefix_cache/lineage.py
     num_scored: int = 0  # tokens of the prompt, from its second on, whose log probability was told
     cause: Cause = "first"  # why no more was cached
     restored_bytes: int = 0

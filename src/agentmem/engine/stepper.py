@@ -7,8 +7,8 @@ from typing import cast
 import mlx.core as mx
 
 from ..kvcache.block import SealedBlock
-from ..prefix_cache.block_pool import FRESH
-from ..prefix_cache.cache import ROOT, PrefixCache
+from ..prefix_cache.cache import PrefixCache
+from ..prefix_cache.lineage import FRESH, ROOT
 from ..prefix_cache.restore import Restorer
 from ..prefix_cache.write_back import WriteBack
 from .admission import Admission

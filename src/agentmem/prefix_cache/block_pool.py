@@ -10,8 +10,8 @@ import numpy as np
 
 from ..kvcache.block import Arrays, SealedBlock, Tail
 from ..store.records import FileRef
+from .lineage import FRESH
 
-FRESH = b""  # the lineage of a block that was never cut
 # what it takes to bring an entry back, a file and its bytes: 26.8 MB in 16 files were measured to
 # take 4 to 12 ms
 _READ_MS = 0.2

@@ -5,7 +5,6 @@ that branches, and agents of one namespace, hold one block together where their 
 same. Engine thread only, except where a method says otherwise.
 """
 
-import hashlib
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -20,28 +19,11 @@ from ..kvcache.block import SealedBlock, Tail
 from ..kvcache.spec import KVCacheSpec
 from ..tensors import common_prefix, is_state, part_of
 from .agent import Agent, Branch, agent_info
-from .block_pool import FRESH, BlockPool, CachedBlock, CachedTail, Entry
+from .block_pool import BlockPool, CachedBlock, CachedTail, Entry
 from .info import AgentInfo
+from .lineage import FRESH, ROOT, block_key
 from .match import Match, matched, preference
 from .unneeded import Holder, drop_unneeded
-
-ROOT = b""
-
-
-def block_key(scope: bytes, parent: bytes, tokens: np.ndarray, lineage: bytes) -> bytes:
-    """Return the content address of a block, 32 bytes.
-
-    It is a hash of who may share the block, what came before, its tokens, and how it came about.
-    `scope` holds namespace (or agent) and the fingerprint of model, quantization and calibration.
-    `lineage` is FRESH, or names the block and position at which this one was cut before it filled
-    up again: its first tokens are codes where a fresh block of the same tokens saw full precision,
-    so that the two must not stand in for each other.
-    """
-    digest = hashlib.blake2b(digest_size=32)
-    for part in (scope, parent, lineage, np.ascontiguousarray(tokens, dtype="<u4").tobytes()):
-        digest.update(len(part).to_bytes(8, "little"))
-        digest.update(part)
-    return digest.digest()
 
 
 class PrefixCache:

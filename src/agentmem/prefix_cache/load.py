@@ -8,7 +8,8 @@ from ..store.records import BlockRecord, BranchRecord
 from ..store.upkeep.trim import Trimmed
 from .agent import Agent, Branch
 from .block_pool import CachedBlock, CachedTail
-from .cache import ROOT, PrefixCache
+from .cache import PrefixCache
+from .lineage import ROOT
 
 
 def load_index(prefix_cache: PrefixCache, store: AgentStore) -> None:

@@ -1,61 +1,23 @@
 """Restorer: brings what a request matched from disk into RAM."""
 
-import hashlib
-import os
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
 from ..errors import CorruptSegment
 from ..kvcache.block import RawArrays, SealedBlock, Snapshot, Tail, copy_host, from_raw
 from ..store.agent_store import AgentStore
 from ..tensors import part_of
-from .block_pool import FRESH, CachedBlock, CachedTail, Entry
-from .cache import ROOT, PrefixCache
+from .block_pool import CachedBlock, CachedTail, Entry
+from .cache import PrefixCache
+from .lineage import FRESH, ROOT, cut_again, cut_lineage, tail_identity
 from .match import Match
 from .resume import Missing, needs
 
-_LINEAGE_POSITION = 4  # bytes at the end of a lineage: the token position of the cut
 Arrived = Callable[[int, float], None]  # bytes, when (time.perf_counter())
 _NOTHING = SealedBlock({})
-
-
-def cut_lineage(block: CachedBlock, num_tokens: int) -> bytes:
-    """Return the lineage of the block that goes on from the first `num_tokens` of `block`."""
-    return block.key + num_tokens.to_bytes(_LINEAGE_POSITION, "little")
-
-
-def foreign_lineage(prefix_len: int) -> bytes:
-    """Return a lineage for an open block that came from outside.
-
-    The block that it grows into never stands in for another.
-    """
-    return os.urandom(32) + prefix_len.to_bytes(_LINEAGE_POSITION, "little")
-
-
-def tail_metadata(
-    head: bytes | None, tokens: np.ndarray, lineage: bytes, prefix_len: int
-) -> dict[str, str]:
-    """Return what a tail's file says beside its tensors; `head`: the block that it follows."""
-    return {
-        "lineage": lineage.hex(),
-        "prefix_len": str(prefix_len),
-        "identity": _tail_identity(head or ROOT, tokens),
-    }
-
-
-def _tail_identity(head: bytes, tokens: np.ndarray) -> str:
-    """Return what says which tail a file holds.
-
-    A branch's file is replaced as the branch moves on.
-    """
-    return hashlib.blake2b(
-        head + np.ascontiguousarray(tokens, "<u4").tobytes(), digest_size=16
-    ).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -230,7 +192,7 @@ class Restorer:
         if tail.data is not None or match.source.tail is not tail:
             return 0
         head = match.blocks[-1].key if match.blocks else ROOT
-        if metadata["identity"] != _tail_identity(head, tail.tokens):
+        if metadata["identity"] != tail_identity(head, tail.tokens):
             self._quarantine(match, tail)
             return 0
         tail.lineage = bytes.fromhex(metadata["lineage"])
@@ -277,13 +239,12 @@ class Restorer:
         n = match.open_len
         if match.cut_block is not None:
             assert match.cut_block.data is not None
-            return Tail.of_cut_block(match.cut_block.data, n, self._spec), cut_lineage(
-                match.cut_block, n
-            )
+            tail = Tail.of_cut_block(match.cut_block.data, n, self._spec)
+            return tail, cut_lineage(match.cut_block.key, n)
         if match.tail is None:
             return None, FRESH
         assert match.tail.data is not None
         lineage = match.tail.lineage
         if lineage and n < match.tail.data.prefix_len:
-            lineage = lineage[:-_LINEAGE_POSITION] + n.to_bytes(_LINEAGE_POSITION, "little")
+            lineage = cut_again(lineage, n)
         return match.tail.data.cut(n), lineage

@@ -16,8 +16,8 @@ from .agent import Agent, Branch, agent_info
 from .block_pool import CachedBlock, CachedTail, Entry
 from .cache import PrefixCache
 from .info import AgentDetail, BranchInfo
+from .lineage import tail_metadata
 from .match import Match
-from .restore import tail_metadata
 
 _RETRY = 1.0  # s after a save that was asked for, or failed
 _RETRY_BROKEN = 5.0  # s, while the store can't write

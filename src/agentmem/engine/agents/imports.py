@@ -18,7 +18,7 @@ from ...agent_key import AgentKey
 from ...errors import AgentMemError, CorruptSegment, InvalidRequest, StoreFailed
 from ...kvcache.shapes import Shapes, block_shapes, tail_shapes
 from ...kvcache.spec import KVCacheSpec
-from ...prefix_cache.restore import foreign_lineage, tail_metadata
+from ...prefix_cache.lineage import foreign_lineage, tail_metadata
 from ...store.agent_store import AgentStore
 from ...store.files import segment
 from ...store.files.archive import Archive
