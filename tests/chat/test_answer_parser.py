@@ -1,4 +1,4 @@
-"""From an answer's text to reasoning, content and tool calls, however the text is cut into deltas."""
+"""Reasoning, content and tool calls of an answer's text, however it is cut into deltas."""
 
 import importlib
 import pkgutil
@@ -28,7 +28,7 @@ def markup_of(template):
 
 
 def markup_with(parser):
-    """Of a model without reasoning whose tool calls this parser of mlx-lm's reads."""
+    """Return that of a model without reasoning whose calls this parser of mlx-lm's reads."""
     module = importlib.import_module(f"mlx_lm.tool_parsers.{parser}")
     plain = chat_tokenizer(CHATML)._tokenizer
     marks = {"tool_call_start": module.tool_call_start, "tool_call_end": module.tool_call_end}
@@ -148,12 +148,13 @@ def test_an_answer_full_of_what_is_no_call_is_read_in_no_time_and_calls_before_i
 
 _CALLED = {
     "json_tools": F,
-    "qwen3_coder": "<tool_call>\n<function=f>\n<parameter=a>\n1\n</parameter>\n</function>\n</tool_call>",
+    "qwen3_coder": "<tool_call>\n<function=f>\n<parameter=a>\n1\n</parameter>\n</function>\n"
+    "</tool_call>",
     "glm47": "<tool_call>f\n<arg_key>a</arg_key>\n<arg_value>1</arg_value>\n</tool_call>",
     "mistral": '[TOOL_CALLS]f[ARGS]{"a": 1}',
     "pythonic": "<|tool_call_start|>[f(a=1)]<|tool_call_end|>",
-    "kimi_k2": "<|tool_calls_section_begin|><|tool_call_begin|>functions.f:0<|tool_call_argument_begin|>"
-    '{"a": 1}<|tool_call_end|><|tool_calls_section_end|>',
+    "kimi_k2": "<|tool_calls_section_begin|><|tool_call_begin|>functions.f:0"
+    '<|tool_call_argument_begin|>{"a": 1}<|tool_call_end|><|tool_calls_section_end|>',
     "gemma4": "<|tool_call>call:f{a:1}<tool_call|>",
     "longcat": '<longcat_tool_call>{"name": "f", "arguments": {"a": 1}}</longcat_tool_call>',
     "function_gemma": "<start_function_call>call:f{a:1}<end_function_call>",

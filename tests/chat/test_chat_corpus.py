@@ -1,5 +1,6 @@
-"""The corpus of conversations itself: the families' templates and tokenizers do what the real ones
-are known for.
+"""The corpus of conversations itself.
+
+The families' templates and tokenizers do what the real ones are known for.
 """
 
 import json
@@ -98,9 +99,7 @@ def test_an_answer_ends_with_an_end_token_unless_cut(family):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_ideal_is_at_most_what_comparing_tokens_prefills(family):
-    """But for the one token that it grants each step, and a few where the rest tokenizes worse
-    alone.
-    """
+    """The ideal grants each step one token more, and a few where the rest tokenizes worse alone."""
     for name in supported(family):
         found = needs(steps(family, name))
         assert found[0].naive == found[0].total

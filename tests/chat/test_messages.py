@@ -188,7 +188,7 @@ def test_an_empty_system_message_stays():
     )
 
 
-def test_late_and_several_system_messages_are_the_templates_where_it_takes_them_and_else_the_users():
+def test_late_and_several_system_messages_are_the_templates_if_it_takes_them_and_else_the_users():
     messages = [
         {"role": "system", "content": "One."},
         {"role": "developer", "content": "Two."},

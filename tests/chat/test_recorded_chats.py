@@ -1,4 +1,4 @@
-"""Recorded conversations through chat templates of ten families: hardly a token is prefilled twice."""
+"""Recorded conversations in the templates of ten families: hardly a token is prefilled twice."""
 
 import pytest
 
@@ -24,8 +24,9 @@ def test_all_that_is_prefilled_is_within_two_percent_of_the_ideal(family):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_no_turn_prefills_more_than_what_differs_and_a_token_at_the_seam(family):
-    """But where a user writes names of special tokens: the ideal counts each as one token, it is
-    spelled in several.
+    """Left out are users who write names of special tokens.
+
+    The ideal counts each as one token; it is spelled in several.
     """
     rows = [row for row in table(family) if row[0] not in ("look_alikes", "forged_turn")]
     assert len(rows) > 100
@@ -56,9 +57,8 @@ def test_where_the_template_asks_for_an_answer_is_known(family):
             if before is not None and not step.template_kwargs:
                 found += 1
                 assert tokenizer.decode(tokens[before:]) == with_it[len(without) :]
-    asks = len(with_it) > len(
-        without
-    )  # Mistral's template has nothing there: the answer follows [/INST]
+    # Mistral's template has nothing there: the answer follows [/INST]
+    asks = len(with_it) > len(without)
     assert (found > 20) == asks
 
 

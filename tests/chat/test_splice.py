@@ -59,7 +59,10 @@ def byte_level() -> PreTrainedTokenizerFast:
 
 @cache
 def sentence_piece() -> PreTrainedTokenizerFast:
-    """As Gemma's: no space before the first word, bytes where a character is not in the vocabulary."""
+    """Return one like Gemma's.
+
+    It has no space before the first word, and bytes where a character is not in the vocabulary.
+    """
     trained = Tokenizer(models.BPE())
     trained.normalizer = normalizers.Replace(" ", "▁")
     trained.train_from_iterator([TEXT], trainers.BpeTrainer(vocab_size=500, show_progress=False))
@@ -92,8 +95,9 @@ def ids(tokenizer, text: str) -> list[int]:
 
 
 def other_ids(tokenizer, text: str, rng: random.Random) -> list[int]:
-    """Ids that a model might have written for `text`: cut at random, each piece tokenized by
-    itself.
+    """Return ids that a model might have written for `text`.
+
+    It is cut at random, and each piece tokenized by itself.
     """
     cuts = sorted(rng.sample(range(len(text) + 1), min(len(text), rng.randint(0, 6))))
     return [
@@ -181,9 +185,7 @@ def test_what_a_user_writes_is_never_a_special_token(kind, said):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_same_text_has_the_same_tokens_in_every_process(kind):
-    """Also where a byte has two tokens: a vocabulary comes in another order each time that it is
-    loaded.
-    """
+    """A byte may have two tokens, and a vocabulary comes in another order each time."""
     tokenizer = KINDS[kind]()
     vocabulary = tokenizer.get_vocab()
     names = sorted(vocabulary)

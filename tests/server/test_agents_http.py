@@ -479,7 +479,7 @@ def said(archive: bytes) -> dict:
 
 
 def tampered(archive: bytes, **changes) -> bytes:
-    """With other things said in agent.json, and a checksum that fits."""
+    """Return the archive with other things said in agent.json, and a checksum that fits."""
     out = io.BytesIO()
     with (
         tarfile.open(fileobj=io.BytesIO(archive)) as old,
@@ -522,7 +522,7 @@ def test_an_archive_that_says_what_it_should_not_is_refused_and_leaves_nothing(
 
 
 def files_at_rest(server: ServerProcess) -> set[Path]:
-    """Of its store, once the tails of its agents are saved, and what is to be deleted is."""
+    """Return its store's files, once its agents' tails are saved and what is to go is gone."""
     for agent in names(server):
         post(server, agent, "evict")
     server.client.post("/store/gc")
@@ -538,7 +538,8 @@ def test_of_an_import_that_ends_half_way_nothing_is_left(server, other, archive)
     before, files = names(other), files_at_rest(other)
     inside = {p.name for p in other.home.iterdir()}
     with connect(other) as sock:
-        head = f"POST /v1/agents/import?agent_id=half HTTP/1.1\r\nhost: localhost\r\ncontent-length: {len(archive)}\r\n"
+        head = "POST /v1/agents/import?agent_id=half HTTP/1.1\r\nhost: localhost\r\n"
+        head += f"content-length: {len(archive)}\r\n"
         sock.sendall(head.encode() + b"\r\n" + archive[: len(archive) // 2])
         time.sleep(0.2)
     time.sleep(0.3)
@@ -565,9 +566,8 @@ def test_an_export_that_the_client_does_not_read_leaves_nothing_in_exports(serve
     server.chat([user(900, 32)], agent="large", max_tokens=2)
     with connect(server) as sock:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-        sock.setsockopt(
-            socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0)
-        )  # a reset, not a goodbye
+        a_reset = struct.pack("ii", 1, 0)  # not a goodbye
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, a_reset)
         sock.sendall(
             b"POST /v1/agents/large/export HTTP/1.1\r\nhost: localhost\r\ncontent-length: 0\r\n\r\n"
         )

@@ -44,9 +44,8 @@ def test_a_request_that_continues_sends_the_new_messages_only_and_is_answered_as
     full = server.chat(said, agent="all at once", max_tokens=8)
     assert answered(short) == answered(full)
     assert short["usage"]["prompt_tokens"] == full["usage"]["prompt_tokens"]
-    assert (
-        short["agentmem"]["cached_tokens"] >= full["usage"]["prompt_tokens"] - 10 - 7
-    )  # new words, markers, the last token
+    new = 10 + 7  # words, markers and the last token
+    assert short["agentmem"]["cached_tokens"] >= full["usage"]["prompt_tokens"] - new
     shown = transcript(server, "go")
     assert shown["messages"] == [*said, answered(short)]
     assert [turn["id"] for turn in shown["turns"]][-1] == short["agentmem"]["turn"] == shown["turn"]
@@ -81,11 +80,8 @@ def test_edits_retries_and_title_calls_are_branches_and_any_can_be_continued(ser
     assert shown(title) == transcript(server, "tree")["messages"] == [user(8, 4), answered(title)]
     on_second = go_on(server, [user(4, 5)], "tree", turn=second["agentmem"]["turn"])
     assert shown(on_second)[:4] == shown(second)
-    assert [t["messages"] for t in transcript(server, "tree")["turns"]] == [
-        2,
-        2,
-        2,
-    ]  # each only what it added
+    added = [turn["messages"] for turn in transcript(server, "tree")["turns"]]
+    assert added == [2, 2, 2]  # each only what it added
 
 
 def test_a_stream_leaves_the_turn_that_its_answer_would(server):
@@ -401,8 +397,9 @@ def test_an_error_names_the_field_of_the_messages_that_were_sent(server, operati
 
 
 def beside_an_answer(server: ServerProcess, agent: str, tell) -> str:
-    """Calls `tell` while the agent answers user(4, 5), which goes on from its newest turn; the turn
-    of the answer.
+    """Call `tell` while the agent answers user(4, 5); return the turn of the answer.
+
+    The answer goes on from the agent's newest turn.
     """
     body = {
         "messages": [user(4, 5)],

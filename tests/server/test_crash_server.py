@@ -10,7 +10,7 @@ from agentmem.store.records import BlockToSave, TailToSave
 from support.store_child import tensors_of
 
 
-def test_a_server_that_is_killed_under_load_starts_again_and_has_lost_nothing_and_says_nothing_wrong(
+def test_a_server_that_is_killed_under_load_starts_again_has_lost_nothing_and_says_nothing_wrong(
     tmp_path,
 ):
     outcome = Crashes(tmp_path, seed=1).run(kills=4)

@@ -44,8 +44,9 @@ def wait_for(server: ServerProcess, status: str) -> dict:
 
 
 def run_through_a_full_disk(server: ServerProcess, fill, empty) -> None:
-    """Answers go on, /health says what is wrong, and what could not be saved is saved without a
-    restart.
+    """Check that answers go on, and that /health says what is wrong.
+
+    What could not be saved is saved without a restart.
     """
     first = server.chat(message(0), "before", max_tokens=4)
     wait_for(server, "ok")
@@ -102,9 +103,8 @@ def test_a_server_on_a_full_tmpfs_goes_on_and_recovers_by_itself(tmp_path):
     with ServerProcess(
         home, *FLAGS, model=model, command=("unshare", "-rm", "sh", "-c", mount, "sh")
     ) as server:
-        filler = Path(
-            f"/proc/{server.process.pid}/root{home}/filler"
-        )  # as the server's mounts show it
+        # as the server's mounts show it
+        filler = Path(f"/proc/{server.process.pid}/root{home}/filler")
 
         def fill() -> None:
             with (

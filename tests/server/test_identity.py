@@ -1,4 +1,4 @@
-"""Whose request it is: the first of the places where clients say it."""
+"""The agent of a request: the first of the places where clients say it counts."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""What a Responses answer is made of: reasoning, text, calls; and what a client sends back of it."""
+"""The items of a Responses answer: reasoning, text, calls; and what a client sends back of it."""
 
 import asyncio
 import json
@@ -31,7 +31,7 @@ CALL = '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Paris"}}\n</
 
 
 def tool_calling(family: str) -> TokenizerWrapper:
-    """As mlx-lm makes it of a model with this template."""
+    """Return the tokenizer that mlx-lm makes of a model with this template."""
     tokenizer = load(family)
     marks = {
         "tool_call_start": json_tools.tool_call_start,
@@ -60,12 +60,10 @@ def call(tmp_path):
             ) as client:
                 for method, path, body, words in requests:
                     engine.words = words
-                    path, body = (
-                        value(answers) if callable(value) else value for value in (path, body)
-                    )
-                    content = (
-                        json.dumps(body) if body else None
-                    )  # with NaN and lone surrogates, if so wanted
+                    path = path(answers) if callable(path) else path
+                    body = body(answers) if callable(body) else body
+                    # with NaN and lone surrogates, if so wanted
+                    content = json.dumps(body) if body else None
                     headers = {"content-type": "application/json"}
                     answers.append(
                         await client.request(method, path, content=content, headers=headers)

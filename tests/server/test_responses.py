@@ -1,5 +1,6 @@
-"""POST /v1/responses, as the openai SDK and Codex use it, against real server processes on a tiny
-model.
+"""POST /v1/responses, as the openai SDK and Codex use it.
+
+Real server processes answer, on a tiny model.
 """
 
 import json
@@ -30,7 +31,7 @@ def create(server: ServerProcess, status: int = 200, **body) -> dict:
 
 
 def events(response: httpx.Response) -> list[dict]:
-    """Of a stream; each is what its event line says, and what openai's types hold."""
+    """Return a stream's events; each is what its event line says, and what openai's types hold."""
     found = []
     for block in response.text.split("\n\n"):
         if block and not block.startswith(":"):
@@ -157,9 +158,8 @@ def test_a_response_that_is_not_there_not_stored_or_deleted_cannot_be_followed(s
         )
         assert server.client.get(f"/responses/{gone}").status_code == 404
         assert server.client.delete(f"/responses/{gone}").status_code == 404
-    assert create(server, input="w11", previous_response_id=kept["id"])[
-        "status"
-    ]  # what follows keeps what was said
+    # what follows keeps what was said
+    assert create(server, input="w11", previous_response_id=kept["id"])["status"]
 
 
 def test_codex_sends_its_whole_history_each_turn_and_all_of_it_is_cached(server):

@@ -1,5 +1,6 @@
-"""The paper's two workflows, on a tiny model over HTTP: what an agent has read once it never reads
-again.
+"""The paper's two workflows, on a tiny model over HTTP.
+
+What an agent has read once it never reads again.
 """
 
 from support.chat_http import words
@@ -38,8 +39,9 @@ class Agent:
 
 
 def test_five_phases_of_a_prisoners_dilemma_read_nothing_twice(model, tmp_path):
-    """Four agents, 25 turns; what was said in a phase is told to each in the next. The server
-    restarts in between.
+    """Four agents, 25 turns; what was said in a phase is told to each in the next.
+
+    The server restarts in between.
     """
     names = ("warden", "marco", "danny", "analyst")
     agents = {name: Agent(name, words(60, seed)) for seed, name in enumerate(names)}

@@ -1,6 +1,4 @@
-"""The whole path: a server process on the demo model, over HTTP, stopped and killed and started
-again.
-"""
+"""The whole path over HTTP: a server process on the demo model, stopped, killed, started again."""
 
 import json
 import pydoc_data.topics
@@ -20,7 +18,7 @@ pytestmark = pytest.mark.demo
 
 
 def conversation() -> list[dict[str, str]]:
-    """About 1,000 tokens."""
+    """Return a chat of about 1,000 tokens."""
     text = pydoc_data.topics.topics["assignment"] + pydoc_data.topics.topics["yield"]
     return [
         {"role": "system", "content": "You answer questions about a text, in one short sentence."},

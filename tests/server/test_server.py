@@ -29,6 +29,7 @@ CALL = {"id": "c1", "type": "function", "function": {"name": "f", "arguments": "
 NULL_CALL = {**CALL, "function": {**CALL["function"], "arguments": None}}
 NULL_ARGUMENTS = "messages.0.tool_calls.0.function.arguments"
 HELLO = [{"role": "user", "content": "hello"}]
+POST = "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
 
 
 @pytest.fixture
@@ -106,7 +107,7 @@ def post(address, body, headers=""):
     """A raw request, so that the test decides when the connection goes away."""
     payload = json.dumps({"messages": HELLO, **body}).encode()
     sock = socket.create_connection(address, timeout=5)
-    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n{headers}"
+    head = f"{POST}{headers}"
     sock.sendall(f"{head}Content-Length: {len(payload)}\r\n\r\n".encode() + payload)
     return sock
 
@@ -224,7 +225,8 @@ def test_messages_render_with_the_models_template(engine, chat):
         {"role": "user", "content": ""},
     ]
     assert chat(messages=history).status_code == 200
-    text = "<s> system hello </s> <s> user hello world </s> <s> assistant </s> <s> user </s> <s> assistant"
+    text = "<s> system hello </s> <s> user hello world </s> <s> assistant </s> <s> user </s> "
+    text += "<s> assistant"
     assert engine.requests[0].tokens == engine.tokenizer.encode(text, add_special_tokens=False)
 
 
@@ -538,8 +540,7 @@ def test_client_that_asks_before_it_sends_is_refused_before_it_sends(engine, set
         listening(engine, settings) as address,
         socket.create_connection(address, timeout=5) as sock,
     ):
-        head = "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
-        sock.sendall(f"{head}Expect: 100-continue\r\nContent-Length: 99999999\r\n\r\n".encode())
+        sock.sendall(f"{POST}Expect: 100-continue\r\nContent-Length: 99999999\r\n\r\n".encode())
         assert sock.recv(100).startswith(b"HTTP/1.1 400")
 
 

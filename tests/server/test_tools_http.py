@@ -124,9 +124,8 @@ def test_tool_calls_are_read_by_the_sdk_and_may_be_sent_back(engine, ask):
         tools=[TOOL], messages=[*HELLO, answer.message.model_dump(exclude_unset=True), *results]
     )
     assert again.choices[0].message.content == "It rains."
-    assert engine.prompt().startswith(
-        f"{first}I look.\n{CALL}\n{CALL}<|im_end|>"
-    )  # nothing to prefill again
+    nothing_again = f"{first}I look.\n{CALL}\n{CALL}<|im_end|>"
+    assert engine.prompt().startswith(nothing_again)
 
 
 def test_call_without_a_word_has_null_content(engine, ask):
@@ -281,9 +280,8 @@ def test_answer_begins_within_the_reasoning_where_the_template_opens_it(engine, 
     assert ask().choices[0].message.content == engine.text
     user = [{"role": "user", "content": "What is <think>"}]
     assert ask(messages=user).choices[0].message.content == engine.text
-    kwargs = {
-        "chat_template_kwargs": {"enable_thinking": False}
-    }  # its template closes what it opens
+    # its template closes what it opens
+    kwargs = {"chat_template_kwargs": {"enable_thinking": False}}
     assert ask(extra_body=kwargs).choices[0].message.content == engine.text
 
 
