@@ -115,6 +115,36 @@ def test_the_causes_are_all_there():
     assert causes == list(get_args(Cause))
 
 
+def test_the_floor_plan_has_a_row_for_every_package_and_no_other():
+    top = ROOT / "src" / "agentmem"
+    packages = {str(init.parent.relative_to(top)) for init in top.glob("*/**/__init__.py")}
+    rows = re.findall(r"^\| `([\w/]+)/` \|", (DOCS / "architecture.md").read_text(), re.MULTILINE)
+    assert sorted(rows) == sorted(packages | {"scripts", "benchmarks"})
+
+
+def test_the_floors_of_the_page_are_those_that_are_checked():
+    _, _, text = (DOCS / "architecture.md").read_text().partition("From the top:\n\n")
+    told = [line.strip() for line in text.partition("\n\n")[0].splitlines()]
+    config = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    contracts = config["tool"]["importlinter"]["contracts"]
+    (floors,) = (one["layers"] for one in contracts if one["containers"] == ["agentmem"])
+    assert told[:-1] == [floor.replace(" :", ",") for floor in floors[:-1]]
+    assert told[-1] == "the top folder"
+    top = ROOT / "src" / "agentmem"
+    assert all((top / f"{name}.py").is_file() for name in floors[-1].split(" : "))
+
+
+def test_every_module_that_the_architecture_names_is_there():
+    folders = ("src", "scripts", "benchmarks", "tests")
+    files = [
+        "/" + str(path.relative_to(ROOT)) for top in folders for path in (ROOT / top).rglob("*.py")
+    ]
+    named = set(re.findall(r"`([\w/]+\.py)`", (DOCS / "architecture.md").read_text()))
+    assert len(named) > 20
+    gone = [name for name in named if not any(file.endswith(f"/{name}") for file in files)]
+    assert gone == ["bench/NAME.py"]
+
+
 def section(page: str, head: str) -> str:
     """Return a table from its first words on."""
     return (ROOT / page).read_text().partition(head)[2].partition("\n\n")[0]
