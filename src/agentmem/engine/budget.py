@@ -8,7 +8,7 @@ will leave.
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Container, Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from types import MappingProxyType
 
 import mlx.core as mx
@@ -66,11 +66,11 @@ class RamBudget:
         store: AgentStore,
         on_codes: bool,
         max_context: int,
-        active: Callable[[], Iterable[Sequence]],
+        active: list[Sequence],
     ):
         """Raise StartupError if `limit` is too small for any sequence.
 
-        `active` gives the sequences that hold RAM or are about to.
+        `active` is the scheduler's own list: the sequences that hold RAM or are about to.
         """
         self.limit = limit
         self.memory_limit = memory_limit
@@ -137,7 +137,7 @@ class RamBudget:
     @property
     def reserved_bytes(self) -> int:
         """Return the bytes that are spoken for and not in the block pool."""
-        running = sum(self._running_bytes(seq) for seq in self._active())
+        running = sum(self._running_bytes(seq) for seq in self._active)
         return running + self._restorer.incoming_bytes
 
     @property
@@ -159,7 +159,7 @@ class RamBudget:
             return 0
         shared = {id(block) for block in match.blocks}
         return sum(
-            self._running_bytes(seq, shared) - self._running_bytes(seq) for seq in self._active()
+            self._running_bytes(seq, shared) - self._running_bytes(seq) for seq in self._active
         )
 
     def _running_bytes(self, seq: Sequence, shared: Container[int] = ()) -> int:
@@ -213,9 +213,13 @@ class RamBudget:
 
     def in_use(self) -> set[int]:
         """Return the ids of what active sequences work with, and of what pinned agents hold."""
-        pinned = (agent for agent in self._prefix_cache.agents.values() if agent.pinned)
-        held = (*(seq.entries() for seq in self._active()), *(agent.entries() for agent in pinned))
-        return {id(entry) for entries in held for entry in entries}
+        ids: set[int] = set()
+        for seq in self._active:
+            ids.update(id(entry) for entry in seq.entries())
+        for agent in self._prefix_cache.agents.values():
+            if agent.pinned:
+                ids.update(id(entry) for entry in agent.entries())
+        return ids
 
     def relieve_process(self) -> str | None:
         """Keep the process below `memory_limit` by evicting.

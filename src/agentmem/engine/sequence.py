@@ -96,9 +96,11 @@ class Sequence:
         The last one is decode's next input, so that no prefill computes logits. A sequence without
         a cache counts as many as matched when it was last looked up.
         """
-        have = (
-            self.cache.length if self.cache is not None else self.match.length if self.match else 0
-        )
+        have = 0
+        if self.cache is not None:
+            have = self.cache.length
+        elif self.match is not None:
+            have = self.match.length
         return len(self.tokens) - 1 - have
 
     def entries(self) -> Iterator[Entry]:

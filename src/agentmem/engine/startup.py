@@ -172,7 +172,7 @@ def _core(settings: Settings, loaded: _Loaded, post: Post, tasks: Tasks) -> Core
         store=store,
         on_codes=runner.on_codes,
         max_context=min(settings.max_context or model.max_context, model.max_context),
-        active=lambda: scheduler.active,
+        active=scheduler.active,
     )
     admission = Admission(
         tasks=tasks,
