@@ -34,7 +34,7 @@ from agentmem.agent_key import AgentKey
 from agentmem.engine import admission
 from agentmem.engine.api import GenerateRequest, SamplingParams, TextDelta
 from agentmem.engine.sampling import Sampler
-from agentmem.kvcache.layers.capacity import capacity_for
+from agentmem.kvcache.layers.kv import capacity_for
 from agentmem.models.loading import LoadedModel, load_model
 from support.tiny import BLOCK, EngineThread, random_tokens, tiny_engine, tiny_loader
 

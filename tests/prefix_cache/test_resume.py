@@ -22,8 +22,7 @@ from agentmem.prefix_cache.agent import Branch
 from agentmem.prefix_cache.block_pool import CachedBlock, CachedTail
 from agentmem.prefix_cache.cache import PrefixCache
 from agentmem.prefix_cache.lineage import FRESH, ROOT
-from agentmem.prefix_cache.resume import missing, resumable
-from agentmem.prefix_cache.unneeded import UNSAVED_BLOCKS
+from agentmem.prefix_cache.resume import UNSAVED_BLOCKS, missing, resumable
 from agentmem.store.records import FileRef
 
 SIZE = 4

@@ -13,8 +13,7 @@ from agentmem.agent_key import AgentKey
 from agentmem.engine.api import GenerateRequest, SamplingParams
 from agentmem.errors import CorruptSegment
 from agentmem.prefix_cache.load import forget
-from agentmem.prefix_cache.resume import missing
-from agentmem.prefix_cache.unneeded import unsaved_blocks
+from agentmem.prefix_cache.resume import missing, unsaved_blocks
 from agentmem.store.upkeep.trim import Trimmed
 from agentmem.store.writer.writer import StoreWriteSkipped
 from support.engines import Sampler, settle

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import Busy
-from ..kvcache.layers.capacity import STEP, capacity_for
+from ..kvcache.layers.kv import STEP, capacity_for
 from ..prefix_cache.agent import Agent
 from ..prefix_cache.block_pool import CachedTail
 from ..prefix_cache.cache import PrefixCache

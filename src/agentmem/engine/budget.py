@@ -14,7 +14,7 @@ from types import MappingProxyType
 import mlx.core as mx
 
 from ..errors import StartupError
-from ..kvcache.layers.capacity import STEP
+from ..kvcache.layers.kv import STEP
 from ..kvcache.layers.working import working_bytes
 from ..kvcache.quantize import sealed_bytes
 from ..linux_cpu.allocator import release_freed_memory
@@ -22,7 +22,7 @@ from ..prefix_cache.block_pool import Entry
 from ..prefix_cache.cache import PrefixCache
 from ..prefix_cache.match import Match
 from ..prefix_cache.restore import Restorer
-from ..prefix_cache.unneeded import UNSAVED_SNAPSHOTS, unsaved_blocks
+from ..prefix_cache.resume import UNSAVED_SNAPSHOTS, unsaved_blocks
 from ..prefix_cache.write_back import WriteBack
 from ..store.agent_store import AgentStore
 from ..tensors import is_state, stack_part
@@ -114,7 +114,7 @@ class RamBudget:
     def _new_blocks_bytes(self, capacity: int, num_sealed: int, held: Mapping[str, int]) -> int:
         """Return what a sequence will add to the pool.
 
-        It adds only so much at a time of layers with a window, and of snapshots (unneeded.py).
+        It adds only so much at a time of layers with a window, and of snapshots (resume.py).
         """
         spec = self._spec
         num_new = max(0, capacity // spec.block_size - num_sealed)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from ..agent_key import AgentKey
 from ..errors import Busy
-from ..prefix_cache.unneeded import Holder
+from ..prefix_cache.resume import Holder
 from .sequence import Sequence, Status
 
 # where no max_itl_ms is set, a gap may last as long as this many tokens took at first

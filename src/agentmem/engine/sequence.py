@@ -14,7 +14,7 @@ from ..prefix_cache.agent import Branch
 from ..prefix_cache.block_pool import CachedBlock, Entry
 from ..prefix_cache.info import Cause
 from ..prefix_cache.match import Match
-from ..prefix_cache.unneeded import Holder
+from ..prefix_cache.resume import Holder
 from .api import CacheState, Finished, FinishReason, GenerateRequest, RequestStats, TextDelta
 from .output import OutputStream
 

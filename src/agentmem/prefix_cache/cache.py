@@ -23,7 +23,7 @@ from .block_pool import BlockPool, CachedBlock, CachedTail, Entry
 from .info import AgentInfo
 from .lineage import FRESH, ROOT, block_key
 from .match import Match, matched, preference
-from .unneeded import Holder, drop_unneeded
+from .resume import Holder, drop_unneeded
 
 
 class PrefixCache:

@@ -9,8 +9,7 @@ from ..backend import AttentionBackend
 from ..block import Arrays
 from ..quantize import TOKENS, Codes, LayerCodec, Stored, concatenate_codes
 from ..spec import KVCacheSpec
-from .capacity import capacity_for
-from .kv import CodesPair, DensePair, KVLayer
+from .kv import CodesPair, DensePair, KVLayer, capacity_for
 
 
 class CodesLayer(KVLayer):

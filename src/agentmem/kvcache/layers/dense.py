@@ -9,8 +9,7 @@ from ..backend import AttentionBackend
 from ..block import Arrays
 from ..quantize import TOKENS, LayerCodec, Stored
 from ..spec import KVCacheSpec
-from .capacity import most_capacity
-from .kv import CodesPair, DensePair, KVLayer
+from .kv import CodesPair, DensePair, KVLayer, most_capacity
 
 
 class DenseLayer(KVLayer):

@@ -3,9 +3,9 @@
 from ..backend import AttentionBackend
 from ..quantize import CacheSpace, LayerCodec, ModelSpaceCodec
 from ..spec import KVCacheSpec, LayerSpec, Recurrent
-from .capacity import capacity_for
 from .codes import CodesLayer
 from .dense import DenseLayer
+from .kv import capacity_for
 from .recurrent import RecurrentLayer
 
 Layer = CodesLayer | DenseLayer | RecurrentLayer

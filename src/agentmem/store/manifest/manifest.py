@@ -19,7 +19,7 @@ from ..records import (
 from .agents import AgentRows
 from .database import Database
 from .file_keys import FileKeys
-from .rows import pack_parts, pack_tokens, unpack_parts, unpack_tokens
+from .schema import pack_parts, pack_tokens, unpack_parts, unpack_tokens
 from .turns import TurnRows
 
 _NO_TAIL = (

@@ -3,11 +3,19 @@
 SQLite notices damage to its own structure (`integrity_check`) but not to a value. So each row of
 agents, branches, blocks and turns carries `sum`, kept by triggers: XXH3 over its other columns. A
 row whose sum is wrong is dropped at open.
+
+Token ids and the parts of a file stand in columns of their own; the last functions pack them.
 """
 
+import json
 import sqlite3
+from collections.abc import Mapping
+from functools import lru_cache
 
+import numpy as np
 import xxhash
+
+from ..files.crypto import seal, unseal
 
 # Rises with every change of the tables. Formats 1 to 4 were never released: a store of one of them
 # starts empty. Once a format is released, what brings it to the next one is a numbered function in
@@ -188,3 +196,29 @@ def _columns(db: sqlite3.Connection, table: str) -> list[str]:
 
 def _row_sum(*values: object) -> bytes:
     return xxhash.xxh3_64_digest(repr(values).encode())
+
+
+def pack_tokens(tokens: np.ndarray, file_key: bytes | None) -> bytes:
+    """Return token ids as stored: uint32, little-endian, sealed by the key of their file."""
+    data = np.ascontiguousarray(tokens, "<u4").tobytes()
+    return bytes(seal(file_key, data, b"tokens")) if file_key else data
+
+
+def unpack_tokens(blob: bytes, file_key: bytes | None) -> np.ndarray:
+    """Return token ids from what `pack_tokens` gave. Raises CorruptSegment."""
+    return np.frombuffer(unseal(file_key, blob, b"tokens") if file_key else blob, "<u4")
+
+
+def pack_parts(parts: Mapping[str, int]) -> str:
+    """Return the bytes of each part of a file as JSON."""
+    return json.dumps(dict(parts), separators=(",", ":"))
+
+
+@lru_cache(256)
+def unpack_parts(text: str) -> Mapping[str, int]:
+    """Return the bytes of each part of a file, from JSON.
+
+    It is not to be changed: equal ones, as most of a store's are, are one.
+    """
+    parts: dict[str, int] = json.loads(text)
+    return parts
