@@ -105,11 +105,7 @@ class SequenceCache:
         self.length += num_tokens
         if self.length == self._checkpoint_at or self.length % self._spec.state_interval == 0:
             self._states = self._state_arrays()
-        sealed = {i: work.take_sealed() for i, work in self._kv.items()}
-        fresh = []
-        for block in range(first, self.length // size):
-            parts = {i: of_layer[block] for i, of_layer in sealed.items()}
-            fresh.append(SealedBlock(self._stack(parts, self._spec.stacks)))
+        fresh = self._take_sealed(range(first, self.length // size))
         if fresh:
             # a stepwise pass fills one at most
             fresh[-1] = fresh[-1].with_arrays(self._worth_keeping())
@@ -118,6 +114,17 @@ class SequenceCache:
         if fresh and not self._spec.needs_all_parts:
             self._let_go()
         return fresh
+
+    def _take_sealed(self, blocks: range) -> list[SealedBlock]:
+        """Return the blocks that this pass has sealed, all layers of each in stacks."""
+        if not blocks:
+            return []
+        sealed = {i: work.take_sealed() for i, work in self._kv.items()}
+        taken = []
+        for block in blocks:
+            parts = {i: of_layer[block] for i, of_layer in sealed.items()}
+            taken.append(SealedBlock(self._stack(parts, self._spec.stacks)))
+        return taken
 
     def adopt(self, index: int, block: SealedBlock) -> None:
         """Take `block`, which another sequence sealed for the same tokens, in place of our own."""

@@ -296,6 +296,11 @@ class KVCacheSpec:
         return any(layer.stepwise for layer in self.layers)
 
     @cached_property
+    def model_attends_somewhere(self) -> bool:
+        """Tell whether the model attends by itself in some layer."""
+        return any(layer.model_attends for layer in self.layers)
+
+    @cached_property
     def window_blocks(self) -> tuple[int | None, ...]:
         """Blocks that the window of each stack takes, if it starts with one; None: it has none."""
         windows = [self.layers[stack[0]].window for stack in self.stacks]

@@ -20,13 +20,11 @@ class AttendedView(KVView):
         super().__init__(rows[0].layer, at)
         self._spec, self._rows = spec, rows
         self._codec = rows[0].codec
-        # a mask may serve the model's own attention too, where it attends in other layers
-        self._true_masks = any(layer.model_attends for layer in spec.layers)
         self._pending: tuple[mx.array, mx.array] | None = None
 
     def make_mask(self, n: int, return_array: bool = False, window_size: int | None = None) -> Any:
         """Return a mask for the model's eyes only: `attend` masks by itself."""
-        if self._true_masks:
+        if self._spec.model_attends_somewhere:  # one mask may serve its own attention too
             return super().make_mask(n, return_array, window_size)
         if return_array and n > 1:
             return create_causal_mask(n, window_size=window_size)

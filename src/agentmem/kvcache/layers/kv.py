@@ -84,14 +84,14 @@ class KVLayer(ABC):
         """Make the codes of a block whose last token is written, and go on from them."""
         start = block * self._spec.block_size
         k, v = self.read(start, start + self._spec.block_size)
+        prefix, self._prefix = self._prefix, {}
         if self._spec.bits is None:
             self._sealed[block] = {"k.full": k, "v.full": v}
             return
         k_codes, v_codes = self.codec.encode("k", k), self.codec.encode("v", v)
-        if self._prefix:
-            k_codes = _with_prefix(concatenate_codes([self._prefix], "k"), k_codes)
-            v_codes = _with_prefix(concatenate_codes([self._prefix], "v"), v_codes)
-            self._prefix = {}
+        if prefix:
+            k_codes = _with_prefix(concatenate_codes([prefix], "k"), k_codes)
+            v_codes = _with_prefix(concatenate_codes([prefix], "v"), v_codes)
         parts = _named("k", k_codes) | _named("v", v_codes)
         sinks = None
         if block == 0:
