@@ -294,6 +294,15 @@ def test_other_errors_have_anthropics_shape_too(server):
     assert "type" in chat.json()["error"] and "request_id" not in chat.json()
 
 
+def test_a_body_that_is_too_large_is_called_so(tmp_path, server):
+    flags = (*FLAGS, "--max-body", "4096")
+    with ServerProcess(tmp_path / "home", *flags, model=server.home.parent / "model") as small:
+        error = error_of(413, lambda: create(small, system="x" * 5000))
+        assert error["type"] == "request_too_large" and "4096" in error["message"]
+        assert small.client.post("/chat/completions", content=b"x" * 5000).status_code == 400
+        assert small.stop() == 0
+
+
 def test_a_key_is_asked_for_in_anthropics_shape(tmp_path, server):
     keys = write_keys(tmp_path / "keys.toml")
     flags = (*FLAGS, "--api-keys", str(keys))

@@ -1,6 +1,7 @@
 """Errors as responses, each in the shape of the API that its path belongs to."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
 from fastapi import FastAPI, Request
@@ -13,7 +14,6 @@ from starlette.types import Scope
 from ..errors import AgentMemError, Busy, InvalidRequest, Unauthorized
 
 REQUEST_ID_HEADERS = ("x-request-id", "request-id")  # OpenAI's, and Anthropic's
-ErrorShape = Callable[[AgentMemError, str], dict[str, Any]]  # an error, a request's id: the body
 
 
 class OnError(Protocol):
@@ -53,6 +53,22 @@ def openai_error(error: AgentMemError, request_id: str = "") -> dict[str, Any]:
     }
 
 
+def own_status(error: AgentMemError) -> int:
+    """Return the HTTP status that the error itself says."""
+    return error.status
+
+
+@dataclass(frozen=True)
+class ErrorShape:
+    """How an API answers with an error."""
+
+    body: Callable[[AgentMemError, str], dict[str, Any]]  # of an error, and of the request's id
+    status: Callable[[AgentMemError], int] = own_status  # HTTP's
+
+
+_OPENAI = ErrorShape(openai_error)
+
+
 class ErrorResponses:
     """Every error of the server becomes a response here, in OpenAI's shape where no other is set.
 
@@ -75,8 +91,9 @@ class ErrorResponses:
             headers["retry-after"] = str(error.retry_after)
         if isinstance(error, Unauthorized):
             headers["www-authenticate"] = "Bearer"
-        body = self._shape(scope["path"])(error, scope["agentmem.request_id"])
-        return JSONResponse(body, error.status, headers)
+        shape = self._shape(scope["path"])
+        body = shape.body(error, scope["agentmem.request_id"])
+        return JSONResponse(body, shape.status(error), headers)
 
     def add_handlers(self, app: FastAPI) -> None:
         """Have the app answer with what is here, whatever is raised."""
@@ -91,7 +108,7 @@ class ErrorResponses:
             if path in self._shapes:
                 return self._shapes[path]
             path = path.rpartition("/")[0]
-        return openai_error
+        return _OPENAI
 
     async def _on_agentmem_error(self, request: Request, exc: Exception) -> Response:
         return self.response(request.scope, cast(AgentMemError, exc))

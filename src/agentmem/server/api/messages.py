@@ -22,6 +22,7 @@ from ...errors import AgentMemError, ContextLengthExceeded, InvalidRequest
 from ...transcripts.turns import Messages
 from ..answer import Begun, Item, Ping, RunningAnswer, Services, ask, converse
 from ..auth import agent_of
+from ..errors import ErrorShape
 from ..sse import event_lines, stream, whole
 from .identity import ANONYMOUS, resolve_agent_id
 from .wire import MAX_MESSAGES, AgentOptions, Only, Text
@@ -129,7 +130,7 @@ class MessagesRequest(CountTokensRequest):
 
 
 def add_routes(app: FastAPI, services: Services) -> None:
-    services.errors.set_shape("/v1/messages", anthropic_error)
+    services.errors.set_shape("/v1/messages", ErrorShape(anthropic_error, anthropic_status))
 
     @app.post("/v1/messages", response_model=None)
     async def create_message(body: MessagesRequest, request: Request) -> Response:
@@ -501,6 +502,11 @@ def _usage(
 # -- errors
 
 
+def anthropic_status(error: AgentMemError) -> int:
+    """Return the HTTP status of an error, by which Anthropic's SDKs know what it is."""
+    return 413 if error.code == "request_too_large" else error.status
+
+
 def anthropic_error(error: AgentMemError, request_id: str) -> dict[str, Any]:
     """Return the body of an error as Anthropic has it, whose type follows from the status.
 
@@ -508,7 +514,7 @@ def anthropic_error(error: AgentMemError, request_id: str) -> dict[str, Any]:
     prompt that is too long is called so in the words by which Claude Code knows that it must
     compact.
     """
-    status, message = error.status, error.message
+    status, message = anthropic_status(error), error.message
     kind = _ERROR_TYPES.get(status, "api_error" if status >= 500 else "invalid_request_error")
     if isinstance(error, ContextLengthExceeded):
         message = (
