@@ -105,6 +105,10 @@ def test_a_stream_leaves_the_turn_that_its_answer_would(server):
 def test_who_has_no_name_or_says_store_false_leaves_no_turn(server):
     server.chat([user(9, 1)], agent="unstored", max_tokens=2, store=False)
     assert refused(server.client.get(path("unstored", "transcript")))[0] == 404
+    first = server.chat([user(9, 1)], agent="stored once", max_tokens=2)["agentmem"]["turn"]
+    body = {"agentmem": {"continue": True}, "max_tokens": 2, "store": False}
+    assert server.chat([user(9, 2)], agent="stored once", **body)["agentmem"]["turn"] is None
+    assert [turn["id"] for turn in transcript(server, "stored once")["turns"]] == [first]
     chat = server.client.post(
         "/chat/completions", json={"messages": [user(9, 1)], "max_tokens": 2}
     ).json()

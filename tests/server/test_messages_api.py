@@ -155,6 +155,20 @@ def test_a_prewarm_answers_nothing_and_fills_the_cache(server):
     assert len(transcript(server, "warm")["turns"]) == 1
 
 
+def test_a_prewarm_that_goes_on_leaves_no_turn_and_counts_as_all_that_was_said(server):
+    agent = {"agent_id": "goes-on"}
+    create(server, tools=[TOOL], extra_body=agent)
+    going_on = {"messages": [{"role": "user", "content": "And in Rome?"}]}
+    going_on["extra_body"] = agent | {"agentmem": {"continue": True}}
+    with sdk(server) as client:
+        counted = client.messages.count_tokens(model="default", **going_on)
+    warmed = create(server, max_tokens=0, **going_on)
+    assert counted.input_tokens == tokens_of(warmed.usage.model_dump())
+    assert len(transcript(server, "goes-on")["turns"]) == 1
+    assert create(server, **going_on).usage.cache_read_input_tokens == counted.input_tokens - 1
+    assert len(transcript(server, "goes-on")["turns"]) == 2
+
+
 def test_system_messages_may_stand_between_others(server):
     late = {"role": "system", "content": [{"type": "text", "text": "Be brief."}]}
     message = create(server, messages=[*HELLO, late])

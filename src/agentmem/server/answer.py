@@ -126,11 +126,13 @@ async def converse(
     options: AgentOptions | None,
     *,
     keep: bool,
+    tools: list[dict[str, Any]] | None = None,
 ) -> Conversation:
     """Return where the request stands in the agent's transcript, by what its `options` say.
 
-    It has said all that was said before, and leaves a turn if `keep`; or it goes on from a turn.
-    Raises NotFound where there is no such turn, and StoreFailed.
+    It has said all that was said before, or it goes on from a turn; it leaves one if `keep`.
+    Without `tools` it goes on with those of that turn. Raises NotFound where there is no such
+    turn, and StoreFailed.
     """
     options = options or AgentOptions()
     agent = AgentKey(namespace_of(request), agent_id)
@@ -142,7 +144,17 @@ async def converse(
     else:
         conversation = begin(services.transcripts, agent, said, keep=keep)
     conversation.ephemeral = bool(options.ephemeral)
+    conversation.keep = keep
+    if tools is not None:
+        conversation.tools = tools
     return conversation
+
+
+def chat_of(conversation: Conversation, options: Mapping[str, Any] | None = None) -> Chat:
+    """Return what the prompt of a conversation is rendered from; `options` are the template's."""
+    messages = conversation.messages
+    known = len(messages) - len(conversation.new)
+    return Chat(messages, known=known, tools=conversation.tools, options=options or {})
 
 
 def is_retried(request: Request) -> bool:
@@ -167,10 +179,7 @@ async def ask(
     `options` are the chat template's. Calls are text unless they `may_call`, and of more than
     `max_calls` the rest is left out (0: none is). Raises InvalidRequest and ContextLengthExceeded.
     """
-    messages = conversation.messages
-    known = len(messages) - len(conversation.new)
-    chat = Chat(messages, known=known, tools=conversation.tools, options=options or {})
-    prompt = await services.prompt(conversation.agent, chat)
+    prompt = await services.prompt(conversation.agent, chat_of(conversation, options))
     parser = AnswerParser(
         services.renderer.markup,
         conversation.tools if may_call else [],

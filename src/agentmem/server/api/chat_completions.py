@@ -34,14 +34,16 @@ def add_routes(app: FastAPI, services: Services) -> None:
 
 
 async def _ask(services: Services, body: ChatCompletionRequest, request: Request) -> RunningAnswer:
-    tools = function_tools(body.tools)
     agent_id = agent_id_of(request, body)
-    keep = body.store is not False and agent_id != ANONYMOUS
     conversation = await converse(
-        services, request, agent_id, said(body.messages), body.agentmem, keep=keep
+        services,
+        request,
+        agent_id,
+        said(body.messages),
+        body.agentmem,
+        keep=body.store is not False and agent_id != ANONYMOUS,
+        tools=None if body.tools is None else function_tools(body.tools),
     )
-    if body.tools is not None or not conversation.resumed:
-        conversation.tools = tools  # else the prompt goes on with those that it began with
     limits = [limit for limit in (body.max_tokens, body.max_completion_tokens) if limit is not None]
     max_tokens = min(limits, default=services.settings.default_max_tokens)
     return await ask(

@@ -16,12 +16,12 @@ from pydantic_core import PydanticCustomError
 from starlette.responses import JSONResponse, Response
 
 from ...chat.answer_parser import Content, Part, Reasoning
-from ...chat.messages import BILLING_LINE, Chat, ToolCall, check_encodable
+from ...chat.messages import BILLING_LINE, ToolCall, check_encodable
 from ...engine.api import Finished, SamplingParams
 from ...errors import AgentMemError, ContextLengthExceeded, InvalidRequest
+from ...transcripts.conversation import Conversation
 from ...transcripts.turns import Messages
-from ..answer import Begun, Item, Ping, RunningAnswer, Services, ask, converse
-from ..auth import agent_of
+from ..answer import Begun, Item, Ping, RunningAnswer, Services, ask, chat_of, converse
 from ..errors import ErrorShape
 from ..sse import event_lines, stream, whole
 from .identity import ANONYMOUS, resolve_agent_id
@@ -81,6 +81,7 @@ class CountTokensRequest(_Body):
     thinking: Thinking | None = None
     cache_control: dict[str, Any] | None = None
     agent_id: Text | None = None
+    agentmem: AgentOptions | None = None
     metadata: dict[str, Any] | None = None
 
     @property
@@ -104,7 +105,6 @@ class MessagesRequest(CountTokensRequest):
 
     max_tokens: int = Field(ge=0)  # 0: fill the cache, and answer nothing
     stream: bool | None = None
-    agentmem: AgentOptions | None = None
     temperature: Annotated[float, Field(ge=0, le=1)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     top_k: Annotated[int, Field(ge=0)] | None = None
@@ -150,30 +150,32 @@ def add_routes(app: FastAPI, services: Services) -> None:
     @app.post("/v1/messages/count_tokens")
     async def count_tokens(body: CountTokensRequest, request: Request) -> dict[str, int]:
         services.check_model(body.model)
-        agent = agent_of(request, _agent_id(request, body))
-        tools = function_tools(body.tools)
-        chat = Chat(to_messages(body), tools=tools, options=body.options)
+        conversation = await _conversation(services, body, request, keep=False)
         try:
-            prompt = await services.prompt(agent, chat)
+            prompt = await services.prompt(conversation.agent, chat_of(conversation, body.options))
         except ContextLengthExceeded as e:
             return {"input_tokens": e.prompt_tokens}
         return {"input_tokens": len(prompt.tokens)}
 
 
-def _agent_id(request: Request, body: CountTokensRequest) -> str:
-    return resolve_agent_id(request.headers, agent_id=body.agent_id, metadata=body.metadata)
+async def _conversation(
+    services: Services, body: CountTokensRequest, request: Request, *, keep: bool
+) -> Conversation:
+    agent_id = resolve_agent_id(request.headers, agent_id=body.agent_id, metadata=body.metadata)
+    return await converse(
+        services,
+        request,
+        agent_id,
+        to_messages(body),
+        body.agentmem,
+        keep=keep and agent_id != ANONYMOUS,
+        tools=None if body.tools is None else function_tools(body.tools),
+    )
 
 
 async def _ask(services: Services, body: MessagesRequest, request: Request) -> RunningAnswer:
     check_ends_with_user(body)
-    tools = function_tools(body.tools)
-    agent_id = _agent_id(request, body)
-    keep = agent_id != ANONYMOUS and body.max_tokens > 0
-    conversation = await converse(
-        services, request, agent_id, to_messages(body), body.agentmem, keep=keep
-    )
-    if body.tools is not None or not conversation.resumed:
-        conversation.tools = tools  # else the prompt goes on with those that it began with
+    conversation = await _conversation(services, body, request, keep=body.max_tokens > 0)
     choice = body.tool_choice
     return await ask(
         services,
