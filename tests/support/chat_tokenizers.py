@@ -34,17 +34,21 @@ QWEN3 = """
             {%- if message.content or not loop.first %}{{- '\\n' }}{%- endif %}
             {%- set tool_call = tool_call.function or tool_call %}
             {{- '<tool_call>\\n{"name": "' + tool_call.name + '", "arguments": ' }}
-            {{- tool_call.arguments if tool_call.arguments is string else tool_call.arguments|tojson }}
+            {{- tool_call.arguments if tool_call.arguments is string
+                else tool_call.arguments|tojson }}
             {{- '}\\n</tool_call>' }}
         {%- endfor %}
         {{- '<|im_end|>\\n' }}
     {%- elif message.role == 'tool' %}
-        {{- '<|im_start|>user\\n<tool_response>\\n' + message.content + '\\n</tool_response><|im_end|>\\n' }}
+        {{- '<|im_start|>user\\n<tool_response>\\n' + message.content
+            + '\\n</tool_response><|im_end|>\\n' }}
     {%- endif %}
 {%- endfor %}
 {%- if add_generation_prompt %}
     {{- '<|im_start|>assistant\\n' }}
-    {%- if enable_thinking is defined and enable_thinking is false %}{{- '<think>\\n\\n</think>\\n\\n' }}{%- endif %}
+    {%- if enable_thinking is defined and enable_thinking is false %}
+        {{- '<think>\\n\\n</think>\\n\\n' }}
+    {%- endif %}
 {%- endif %}"""
 
 QWEN3_THINKING = QWEN3.replace(
@@ -69,16 +73,21 @@ LLAMA3 = """
             {{- raise_exception('This model only supports single tool-calls at once!') }}
         {%- endif %}
         {%- set call = message.tool_calls[0].function %}
-        {{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n{"name": "' + call.name + '", "parameters": ' }}
+        {{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n{"name": "' + call.name
+            + '", "parameters": ' }}
         {{- call.arguments | tojson }}{{- '}<|eot_id|>' }}
     {%- elif message.role == 'tool' or message.role == 'ipython' %}
         {{- '<|start_header_id|>ipython<|end_header_id|>\\n\\n' }}
-        {{- message.content if message.content is string else message.content | tojson }}{{- '<|eot_id|>' }}
+        {{- message.content if message.content is string else message.content | tojson }}
+        {{- '<|eot_id|>' }}
     {%- else %}
-        {{- '<|start_header_id|>' + message.role + '<|end_header_id|>\\n\\n' + message.content | trim + '<|eot_id|>' }}
+        {{- '<|start_header_id|>' + message.role + '<|end_header_id|>\\n\\n'
+            + message.content | trim + '<|eot_id|>' }}
     {%- endif %}
 {%- endfor %}
-{%- if add_generation_prompt %}{{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{%- endif %}"""
+{%- if add_generation_prompt %}
+    {{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}
+{%- endif %}"""
 
 GEMMA3 = """
 {%- if messages[0].role == 'system' %}
@@ -86,7 +95,8 @@ GEMMA3 = """
 {%- else %}{%- set first = '' %}{%- endif %}
 {%- for message in messages %}
     {%- if (message.role == 'user') != (loop.index0 % 2 == 0) %}
-        {{- raise_exception('Conversation roles must alternate user/assistant/user/assistant/...') }}
+        {{- raise_exception(
+            'Conversation roles must alternate user/assistant/user/assistant/...') }}
     {%- endif %}
     {{- '<start_of_turn>' + ('model' if message.role == 'assistant' else message.role) + '\\n' }}
     {{- (first if loop.first else '') + message.content | trim + '<end_of_turn>\\n' }}
@@ -129,7 +139,7 @@ _ADDED[QWEN3_THINKING] = _ADDED[QWEN3]
 
 @cache
 def chat_tokenizer(template: str, *added: str) -> tokenizer_utils.TokenizerWrapper:
-    """As mlx-lm loads it from a model's directory; its tokens are bytes, and the template's own."""
+    """Load it as mlx-lm does, from a directory: its tokens are bytes, and the template's own."""
     with tempfile.TemporaryDirectory() as path:
         save_tokenizer(Path(path), template, *added)
         return tokenizer_utils.load(Path(path))

@@ -3,9 +3,9 @@ leave of it.
 
     log = FileLog(root)
     log.install(monkeypatch)
-    ...                                       # os.open, os.write, os.fsync, os.replace, ... and SQLite's commits
+    ...                               # os.open, os.write, os.fsync, ..., and SQLite's commits
     for cut in range(len(log.ops) + 1):
-        for state in log.states(cut):         # what may be on disk if the power fails after `cut` operations
+        for state in log.states(cut): # what may be on disk if the power fails after `cut` of them
             state.write(somewhere)
 
 Only fsync makes anything last: of a file its content, of a directory its names. What has not been
@@ -52,9 +52,7 @@ class Op:
 
 @dataclass(frozen=True)
 class Change:
-    """Of names, in `directory`: a file (by inode) or directory (None) appears, or something is
-    gone.
-    """
+    """Names in `directory`: a file (by inode) or directory (None) appears, or something is gone."""
 
     directory: str
     gone: str = ""
@@ -342,7 +340,7 @@ class FileLog:
 def _torn(
     last: Mapping[str, bytes], after: Mapping[str, bytes], rng: random.Random
 ) -> Iterator[Mapping[str, bytes]]:
-    """Where a commit only appended to a file, one in which a part of that is missing."""
+    """Yield, where a commit only appended to a file, one in which a part of that is missing."""
     changed = [name for name in after if after[name] != last.get(name, b"")]
     if (
         len(changed) == 1

@@ -1,4 +1,4 @@
-"""A real server process for tests and benchmarks: start it, talk to it over HTTP, stop or kill it."""
+"""A real server process for tests and benchmarks: start it, talk to it, stop or kill it."""
 
 import os
 import signal

@@ -129,6 +129,12 @@ def _random_like(name: str, value: mx.array) -> mx.array:
 
 
 INCONSISTENT = {
-    "phi3small": "adds its boolean mask to the scores of the block-sparse layers, so a prompt sees what comes after it",
-    "plamo3": "masks window_size + 1 tokens, but its caches keep window_size, so a window depends on the chunks",
+    "phi3small": (
+        "adds its boolean mask to the scores of the block-sparse layers, so a prompt sees what "
+        "comes after it"
+    ),
+    "plamo3": (
+        "masks window_size + 1 tokens, but its caches keep window_size, so a window depends on the "
+        "chunks"
+    ),
 }

@@ -62,7 +62,7 @@ def tool_call(arguments: str = "string") -> Recorder:
 
 
 def tool_chain(piece: int = 0) -> Recorder:
-    """One query, three calls one after the other, with thoughts between them; then another query."""
+    """Ask, with three calls one after the other and thoughts between them; then ask again."""
     chat = Recorder(SYSTEM, tools=TOOLS, back="reasoning_content")
     chat.messages.append(
         {"role": "user", "content": "Find where the cache is cut, and say what the code does."}
@@ -216,7 +216,8 @@ def billing_line() -> Recorder:
     """
     chat = plain()
     for i, request in enumerate(chat.requests):
-        line = f"x-anthropic-billing-header: cc_version=2.1.{i}; cc_entrypoint=cli; cch={i * 7919 % 65536:05x};"
+        checksum = f"{i * 7919 % 65536:05x}"
+        line = f"x-anthropic-billing-header: cc_version=2.1.{i}; cc_entrypoint=cli; cch={checksum};"
         parts = [line, SYSTEM, "Work in the folder given."]
         request.messages[0]["content"] = [{"type": "text", "text": text} for text in parts]
         if i % 2:

@@ -40,8 +40,8 @@ O200K_WORDS = (
     r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|" + _SPACES
 )
 DEEPSEEK_WORDS = (
-    r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+[\r\n]*|"
-    + _SPACES
+    r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+|"
+    r" ?[\p{P}\p{S}]+[\r\n]*|" + _SPACES
 )
 
 # fmt: off
@@ -49,11 +49,12 @@ DEEPSEEK_WORDS = (
 ADDED: dict[str, tuple[list[str], list[str]]] = {
     "qwen3": (
         ["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
-        ["<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>", "<think>", "</think>"],
+        ["<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>",
+         "<think>", "</think>"],
     ),
     "llama3": (
-        ["<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eom_id|>",
-         "<|eot_id|>", "<|python_tag|>"],
+        ["<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>",
+         "<|eom_id|>", "<|eot_id|>", "<|python_tag|>"],
         [],
     ),
     "gemma3": (
@@ -63,11 +64,12 @@ ADDED: dict[str, tuple[list[str], list[str]]] = {
     "deepseek": (
         ["<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜▁pad▁｜>"],
         ["<｜User｜>", "<｜Assistant｜>", "<think>", "</think>", "<｜tool▁sep｜>"]
-        + [f"<｜tool▁{noun}▁{side}｜>" for noun in ("calls", "call", "outputs", "output") for side in ("begin", "end")],
+        + [f"<｜tool▁{noun}▁{side}｜>"
+           for noun in ("calls", "call", "outputs", "output") for side in ("begin", "end")],
     ),
     "gpt-oss": (
-        ["<|startoftext|>", "<|endoftext|>", "<|return|>", "<|constrain|>", "<|channel|>", "<|start|>",
-         "<|end|>", "<|message|>", "<|call|>"],
+        ["<|startoftext|>", "<|endoftext|>", "<|return|>", "<|constrain|>", "<|channel|>",
+         "<|start|>", "<|end|>", "<|message|>", "<|call|>"],
         [],
     ),
     "mistral": (
@@ -78,10 +80,10 @@ ADDED: dict[str, tuple[list[str], list[str]]] = {
     "mistral-v1": (["<unk>", "<s>", "</s>"], []),
     "smollm2": (["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<repo_name>", "<file_sep>"], []),
     "glm": (
-        ["<|endoftext|>", "[MASK]", "[gMASK]", "[sMASK]", "<sop>", "<eop>", "<|system|>", "<|user|>",
-         "<|assistant|>", "<|observation|>"],
-        ["<think>", "</think>", "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>",
-         "<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>"],
+        ["<|endoftext|>", "[MASK]", "[gMASK]", "[sMASK]", "<sop>", "<eop>", "<|system|>",
+         "<|user|>", "<|assistant|>", "<|observation|>"],
+        ["<think>", "</think>", "<tool_call>", "</tool_call>", "<tool_response>",
+         "</tool_response>", "<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>"],
     ),
 }
 # fmt: on

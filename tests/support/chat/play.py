@@ -86,7 +86,7 @@ class Step:
 
 @contextmanager
 def frozen_date(today: str) -> Iterator[None]:
-    """Makes strftime_now of templates run on another day. Not for use in several threads at once."""
+    """Make strftime_now of templates tell another day, in one thread at a time."""
 
     class Frozen(datetime):
         @classmethod

@@ -21,14 +21,15 @@ def messages_of(step_messages: list[dict]) -> list:
 
 
 def steps_of(family: str, conversation: str) -> list[Step]:
-    """As the server reads the messages."""
+    """Read the messages as the server does."""
     template = ChatTemplate(tokenizer_of(family))
     return list(play(family, conversation, lambda messages: template.dicts(messages_of(messages))))
 
 
 def prefilled(steps: list[Step]) -> Iterator[tuple[list[int], int]]:
-    """For each step its token ids and how many of them are prefilled by an agent that keeps all its
-    branches.
+    """Yield for each step its token ids, and how many of them are prefilled.
+
+    The agent keeps all its branches.
     """
     renderer = ChatRenderer(tokenizer_of(steps[0].family), 1 << 20)
     branches: list[np.ndarray] = []

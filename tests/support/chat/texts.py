@@ -3,15 +3,18 @@
 CITIES = {
     "Oslo": (
         "Tell me about Oslo, please. How many people live there?",
-        "Oslo is the capital of Norway, at the end of a fjord. About 720,000 people live there (1,100,000 around it).",
+        "Oslo is the capital of Norway, at the end of a fjord. About 720,000 people live there "
+        "(1,100,000 around it).",
     ),
     "Accra": (
         "And Accra?",
-        "Accra is Ghana's capital, on the Gulf of Guinea; 284,124 people live in its centre, over 5 million in all.",
+        "Accra is Ghana's capital, on the Gulf of Guinea; 284,124 people live in its centre, over "
+        "5 million in all.",
     ),
     "Lima": (
         "How far is it from Lima to Cusco?",
-        "About 575 km as the crow flies:\n\n1. by air 1 h 20 min,\n2. by bus 21 h.\n\n```python\nkm = {'a': 575}\n```",
+        "About 575 km as the crow flies:\n\n1. by air 1 h 20 min,\n2. by bus 21 h.\n\n"
+        "```python\nkm = {'a': 575}\n```",
     ),
     "Hanoi": (
         "What do people eat in Hanoi?",
@@ -24,7 +27,8 @@ CITIES = {
 }
 
 THOUGHTS = (
-    "The user asks for facts.\nI know the number for the city and one for the region; I'd better give both.",
+    "The user asks for facts.\n"
+    "I know the number for the city and one for the region; I'd better give both.",
     "Short question, same topic. 284,124 is the census figure of 2021.",
     "Two numbers are needed: by air and by road.\n\nLet me check: 575 km, 1,100 km. Fine.",
     "Only name what is sure.",
@@ -67,8 +71,10 @@ def _paragraph(i: int) -> str:
     names = ("blocks", "tails", "branches", "agents", "readers", "writers", "prompts")
     one, two, three = (names[(i * k + k) % len(names)] for k in (1, 3, 5))
     return (
-        f"Section {i}. The {one} of item {i * i + 7} are kept for {i % 9 + 1} days; then the {two} take their place, "
-        f"unless {three} are read in between. See `def step_{i}(x): return x[{i}:] * {i + 3}` for what it's like.\n"
+        f"Section {i}. The {one} of item {i * i + 7} are kept for {i % 9 + 1} days; "
+        f"then the {two} take their place, "
+        f"unless {three} are read in between. "
+        f"See `def step_{i}(x): return x[{i}:] * {i + 3}` for what it's like.\n"
     )
 
 
