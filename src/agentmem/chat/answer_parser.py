@@ -21,10 +21,10 @@ class Content:
     text: str
 
 
-Part = Reasoning | Content | ToolCall
+AnswerPart = Reasoning | Content | ToolCall
 
 
-def message_of(parts: Sequence[Part]) -> dict[str, Any]:
+def message_of(parts: Sequence[AnswerPart]) -> dict[str, Any]:
     """Return the message that parts are together, in the shape of OpenAI's chat API."""
     content = "".join(part.text for part in parts if isinstance(part, Content))
     reasoning = "".join(part.text for part in parts if isinstance(part, Reasoning))
@@ -80,16 +80,16 @@ class AnswerParser:
         self._header = self._raw = ""  # before a part; of a tool call: its marker
         self._call: list[str] = []  # and what follows that
         self._held = ""  # that may be the beginning of a marker
-        self._parts: list[Part] = []
+        self._parts: list[AnswerPart] = []
         self.num_calls = self._num_unread = 0
 
-    def feed(self, text: str) -> list[Part]:
+    def feed(self, text: str) -> list[AnswerPart]:
         """Go on with this text; return what is known of the answer by now."""
         self._held += text
         self._advance()
         return self._take()
 
-    def finish(self, *, cut: bool = False) -> list[Part]:
+    def finish(self, *, cut: bool = False) -> list[AnswerPart]:
         """Return what was held back. `cut`: the answer ended before the model ended it."""
         self._flush()
         while self._state == "tool":
@@ -198,7 +198,7 @@ class AnswerParser:
         if text:
             self._parts.append(Reasoning(text) if kind == "reasoning" else Content(text))
 
-    def _take(self) -> list[Part]:
+    def _take(self) -> list[AnswerPart]:
         parts = self._parts
         self._parts = []
         return parts

@@ -18,7 +18,8 @@ class TokenTexts:
 
     def __init__(self, tokenizer: Any, token_bytes: TokenBytes, after: int | None = None):
         """`tokenizer` is an mlx_lm TokenizerWrapper; `after`: the token before the text, if any."""
-        self._tokenizer, self._token_bytes = tokenizer, token_bytes
+        self._tokenizer = tokenizer
+        self._token_bytes = token_bytes
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._last = after
         self.offset = 0  # characters of the text so far

@@ -23,7 +23,7 @@ import numpy as np
 from starlette.requests import Request
 
 from ..agent_key import AgentKey
-from ..chat.answer_parser import AnswerParser, Part, message_of
+from ..chat.answer_parser import AnswerParser, AnswerPart, message_of
 from ..chat.dates import session_days
 from ..chat.messages import Chat
 from ..chat.renderer import ChatRenderer, Prompt
@@ -202,7 +202,7 @@ class Ping:
     """Nothing was said for a while; a client may want to know that it is not forgotten."""
 
 
-Item = Begun | Ping | Part | TextDelta | Finished
+Item = Begun | Ping | AnswerPart | TextDelta | Finished
 
 
 class RunningAnswer:
@@ -221,7 +221,7 @@ class RunningAnswer:
         conversation.
         """
         self.request = request
-        self.parts: list[Part] = []  # so far
+        self.parts: list[AnswerPart] = []  # so far
         self.finished: Finished | None = None
         self._parser = parser
         self._conversation = conversation

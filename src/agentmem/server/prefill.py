@@ -29,7 +29,7 @@ _FIGURES = (
 )
 
 OnProgress = Callable[[int, int], None]  # tokens done, and in all; from any thread
-Work = Callable[[OnProgress | None], Awaitable[dict[str, Any]]]
+PrefillWork = Callable[[OnProgress | None], Awaitable[dict[str, Any]]]
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ async def prefill(
     raise AssertionError("a request ends with Finished")
 
 
-async def respond(request: Request, work: Work, *, stream: bool) -> Response:
+async def respond(request: Request, work: PrefillWork, *, stream: bool) -> Response:
     """Return the result of `work`, which ends if the client goes away.
 
     As a stream: events "progress" {"tokens", "total"}, then one "done" with the result, or an
@@ -61,11 +61,11 @@ async def respond(request: Request, work: Work, *, stream: bool) -> Response:
     return await sse.stream(request, _lines(events), events)
 
 
-async def _call(work: Work) -> dict[str, Any]:
+async def _call(work: PrefillWork) -> dict[str, Any]:
     return await work(None)
 
 
-async def _progress(work: Work) -> AsyncIterator[Progress | dict[str, Any]]:
+async def _progress(work: PrefillWork) -> AsyncIterator[Progress | dict[str, Any]]:
     """Yield how far the work is, and at last its result; stop it when closed."""
     loop = asyncio.get_running_loop()
     told = asyncio.Queue[Progress | None]()

@@ -8,7 +8,7 @@ from typing import Any
 from fastapi import FastAPI, Request
 from starlette.responses import JSONResponse, Response
 
-from ...chat.answer_parser import Content, Part, Reasoning
+from ...chat.answer_parser import AnswerPart, Content, Reasoning
 from ...chat.messages import ToolCall, function_tools
 from ...engine.api import Finished, RequestStats
 from ...errors import AgentMemError
@@ -122,7 +122,7 @@ class _ChatCompletion:
     def _head(self, object: str) -> dict[str, Any]:
         return {"id": self._id, "object": object, "created": self._created, "model": self._model}
 
-    def _deltas(self, part: Part) -> Iterator[dict[str, Any]]:
+    def _deltas(self, part: AnswerPart) -> Iterator[dict[str, Any]]:
         if isinstance(part, Content):
             yield {"content": part.text}
         elif isinstance(part, Reasoning):

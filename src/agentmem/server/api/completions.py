@@ -153,7 +153,8 @@ class _Table:
 
     def __init__(self, texts: TokenTexts, shift: int):
         """`shift`: characters that the first tokens stand for and the text does not have."""
-        self._texts, self._shift = texts, shift
+        self._texts = texts
+        self._shift = shift
 
     @staticmethod
     def empty() -> dict[str, list[Any]]:
@@ -194,7 +195,8 @@ class _Choice:
     def __init__(self, index: int, answer: RunningAnswer, echo: str | None, table: _Table | None):
         """`echo`: the prompt's text, where the answer begins with it."""
         self.answer = answer
-        self._echo, self._table = echo, table
+        self._echo = echo
+        self._table = table
         self.body: dict[str, Any] = {
             "index": index,
             "text": "",
@@ -235,7 +237,8 @@ class _Completion:
     """The answers to all prompts of a request, whole or in chunks."""
 
     def __init__(self, services: Services, choices: list[_Choice]):
-        self._choices, self._at_once = choices, services.settings.max_running
+        self._choices = choices
+        self._at_once = services.settings.max_running
         self._head: dict[str, Any] = {
             "id": f"cmpl-{uuid.uuid4().hex}",
             "object": "text_completion",

@@ -15,7 +15,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from pydantic_core import PydanticCustomError
 from starlette.responses import JSONResponse, Response
 
-from ...chat.answer_parser import Content, Part, Reasoning
+from ...chat.answer_parser import AnswerPart, Content, Reasoning
 from ...chat.messages import BILLING_LINE, ToolCall, check_encodable
 from ...engine.api import Finished, SamplingParams
 from ...errors import AgentMemError, ContextLengthExceeded, InvalidRequest
@@ -270,7 +270,8 @@ def function_tools(tools: Sequence[Any] | None) -> list[dict[str, Any]]:
 
 
 def _function(tool: dict[str, Any], param: str) -> dict[str, Any]:
-    description, schema = tool.get("description"), tool.get("input_schema")
+    description = tool.get("description")
+    schema = tool.get("input_schema")
     if not isinstance(description, str | None):
         _refuse(f"{param}.description", "must be a string")
     if not isinstance(schema, dict):
@@ -398,7 +399,8 @@ class GrowingMessage:
 
     def __init__(self, model: str, prompt_tokens: int, *, max_tokens: int, marks_cache: bool):
         """`prompt_tokens`: how many of them are cached is known at the end only."""
-        self._max_tokens, self._marks_cache = max_tokens, marks_cache
+        self._max_tokens = max_tokens
+        self._marks_cache = marks_cache
         self._num_calls = 0
         self._is_open = False  # whether the last block still grows
         self.body: dict[str, Any] = {
@@ -416,7 +418,7 @@ class GrowingMessage:
         yield _event("message_start", message=self.body)
         yield PING
 
-    def add(self, part: Part) -> Iterator[str]:
+    def add(self, part: AnswerPart) -> Iterator[str]:
         if isinstance(part, ToolCall):
             yield from self._close()
             yield from self._tool_use(part)
@@ -516,7 +518,8 @@ def anthropic_error(error: AgentMemError, request_id: str) -> dict[str, Any]:
     prompt that is too long is called so in the words by which Claude Code knows that it must
     compact.
     """
-    status, message = anthropic_status(error), error.message
+    status = anthropic_status(error)
+    message = error.message
     kind = _ERROR_TYPES.get(status, "api_error" if status >= 500 else "invalid_request_error")
     if isinstance(error, ContextLengthExceeded):
         message = (

@@ -4,7 +4,7 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-from ...chat.answer_parser import Part, Reasoning
+from ...chat.answer_parser import AnswerPart, Reasoning
 from ...chat.messages import ToolCall
 from ...errors import AgentMemError, Busy
 from ..sse import event_lines
@@ -31,7 +31,7 @@ class GrowingResponse:
         for name in ("created", "in_progress"):
             yield self._event(name, response=self.body)
 
-    def add(self, part: Part) -> Iterator[str]:
+    def add(self, part: AnswerPart) -> Iterator[str]:
         """Go on by a part."""
         if isinstance(part, ToolCall):
             yield from self._close()
