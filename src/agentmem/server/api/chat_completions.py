@@ -34,6 +34,7 @@ def add_routes(app: FastAPI, services: Services) -> None:
 
 
 async def _ask(services: Services, body: ChatCompletionRequest, request: Request) -> RunningAnswer:
+    tools = function_tools(body.tools)
     agent_id = agent_id_of(request, body)
     conversation = await converse(
         services,
@@ -42,7 +43,7 @@ async def _ask(services: Services, body: ChatCompletionRequest, request: Request
         said(body.messages),
         body.agentmem,
         keep=body.store is not False and agent_id != ANONYMOUS,
-        tools=None if body.tools is None else function_tools(body.tools),
+        tools=None if body.tools is None else tools,
     )
     limits = [limit for limit in (body.max_tokens, body.max_completion_tokens) if limit is not None]
     max_tokens = min(limits, default=services.settings.default_max_tokens)
