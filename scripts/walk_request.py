@@ -154,18 +154,19 @@ def main() -> int:
     arguments = parser.parse_args()
     packages = packages_of_a_request()
     total = sum(map(len, packages.values()))
-    if arguments.write:
-        write(arguments.write, packages)
     if arguments.json:
         print(json.dumps({"packages": packages, "files": total}, indent=2))
     else:
         for package, files in packages.items():
             print(f"{package} ({len(files)})", *files, sep="\n  ")
         print(f"{total} files in {len(packages)} packages")
-    if is_in_direction(packages):
-        return 0
-    print(f"packages are not entered in the order {', '.join(DIRECTION)}", file=sys.stderr)
-    return 1
+    if not is_in_direction(packages):
+        order = ", ".join(DIRECTION)
+        print(f"packages are not entered in the order {order}", file=sys.stderr)
+        return 1  # and no page tells so
+    if arguments.write:
+        write(arguments.write, packages)
+    return 0
 
 
 def packages_of_a_request() -> dict[str, list[str]]:
