@@ -11,9 +11,9 @@ from fastapi import Request
 
 from agentmem.config import Settings
 from agentmem.errors import StartupError
-from agentmem.server import run
+from agentmem.server import auth, run
 from agentmem.server.app import create_app
-from agentmem.server.auth import namespace_of, read_api_keys
+from agentmem.server.auth import OPEN, namespace_of, read_api_keys
 from support.fake_engine import FakeEngine
 from support.server_process import ServerProcess
 from support.tiny_model_dir import write_tiny_model
@@ -157,13 +157,13 @@ def test_a_missing_unknown_or_second_key_is_refused_and_never_repeated(
     assert engine.requests == []
 
 
-def test_every_route_under_v1_needs_a_key_and_one_that_is_added_later_too(app):
-    @app.get("/v1/later")
+def test_every_route_needs_a_key_but_those_that_are_open_and_one_that_is_added_later_too(app):
+    @app.get("/api/later")
     async def later(request: Request) -> str:
         return namespace_of(request)
 
-    paths = {route.path: route.methods for route in app.routes if route.path.startswith("/v1")}
-    assert {"/v1/chat/completions", "/v1/models", "/v1/agents", "/v1/later"} <= set(paths)
+    paths = {route.path: route.methods for route in app.routes if route.path not in OPEN}
+    assert {"/v1/chat/completions", "/v1/models", "/v1/agents", "/api/later"} <= set(paths)
     for path, methods in paths.items():
         for method in methods:
             response = call(app, method, path)
@@ -172,20 +172,21 @@ def test_every_route_under_v1_needs_a_key_and_one_that_is_added_later_too(app):
                 assert response.json()["error"]["type"] == "authentication_error"
             else:
                 refused(response)
-    assert call(app, "GET", "/v1/later", bearer(BOB)).json() == "team b"
+    assert call(app, "GET", "/api/later", bearer(BOB)).json() == "team b"
     refused(call(app, "GET", "/v1/no-such-route"))
+    refused(call(app, "GET", "/no-such-route"))
+    for path in OPEN:
+        assert call(app, "GET", path).status_code == 200
 
 
-def test_a_route_elsewhere_that_asks_for_the_namespace_fails_closed(app):
+def test_an_open_route_that_asks_for_the_namespace_fails_closed(app, monkeypatch):
+    monkeypatch.setattr(auth, "OPEN", OPEN | {"/elsewhere"})
+
     @app.get("/elsewhere")
     async def elsewhere(request: Request) -> str:
         return namespace_of(request)
 
     assert call(app, "GET", "/elsewhere", bearer(ALICE)).status_code == 500
-
-
-def test_health_and_metrics_need_no_key(app):
-    assert [call(app, "GET", path).status_code for path in ("/health", "/metrics")] == [200, 200]
 
 
 def test_a_wrong_host_is_refused_before_keys_are_looked_at(app):

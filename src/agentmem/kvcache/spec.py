@@ -302,7 +302,10 @@ class KVCacheSpec:
 
     @cached_property
     def window_blocks(self) -> tuple[int | None, ...]:
-        """Blocks that the window of each stack takes, if it starts with one; None: it has none."""
+        """Blocks of a window, rounded up, for each stack; None: the stack has no window.
+
+        It counts bytes. What a sequence needs of a block is said by `needed`.
+        """
         windows = [self.layers[stack[0]].window for stack in self.stacks]
         return tuple(None if w is None else -(-w // self.block_size) for w in windows)
 

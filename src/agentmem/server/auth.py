@@ -62,7 +62,7 @@ def _digest(name: str, key: Any) -> bytes:
 def namespace_of(request: Request) -> str:
     """Return whose the request is.
 
-    It is a KeyError, and so a 500, on a route that ApiKeyCheck does not guard.
+    It is a KeyError, and so a 500, on one of the OPEN paths.
     """
     return str(request.scope["agentmem.namespace"])
 
@@ -72,8 +72,12 @@ def agent_of(request: Request, agent_id: str) -> AgentKey:
     return AgentKey(namespace_of(request), agent_id)
 
 
+# what nobody needs a key for; it tells nothing of what agents hold
+OPEN = frozenset({"/health", "/metrics", "/openapi.json"})
+
+
 class ApiKeyCheck:
-    """Gives every request under /v1 its key's namespace.
+    """Gives every request its key's namespace, but for the OPEN paths.
 
     What has no valid key is refused before its body is read.
     """
@@ -85,7 +89,7 @@ class ApiKeyCheck:
         self._on_error = on_error
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and scope["path"].startswith("/v1"):
+        if scope["type"] == "http" and scope["path"] not in OPEN:
             try:
                 scope["agentmem.namespace"] = self._namespace(scope)
             except Unauthorized as e:
