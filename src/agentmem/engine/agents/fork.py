@@ -80,7 +80,7 @@ class Forks:
     async def _save_fork(self, source: Branch, branch: Branch, *, whole: bool) -> None:
         """Write what a fork of all that is on disk is there: rows, and a second name of a file.
 
-        Any other fork is saved later, like what a sequence leaves.
+        Any other fork is queued like what rests: its blocks at once, its tail where that pays.
         """
         tail = branch.tail
         tail_saved = source.tail.disk_bytes or not len(source.tail.tokens)
