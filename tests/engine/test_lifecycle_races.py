@@ -199,6 +199,28 @@ def test_an_export_of_an_agent_that_is_deleted_meanwhile_is_refused_or_whole(tmp
         assert detail.agent.tokens > len(PROMPT)
 
 
+def test_an_export_whose_text_can_not_be_told_fails_alone_and_holds_nobody_up(
+    tmp_path, monkeypatch
+):
+    with tiny_engine(tmp_path) as engine:
+        talk(engine, "alice")
+        threads = []
+
+        def decode(_tokens):
+            threads.append(threading.current_thread().name)
+            raise IndexError("piece id is out of range")
+
+        with monkeypatch.context() as patched:
+            patched.setattr(engine.engine.tokenizer._tokenizer, "decode", decode)
+            with pytest.raises(IndexError):
+                exported(engine)
+        assert len(threads) == 1 and "engine" not in threads
+        engine.core.store.flush().result(10)
+        assert not list(tmp_path.rglob("exports/*/*"))
+        assert engine.engine.health()["status"] == "ok"
+        assert exported(engine)
+
+
 # -- import
 
 

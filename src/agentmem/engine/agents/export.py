@@ -75,12 +75,28 @@ class Archives:
 
     # -- out
 
-    @on_engine_thread
     async def export(self, key: AgentKey) -> Export:
         """Return all that is committed of an agent, once it is on disk.
 
         Raises Conflict where it is ephemeral, or where a request runs that has unsaved blocks.
         """
+        exported = await self._link(key)
+        try:
+            # not on the engine thread: a long agent's tokens take a while to decode
+            chunks = await asyncio.to_thread(self._chunks, exported)
+        except BaseException:
+            self._store.unlink(exported.files)
+            raise
+
+        def close() -> None:
+            # what is left of them at shutdown goes at the next start
+            self._store.unlink(exported.files).exception()
+
+        return Export(chunks, close)
+
+    @on_engine_thread
+    async def _link(self, key: AgentKey) -> _Exported:
+        """Save an agent, and give its files second names."""
         agent = self._prefix_cache.known(key)
         if agent.ephemeral:
             message = f"Agent {key.agent_id[:200]!r} is ephemeral, never written to disk."
@@ -102,13 +118,7 @@ class Archives:
                 raise Conflict(message, param="agent_id")
             raise StoreFailed("The agent could not be saved: see /health.")
         links = self._store.link_files(list(blocks), [path.id for path in with_tail])
-        files = await stored(links)
-
-        def close() -> None:
-            # what is left of them at shutdown goes at the next start
-            self._store.unlink(files).exception()
-
-        return Export(self._chunks(_Exported(agent, paths, files)), close)
+        return _Exported(agent, paths, await stored(links))
 
     def _chunks(self, exported: _Exported) -> Iterator[bytes]:
         """Yield the archive's bytes. CorruptSegment in the middle, if a file is damaged."""
