@@ -142,6 +142,21 @@ def test_a_fork_whose_source_changes_while_it_is_read_is_refused(tmp_path, chang
         assert engine.engine.health()["status"] == "ok"
 
 
+def test_a_fork_reads_again_what_left_ram_for_another_before_it_went_on(tmp_path):
+    with tiny_engine(tmp_path) as engine:
+        fork, gate = fork_while_reading(engine)
+        inbox = engine.engine._inbox
+
+        def arrive_and_leave():
+            gate.set()
+            while inbox.empty():
+                time.sleep(0.001)
+            inbox.put(lambda: engine.core.budget.evict_idle(1 << 30))
+
+        engine.on_engine(arrive_and_leave)
+        assert fork.result(10).agent.tokens == 2 * BLOCK + 5
+
+
 def test_a_fork_does_not_take_the_name_of_an_agent_that_came_meanwhile(tmp_path):
     with tiny_engine(tmp_path) as engine:
         fork, gate = fork_while_reading(engine)

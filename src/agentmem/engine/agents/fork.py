@@ -208,17 +208,16 @@ class Forks:
     async def _read_open_block(self, match: Match) -> None:
         """Read from disk what the open block of `match` is cut from, unless it is in RAM."""
         entry: Entry | None = match.cut_block if match.cut_block is not None else match.tail
-        missing = [what for what in match.missing if what.entry is entry]
-        if not missing:
-            return
-        nbytes = sum(what.nbytes for what in missing)
-        if not self._budget.make_room(nbytes, match.entries(), urgent=False):
-            raise Busy(
-                "There is no room in RAM (kv_budget) to read the block that is cut.",
-                code="kv_budget_full",
-            )
-        await finished(self._restorer.restore(match, only=entry))
-        if any(what.entry is entry for what in match.missing):
-            raise NotFound(
-                "The block to be cut could not be read; it was put aside.", code="cache_damaged"
-            )
+        while missing := [what for what in match.missing if what.entry is entry]:
+            nbytes = sum(what.nbytes for what in missing)
+            if not self._budget.make_room(nbytes, match.entries(), urgent=False):
+                raise Busy(
+                    "There is no room in RAM (kv_budget) to read the block that is cut.",
+                    code="kv_budget_full",
+                )
+            restored = await finished(self._restorer.restore(match, only=entry))
+            # what was read may have left RAM for another one who needed room before this goes on
+            if not restored.nbytes and any(what.entry is entry for what in match.missing):
+                raise NotFound(
+                    "The block to be cut could not be read; it was put aside.", code="cache_damaged"
+                )
