@@ -128,6 +128,15 @@ def test_a_bug_after_a_wait_is_the_engines_and_everyone_who_waits_hears_of_it(in
     assert isinstance(inbox.bug, RuntimeError) and let_go == [True]
 
 
+def test_who_asks_for_what_can_not_even_begin_hears_of_it(inbox):
+    def begin():
+        raise TypeError("one argument too many")
+
+    with pytest.raises(EngineFailed):
+        asyncio.run(asyncio.wait_for(inbox.tasks.perform(begin), 5))
+    assert isinstance(inbox.bug, TypeError)
+
+
 def test_once_ended_nothing_begins(inbox):
     async def work():
         raise AssertionError("begun")

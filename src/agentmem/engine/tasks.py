@@ -42,6 +42,11 @@ async def finished(future: Future[T]) -> T:
     return future.result()
 
 
+async def _begun(begin: Callable[[], Work[T]]) -> T:
+    """Return what comes of `begin()`, which is called within: whoever waits hears of its bugs."""
+    return await begin()
+
+
 class Tasks:
     """Begins coroutines and carries them on, each piece of them on the engine thread."""
 
@@ -84,7 +89,7 @@ class Tasks:
         if self._refusal is not None:
             answer.set_exception(self._refusal)
         else:
-            self._step(begin(), answer)
+            self._step(_begun(begin), answer)
 
     def _step(self, work: Work[T], answer: Future[T] | None) -> None:
         """Run up to the next future that `work` waits for. A bug goes on to the engine's loop."""
