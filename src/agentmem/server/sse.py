@@ -13,6 +13,7 @@ from starlette.types import Receive, Scope, Send
 FIRST_EVENT_WAIT = 2.0  # s; until then an error can still become an HTTP status
 PING_INTERVAL = 5.0  # s between pings while a stream has nothing to say
 PING = ": ping\n\n"  # a comment, which every client skips
+DONE = "data: [DONE]\n\n"  # the end of a stream of OpenAI's
 
 T = TypeVar("T")
 

@@ -14,11 +14,9 @@ from ...engine.api import Finished, RequestStats
 from ...errors import AgentMemError
 from ..answer import Begun, Ping, RunningAnswer, Services, ask, converse
 from ..errors import openai_error
-from ..sse import PING, event_lines, stream, whole
+from ..sse import DONE, PING, event_lines, stream, whole
 from .identity import ANONYMOUS, agent_id_of
 from .wire import ChatCompletionRequest, said
-
-DONE = "data: [DONE]\n\n"
 
 
 def add_routes(app: FastAPI, services: Services) -> None:

@@ -20,11 +20,10 @@ from ...errors import AgentMemError, ContextLengthExceeded, InvalidRequest
 from ..answer import Ping, RunningAnswer, Services
 from ..auth import agent_of
 from ..errors import openai_error
-from ..sse import PING, event_lines, stream, whole
+from ..sse import DONE, PING, event_lines, stream, whole
 from .identity import agent_id_of
-from .wire import AgentLife, Only, SamplingInput, StreamOptions, Text
+from .wire import AgentLife, CompletionInput, Only
 
-DONE = "data: [DONE]\n\n"
 _MAX_TOKENS = 16  # by default, as OpenAI has it
 _MAX_PROMPTS = 2048
 _LEAST = -9999.0  # in place of minus infinity, which JSON can't say
@@ -55,29 +54,14 @@ def _prompts(prompt: Any) -> list[str | list[int]]:
     return prompts
 
 
-class CompletionRequest(SamplingInput):
+class CompletionRequest(CompletionInput):
     """The body of POST /v1/completions. Null means the default everywhere."""
 
-    model: Text = "default"
     prompt: Annotated[Any, BeforeValidator(_prompts), WithJsonSchema(_PROMPT_SCHEMA)]
-    agent_id: Text | None = None
     agentmem: AgentLife | None = None
-    stream: bool | None = None
-    stream_options: StreamOptions | None = None
     max_tokens: Annotated[int, Field(ge=0)] | None = None  # 0: fill the cache, and answer nothing
     echo: bool | None = None
     logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
-    priority: Annotated[int, Field(ge=-1000, le=1000)] | None = None
-
-    # promise nothing about the output
-    user: str | None = None
-    metadata: dict[str, Any] | None = None
-    store: bool | None = None
-    service_tier: str | None = None
-    safety_identifier: str | None = None
-    prompt_cache_key: str | None = None
-    prompt_cache_options: dict[str, Any] | None = None
-    prompt_cache_retention: str | None = None
 
     # would promise something that isn't there
     n: Annotated[Any, Only(1)] = None

@@ -242,18 +242,13 @@ class SamplingInput(Wire):
         )
 
 
-class ChatCompletionRequest(TemplateInput, SamplingInput):
-    """The body of POST /v1/chat/completions. Null means the default everywhere."""
+class CompletionInput(SamplingInput):
+    """What OpenAI's bodies of chat completions and of completions have in common."""
 
     model: Text = "default"
-    messages: list[ChatMessage] = Field(min_length=1, max_length=MAX_MESSAGES)
     agent_id: Text | None = None
-    agentmem: AgentOptions | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-
-    max_tokens: Annotated[int, Field(ge=1)] | None = None
-    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     priority: Annotated[int, Field(ge=-1000, le=1000)] | None = None
 
     # promise nothing about the output
@@ -265,6 +260,16 @@ class ChatCompletionRequest(TemplateInput, SamplingInput):
     prompt_cache_key: str | None = None
     prompt_cache_options: dict[str, Any] | None = None
     prompt_cache_retention: str | None = None
+
+
+class ChatCompletionRequest(TemplateInput, CompletionInput):
+    """The body of POST /v1/chat/completions. Null means the default everywhere."""
+
+    messages: list[ChatMessage] = Field(min_length=1, max_length=MAX_MESSAGES)
+    agentmem: AgentOptions | None = None
+
+    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
 
     tool_choice: Annotated[
         Any, BeforeValidator(check_tool_choice), WithJsonSchema({"enum": [None, "none", "auto"]})
