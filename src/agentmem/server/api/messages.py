@@ -227,8 +227,8 @@ def to_messages(body: CountTokensRequest) -> Messages:
     """Return the request's messages in the chat format, the system prompt first.
 
     A string and a list with that string as its only block give the same. The text of neighbouring
-    blocks is joined without anything between, as Anthropic does it. What is no text stands in
-    history as a note that it was left out. InvalidRequest names what can't be read, such as
+    blocks is joined without anything between. What is no text stands in history as a note that it
+    was left out. InvalidRequest names what can't be read, such as
     messages.3.content.0.text, or what of the user's newest messages is no text.
     """
     result: Messages = _system(body.system, "system")
