@@ -152,7 +152,7 @@ def _theirs(runner: ModelRunner, lengths: list[int]) -> tuple[list[float], int]:
 
 def _full_precision(runner: ModelRunner, length: int) -> list[Any]:
     """Make mlx-lm's own caches of `length` random tokens."""
-    caches = make_prompt_cache(runner.model)
+    caches: list[Any] = make_prompt_cache(runner.model)
     dtype = runner.spec.dtype
     for cache, layer in zip(caches, runner.spec.layers, strict=True):
         heads = (1, layer.num_kv_heads, length)

@@ -31,14 +31,14 @@ class _PlainQ4:
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         keys = _round_trip(keys)
         values = _round_trip(values)
-        return super().update_and_fetch(keys, values)  # type: ignore[misc]
+        return super().update_and_fetch(keys, values)  # type: ignore[misc, no-any-return]
 
 
-class _PlainQ4KVCache(_PlainQ4, KVCache):
+class _PlainQ4KVCache(_PlainQ4, KVCache):  # type: ignore[misc]
     pass
 
 
-class _PlainQ4RotatingKVCache(_PlainQ4, RotatingKVCache):
+class _PlainQ4RotatingKVCache(_PlainQ4, RotatingKVCache):  # type: ignore[misc]
     pass
 
 

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import mlx.core as mx
 import mlx.nn as nn
 from huggingface_hub import hf_hub_download, try_to_load_from_cache
-from huggingface_hub.errors import (
+from huggingface_hub.errors import (  # type: ignore[attr-defined]
     HTTPError,
     RevisionResolutionError,
     StrictDataclassError,
