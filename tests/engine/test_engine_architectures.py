@@ -10,7 +10,7 @@ import pytest
 from agentmem.agent_key import AgentKey
 from agentmem.engine.api import GenerateRequest, SamplingParams
 from agentmem.models.loading import LoadedModel
-from support.fake_engine import tiny_tokenizer
+from support.fake_engine import NOWHERE, tiny_tokenizer
 from support.tiny import BLOCK, VOCAB, random_tokens, tiny_engine, word_ids
 from support.zoo import tiny
 
@@ -37,6 +37,7 @@ def loader(model_type: str):
         {},
         1024,
         model_type,
+        NOWHERE,
     )
 
 

@@ -11,7 +11,7 @@ from agentmem.agent_key import AgentKey
 from agentmem.errors import Conflict
 from agentmem.models.loading import LoadedModel
 from support.engines import Sampler, settle
-from support.fake_engine import tiny_tokenizer
+from support.fake_engine import NOWHERE, tiny_tokenizer
 from support.tiny import BLOCK, VOCAB, EngineThread, random_tokens, tiny_engine
 from support.zoo import tiny
 
@@ -30,6 +30,7 @@ def loader(model_type: str) -> Callable[[], LoadedModel]:
         {},
         1024,
         f"{model_type}-0",
+        NOWHERE,
     )
 
 

@@ -1,6 +1,7 @@
 """An engine without a model, and a tokenizer of a few words, for tests of the HTTP layer."""
 
 import asyncio
+from pathlib import Path
 
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -8,6 +9,7 @@ from transformers import PreTrainedTokenizerFast
 
 from agentmem.engine.api import Finished, RequestStats, TextDelta
 from agentmem.errors import ShuttingDown
+from agentmem.models.model_dir import ModelDir
 from agentmem.prefix_cache.info import AgentInfo
 
 CHATML = (
@@ -15,6 +17,19 @@ CHATML = (
     "{{ raise_exception('the user speaks first') }}{% endif %}"
     "{% for m in messages %}<s> {{ m.role }} {{ m.content }} </s> {% endfor %}"
     "{% if add_generation_prompt %}<s> assistant{% endif %}"
+)
+
+# what models that were made in memory say of their files
+NOWHERE = ModelDir(
+    path=Path("/nowhere"),
+    config={},
+    weight_files=(),
+    model_type="llama",
+    parameters=1_500_000,
+    dtype="F32",
+    max_context=1024,
+    bytes=6_000_000,
+    modified=1.0,
 )
 
 
@@ -36,6 +51,7 @@ class FakeEngine:
 
     model_name, max_context, why_max_context, vocab_size, status = "org/tiny", 64, "", 8, "ok"
     turn_table, room_bytes = None, 1 << 30
+    model_dir, weights_hash, on_gpu = NOWHERE, "0" * 32, False
     words, delay, first_delay, error, failed = ("Hello", " wörld"), 0.0, 0.0, None, False
 
     def __init__(self, **options):

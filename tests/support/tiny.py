@@ -20,7 +20,7 @@ from agentmem.engine.engine import Engine
 from agentmem.engine.model_runner import ModelRunner
 from agentmem.kvcache.sequence import SequenceCache
 from agentmem.models.loading import LoadedModel
-from support.fake_engine import tiny_tokenizer
+from support.fake_engine import NOWHERE, tiny_tokenizer
 
 VOCAB = 256
 BLOCK = 32
@@ -136,6 +136,7 @@ def tiny_loader(
         {},
         max_context,
         f"{kind}-{seed}",
+        NOWHERE,
     )
 
 

@@ -62,6 +62,12 @@ class ChatRenderer:
         """How answers are marked up."""
         return self._template.markup
 
+    async def takes_tools(self) -> bool:
+        """Tell whether the model gets to know of a chat's tools."""
+        if not self._tokenizer.has_chat_template:
+            return False
+        return await self._in_thread(lambda: self._template.takes_tools)
+
     async def prompt(
         self, chat: Chat, branches: Sequence[np.ndarray] = (), days: Sequence[date] = ()
     ) -> Prompt:

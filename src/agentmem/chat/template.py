@@ -73,7 +73,7 @@ class ChatTemplate:
         self, messages: Iterable[Message], tools: Collection[Any], options: Mapping[str, Any]
     ) -> None:
         """Raise InvalidRequest where the template ignores something, so no prompt would hold it."""
-        if tools and not self._takes_tools:
+        if tools and not self.takes_tools:
             why = "This model's chat template ignores tools, so it would not know of them"
             raise InvalidRequest(
                 f"{why}; leave them out, or serve a model with tool calling.", param="tools"
@@ -152,7 +152,8 @@ class ChatTemplate:
         return dict.fromkeys(sorted(names), message.reasoning)
 
     @cached_property
-    def _takes_tools(self) -> bool:
+    def takes_tools(self) -> bool:
+        """Whether a prompt holds the tools that it is given."""
         with_tools = self._probe([_HELLO], tools=[_TOOL])
         return with_tools is None or with_tools != self._probe([_HELLO])
 

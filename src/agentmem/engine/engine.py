@@ -51,6 +51,9 @@ class Engine:
         self._thread.start()
         self._core = self._ready.result()
         self.model_name = self._core.model.name
+        self.model_dir = self._core.model.directory
+        self.weights_hash = self._core.model.weights_hash
+        self.on_gpu = mx.default_device().type != mx.DeviceType.cpu
         self.max_context = self._core.budget.max_context
         self.why_max_context = self._core.budget.why_max_context
         self.vocab_size = self._core.vocab_size

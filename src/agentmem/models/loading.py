@@ -39,6 +39,7 @@ class LoadedModel:
     ]  # config.json as it stands: `quantization` is of the file, not of a dequantized model
     max_context: int  # tokens
     weights_hash: str
+    directory: ModelDir  # what its files say of it
 
 
 def resolve_model(name: str, home: Path, progress: Progress = print) -> Path:
@@ -120,6 +121,7 @@ def load_model(name: str, home: Path, progress: Progress = print) -> LoadedModel
         config=found.config,
         max_context=found.max_context,
         weights_hash=weights_hash(found, home / "cache"),
+        directory=found,
     )
 
 

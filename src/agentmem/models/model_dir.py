@@ -23,6 +23,7 @@ class ModelDir:
     dtype: str  # such as "F16", or "F16, 4-bit"
     max_context: int  # tokens
     bytes: int  # of the weight files
+    modified: float  # Unix seconds, of the newest of them
 
 
 def read_model_dir(path: Path) -> ModelDir:
@@ -41,6 +42,7 @@ def read_model_dir(path: Path) -> ModelDir:
     tensors: dict[str, TensorHeader] = {}
     for file in files:
         tensors |= read_headers(file)
+    stats = [file.stat() for file in files]
     return ModelDir(
         path=path,
         config=config,
@@ -49,7 +51,8 @@ def read_model_dir(path: Path) -> ModelDir:
         parameters=_count_parameters(tensors, config),
         dtype=_dtype(tensors, config),
         max_context=max_context(config),
-        bytes=sum(file.stat().st_size for file in files),
+        bytes=sum(stat.st_size for stat in stats),
+        modified=max(stat.st_mtime for stat in stats),
     )
 
 

@@ -25,7 +25,7 @@ from starlette.requests import Request
 from ..agent_key import AgentKey
 from ..chat.answer_parser import AnswerParser, AnswerPart, message_of
 from ..chat.dates import session_days
-from ..chat.messages import Chat
+from ..chat.messages import Chat, ToolCall
 from ..chat.renderer import ChatRenderer, Prompt
 from ..config import Settings
 from ..engine.api import (
@@ -276,6 +276,10 @@ class RunningAnswer:
     def has_calls(self) -> bool:
         """Whether it has called tools so far."""
         return self._parser is not None and self._parser.num_calls > 0
+
+    def name_call(self, call: ToolCall, call_id: str) -> None:
+        """Give a call that it has made another id, in the turn that it leaves too."""
+        self.parts[self.parts.index(call)] = replace(call, id=call_id)
 
     async def leave_turn(
         self, kind: Kind = "chat", turn_id: str | None = None, **about: Any

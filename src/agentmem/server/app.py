@@ -25,6 +25,8 @@ APIS = (
     "messages",
     "responses",
     "models",
+    "ollama",
+    "ollama_models",
     "context",
     "explain",
     "agents",

@@ -84,7 +84,12 @@ async def whole(request: Request, work: Coroutine[Any, Any, T], *sources: Source
         return await _unless_disconnected(request, work)
 
 
-async def stream(request: Request, lines: AsyncIterator[str], *sources: Source) -> "EventStream":
+async def stream(
+    request: Request,
+    lines: AsyncIterator[str],
+    *sources: Source,
+    media_type: str = "text/event-stream",
+) -> "EventStream":
     """Return the response of these lines, once the first source has an event.
 
     An error until then is raised, and so becomes an HTTP status. It takes FIRST_EVENT_WAIT seconds
@@ -96,16 +101,15 @@ async def stream(request: Request, lines: AsyncIterator[str], *sources: Source) 
         if sources:
             await _unless_disconnected(request, sources[0].ready(FIRST_EVENT_WAIT))
         closing.pop_all()  # from here on the response closes them
-    return EventStream(lines, *sources)
+    return EventStream(lines, *sources, media_type=media_type)
 
 
 class EventStream(StreamingResponse):
-    """Server-sent events. Whatever ends the response, its sources are closed before it returns."""
+    """Lines as they come. Whatever ends the response, its sources are closed before it returns."""
 
-    media_type = "text/event-stream"
-
-    def __init__(self, lines: AsyncIterator[str], *sources: Source):
-        super().__init__(lines, headers={"cache-control": "no-cache", "x-accel-buffering": "no"})
+    def __init__(self, lines: AsyncIterator[str], *sources: Source, media_type: str):
+        headers = {"cache-control": "no-cache", "x-accel-buffering": "no"}
+        super().__init__(lines, headers=headers, media_type=media_type)
         self._sources = sources
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

@@ -1,0 +1,280 @@
+"""Ollama's wire format: what a request may hold, and its messages in the shape of OpenAI's chat.
+
+What an option wishes for the model's loading, or for hardware, passes unseen: the model is loaded.
+"""
+
+import hashlib
+import json
+import re
+from collections import Counter
+from collections.abc import Callable, Coroutine, Sequence
+from typing import Annotated, Any, Literal
+
+from fastapi import FastAPI, Request
+from fastapi.routing import APIRoute
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from starlette.responses import Response
+
+from ...chat.messages import function_tools
+from ...engine.api import SamplingParams
+from ...transcripts.turns import Messages
+from .wire import MAX_MESSAGES, AgentOptions, Only, Text
+
+_ALL_TOKENS = 1 << 30  # a window of the repeat penalty that holds every prompt
+_NO_TIME = re.compile(r"[+-]?0*\.?0+(ns|us|µs|ms|s|m|h)?")
+_IMAGE = {"type": "image_url"}  # in place of an image; it has no data, and nothing reads it
+
+
+class AnyContentType(APIRoute):
+    """A route that takes a body for JSON whatever its content-type says, as Ollama does.
+
+    A request of a web page, which has an Origin, must name JSON: that is what makes a browser ask
+    first whether the page may.
+    """
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        handler = super().get_route_handler()
+
+        async def handle(request: Request) -> Response:
+            headers = request.scope["headers"]
+            if not any(name == b"origin" for name, _ in headers):
+                others = [(name, value) for name, value in headers if name != b"content-type"]
+                request.scope["headers"] = [*others, (b"content-type", b"application/json")]
+            return await handler(request)
+
+        return handle
+
+
+def add_post(app: FastAPI, path: str, handler: Callable[..., Any]) -> None:
+    """Add a route of Ollama's that takes a body."""
+    app.router.add_api_route(
+        path, handler, methods=["POST"], response_model=None, route_class_override=AnyContentType
+    )
+
+
+class _Body(BaseModel):
+    """Something in a request. Fields that are not known are ignored, as Ollama does it."""
+
+    model_config = ConfigDict(extra="ignore", allow_inf_nan=False)
+
+
+def _truncated(value: Any) -> Any:
+    return int(value) if isinstance(value, float) and abs(value) < 2**63 else value
+
+
+def _stop_list(stop: Any) -> Any:
+    stops = [stop] if isinstance(stop, str) else stop
+    return [text for text in stops if text != ""] if isinstance(stops, list) else stops
+
+
+Whole = Annotated[int, BeforeValidator(_truncated)]  # a fraction is cut off, as Ollama does it
+
+
+class OllamaOptions(_Body):
+    """The options that an answer depends on; values beyond their bounds mean the nearest one."""
+
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: Whole | None = None
+    min_p: float | None = None
+    repeat_penalty: float | None = None
+    repeat_last_n: Whole | None = None  # tokens; 0: no penalty, -1: all
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    seed: Whole | None = None  # below 0: any
+    num_predict: Whole | None = None  # tokens of the answer; below 0: as many as there is room for
+    stop: Annotated[
+        list[Annotated[Text, Field(max_length=1000)]] | None,
+        Field(max_length=16),
+        BeforeValidator(_stop_list),
+    ] = None
+
+    def sampling_params(self, default_max_tokens: int) -> SamplingParams:
+        """Return what the options say, with Ollama's own defaults for the rest."""
+        max_tokens = default_max_tokens if self.num_predict is None else self.num_predict
+        window = 64 if self.repeat_last_n is None else self.repeat_last_n
+        penalty = self.repeat_penalty or 1.0
+        return SamplingParams(
+            max_tokens=max_tokens if max_tokens >= 0 else _ALL_TOKENS,
+            temperature=max(0.8 if self.temperature is None else self.temperature, 0.0),
+            top_p=min(max(0.9 if self.top_p is None else self.top_p, 1e-6), 1.0),
+            top_k=max(40 if self.top_k is None else self.top_k, 0),
+            min_p=min(max(self.min_p or 0.0, 0.0), 1.0),
+            repetition_penalty=penalty if penalty > 0 and window != 0 else 1.0,
+            repetition_context_size=window if window > 0 else _ALL_TOKENS,
+            presence_penalty=self.presence_penalty or 0.0,
+            frequency_penalty=self.frequency_penalty or 0.0,
+            seed=None if self.seed is None or self.seed < 0 else self.seed % 2**64,
+            stop=tuple(self.stop or ()),
+        )
+
+
+class OllamaFunctionCall(_Body):
+    name: Text
+    arguments: Any = None
+
+
+class OllamaToolCall(_Body):
+    id: Text | None = None
+    function: OllamaFunctionCall
+
+
+class OllamaMessage(_Body):
+    role: Text
+    content: Any = None
+    thinking: Text | None = None
+    images: list[Any] | None = None
+    tool_calls: list[OllamaToolCall] | None = None
+    tool_name: Text | None = None
+    tool_call_id: Text | None = None
+
+
+class OllamaRequest(_Body):
+    """What bodies of /api/chat and of /api/generate have in common. Null means the default."""
+
+    model: Text = "default"
+    stream: bool | None = None  # by default true
+    think: bool | Literal["low", "medium", "high", "max"] | None = None
+    options: OllamaOptions | None = None
+    keep_alive: float | str | None = None  # 0 without a prompt: an unload; else a wish
+    agent_id: Text | None = None
+    agentmem: AgentOptions | None = None
+
+    # would promise something that isn't there
+    format: Annotated[Any, Only("")] = None
+    logprobs: Annotated[Any, Only(False)] = None
+
+    @property
+    def template_options(self) -> dict[str, Any]:
+        """The chat template's options: where nothing is said of thinking the template decides."""
+        if self.think is None:
+            return {}
+        options: dict[str, Any] = {"enable_thinking": self.think is not False}
+        if isinstance(self.think, str):
+            options["reasoning_effort"] = "high" if self.think == "max" else self.think
+        return options
+
+    @property
+    def unloads(self) -> bool:
+        """Whether, without a prompt, it asks that the model leaves memory at once."""
+        keep = self.keep_alive
+        return bool(_NO_TIME.fullmatch(keep)) if isinstance(keep, str) else keep == 0
+
+    def sampling_params(self, default_max_tokens: int) -> SamplingParams:
+        """Return what the body says, with Ollama's own defaults for the rest."""
+        return (self.options or OllamaOptions()).sampling_params(default_max_tokens)
+
+
+class OllamaChatRequest(OllamaRequest):
+    """The body of POST /api/chat."""
+
+    messages: Annotated[list[OllamaMessage] | None, Field(max_length=MAX_MESSAGES)] = None
+    tools: list[Any] | None = None
+
+    def function_tools(self) -> list[dict[str, Any]]:
+        """Return the tools, whose type may be missing. InvalidRequest names what can't be read."""
+        typed = [
+            {"type": "function", **tool} if isinstance(tool, dict) else tool
+            for tool in self.tools or ()
+        ]
+        return function_tools(typed)
+
+
+class OllamaGenerateRequest(OllamaRequest):
+    """The body of POST /api/generate."""
+
+    prompt: Text | None = None
+    system: Text | None = None
+    raw: bool | None = None  # the prompt goes to the model as it is
+    context: list[int] | None = None  # tokens that go before the prompt, from an earlier answer
+
+    # would promise something that isn't there
+    images: Annotated[Any, Only([])] = None
+    suffix: Annotated[Any, Only("")] = None
+    template: Annotated[Any, Only("")] = None
+
+    @property
+    def messages(self) -> Messages:
+        """What is said, in the shape of OpenAI's chat."""
+        system = [{"role": "system", "content": self.system}] if self.system else []
+        return [*system, {"role": "user", "content": self.prompt or ""}]
+
+
+class OllamaShowRequest(_Body):
+    """The body of POST /api/show."""
+
+    model: Text | None = None
+    name: Text | None = None  # what the model's field was called before
+
+
+class CallIds:
+    """Gives tool calls their ids.
+
+    Clients of Ollama send calls back without ids. So an id follows from what is called, and how
+    often that was called before: a call has the same id in the answer and in each later request.
+    """
+
+    def __init__(self) -> None:
+        self._called: Counter[str] = Counter()
+
+    def next(self, name: str, arguments: Any) -> str:
+        """Return the id of the next call."""
+        called = json.dumps([name, arguments], sort_keys=True)
+        self._called[called] += 1
+        said = f"{self._called[called]} {called}".encode()
+        return f"call_{hashlib.blake2b(said, digest_size=8).hexdigest()}"
+
+
+def untagged(name: str) -> str:
+    """Return a model's name without the tag `latest`, which says no more."""
+    return name.removesuffix(":latest")
+
+
+def to_messages(messages: Sequence[OllamaMessage], ids: CallIds) -> Messages:
+    """Return messages in the shape of OpenAI's chat; `ids` has seen their calls then.
+
+    A tool's result without an id is that of the first call of its tool that has none yet, or of
+    the first call of any tool.
+    """
+    result: Messages = []
+    unanswered: dict[str, str] = {}  # names of called tools, by the calls' ids
+    for message in messages:
+        role = message.role.lower()
+        said: dict[str, Any] = {"role": role, "content": _content(message)}
+        if message.thinking:
+            said["reasoning_content"] = message.thinking
+        if message.tool_calls:
+            said["tool_calls"] = [_call(call, ids) for call in message.tool_calls]
+            unanswered |= {call["id"]: call["function"]["name"] for call in said["tool_calls"]}
+        if role == "tool":
+            said["tool_call_id"] = message.tool_call_id or _answered(message.tool_name, unanswered)
+            unanswered.pop(said["tool_call_id"], None)
+            if message.tool_name:
+                said["name"] = message.tool_name
+        result.append(said)
+    return result
+
+
+def _content(message: OllamaMessage) -> Any:
+    content = "" if message.content is None else message.content
+    if not message.images:
+        return content
+    text = [{"type": "text", "text": content}] if isinstance(content, str) else content
+    return [*text, *[_IMAGE for _ in message.images]] if isinstance(text, list) else content
+
+
+def _call(call: OllamaToolCall, ids: CallIds) -> dict[str, Any]:
+    arguments = {} if call.function.arguments is None else call.function.arguments
+    new_id = ids.next(call.function.name, arguments)
+    return {
+        "id": call.id or new_id,
+        "type": "function",
+        "function": {"name": call.function.name, "arguments": arguments},
+    }
+
+
+def _answered(name: str | None, unanswered: dict[str, str]) -> str:
+    """Return the id of the call that a result of the tool `name` answers."""
+    same = [call_id for call_id, called in unanswered.items() if called == name]
+    found = [*same, *unanswered]
+    return found[0] if found else "call_unknown"
