@@ -1,7 +1,6 @@
 """Models with recurrent state, and models of which nothing can be kept, through a whole engine."""
 
 import asyncio
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,29 +8,13 @@ import pytest
 
 from agentmem.agent_key import AgentKey
 from agentmem.errors import Conflict
-from agentmem.models.loading import LoadedModel
 from support.engines import Sampler, settle
-from support.fake_engine import NOWHERE, tiny_tokenizer
-from support.tiny import BLOCK, VOCAB, EngineThread, random_tokens, tiny_engine
-from support.zoo import tiny
+from support.tiny import BLOCK, EngineThread, random_tokens, tiny_engine
+from support.zoo import zoo_loader as loader
 
 PROMPT = random_tokens(200, seed=1)
 MORE = random_tokens(20, seed=2)
 KINDS = ("qwen3_next", "mamba2", "recurrent_gemma")  # with global attention, alone, with a window
-
-
-def loader(model_type: str) -> Callable[[], LoadedModel]:
-    tokenizer = tiny_tokenizer(size=VOCAB)
-    return lambda: LoadedModel(
-        f"tiny-{model_type}",
-        Path("/nowhere"),
-        tiny(model_type),
-        tokenizer,
-        {},
-        1024,
-        f"{model_type}-0",
-        NOWHERE,
-    )
 
 
 def tokens_of(engine: EngineThread, agent: str = "alice") -> list[int]:

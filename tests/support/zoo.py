@@ -7,6 +7,7 @@ import pkgutil
 import re
 import sys
 import tomllib
+from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
 from types import ModuleType
@@ -17,6 +18,10 @@ import mlx.nn as nn
 import mlx_lm.models
 from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.utils import MODEL_REMAPPING
+
+from agentmem.models.loading import LoadedModel
+from support.fake_engine import NOWHERE, tiny_tokenizer
+from support.tiny import VOCAB
 
 _CONFIGS = tomllib.loads((Path(__file__).parent / "zoo.toml").read_text())
 _HAS_MODEL = re.compile(r"^class Model\(|^from \..* import .*\bModel\b", re.MULTILINE)
@@ -126,6 +131,21 @@ def _random_like(name: str, value: mx.array) -> mx.array:
     if value.ndim < 2:
         return 0.1 * noise
     return noise if "norm" in name else noise * value.shape[-1] ** -0.5
+
+
+def zoo_loader(model_type: str) -> Callable[[], LoadedModel]:
+    """What makes such a model for an engine, with a tokenizer of as many words as it has tokens."""
+    tokenizer = tiny_tokenizer(size=VOCAB)
+    return lambda: LoadedModel(
+        f"tiny-{model_type}",
+        Path("/nowhere"),
+        tiny(model_type),
+        tokenizer,
+        {},
+        1024,
+        f"{model_type}-0",
+        NOWHERE,
+    )
 
 
 INCONSISTENT = {

@@ -6,14 +6,16 @@ shared blocks hold when its prefill begins, on a branch of its own.
 """
 
 import logging
+import math
 import time
 from typing import Any
 
 import numpy as np
 
 from ..errors import Busy
+from ..kvcache.block import Tail
 from ..kvcache.layers.kv import STEP, capacity_for
-from ..prefix_cache.agent import Agent
+from ..prefix_cache.agent import Agent, Branch
 from ..prefix_cache.block_pool import CachedTail
 from ..prefix_cache.cache import PrefixCache
 from ..prefix_cache.explain import explain
@@ -226,12 +228,51 @@ class Admission:
         if request.ttl is not None and not seq.preempted:
             agent.ttl = request.ttl
 
-    @staticmethod
-    def prefilled_maybe(seq: Sequence) -> None:
-        """Let a sequence decode once nothing of its prompt is left to prefill."""
+    def prefilled_maybe(self, seq: Sequence) -> None:
+        """Let a sequence decode once nothing of its prompt is left to prefill, and its forks."""
         if seq.num_to_prefill == 0:
             seq.prefilled = seq.prefilled or time.perf_counter()
             seq.status = Status.DECODE
+            self._fork(seq)
+
+    def _fork(self, seq: Sequence) -> None:
+        """Put what shares a prompt into the queue, each as if it had been preempted at its end.
+
+        Each goes on from a branch of its own, which shares the sealed blocks; the tail is copied
+        when it starts. So one that there is no room for now waits like any other, and none is
+        prefilled again.
+        """
+        forks = [fork for fork in seq.forks if not fork.cancelled]
+        seq.forks = []
+        if not forks:
+            return
+        assert seq.cache is not None
+        nothing_to_keep = not seq.cache.length or self._runner.spec.opaque is not None
+        snapshot = None if nothing_to_keep or seq.discard else seq.cache.snapshot()
+        if snapshot is not None and snapshot.tail is None:
+            self._prefix_cache.add_states(seq.blocks[-1], snapshot.blocks[-1])
+        for fork in forks:
+            fork.begin_as_fork(seq)
+            if snapshot is not None:
+                fork.kept = self._branch_at_end(seq, snapshot.tail)
+            self._scheduler.waiting.append(fork)
+            self.entered(fork)
+
+    def _branch_at_end(self, seq: Sequence, tail: Tail | None) -> Branch:
+        """Return a branch for a fork of `seq`, which ends where that stands; `tail`: its tail."""
+        assert seq.cache is not None and seq.branch is not None
+        agent = seq.branch.agent
+        branch = self._prefix_cache.new_branch(agent)
+        branch.in_use = branch.preempted = True
+        branch.last_used = time.time()
+        branch.save_at = math.inf  # only where RAM is short, until then
+        branch.blocks = list(seq.blocks)
+        self._prefix_cache.hold(branch.blocks)
+        tokens = np.array(seq.tokens[seq.cache.num_sealed : seq.cache.length], dtype=np.uint32)
+        cached = CachedTail(tokens, lineage=seq.lineage, discardable=agent.ephemeral)
+        self._prefix_cache.set_tail(branch, cached, tail)
+        agent.branches[branch.id] = branch
+        return branch
 
     def look_again(self, seq: Sequence) -> bool:
         """Start again from blocks that another request has sealed meanwhile, if there are any.
@@ -307,12 +348,19 @@ class Admission:
             seq.kept = branch
         self._requeue(seq)
 
-    @staticmethod
-    def _let_go(seq: Sequence) -> None:
-        """Let others use the branch that a preempted sequence left."""
-        if seq.kept is not None:
-            seq.kept.in_use = seq.kept.preempted = False
-            seq.kept = None
+    def _let_go(self, seq: Sequence) -> None:
+        """Let others use the branch that a preempted sequence left.
+
+        One that only holds a prompt, as it does for those that it was forked with, is dropped.
+        """
+        kept = seq.kept
+        if kept is None:
+            return
+        seq.kept = None
+        kept.in_use = kept.preempted = False
+        if seq.forked and not seq.num_generated and kept.agent.branches.get(kept.id) is kept:
+            self._prefix_cache.drop_branch(kept)
+            self._write_back.abandon(kept)
 
     def _requeue(self, seq: Sequence) -> None:
         """Put a sequence back into the queue."""
@@ -345,7 +393,8 @@ class Admission:
         for block in blocks:
             block.last_used = time.time()
         opaque = self._runner.spec.opaque is not None
-        if opaque or seq.discard or same is not None or cache.length == seq.cached_at_start:
+        unchanged = cache.length == seq.cached_at_start and not (preempted and seq.forked)
+        if opaque or seq.discard or same is not None or unchanged:
             prefix_cache.drop_unneeded(blocks)
             prefix_cache.release(blocks)
             self._write_back.abandon(branch)

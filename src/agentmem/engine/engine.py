@@ -7,7 +7,7 @@ import asyncio
 import logging
 import queue
 import threading
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from typing import Any
@@ -17,12 +17,12 @@ import numpy as np
 
 from ..agent_key import AgentKey
 from ..config import Settings
-from ..errors import AgentMemError, ContextLengthExceeded, EngineFailed, ShuttingDown, StartupError
+from ..errors import ContextLengthExceeded, EngineFailed, ShuttingDown, StartupError
 from ..models.loading import LoadedModel
 from ..store.writer.turns import TurnTable
-from .api import Finished, GenerateRequest, TextDelta
+from .answer_events import AnswerEvents
+from .api import GenerateRequest
 from .loop import EngineLoop, Inbox
-from .sequence import Event, Sequence
 from .startup import Core, build_core
 from .tasks import Tasks
 
@@ -63,33 +63,36 @@ class Engine:
         self.archives = self._core.archives
         self.turn_table: TurnTable | None = self._core.store.turns
 
-    async def generate(self, request: GenerateRequest) -> AsyncIterator[TextDelta | Finished]:
-        """Stream one answer; closing the iterator cancels it within one token.
+    def generate(self, request: GenerateRequest) -> AnswerEvents:
+        """Return the stream of one answer, see AnswerEvents."""
+        [events] = self.generate_each([request])
+        return events
 
-        Raises ContextLengthExceeded, Busy, ShuttingDown and EngineFailed, at first or mid-stream.
+    def generate_each(self, requests: Sequence[GenerateRequest]) -> list[AnswerEvents]:
+        """Return the streams of several answers to one prompt, which is prefilled once.
+
+        The requests differ in their `params` alone. All are begun when the first stream is read.
         """
-        self._check_open()
-        if len(request.tokens) >= self.max_context:
-            raise ContextLengthExceeded(len(request.tokens), self.max_context, self.why_max_context)
-        loop = asyncio.get_running_loop()
-        events = asyncio.Queue[Event]()
-        seq = Sequence(
-            request,
-            emit=lambda event: loop.call_soon_threadsafe(events.put_nowait, event),
-            tokens=list(request.tokens),
-        )
-        self._post(lambda: self._loop.submit(seq))
-        try:
-            while True:
-                event = await events.get()
-                if isinstance(event, AgentMemError):
-                    raise event
-                yield event
-                if isinstance(event, Finished):
-                    return
-        finally:
-            seq.cancelled = True  # seen before the next token; a finished sequence no longer looks
+        begun = False
+
+        def begin() -> None:
+            nonlocal begun
+            if begun:
+                return
+            self._check_open()
+            self._check_length(requests[0])
+            begun = True
+            for answer in answers:
+                answer.loop = asyncio.get_running_loop()
+            self._post(lambda: self._loop.submit(first))
+
+        def wake() -> None:
             self._post(lambda: None)
+
+        answers = [AnswerEvents(request, begin, wake) for request in requests]
+        first, *forks = [answer.sequence for answer in answers]
+        first.forks = forks
+        return answers
 
     @property
     def failed(self) -> bool:
@@ -140,6 +143,11 @@ class Engine:
 
     def _post(self, function: Callable[[], None]) -> None:
         self._inbox.put(function)
+
+    def _check_length(self, request: GenerateRequest) -> None:
+        """Raise ContextLengthExceeded where a prompt leaves no room for a token."""
+        if len(request.tokens) >= self.max_context:
+            raise ContextLengthExceeded(len(request.tokens), self.max_context, self.why_max_context)
 
     def _check_open(self) -> None:
         """Raise EngineFailed or ShuttingDown where nothing new may begin."""

@@ -157,7 +157,7 @@ class EngineLoop:
         """Take out the sequences whose clients have gone away."""
         for seq in [*self._scheduler.active, *self._scheduler.waiting]:
             # a restore ends by itself, soon
-            if seq.cancelled and seq.status is not Status.RESTORING:
+            if not seq.wanted and seq.status is not Status.RESTORING:
                 self._admission.leave(seq)
 
     # -- stop

@@ -56,6 +56,11 @@ class Metrics(Collector):
         self._cached = Counter(
             "agentmem_cached_tokens", "of those, taken from the cache", registry=registry
         )
+        self._prefilled = Counter(
+            "agentmem_prefilled_tokens",
+            "tokens computed by prefill; of several answers to a prompt, once",
+            registry=registry,
+        )
         self._completion = Counter(
             "agentmem_completion_tokens", "answered tokens", registry=registry
         )
@@ -73,14 +78,21 @@ class Metrics(Collector):
         return Histogram(name, text, labels, buckets=_SECONDS, registry=self._registry)
 
     def finished(self, stats: RequestStats) -> None:
-        """Count a request that has ended."""
+        """Count a request that has ended, once however many answers it has."""
         self._requests.labels(stats.cache).inc()
         self._causes.labels(stats.cause).inc()
         self._prompt.inc(stats.prompt_tokens)
         self._cached.inc(stats.cached_tokens)
-        self._completion.inc(stats.completion_tokens)
         self._ttft.labels(stats.cache).observe(stats.ttft_ms / 1e3)
         self._queue.labels(stats.cache).observe(stats.queue_ms / 1e3)
+
+    def answered(self, num_tokens: int) -> None:
+        """Count the tokens of an answer that has ended."""
+        self._completion.inc(num_tokens)
+
+    def prefilled(self, num_tokens: int) -> None:
+        """Count tokens that a chunk of prefill computed."""
+        self._prefilled.inc(num_tokens)
 
     def token_after(self, seconds: float) -> None:
         """Count the seconds between two tokens of one answer."""

@@ -44,11 +44,14 @@ class Sequence:
     status: Status = Status.WAITING
     cancelled: bool = False
     discard: bool = False  # the agent was deleted meanwhile: nothing of this sequence is kept
+    # other answers to the same prompt, which go on from it once it is prefilled
+    forks: list["Sequence"] = field(default_factory=list)
+    forked: bool = False  # was one of those
     match: Match | None = None  # until the cache is made from it
     reading: bool = False  # what it matched is on its way from disk, perhaps ahead of need
     capacity: int = 0  # tokens that RAM is reserved for
     cache: SequenceCache | OpaqueCache | None = None
-    preempted: bool = False  # gave its RAM to others, at least once
+    preempted: bool = False  # gave its RAM to others at least once, or was forked
     kept: Branch | None = None  # what it had computed by then, while it waits to go on
     cached_at_start: int = 0  # tokens that `cache` began with
     num_cached: int = 0  # the same, when the sequence first left the queue
@@ -117,6 +120,11 @@ class Sequence:
             yield self.match.all_blocks, self.match.length
 
     @property
+    def wanted(self) -> bool:
+        """Whether anybody waits for its answer, or for its prompt to be prefilled."""
+        return not self.cancelled or any(not fork.cancelled for fork in self.forks)
+
+    @property
     def cache_state(self) -> CacheState:
         """Return whether its prompt was read from disk, was in RAM, or was not cached."""
         if self.restored_bytes:
@@ -142,12 +150,28 @@ class Sequence:
             cause=self.cause,
         )
 
+    def begin_as_fork(self, other: "Sequence") -> None:
+        """Take over what prefilling the prompt took, all of which `other` did."""
+        self.forked = self.preempted = True
+        self.discard = other.discard
+        self.num_scored = other.num_scored
+        self.num_cached = other.num_cached
+        self.cause = other.cause
+        self.restored_bytes = other.restored_bytes
+        self.served_ms = other.served_ms
+        self.submitted = other.submitted
+        self.started = other.started
+        self.restored = other.restored
+        self.prefilled = other.prefilled
+
     def finish(self, reason: FinishReason) -> None:
         """Tell the client that the answer has ended."""
         self.status = Status.FINISHED
         self.emit(Finished(reason, self.stats(), self.output.stop_string if self.output else None))
 
     def fail(self, error: AgentMemError) -> None:
-        """Tell the client what went wrong."""
+        """Tell the client what went wrong, for the forks that have not begun too."""
         self.status = Status.FINISHED
         self.emit(error)
+        for fork in self.forks:
+            fork.fail(error)

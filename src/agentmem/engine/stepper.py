@@ -142,6 +142,7 @@ class Stepper:
         took_ms = (self._last_prefill - began) * 1e3
         seq.served_ms += took_ms
         self._scheduler.pace.saw_prefill(took_ms, step.chunk)
+        self._metrics.prefilled(step.chunk)
         self._trace.span("prefill", began, agent=seq.request.agent.agent_id, tokens=step.chunk)
         self._sealed(seq, fresh)
         if seq.request.on_progress is not None:
@@ -164,7 +165,8 @@ class Stepper:
         # after a preemption some may have been told before
         if news := scored[max(0, seq.num_scored - start) :]:
             seq.num_scored += len(news)
-            seq.emit(TextDelta("", tuple(news)))
+            for one in (seq, *seq.forks):
+                one.emit(TextDelta("", tuple(news)))
         return fresh
 
     def _commit(self, step: Step, decoded: Decoded) -> None:
@@ -195,10 +197,12 @@ class Stepper:
     def _finish(self, seq: Sequence, reason: FinishReason) -> None:
         """End a sequence; what it computed becomes its agent's."""
         agent = self._prefix_cache.agent(seq.request.agent)
-        agent.requests += 1
-        agent.hit_tokens += seq.num_cached
+        if not seq.forked:
+            agent.requests += 1
+            agent.hit_tokens += seq.num_cached
+            self._metrics.finished(seq.stats())
+        self._metrics.answered(seq.num_generated)
         self._admission.leave(seq)
-        self._metrics.finished(seq.stats())
         seq.finish(reason)
 
     def _sealed(self, seq: Sequence, sealed: list[SealedBlock]) -> None:
