@@ -97,6 +97,22 @@ def remove(name: str) -> Callable[[Path], None]:
     return lambda path: (path / name).unlink()
 
 
+def write_index(*names: str) -> Callable[[Path], None]:
+    """An index that names these files."""
+    weight_map = {f"tensor{i}": name for i, name in enumerate(names)}
+    return write("model.safetensors.index.json", json.dumps({"weight_map": weight_map}))
+
+
+def split(path: Path, *names: str | None) -> None:
+    """Give each of these files a share of the tensors; that of None is lost."""
+    tensors = sorted(mx.load(str(path / "model.safetensors")).items())
+    mx.eval([tensor for _, tensor in tensors])
+    (path / "model.safetensors").unlink()
+    for i, name in enumerate(names):
+        if name is not None:
+            mx.save_safetensors(str(path / name), dict(tensors[i :: len(names)]), {"format": "mlx"})
+
+
 BREAK = {
     "no directory": (shutil.rmtree, "no such directory"),
     "no config": (remove("config.json"), "config.json"),
@@ -121,9 +137,49 @@ BREAK = {
         "broken",
     ),
     "a shard is missing": (
-        write("model.safetensors.index.json", '{"weight_map": {"a": "model-00002.safetensors"}}'),
+        write_index("model.safetensors", "model-00002.safetensors"),
         "model-00002.safetensors is missing",
     ),
+    "a shard is missing, and there is no index": (
+        lambda path: (path / "model.safetensors").rename(path / "model-00001-of-00003.safetensors"),
+        "model-00002-of-00003.safetensors, model-00003-of-00003.safetensors are missing",
+    ),
+    "a shard of the index is empty": (
+        lambda path: [
+            write_index("model.safetensors", "model-00002.safetensors")(path),
+            (path / "model-00002.safetensors").touch(),
+        ],
+        "model-00002.safetensors.* is broken",
+    ),
+    "the index leads elsewhere": (write_index("../model.safetensors"), "no file of the directory"),
+    "weights are a link to nowhere": (
+        lambda path: (
+            (path / "model.safetensors").rename(path / "gone")
+            and (path / "model.safetensors").symlink_to(path / "blob")
+        ),
+        "model.safetensors is broken",
+    ),
+    "weights of another kind": (
+        lambda path: (path / "model.safetensors").rename(path / "pytorch_model.bin"),
+        r"model.safetensors is missing \(there is pytorch_model.bin\)",
+    ),
+    "weights that mlx-lm does not look for": (
+        lambda path: (path / "model.safetensors").rename(path / "consolidated.safetensors"),
+        r"model.safetensors is missing \(there is consolidated.safetensors\)",
+    ),
+    "weights of half the model beside an old index": (
+        lambda path: [
+            split(path, "model.safetensors", None),
+            write_index("model-00001.safetensors")(path),
+        ],
+        "can't be loaded",
+    ),
+    "config in UTF-16": (
+        lambda path: (path / "config.json").write_bytes(json.dumps(CONFIG).encode("utf-16")),
+        "config.json can't be read",
+    ),
+    "config without end": (write("config.json", "[" * 100_000), "config.json can't be read"),
+    "a tokenizer's config that is no object": (write("tokenizer_config.json", "[]"), "loaded"),
     "broken index": (write("model.safetensors.index.json", '{"weight_map": 3}'), "index.json"),
     "no tokenizer": (
         lambda path: [remove(f"tokenizer{x}.json")(path) for x in ("", "_config")] and None,
@@ -141,6 +197,200 @@ def test_a_broken_model_is_one_clear_line(model_dir, tmp_path, case):
     with pytest.raises(ModelError, match=says) as e:
         load_model(str(model_dir), tmp_path)
     assert "\n" not in e.value.message and str(model_dir) in e.value.message
+
+
+def logits(path: Path, home: Path) -> list[float]:
+    """What the model says, which is another thing for other weights."""
+    return load_model(str(path), home).model(mx.array([[1, 2, 3]]))[0, -1].tolist()
+
+
+def other_model(path: Path, name: str, of: str = "model.safetensors") -> None:
+    """A file with other weights under the same names of tensors."""
+    tensors = {name: tensor + 1 for name, tensor in mx.load(str(path / of)).items()}
+    mx.save_safetensors(str(path / name), tensors, {"format": "mlx"})
+
+
+def with_bom(*names: str) -> Callable[[Path], None]:
+    def add(path: Path) -> None:
+        for name in names:
+            (path / name).write_bytes(b"\xef\xbb\xbf" + (path / name).read_bytes())
+
+    return add
+
+
+def companions(path: Path) -> None:
+    """What macOS leaves beside files on a disk of another kind."""
+    for file in list(path.iterdir()):
+        (path / f"._{file.name}").write_bytes(b"\0\5\x16\7\0\2\0\0Mac OS X" + bytes(4000))
+    (path / ".DS_Store").write_bytes(b"\0\0\0\1Bud1")
+    (path / "additional_chat_templates").mkdir()
+    (path / "additional_chat_templates" / "._tool_use.jinja").write_bytes(b"\0\5\x16\7\xff")
+
+
+def empty(name: str) -> Callable[[Path], None]:
+    return lambda path: (path / name).touch()
+
+
+# what lies about in a directory, and changes nothing
+STRAY = {
+    "companions of macOS": companions,
+    "an empty file": empty("model-00001.safetensors"),
+    "an empty file of another name": empty("adapters.safetensors"),
+    "a copy": lambda path: shutil.copy(path / "model.safetensors", path / "model copy.safetensors"),
+    "half a copy": lambda path: (path / "model-1.safetensors").write_bytes(
+        (path / "model.safetensors").read_bytes()[:5000]
+    ),
+    "another model beside": lambda path: other_model(path, "model-finetuned.safetensors"),
+    "another model of another name": lambda path: other_model(path, "consolidated.safetensors"),
+    "another model that the index leaves out": lambda path: [
+        other_model(path, "model-00001-of-00001.safetensors"),
+        write_index("model.safetensors")(path),
+    ],
+    "an index of shards that are not there": write_index("model-00001-of-00002.safetensors"),
+    "an index with a byte order mark": lambda path: [
+        write_index("model.safetensors")(path),
+        with_bom("model.safetensors.index.json")(path),
+    ],
+    "generation_config.json is a list": write("generation_config.json", "[1]"),
+    "generation_config.json is null": write("generation_config.json", "null"),
+    "generation_config.json is empty": write("generation_config.json", ""),
+    "generation_config.json has a byte order mark": lambda path: [
+        write("generation_config.json", "{}")(path),
+        with_bom("generation_config.json")(path),
+    ],
+    "chat_template.json is a list": write("chat_template.json", "[]"),
+    "chat_template.json is no JSON": write("chat_template.json", "{% for"),
+    "byte order marks": with_bom("tokenizer.json", "tokenizer_config.json"),
+    "a folder": lambda path: (path / "original").mkdir(),
+    "a link to nowhere": lambda path: (path / "notes.json").symlink_to(path / "nothing"),
+}
+
+
+@pytest.mark.parametrize("case", STRAY)
+def test_what_lies_beside_a_model_changes_neither_what_is_loaded_nor_its_hash(
+    model_dir, tmp_path, case
+):
+    before = logits(model_dir, tmp_path)
+    first = weights_hash(read_model_dir(model_dir), tmp_path / "cache")
+    STRAY[case](model_dir)
+    there = {path: path.lstat().st_mtime_ns for path in model_dir.rglob("*")}
+    assert logits(model_dir, tmp_path) == before
+    found = read_model_dir(model_dir)
+    assert found.weight_files == (model_dir / "model.safetensors",)
+    assert weights_hash(found, tmp_path / "cache") == first
+    assert {path: path.lstat().st_mtime_ns for path in model_dir.rglob("*")} == there
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"),
+        ("model-a.safetensors", "model-b.safetensors"),
+        ("model.safetensors", "model-extra.safetensors"),
+    ],
+)
+@pytest.mark.parametrize("has_index", [False, True])
+def test_shards_are_loaded_and_hashed_with_an_index_and_without(
+    model_dir, tmp_path, names, has_index
+):
+    before = logits(model_dir, tmp_path)
+    split(model_dir, *names)
+    if has_index:
+        write_index(*names)(model_dir)
+    assert logits(model_dir, tmp_path) == before
+    found = read_model_dir(model_dir)
+    assert {file.name for file in found.weight_files} == set(names)
+    first = weights_hash(found, tmp_path / "cache")
+    other_model(model_dir, names[1], of=names[1])
+    assert weights_hash(read_model_dir(model_dir), tmp_path / "cache") != first
+
+
+def test_shards_may_have_any_name_that_the_index_knows(model_dir, tmp_path):
+    before = logits(model_dir, tmp_path)
+    names = ("weights.00.safetensors", "weights.01.safetensors")
+    split(model_dir, *names)
+    write_index(*names)(model_dir)
+    assert logits(model_dir, tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    "name", ["a [4bit] model", "*", "50% off?", "model[!a]", "модель", "a\nb", "-x", "{a,b}"]
+)
+def test_a_directory_may_have_any_name(model_dir, tmp_path, name):
+    before = logits(model_dir, tmp_path)
+    there = tmp_path / "models" / name
+    there.parent.mkdir()
+    model_dir.rename(there)
+    assert logits(there, tmp_path) == before
+    assert load_model(name, tmp_path).path == there  # by its plain name under the home
+
+
+def test_links_into_a_cache_of_the_hub_are_followed(model_dir, tmp_path):
+    before = logits(model_dir, tmp_path)
+    blobs = tmp_path / "hub" / "blobs"
+    blobs.mkdir(parents=True)
+    for i, file in enumerate(sorted(model_dir.iterdir())):
+        file.rename(blobs / f"{i:064x}")
+        file.symlink_to(os.path.relpath(blobs / f"{i:064x}", model_dir))
+    assert logits(model_dir, tmp_path) == before
+
+
+def test_a_directory_that_nobody_may_write_to_is_loaded(model_dir, tmp_path):
+    before = logits(model_dir, tmp_path)
+    for path in (*model_dir.iterdir(), model_dir):
+        path.chmod(0o500 if path.is_dir() else 0o400)
+    try:
+        assert logits(model_dir, tmp_path) == before
+    finally:
+        model_dir.chmod(0o700)
+
+
+def test_a_file_is_told_from_a_directory(model_dir, tmp_path):
+    with pytest.raises(ModelError, match="it is a file; name its directory"):
+        load_model(str(model_dir / "model.safetensors"), tmp_path)
+
+
+TEMPLATE = "{% for m in messages %}{{ m.content }}{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    ("files", "template"),
+    [
+        ({}, None),
+        ({"chat_template.json": {"chat_template": TEMPLATE}}, TEMPLATE),
+        ({"chat_template.json": "\ufeff" + json.dumps({"chat_template": TEMPLATE})}, TEMPLATE),
+        ({"chat_template.jinja": TEMPLATE}, TEMPLATE),
+        ({"chat_template.jinja": "\ufeff" + TEMPLATE}, TEMPLATE),
+        ({"chat_template.jinja": "own", "chat_template.json": {"chat_template": "old"}}, "own"),
+        ({"chat_template.json": {"chat_template": None}}, None),
+        ({"chat_template.json": {"other": TEMPLATE}}, None),
+        ({"additional_chat_templates/rag.jinja": "rag"}, {"rag": "rag"}),
+        (
+            {
+                "chat_template.json": {
+                    "chat_template": [
+                        {"name": "default", "template": TEMPLATE},
+                        {"name": "tool_use", "template": "tools"},
+                    ]
+                }
+            },
+            {"default": TEMPLATE, "tool_use": "tools"},
+        ),
+    ],
+)
+def test_the_chat_template_is_found_wherever_it_is_kept(model_dir, tmp_path, files, template):
+    for name, content in files.items():
+        (model_dir / name).parent.mkdir(exist_ok=True)
+        text = content if isinstance(content, str) else json.dumps(content)
+        (model_dir / name).write_text(text, encoding="utf-8")
+    assert load_model(str(model_dir), tmp_path).tokenizer.chat_template == template
+
+
+def test_the_tokenizers_own_template_goes_before_that_of_a_processor(model_dir, tmp_path):
+    config = json.loads((model_dir / "tokenizer_config.json").read_text())
+    write("tokenizer_config.json", json.dumps(config | {"chat_template": "own"}))(model_dir)
+    write("chat_template.json", '{"chat_template": "old"}')(model_dir)
+    assert load_model(str(model_dir), tmp_path).tokenizer.chat_template == "own"
 
 
 @pytest.mark.parametrize(

@@ -224,6 +224,13 @@ class ChatRenderer:
         days: Sequence[date] = (),
         generation_prompt: bool = True,
     ) -> list[int]:
+        if not self._tokenizer.has_chat_template:
+            message = (
+                "This model has no chat template, so it can't take messages. Serve its instruct or "
+                "chat variant, put a template into chat_template.jinja in its directory, or send "
+                "text to /v1/completions."
+            )
+            raise InvalidRequest(message, param="messages")
         self._template.check(messages, tools, options)
         source = self._tokenizer.chat_template
         as_of: list[dict[str, Any]] = [{}]
@@ -248,12 +255,6 @@ class ChatRenderer:
     ) -> list[int]:
         if not messages:
             raise InvalidRequest("There are no messages.", param="messages")
-        if not self._tokenizer.has_chat_template:
-            message = (
-                "This model has no chat template, so it can't take messages; serve its instruct or "
-                "chat variant."
-            )
-            raise InvalidRequest(message, param="messages")
         given = {**options, "tools": list(tools)} if tools else dict(options)
         to_tokens = partial(
             self._special_tokens.tokens, options=given, generation_prompt=generation_prompt

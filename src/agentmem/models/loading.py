@@ -22,9 +22,11 @@ from mlx_lm.utils import load_model as load_mlx_model
 from ..errors import ModelError, program
 from ..linux_cpu.demo_model import Progress, pull_demo
 from .model_dir import ModelDir, read_model_dir
+from .model_view import PREFIX, model_view
 from .weights_hash import weights_hash
 
 _T = TypeVar("_T")
+_VIEW = re.compile(rf"\S*{PREFIX}\w+")
 _PART = r"\w[\w.-]*"  # of a hub name, org/model
 
 
@@ -85,7 +87,7 @@ def _directory(name: str, home: Path) -> Path | None:
     path = Path(name).expanduser()
     if path.exists():
         return path
-    if re.fullmatch(_PART, name) and (home / "models" / name).is_dir():
+    if Path(name).name == name and (home / "models" / name).is_dir():
         return home / "models" / name
     if re.fullmatch(f"{_PART}/{_PART}", name):
         return None
@@ -143,10 +145,12 @@ def _load(found: ModelDir) -> tuple[nn.Module, TokenizerWrapper]:
     It never sets a wired limit: kernel panics are reported with one (mlx issue 3186).
     """
     try:
-        model, config = load_mlx_model(found.path, lazy=True)
-        tokenizer = load_tokenizer(found.path, eos_token_ids=config.get("eos_token_id"))
+        with model_view(found) as view:
+            model, config = load_mlx_model(view, lazy=True)
+            tokenizer = load_tokenizer(view, eos_token_ids=config.get("eos_token_id"))
     except _LOAD_ERRORS as e:
-        raise ModelError(f"model {found.path} can't be loaded: {_one_line(e)}") from e
+        why = _VIEW.sub(str(found.path), _one_line(e))
+        raise ModelError(f"model {found.path} can't be loaded: {why}") from e
     return model, tokenizer
 
 

@@ -2,6 +2,8 @@
 
 import json
 import math
+import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,10 @@ from safetensors import SafetensorError, safe_open
 
 from ..errors import ModelError
 
+_SHARD = re.compile(r"model-(\d+)-of-(\d+)\.safetensors")
+_MAX_SHARDS = 1000
+_WEIGHTS = (".safetensors", ".bin", ".gguf", ".npz", ".pt", ".pth")  # of this kind and others
+_LISTED = 3  # file names that an error lists
 DEFAULT_MAX_CONTEXT = 32_768  # tokens, where config.json names no limit
 
 
@@ -32,21 +38,18 @@ def read_model_dir(path: Path) -> ModelDir:
     Raises ModelError, in one line, with what is wrong with it.
     """
     if not path.is_dir():
-        raise ModelError(f"model {path}: no such directory")
+        what = "it is a file; name its directory" if path.is_file() else "no such directory"
+        raise ModelError(f"model {path}: {what}")
     config = _read_config(path / "config.json")
-    files = tuple(sorted(path.glob("*.safetensors")))
-    missing = sorted(_indexed_files(path) - {file.name for file in files})
-    if not files or missing:
-        names = ", ".join(missing) or "model.safetensors"
-        raise ModelError(f"model {path}: {names} is missing; download it again")
+    weights = _read_weights(path)
     tensors: dict[str, TensorHeader] = {}
-    for file in files:
-        tensors |= read_headers(file)
-    stats = [file.stat() for file in files]
+    for headers in weights.values():
+        tensors |= headers
+    stats = [file.stat() for file in weights]
     return ModelDir(
         path=path,
         config=config,
-        weight_files=files,
+        weight_files=tuple(weights),
         model_type=config["model_type"],
         parameters=_count_parameters(tensors, config),
         dtype=_dtype(tensors, config),
@@ -54,6 +57,14 @@ def read_model_dir(path: Path) -> ModelDir:
         bytes=sum(stat.st_size for stat in stats),
         modified=max(stat.st_mtime for stat in stats),
     )
+
+
+def read_json(path: Path) -> Any:
+    """Return what a JSON file holds, which may begin with a byte order mark.
+
+    Raises OSError, ValueError and RecursionError.
+    """
+    return json.loads(path.read_text(encoding="utf-8-sig"))
 
 
 def max_context(config: dict[str, Any]) -> int:
@@ -94,29 +105,93 @@ def read_headers(path: Path) -> dict[str, TensorHeader]:
 
 def _read_config(path: Path) -> dict[str, Any]:
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = read_json(path)
     except FileNotFoundError:
         raise ModelError(
             f"model {path.parent}: it has no config.json, so it is no MLX model directory"
         ) from None
-    except (OSError, ValueError) as e:
+    except (OSError, ValueError, RecursionError) as e:
         raise ModelError(f"model {path.parent}: config.json can't be read: {e}") from None
     if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
         raise ModelError(f"model {path.parent}: config.json names no model_type")
     return config
 
 
+def _read_weights(path: Path) -> dict[Path, dict[str, TensorHeader]]:
+    """Return the weight files that the model is made of, in order, and their headers.
+
+    They are those that model.safetensors.index.json names, if any of them is there: it stays behind
+    where a model was written anew. Else they are all that mlx-lm would load, but for what adds
+    nothing to model.safetensors, or to its numbered shards: a copy, or what a download left over.
+    """
+    names = {file.name for file in path.iterdir() if file.suffix == ".safetensors"}
+    indexed = _indexed_files(path)
+    if any((path / name).exists() for name in indexed):
+        if missing := sorted(name for name in indexed if not (path / name).exists()):
+            raise _missing(path, missing)
+        return {path / name: read_headers(path / name) for name in sorted(indexed)}
+    own = sorted(name for name in names if name == "model.safetensors" or _SHARD.fullmatch(name))
+    others = sorted(name for name in names if name.startswith("model") and name not in own)
+    if missing := sorted(_shards(own) - names):
+        raise _missing(path, missing)
+    if not own and not others:
+        raise _missing(path, sorted(indexed) or ["model.safetensors"])
+    found: dict[Path, dict[str, TensorHeader]] = {}
+    known: set[str] = set()
+    for name in [*own, *others]:
+        is_stray = bool(own) and name not in own
+        headers = _headers_of_stray(path / name) if is_stray else read_headers(path / name)
+        if found and headers.keys() <= known:
+            continue
+        found[path / name] = headers
+        known |= headers.keys()
+    return found
+
+
+def _headers_of_stray(file: Path) -> dict[str, TensorHeader]:
+    try:
+        return read_headers(file)
+    except ModelError:  # loading tells where the model lacks what was in it
+        return {}
+
+
+def _shards(names: Iterable[str]) -> set[str]:
+    """Return the names of all shards of which some are there: 1 to 3 of model-00001-of-00003."""
+    shards: set[str] = set()
+    for match in filter(None, map(_SHARD.fullmatch, names)):
+        digits = len(match[1])
+        numbers = range(1, min(int(match[2]), _MAX_SHARDS) + 1)
+        shards |= {f"model-{number:0{digits}}-of-{match[2]}.safetensors" for number in numbers}
+    return shards
+
+
+def _missing(path: Path, names: Sequence[str]) -> ModelError:
+    """Return the error for weight files that are not there, with those that are there instead."""
+    listed = ", ".join(names[:_LISTED]) + (", ..." if len(names) > _LISTED else "")
+    verb = "is" if len(names) == 1 else "are"
+    others = sorted(
+        file.name
+        for file in path.iterdir()
+        if file.suffix in _WEIGHTS and not file.name.startswith(".")
+    )
+    instead = f" (there is {', '.join(others[:_LISTED])})" if others else ""
+    return ModelError(f"model {path}: {listed} {verb} missing{instead}; download it again")
+
+
 def _indexed_files(path: Path) -> set[str]:
     """Return the weight files that model.safetensors.index.json names, where a model is split."""
     try:
-        index = json.loads((path / "model.safetensors.index.json").read_text(encoding="utf-8"))
-        return set(index["weight_map"].values())
+        index = read_json(path / "model.safetensors.index.json")
+        names = set(index["weight_map"].values())
+        if wrong := sorted(name for name in names if Path(name).name != name):
+            raise ValueError(f"{wrong[0]!r} is no file of the directory")
     except FileNotFoundError:
         return set()
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
         raise ModelError(
             f"model {path}: model.safetensors.index.json can't be read ({e})"
         ) from None
+    return names
 
 
 def _quantization(config: dict[str, Any]) -> dict[str, Any]:

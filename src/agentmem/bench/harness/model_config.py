@@ -1,10 +1,10 @@
 """The config.json of a model to look into: of a file, a directory, a built-in, a model's name."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 from ...errors import ModelError
+from ...models.model_dir import read_json
 
 BUILT_IN = Path(__file__).parent / "configs"
 
@@ -38,7 +38,7 @@ def find(name: str, home: Path) -> Path:
 def read_config(path: Path) -> dict[str, Any]:
     """Read a model's config. Raises ModelError, in one line, for what is none."""
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = read_json(path)
     except OSError as e:
         raise ModelError(f"{path}: {e.strerror}") from None
     except (ValueError, RecursionError) as e:
