@@ -52,6 +52,8 @@ class Chat:
     tools: Sequence[dict[str, Any]] = ()  # as `function_tools` returns them
     options: Mapping[str, Any] = field(default_factory=dict)  # the template's own
     generation_prompt: bool = True  # the prompt ends where an answer begins; else with a message
+    # the prompt ends within the last message, the assistant's, which the answer goes on with
+    continues: bool = False
 
 
 def normalise(

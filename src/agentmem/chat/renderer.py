@@ -3,10 +3,10 @@
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import date
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 
@@ -15,13 +15,15 @@ from ..tensors import common_prefix
 from .dates import is_dated, on_day
 from .markup import Markup
 from .messages import Chat, Message, Role, normalise
-from .special_tokens import SpecialTokens
+from .special_tokens import MarkedText, SpecialTokens, unused
 from .splice import splice
 from .template import ChatTemplate
 from .token_bytes import TokenBytes
 from .token_texts import TokenTexts
 
 T = TypeVar("T")
+# where a prompt ends: where an answer begins, where the last message ends, or within that message
+End = Literal["answer", "message", "inside"]
 _LONGEST_HEADER = 64  # tokens by which a template asks for an answer
 
 
@@ -86,8 +88,12 @@ class ChatRenderer:
             tools=chat.tools,
             options=chat.options,
             days=days,
-            generation_prompt=chat.generation_prompt,
+            end=_end_of(chat),
         )
+        if chat.continues:
+            is_open = self._template.opens_reasoning(messages[-1].content)
+            in_reasoning = is_open or self._template.ends_in_reasoning(tokens)
+            return Prompt(tokens, in_reasoning=in_reasoning, continues_text=True)
         if not chat.generation_prompt:
             return Prompt(tokens)
         checkpoint = self._before_answer(tokens, chat.options)
@@ -123,7 +129,7 @@ class ChatRenderer:
             tools=tools,
             options=options or {},
             days=days,
-            generation_prompt=generation_prompt,
+            end="answer" if generation_prompt else "message",
         )
         return await self._in_thread(work)
 
@@ -222,7 +228,7 @@ class ChatRenderer:
         tools: Sequence[dict[str, Any]],
         options: Mapping[str, Any],
         days: Sequence[date] = (),
-        generation_prompt: bool = True,
+        end: End = "answer",
     ) -> list[int]:
         if not self._tokenizer.has_chat_template:
             message = (
@@ -239,7 +245,7 @@ class ChatRenderer:
         spliced = []
         for template in as_of:
             given = {**options, **template}
-            tokens = self._apply_template(messages, tools, given, generation_prompt)
+            tokens = self._apply_template(messages, tools, given, end)
             spliced.append(splice(self._token_bytes, tokens, branches))
         best = max(spliced, key=lambda found: found.common_bytes)  # of several, the newest day
         if len(best.tokens) >= self._max_context:
@@ -251,18 +257,48 @@ class ChatRenderer:
         messages: Sequence[Message],
         tools: Sequence[dict[str, Any]],
         options: Mapping[str, Any],
-        generation_prompt: bool,
+        end: End,
     ) -> list[int]:
         if not messages:
             raise InvalidRequest("There are no messages.", param="messages")
         given = {**options, "tools": list(tools)} if tools else dict(options)
-        to_tokens = partial(
-            self._special_tokens.tokens, options=given, generation_prompt=generation_prompt
+        render = partial(
+            self._special_tokens.render, options=given, generation_prompt=end == "answer"
         )
-        tokens = self._template.render(messages, to_tokens)
+        if end == "inside":
+            text = self._open_ended(messages, render)
+        else:
+            text = self._template.render(messages, render)
+        tokens = self._special_tokens.encode_marked(text)
         if not tokens:
             raise InvalidRequest("The messages render to an empty prompt.", param="messages")
-        return list(tokens)
+        return tokens
+
+    def _open_ended(
+        self, messages: Sequence[Message], render: Callable[[list[dict[str, Any]]], MarkedText]
+    ) -> MarkedText:
+        """Return the chat up to the end of what its last message says.
+
+        What the template puts behind that is told by a character that nobody wrote.
+        """
+        last = messages[-1]
+        if last.role != "assistant" or last.tool_calls:
+            message = "An answer can go on only from a message of the assistant's without calls."
+            raise InvalidRequest(message, param="messages")
+        sentinel = unused(message.content for message in messages)
+        opened = replace(last, content=last.content + sentinel)
+        text = self._template.render([*messages[:-1], opened], render)
+        try:
+            return text.before(sentinel)
+        except LookupError:
+            message = "This model's chat template has no place where the last message could go on."
+            raise InvalidRequest(message, param="messages") from None
+
+
+def _end_of(chat: Chat) -> End:
+    if chat.continues:
+        return "inside"
+    return "answer" if chat.generation_prompt else "message"
 
 
 def _first_difference(a: list[int], b: list[int]) -> int:

@@ -9,6 +9,7 @@ tokens. What the assistant said is left as it is: there the names are its own to
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -19,6 +20,26 @@ from .token_bytes import TokenBytes
 _MARKS = range(0xE000, 0xF8FF)  # for private use
 # of mlx_lm's TokenizerWrapper
 _MARKERS = ("think_start", "think_end", "tool_call_start", "tool_call_end")
+
+
+@dataclass(frozen=True)
+class MarkedText:
+    """A rendered chat, in which names of special tokens that somebody wrote hold a mark."""
+
+    text: str
+    mark: str  # one character
+
+    @property
+    def plain(self) -> str:
+        """The text as the model is to read it."""
+        return self.text.replace(self.mark, "")
+
+    def before(self, sentinel: str) -> "MarkedText":
+        """Return what comes before the last `sentinel`. LookupError: there is none."""
+        before, found, _ = self.text.rpartition(sentinel)
+        if not found:
+            raise LookupError(sentinel)
+        return MarkedText(before, self.mark)
 
 
 class SpecialTokens:
@@ -53,18 +74,29 @@ class SpecialTokens:
         *,
         generation_prompt: bool = True,
     ) -> list[int]:
-        """Return the rendered chat's tokens, up to where an answer begins.
+        """Return the tokens of what `render` returns."""
+        return self.encode_marked(
+            self.render(messages, options, generation_prompt=generation_prompt)
+        )
 
-        Without a generation prompt they end where the last message does. `options` are the
+    def render(
+        self,
+        messages: Sequence[dict[str, Any]],
+        options: Mapping[str, Any],
+        *,
+        generation_prompt: bool = True,
+    ) -> MarkedText:
+        """Return the rendered chat, up to where an answer begins.
+
+        Without a generation prompt it ends where the last message does. `options` are the
         template's, tools among them. jinja2.TemplateError: the template refuses the chat.
         """
-        mark = _unused((*_texts(messages), *_texts(options)))
+        mark = unused((*_texts(messages), *_texts(options)))
         given = {**options, "add_generation_prompt": generation_prompt, "tokenize": False}
         if "tools" in given:
             given["tools"] = _map_texts(given["tools"], lambda text: self._mark(text, mark))
         marked = [self._mark_message(message, mark) for message in messages]
-        text = self._tokenizer.apply_chat_template(marked, **given)
-        return self._encode_marked(text, mark)
+        return MarkedText(self._tokenizer.apply_chat_template(marked, **given), mark)
 
     def encode(self, text: str, *, begins: bool = False) -> list[int]:
         """Return the tokens of a text in which special tokens' names are special tokens.
@@ -76,10 +108,11 @@ class SpecialTokens:
         tokens: list[int] = self._tokenizer.encode(text, add_special_tokens=add, verbose=False)
         return tokens
 
-    def _encode_marked(self, text: str, mark: str) -> list[int]:
-        pieces = text.split(mark)
+    def encode_marked(self, marked: MarkedText) -> list[int]:
+        """Return the tokens of a rendered chat, in which what is marked is no special token."""
+        pieces = marked.text.split(marked.mark)
         if len(pieces) == 1:
-            return self.encode(text)
+            return self.encode(marked.text)
         starts = set()
         at = 0
         for piece in pieces[:-1]:
@@ -144,8 +177,8 @@ def _map_texts(value: Any, change: Any) -> Any:
     return [_map_texts(inner, change) for inner in value] if isinstance(value, list) else value
 
 
-def _unused(texts: Iterable[str]) -> str:
-    """Return a character that is in none of the texts."""
+def unused(texts: Iterable[str]) -> str:
+    """Return a character for private use that is in none of the texts. InvalidRequest: none is."""
     used = set().union(*texts)
     mark = next((chr(c) for c in _MARKS if chr(c) not in used), None)
     if mark is None:

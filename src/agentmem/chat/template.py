@@ -105,6 +105,13 @@ class ChatTemplate:
                 self._asked[key] = with_it.removeprefix(without)
         return self._asked[key]
 
+    def opens_reasoning(self, text: str) -> bool:
+        """Return whether a text of the assistant's has begun to reason, and not ended."""
+        start = self.markup.think_start
+        if not start or start not in text:
+            return False
+        return self._tokenizer.think_end not in text.rpartition(start)[2]
+
     def ends_in_reasoning(self, tokens: Sequence[int]) -> bool:
         """Return whether the prompt has opened the reasoning, so that the answer begins in it."""
         start = self.markup.think_start

@@ -35,7 +35,7 @@ def prefilled(steps: list[Step]) -> Iterator[tuple[list[int], int]]:
     branches: list[np.ndarray] = []
     for step in steps:
         tools = (
-            step.tools if step.tools and renderer._template._takes_tools else []
+            step.tools if step.tools and renderer._template.takes_tools else []
         )  # else they are refused
         with frozen_date(step.today):
             tokens = renderer._render(
