@@ -205,8 +205,11 @@ def test_an_answer_ends_at_a_stop_string(server):
     ("param", "body"),
     [
         ("suffix", {"suffix": "w9"}),
-        ("n", {"n": 2}),
+        ("n", {"n": 17}),
+        ("n", {"n": 0}),
         ("best_of", {"best_of": 3}),
+        ("best_of", {"best_of": 3, "n": 2}),
+        ("prompt", {"prompt": ["w9"] * 129, "n": 16}),
         ("logprobs", {"logprobs": 6}),
         ("logprobs", {"logprobs": True}),
         ("max_tokens", {"max_tokens": -1}),

@@ -366,8 +366,8 @@ def test_agent_id_header_that_is_not_utf8_is_refused(chat):
         ({"stop": [str(i) for i in range(17)]}, "stop", None),
         ({"stop": [1]}, "stop.0", None),
         ({"stop": ["x" * 1001]}, "stop.0", None),
-        ({"n": 2}, "n", "unsupported_parameter"),
-        ({"n": True}, "n", "unsupported_parameter"),
+        ({"n": 17}, "n", "invalid_value"),
+        ({"n": True}, "n", "invalid_type"),
         ({"tools": [{"type": "function"}]}, "tools.0.function", None),
         (
             {"tools": [{"type": "function", "function": {"name": "f"}}]},

@@ -79,6 +79,9 @@ class FakeEngine:
             self.cancelled += 1
             raise
 
+    def generate_each(self, requests):
+        return [self.generate(request) for request in requests]
+
     def health(self):
         return {"status": self.status, "errors": []}
 

@@ -83,6 +83,11 @@ class AnswerParser:
         self._parts: list[AnswerPart] = []
         self.num_calls = self._num_unread = 0
 
+    @property
+    def in_reasoning(self) -> bool:
+        """Whether what comes next is reasoning, as far as is known."""
+        return self._state == "reasoning"
+
     def feed(self, text: str) -> list[AnswerPart]:
         """Go on with this text; return what is known of the answer by now."""
         self._held += text

@@ -71,6 +71,7 @@ class TextDelta:
 
     text: str
     logprobs: tuple[TokenLogprob, ...] = ()
+    num_tokens: int = 0  # of the answer so far
 
 
 @dataclass(frozen=True)

@@ -190,7 +190,8 @@ class Stepper:
             if full and not stopped:
                 text += seq.output.finish()
             if text or logprob is not None:
-                seq.emit(TextDelta(text, (logprob,) if logprob is not None else ()))
+                told = (logprob,) if logprob is not None else ()
+                seq.emit(TextDelta(text, told, num_tokens=seq.num_generated))
             if stopped or full:
                 self._finish(seq, "stop" if stopped else "length")
 

@@ -15,6 +15,7 @@ last, and then call `answer.leave_turn(...)`. A prompt that is no chat is answer
 
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from datetime import date
 from typing import Any
@@ -214,8 +215,9 @@ class RunningAnswer:
         request: GenerateRequest,
         parser: AnswerParser | None = None,
         conversation: Conversation | None = None,
+        events: AsyncIterator[TextDelta | Finished] | None = None,
     ):
-        """Have the engine answer `request`.
+        """Have the engine answer `request`; `events`: what it tells of it, if it is asked already.
 
         Its text is given as it comes where there is no parser; no turn is left where there is no
         conversation.
@@ -223,10 +225,30 @@ class RunningAnswer:
         self.request = request
         self.parts: list[AnswerPart] = []  # so far
         self.finished: Finished | None = None
+        self.shares_prompt = False  # with an answer before it
+        self.num_tokens = 0  # so far
+        self.num_reasoning_tokens = 0  # of those, with the marks around the reasoning
         self._parser = parser
+        self._services = services
         self._conversation = conversation
-        self._events = sse.Events(services.engine.generate(request))
+        self._events = sse.Events(events or services.engine.generate(request))
         self._has_left_turn = False
+
+    def times(self, n: int) -> list["RunningAnswer"]:
+        """Return `n` answers to its prompt, which is prefilled once: itself, and others.
+
+        The one of index i is what the request is answered alone with a seed that is greater by i.
+        Only the first leaves a turn. To be called before it is read.
+        """
+        requests = [self.request, *(_reseeded(self.request, i) for i in range(1, n))]
+        first, *others = self._services.engine.generate_each(requests)
+        self._events = sse.Events(first)
+        answers = [self]
+        for request, events in zip(requests[1:], others, strict=True):
+            other = RunningAnswer(self._services, request, deepcopy(self._parser), events=events)
+            other.shares_prompt = True
+            answers.append(other)
+        return answers
 
     async def items(self) -> AsyncIterator[Item]:
         """Yield what comes, Finished last. Raises what the engine raises, at any time.
@@ -253,19 +275,25 @@ class RunningAnswer:
             event = await self._events.next(sse.PING_INTERVAL)
 
     def _read(self, event: TextDelta | Finished | None) -> Sequence[Item]:
-        if isinstance(event, Finished):
-            self.finished = event
         if event is None:
             return []
-        if self._parser is None:
-            return [event]
-        if isinstance(event, TextDelta):
-            parts = self._parser.feed(event.text)
-            self.parts += parts
-            return parts
-        parts = self._parser.finish(cut=event.cut)
+        parts = self._parse(self._parser, event) if self._parser is not None else []
         self.parts += parts
+        if isinstance(event, TextDelta):
+            self.num_tokens = event.num_tokens
+            return parts if self._parser is not None else [event]
+        self.finished = event
         return [*parts, event]
+
+    def _parse(self, parser: AnswerParser, event: TextDelta | Finished) -> list[AnswerPart]:
+        """Return the parts that an event brings; count the tokens that are reasoning."""
+        if isinstance(event, Finished):
+            return parser.finish(cut=event.cut)
+        was_reasoning = parser.in_reasoning
+        parts = parser.feed(event.text)
+        if was_reasoning or parser.in_reasoning:
+            self.num_reasoning_tokens += event.num_tokens - self.num_tokens
+        return parts
 
     @property
     def message(self) -> dict[str, Any]:
@@ -307,6 +335,14 @@ class RunningAnswer:
     async def aclose(self) -> None:
         """Cancel the answer, if it still comes."""
         await self._events.aclose()
+
+
+def _reseeded(request: GenerateRequest, index: int) -> GenerateRequest:
+    """Return a request with a seed that is greater by `index`, if it has one."""
+    seed = request.params.seed
+    if seed is None:
+        return request
+    return replace(request, params=replace(request.params, seed=(seed + index) % 2**64))
 
 
 def _cost(agent_id: str, stats: RequestStats, turn: str | None) -> dict[str, Any]:

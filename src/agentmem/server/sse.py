@@ -2,7 +2,7 @@
 
 import asyncio
 import json
-from collections.abc import AsyncGenerator, AsyncIterator, Coroutine
+from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Sequence
 from contextlib import AsyncExitStack
 from typing import Any, Generic, Protocol, TypeVar, cast
 
@@ -74,6 +74,40 @@ class Events(Generic[T]):
 
     async def _next(self) -> T:
         return await anext(self._events)
+
+
+async def merge(sources: Sequence[AsyncIterator[T]], at_once: int) -> AsyncIterator[tuple[int, T]]:
+    """Yield what comes of several iterators, with the index of each, as it comes.
+
+    `at_once` of them are read at a time, the first ones first. Raises the first error of any.
+    """
+    told = asyncio.Queue[tuple[int, T] | Exception | None]()  # None: one is at its end
+    reading = asyncio.Semaphore(at_once)
+
+    async def read(index: int, source: AsyncIterator[T]) -> None:
+        try:
+            async with reading:
+                async for item in source:
+                    told.put_nowait((index, item))
+            told.put_nowait(None)
+        except Exception as e:
+            told.put_nowait(e)
+
+    tasks = [asyncio.create_task(read(i, source)) for i, source in enumerate(sources)]
+    try:
+        num_open = len(tasks)
+        while num_open:
+            item = await told.get()
+            if isinstance(item, Exception):
+                raise item
+            if item is None:
+                num_open -= 1
+            else:
+                yield item
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 async def whole(request: Request, work: Coroutine[Any, Any, T], *sources: Source) -> T:

@@ -2,7 +2,7 @@
 
 import time
 import uuid
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -10,13 +10,14 @@ from starlette.responses import JSONResponse, Response
 
 from ...chat.answer_parser import AnswerPart, Content, Reasoning
 from ...chat.messages import ToolCall, function_tools
-from ...engine.api import Finished, RequestStats
+from ...engine.api import Finished
 from ...errors import AgentMemError
-from ..answer import Begun, Ping, RunningAnswer, Services, ask, converse
+from ..answer import Begun, Item, Ping, RunningAnswer, Services, ask, converse
 from ..errors import openai_error
-from ..sse import DONE, PING, event_lines, stream, whole
+from ..sse import DONE, PING, event_lines, merge, stream, whole
 from .identity import ANONYMOUS, agent_id_of
-from .wire import ChatCompletionRequest, said
+from .usage import StreamUsage, usage
+from .wire import ChatCompletionRequest, StreamOptions, said
 
 
 def add_routes(app: FastAPI, services: Services) -> None:
@@ -24,11 +25,11 @@ def add_routes(app: FastAPI, services: Services) -> None:
     async def create_chat_completion(body: ChatCompletionRequest, request: Request) -> Response:
         services.check_model(body.model)
         answer = await _ask(services, body, request)
-        completion = _ChatCompletion(services, answer)
+        answers = answer.times(body.n or 1)
+        completion = _ChatCompletion(services, answers)
         if body.stream:
-            include_usage = bool(body.stream_options and body.stream_options.include_usage)
-            return await stream(request, completion.chunks(include_usage), answer)
-        return JSONResponse(await whole(request, completion.body(), answer))
+            return await stream(request, completion.chunks(body.stream_options), *answers)
+        return JSONResponse(await whole(request, completion.body(), *answers))
 
 
 async def _ask(services: Services, body: ChatCompletionRequest, request: Request) -> RunningAnswer:
@@ -58,68 +59,96 @@ async def _ask(services: Services, body: ChatCompletionRequest, request: Request
 
 
 class _ChatCompletion:
-    """An answer in OpenAI's shape, whole or in chunks."""
+    """Answers to one chat in OpenAI's shape, whole or in chunks."""
 
-    def __init__(self, services: Services, answer: RunningAnswer):
-        self._answer = answer
-        self._reasoning_alias = services.settings.reasoning_alias
-        self._num_calls = 0  # in chunks so far
+    def __init__(self, services: Services, answers: Sequence[RunningAnswer]):
+        alias = services.settings.reasoning_alias
+        self._answers = answers
+        self._choices = [_Choice(i, answer, alias) for i, answer in enumerate(answers)]
         self._id = f"chatcmpl-{uuid.uuid4().hex}"
         self._created = int(time.time())
         self._model = services.engine.model_name
 
     async def body(self) -> dict[str, Any]:
-        """Return the answer, when it is whole."""
-        async for _ in self._answer.items():
+        """Return the answers, when they are whole."""
+        async for _ in self._items():
             pass
-        finished = self._answer.finished
-        assert finished is not None
-        message = self._answer.message
-        if "reasoning_content" in message:
-            message |= self._reasoning(message["reasoning_content"])
-        choice = {
-            "index": 0,
-            "message": message,
-            "logprobs": None,
-            "finish_reason": self._finish_reason(finished),
-        }
         return {
             **self._head("chat.completion"),
-            "choices": [choice],
-            "usage": _usage(finished.stats),
-            "agentmem": await self._answer.leave_turn(),
+            "choices": [choice.body() for choice in self._choices],
+            "usage": usage(self._answers),
+            "agentmem": await self._answers[0].leave_turn(),
         }
 
-    async def chunks(self, include_usage: bool) -> AsyncIterator[str]:
-        """Yield the answer as it comes. An engine's error becomes its last line."""
-        usage = {"usage": None} if include_usage else {}
+    async def chunks(self, options: StreamOptions | None) -> AsyncIterator[str]:
+        """Yield the answers as they come. An engine's error becomes the last line."""
+        told = StreamUsage(options, self._answers)
         try:
-            async for item in self._answer.items():
-                if isinstance(item, Begun):
-                    yield self._chunk({"role": "assistant", "content": ""}, **usage)
-                elif isinstance(item, Ping):
+            async for index, item in self._items():
+                if isinstance(item, Ping):
                     yield PING
-                elif isinstance(item, Content | Reasoning | ToolCall):
-                    for delta in self._deltas(item):
-                        yield self._chunk(delta, **usage)
-                elif isinstance(item, Finished):
-                    cost = await self._answer.leave_turn()
-                    yield self._chunk({}, self._finish_reason(item), **usage, agentmem=cost)
-                    if include_usage:
-                        yield self._event(choices=[], usage=_usage(item.stats))
-                    yield DONE
+                async for chunk in self._choices[index].chunks(item):
+                    yield self._event(**chunk, **told.field())
+            if told.has_last:
+                yield self._event(**told.last())
+            yield DONE
         except AgentMemError as e:
             yield event_lines(openai_error(e))
 
-    def _chunk(self, delta: dict[str, Any], finish_reason: str | None = None, **more: Any) -> str:
-        choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish_reason}
-        return self._event(choices=[choice], **more)
+    def _items(self) -> AsyncIterator[tuple[int, Item]]:
+        items = [answer.items() for answer in self._answers]
+        return merge(items, at_once=len(items))
 
     def _event(self, **fields: Any) -> str:
         return event_lines({**self._head("chat.completion.chunk"), **fields})
 
     def _head(self, object: str) -> dict[str, Any]:
         return {"id": self._id, "object": object, "created": self._created, "model": self._model}
+
+
+class _Choice:
+    """One of the answers."""
+
+    def __init__(self, index: int, answer: RunningAnswer, reasoning_alias: bool):
+        self._index = index
+        self._answer = answer
+        self._reasoning_alias = reasoning_alias
+        self._num_calls = 0  # in chunks so far
+
+    def body(self) -> dict[str, Any]:
+        """Return the choice that it is, when it is whole."""
+        finished = self._answer.finished
+        assert finished is not None
+        message = self._answer.message
+        if "reasoning_content" in message:
+            message |= self._reasoning(message["reasoning_content"])
+        return {
+            "index": self._index,
+            "message": message,
+            "logprobs": None,
+            "finish_reason": self._finish_reason(finished),
+        }
+
+    async def chunks(self, item: Item) -> AsyncIterator[dict[str, Any]]:
+        """Yield what becomes of an item in chunks. The first answer's last one says its cost."""
+        if isinstance(item, Begun):
+            yield self._chunk({"role": "assistant", "content": ""})
+        elif isinstance(item, Content | Reasoning | ToolCall):
+            for delta in self._deltas(item):
+                yield self._chunk(delta)
+        elif isinstance(item, Finished):
+            cost = await self._answer.leave_turn()
+            last = self._chunk({}, self._finish_reason(item))
+            yield last | ({"agentmem": cost} if self._index == 0 else {})
+
+    def _chunk(self, delta: dict[str, Any], finish_reason: str | None = None) -> dict[str, Any]:
+        choice = {
+            "index": self._index,
+            "delta": delta,
+            "logprobs": None,
+            "finish_reason": finish_reason,
+        }
+        return {"choices": [choice]}
 
     def _deltas(self, part: AnswerPart) -> Iterator[dict[str, Any]]:
         if isinstance(part, Content):
@@ -145,12 +174,3 @@ class _ChatCompletion:
         if finished.reason == "stop" and self._answer.has_calls:
             return "tool_calls"
         return finished.reason
-
-
-def _usage(stats: RequestStats) -> dict[str, Any]:
-    return {
-        "prompt_tokens": stats.prompt_tokens,
-        "completion_tokens": stats.completion_tokens,
-        "total_tokens": stats.prompt_tokens + stats.completion_tokens,
-        "prompt_tokens_details": {"cached_tokens": stats.cached_tokens},
-    }

@@ -1,6 +1,5 @@
 """POST /v1/completions: OpenAI's completions, of prompts that are plain text or token ids."""
 
-import asyncio
 import time
 import uuid
 from collections.abc import AsyncIterator, Iterable, Sequence
@@ -8,7 +7,8 @@ from dataclasses import replace
 from typing import Annotated, Any
 
 from fastapi import FastAPI, Request
-from pydantic import BeforeValidator, Field, WithJsonSchema
+from pydantic import BeforeValidator, Field, ValidationInfo, WithJsonSchema, field_validator
+from pydantic_core import PydanticCustomError
 from starlette.responses import JSONResponse, Response
 
 from ...agent_key import AgentKey
@@ -20,9 +20,10 @@ from ...errors import AgentMemError, ContextLengthExceeded, InvalidRequest
 from ..answer import Ping, RunningAnswer, Services
 from ..auth import agent_of
 from ..errors import openai_error
-from ..sse import DONE, PING, event_lines, stream, whole
+from ..sse import DONE, PING, event_lines, merge, stream, whole
 from .identity import agent_id_of
-from .wire import AgentLife, CompletionInput, Only
+from .usage import StreamUsage, usage
+from .wire import AgentLife, CompletionInput, Only, StreamOptions
 
 _MAX_TOKENS = 16  # by default, as OpenAI has it
 _MAX_PROMPTS = 2048
@@ -63,10 +64,25 @@ class CompletionRequest(CompletionInput):
     echo: bool | None = None
     logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
 
+    best_of: int | None = None
+
     # would promise something that isn't there
-    n: Annotated[Any, Only(1)] = None
-    best_of: Annotated[Any, Only(1)] = None
     suffix: Annotated[Any, Only()] = None
+
+    @field_validator("best_of")
+    @classmethod
+    def _all_are_told(cls, best_of: int | None, info: ValidationInfo) -> int | None:
+        if best_of is not None and best_of != (info.data.get("n") or 1):
+            message = "more answers than are told are not supported by this server; leave it out"
+            raise PydanticCustomError("unsupported_parameter", message)
+        return best_of
+
+    @field_validator("prompt")
+    @classmethod
+    def _not_too_many(cls, prompts: Any, info: ValidationInfo) -> Any:
+        if len(prompts) * (info.data.get("n") or 1) > _MAX_PROMPTS:
+            raise ValueError(f"may have {_MAX_PROMPTS} answers at most, n for each prompt")
+        return prompts
 
 
 def add_routes(app: FastAPI, services: Services) -> None:
@@ -74,22 +90,23 @@ def add_routes(app: FastAPI, services: Services) -> None:
     async def create_completion(body: CompletionRequest, request: Request) -> Response:
         services.check_model(body.model)
         agent = agent_of(request, agent_id_of(request, body))
-        choices = [
-            await _begin(services, body, agent, index, prompt)
-            for index, prompt in enumerate(body.prompt)
-        ]
+        choices: list[_Choice] = []
+        for prompt in body.prompt:
+            choices += await _begin(services, body, agent, len(choices), prompt)
         answers = [choice.answer for choice in choices]
         completion = _Completion(services, choices)
         if body.stream:
-            include_usage = bool(body.stream_options and body.stream_options.include_usage)
-            return await stream(request, completion.chunks(include_usage), *answers)
+            return await stream(request, completion.chunks(body.stream_options), *answers)
         return JSONResponse(await whole(request, completion.body(), *answers))
 
 
 async def _begin(
     services: Services, body: CompletionRequest, agent: AgentKey, index: int, said: str | list[int]
-) -> "_Choice":
-    """Return a choice whose answer is not begun yet. InvalidRequest: the prompt."""
+) -> list["_Choice"]:
+    """Return the choices of a prompt, from `index` on; their answers are not begun yet.
+
+    InvalidRequest: the prompt.
+    """
     scores_prompt = bool(body.echo) and body.logprobs is not None
     if not isinstance(said, str):
         prompt = Prompt(said)
@@ -107,16 +124,19 @@ async def _begin(
     request = services.generate_request(
         agent, prompt, params, life=body.agentmem, priority=body.priority or 0
     )
-    answer = RunningAnswer(services, replace(request, continues_text=True))
-    texts = await services.renderer.token_texts(after=None if body.echo else prompt.tokens[-1])
-    echo = None
-    shift = 0
-    if body.echo:
-        spelled = texts.whole(prompt.tokens)
-        echo = said if isinstance(said, str) else spelled
-        shift = len(spelled) - len(echo)
-    table = _Table(texts, shift) if body.logprobs is not None else None
-    return _Choice(index, answer, echo, table)
+    answers = RunningAnswer(services, replace(request, continues_text=True)).times(body.n or 1)
+    choices = []
+    for i, answer in enumerate(answers, start=index):
+        texts = await services.renderer.token_texts(after=None if body.echo else prompt.tokens[-1])
+        echo = None
+        shift = 0
+        if body.echo:
+            spelled = texts.whole(prompt.tokens)
+            echo = said if isinstance(said, str) else spelled
+            shift = len(spelled) - len(echo)
+        table = _Table(texts, shift) if body.logprobs is not None else None
+        choices.append(_Choice(i, answer, echo, table))
+    return choices
 
 
 def _check_tokens(services: Services, tokens: Sequence[int]) -> None:
@@ -222,6 +242,7 @@ class _Completion:
 
     def __init__(self, services: Services, choices: list[_Choice]):
         self._choices = choices
+        self._answers = [choice.answer for choice in choices]
         self._at_once = services.settings.max_running
         self._head: dict[str, Any] = {
             "id": f"cmpl-{uuid.uuid4().hex}",
@@ -235,59 +256,23 @@ class _Completion:
         async for _ in self._pieces():
             pass
         choices = [choice.body for choice in self._choices]
-        return {**self._head, "choices": choices, "usage": self._usage()}
+        return {**self._head, "choices": choices, "usage": usage(self._answers)}
 
-    async def chunks(self, include_usage: bool) -> AsyncIterator[str]:
+    async def chunks(self, options: StreamOptions | None) -> AsyncIterator[str]:
         """Yield the answers as they come. An engine's error becomes the last line."""
-        usage = {"usage": None} if include_usage else {}
+        told = StreamUsage(options, self._answers)
         try:
-            async for piece in self._pieces():
+            async for _, piece in self._pieces():
                 if piece is None:
                     yield PING
                 else:
-                    yield event_lines({**self._head, "choices": [piece], **usage})
-            if include_usage:
-                yield event_lines({**self._head, "choices": [], "usage": self._usage()})
+                    yield event_lines({**self._head, "choices": [piece], **told.field()})
+            if told.has_last:
+                yield event_lines({**self._head, **told.last()})
             yield DONE
         except AgentMemError as e:
             yield event_lines(openai_error(e))
 
-    async def _pieces(self) -> AsyncIterator[dict[str, Any] | None]:
+    def _pieces(self) -> AsyncIterator[tuple[int, dict[str, Any] | None]]:
         """Yield those of all choices as they come, of as many at a time as run at once."""
-        told = asyncio.Queue[dict[str, Any] | None | Exception]()
-        running = asyncio.Semaphore(self._at_once)
-
-        async def tell(choice: _Choice) -> None:
-            try:
-                async with running:
-                    async for piece in choice.pieces():
-                        told.put_nowait(piece)
-            except Exception as e:
-                told.put_nowait(e)
-
-        tasks = [asyncio.create_task(tell(choice)) for choice in self._choices]
-        try:
-            num_open = len(tasks)
-            while num_open:
-                piece = await told.get()
-                if isinstance(piece, Exception):
-                    raise piece
-                yield piece
-                num_open -= piece is not None and piece["finish_reason"] is not None
-        finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
-
-    def _usage(self) -> dict[str, Any]:
-        """Return the tokens of all prompts and answers together."""
-        finished = [choice.answer.finished for choice in self._choices]
-        stats = [end.stats for end in finished if end is not None]
-        prompt_tokens = sum(one.prompt_tokens for one in stats)
-        completion_tokens = sum(one.completion_tokens for one in stats)
-        return {
-            "prompt_tokens": prompt_tokens,
-            "completion_tokens": completion_tokens,
-            "total_tokens": prompt_tokens + completion_tokens,
-            "prompt_tokens_details": {"cached_tokens": sum(one.cached_tokens for one in stats)},
-        }
+        return merge([choice.pieces() for choice in self._choices], self._at_once)

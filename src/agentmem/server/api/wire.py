@@ -27,6 +27,7 @@ from ...chat.messages import Chat, function_tools
 from ...engine.api import SamplingParams
 from ...transcripts.turns import Messages
 
+MAX_CHOICES = 16  # answers to one prompt
 MAX_MESSAGES = 10_000  # of a request: they are checked on the event loop
 _SAME_NAME = (  # in the body and in SamplingParams
     "temperature",
@@ -202,6 +203,7 @@ class TemplateInput(Wire):
 
 class StreamOptions(Wire):
     include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None  # with each chunk, as far as it has come
     include_obfuscation: Annotated[Any, Only(False)] = None
 
 
@@ -247,6 +249,7 @@ class CompletionInput(SamplingInput):
 
     model: Text = "default"
     agent_id: Text | None = None
+    n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     priority: Annotated[int, Field(ge=-1000, le=1000)] | None = None
@@ -277,7 +280,6 @@ class ChatCompletionRequest(TemplateInput, CompletionInput):
     parallel_tool_calls: bool | None = None
 
     # would promise something that isn't there
-    n: Annotated[Any, Only(1)] = None
     functions: Annotated[Any, Only([])] = None
     function_call: Annotated[Any, Only("none", "auto")] = None
     response_format: Annotated[Any, Only({"type": "text"})] = None
