@@ -7,7 +7,7 @@ import httpx
 import ollama
 import pytest
 
-from agentmem.server.api.ollama_wire import OllamaOptions
+from agentmem.server.api.ollama_wire import CallIds, OllamaMessage, OllamaOptions, to_messages
 from support.chat_http import FLAGS, KEYS, transcript, write_keys
 from support.server_process import ServerProcess
 from support.speaking_model import write_speaking_model
@@ -268,6 +268,47 @@ def test_a_tool_may_be_a_python_function(client):
     answer = client.chat("default", HELLO, tools=[weather])
     (call,) = answer.message.tool_calls
     assert weather(**call.function.arguments) == "Paris"
+
+
+@pytest.mark.parametrize(
+    ("kept", "as_json"), [(False, False), (True, False), (False, True), (True, True)]
+)
+def test_a_call_keeps_its_id_in_whatever_form_it_is_sent_back(chat, server, kept, as_json):
+    agent = f"ids-{kept}-{as_json}"
+    first = chat(agent_id=agent, tools=[TOOL])["message"]
+    (call,) = first["tool_calls"]
+    arguments = call["function"]["arguments"]
+    function = {"name": "weather", "arguments": json.dumps(arguments) if as_json else arguments}
+    sent = ({"id": call["id"]} if kept else {}) | {"function": function}
+    result = {"role": "tool", "content": "rain"} | ({"tool_call_id": call["id"]} if kept else {})
+    messages = [*HELLO, first | {"tool_calls": [sent]}, result]
+    second = chat(agent_id=agent, messages=messages, tools=[TOOL])["message"]
+    told = transcript(server, agent)
+    assert len(told["turns"]) == 2
+    assert told["messages"][2]["tool_call_id"] == call["id"] != second["tool_calls"][0]["id"]
+
+
+def test_results_without_ids_go_to_their_calls():
+    def called(name):
+        return {"function": {"name": name, "arguments": {}}}
+
+    def result(name=None, call_id=None):
+        return OllamaMessage(role="tool", content="", tool_name=name, tool_call_id=call_id)
+
+    calls = [called("f"), called("g"), called("f")]
+    asks = OllamaMessage(role="assistant", tool_calls=calls)
+    (said, *_) = to_messages([asks], CallIds())
+    first, second, third = [call["id"] for call in said["tool_calls"]]
+    assert len({first, second, third}) == 3
+    for results, answers in (
+        ([result("g"), result("f"), result("f")], [second, first, third]),
+        ([result(), result(), result()], [first, second, third]),
+        ([result("f"), result(), result("other")], [first, second, third]),
+        ([result(call_id="x"), result("f")], ["x", first]),
+        ([result(), result(), result(), result()], [first, second, third, "call_unknown"]),
+    ):
+        found = to_messages([asks, *results], CallIds())[1:]
+        assert [message["tool_call_id"] for message in found] == answers
 
 
 def test_history_is_taken_in_every_form(chat):

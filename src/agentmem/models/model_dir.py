@@ -112,7 +112,9 @@ def _read_config(path: Path) -> dict[str, Any]:
         ) from None
     except (OSError, ValueError, RecursionError) as e:
         raise ModelError(f"model {path.parent}: config.json can't be read: {e}") from None
-    if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
+    if not isinstance(config, dict):
+        raise ModelError(f"model {path.parent}: config.json is no object; it names no model_type")
+    if not isinstance(config.get("model_type"), str):
         raise ModelError(f"model {path.parent}: config.json names no model_type")
     return config
 

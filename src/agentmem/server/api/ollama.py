@@ -13,7 +13,7 @@ from ...chat.answer_parser import AnswerParser, Content, Reasoning
 from ...chat.messages import Chat, ToolCall
 from ...chat.renderer import Prompt
 from ...engine.api import Finished, RequestStats, TextDelta
-from ...errors import AgentMemError, ContextLengthExceeded, InvalidRequest
+from ...errors import AgentMemError, InvalidRequest
 from ...transcripts.turns import Messages
 from ..answer import Ping, RunningAnswer, Services, ask, converse
 from ..auth import agent_of
@@ -154,11 +154,14 @@ async def _ask_on(
 async def _context(
     services: Services, body: OllamaGenerateRequest, message: dict[str, Any]
 ) -> list[int] | None:
-    """Return the tokens of all that was said, for a later prompt; None: they fill the context."""
+    """Return the tokens of all that was said, for a later prompt.
+
+    None: they fill the context, or the template takes no such answer.
+    """
     chat = Chat([*body.messages, message], options=body.template_options, generation_prompt=False)
     try:
         prompt = await services.renderer.prompt(chat)
-    except ContextLengthExceeded:
+    except InvalidRequest:
         return None
     return [*(body.context or ()), *prompt.tokens]
 

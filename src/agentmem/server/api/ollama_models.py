@@ -91,8 +91,10 @@ def _listed(engine: Engine) -> dict[str, Any]:
 
 
 def _human(number: int) -> str:
-    """Return a number of parameters as Ollama writes it: 8.0B, 134M."""
-    return f"{number / 1e9:.1f}B" if number >= 1e9 else f"{number / 1e6:.0f}M"
+    """Return a number of parameters as Ollama writes it: 8.0B, 134M, 328K."""
+    if number >= 1e9:
+        return f"{number / 1e9:.1f}B"
+    return f"{number / 1e6:.0f}M" if number >= 1e6 else f"{number / 1e3:.0f}K"
 
 
 def _model_info(engine: Engine) -> dict[str, Any]:

@@ -218,11 +218,18 @@ class CallIds:
         self._called: Counter[str] = Counter()
 
     def next(self, name: str, arguments: Any) -> str:
-        """Return the id of the next call."""
-        called = json.dumps([name, arguments], sort_keys=True)
+        """Return the id of the next call, whose arguments may be an object or one as JSON."""
+        called = json.dumps([name, _parsed(arguments)], sort_keys=True)
         self._called[called] += 1
         said = f"{self._called[called]} {called}".encode()
         return f"call_{hashlib.blake2b(said, digest_size=8).hexdigest()}"
+
+
+def _parsed(arguments: Any) -> Any:
+    try:
+        return json.loads(arguments) if isinstance(arguments, str) else arguments
+    except (ValueError, RecursionError):
+        return arguments
 
 
 def untagged(name: str) -> str:
