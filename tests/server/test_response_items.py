@@ -13,7 +13,7 @@ from openai.types.responses import Response, ResponseStreamEvent
 from pydantic import TypeAdapter
 
 from agentmem.config import Settings
-from agentmem.server.api.responses_wire import InputItem, _messages
+from agentmem.server.api.response_items import to_messages
 from agentmem.server.app import create_app
 from support.chat.families import load
 from support.fake_engine import FakeEngine
@@ -234,7 +234,7 @@ def test_items_that_are_one_answer_become_one_message():
         {"type": "message", "role": "assistant", "content": "one"},
         {"type": "message", "role": "assistant", "content": "two"},
     ]
-    messages = _messages([InputItem.model_validate(item) for item in items])
+    messages = to_messages(items)
     assert [(m["role"], m["content"]) for m in messages] == [
         ("user", "ab"),
         ("assistant", "So"),
@@ -269,39 +269,301 @@ def test_a_chat_that_continues_keeps_the_tools_it_began_with_unless_it_says_othe
     assert kept.startswith(first) and "get_weather" not in dropped
 
 
-TEXT = "input.0.content.0.text"
+ASKED = {"role": "user", "content": "weather?"}
 CALLED = {"type": "function_call", "call_id": "c1", "name": "get_weather", "arguments": "{}"}
+IMAGE = {"type": "input_image", "image_url": "data:image/png;base64,AA=="}
+NO_IMAGE = "[image left out: only text can be read]"
 
 
 @pytest.mark.parametrize(
     ("body", "param"),
     [
-        ({"input": [{"role": "user", "content": "\ud800"}]}, "input.0.content"),
-        (
-            {"input": [{"role": "user", "content": [{"type": "input_text", "text": "\ud800"}]}]},
-            TEXT,
-        ),
-        (
-            {
-                "input": [
-                    {"type": "reasoning", "content": [{"type": "reasoning_text", "text": "\ud800"}]}
-                ]
-            },
-            TEXT,
-        ),
         ({"input": [{**CALLED, "name": ""}]}, "input.0.name"),
-        ({"input": [{**CALLED, "arguments": "{"}]}, "input.0.arguments"),
-        ({"input": [{**CALLED, "arguments": '{"city": NaN}'}]}, "input.0.arguments"),
+        ({"input": [{**CALLED, "call_id": 5}]}, "input.0.call_id"),
+        ({"input": [ASKED, {**CALLED, "arguments": {"city": "Paris"}}]}, "input.1.arguments"),
+        ({"input": [CALLED, {"type": "function_call_output", "output": 5}]}, "input.1.output"),
+        ({"input": [{"role": "tool", "content": "x"}]}, "input.0.role"),
+        ({"input": [{"role": "user"}]}, "input.0.content"),
+        ({"input": [ASKED, {"role": "user", "content": [IMAGE]}]}, "input.1.content.0"),
+        (
+            {"input": [{"role": "user", "content": [IMAGE]}, {"role": "developer", "content": ""}]},
+            "input.0.content.0",
+        ),
+        (
+            {"input": [{"role": "user", "content": [{"type": "input_text", "text": 5}]}]},
+            "input.0.content.0.text",
+        ),
         ({"input": "weather? " * 5000}, "input"),
         ({"include": ["reasoning.encrypted_content", "message.output_text.logprobs"]}, "include.1"),
         ({"tools": [{**WEATHER, "name": ""}]}, "tools.0.name"),
+        ({"tools": [WEATHER, {"type": "custom", "name": 5}]}, "tools.1.name"),
+        (
+            {"tools": [{"type": "namespace", "name": "n", "tools": [{**WEATHER, "name": 5}]}]},
+            "tools.0.tools.0.name",
+        ),
         ({"tools": [{**WEATHER, "parameters": {"maximum": float("nan")}}]}, "tools"),
     ],
 )
-def test_what_cannot_be_read_is_refused_by_the_name_that_it_has_in_this_format(call, body, param):
+def test_what_is_new_and_cannot_be_read_is_refused_by_its_name(call, body, param):
     _, (answer,) = call(("POST", "/responses", {"input": "hi", **body}, []))
     assert answer.status_code == 400, answer.text
     assert answer.json()["error"]["param"] == param
+
+
+def called(name, arguments, call_id="c1"):
+    function = {"name": name, "arguments": arguments}
+    return {"id": call_id, "type": "function", "function": function}
+
+
+@pytest.mark.parametrize(
+    ("items", "name", "arguments", "result"),
+    [
+        (
+            [
+                {"type": "custom_tool_call", "call_id": "c1", "name": "patch", "input": "*** Do"},
+                {"type": "custom_tool_call_output", "call_id": "c1", "output": "done"},
+            ],
+            *("patch", '{"input": "*** Do"}', "done"),
+        ),
+        (
+            [
+                {**CALLED, "namespace": "mcp__town", "arguments": '{"city": '},
+                {"type": "function_call_output", "call_id": "c1", "output": None},
+            ],
+            *("mcp__town__get_weather", '{"city": ', ""),
+        ),
+        (
+            [
+                {**CALLED, "arguments": {"city": "Paris"}},
+                {"type": "function_call_output", "call_id": "c1", "output": [IMAGE, "rain"]},
+            ],
+            *("get_weather", '{"city": "Paris"}', NO_IMAGE + "rain"),
+        ),
+        (
+            [
+                {"type": "local_shell_call", "call_id": "c1", "action": {"command": ["ls"]}},
+                {"type": "local_shell_call_output", "id": "c1", "output": "a.txt"},
+            ],
+            *("local_shell", '{"command": ["ls"]}', "a.txt"),
+        ),
+        (
+            [
+                {"type": "shell_call", "call_id": "c1", "action": {"commands": ["ls"]}},
+                {"type": "shell_call_output", "call_id": "c1", "output": [{"stdout": "a.txt"}]},
+            ],
+            *("shell", '{"commands": ["ls"]}', '{"stdout": "a.txt"}\n'),
+        ),
+        (
+            [
+                {"type": "apply_patch_call", "call_id": "c1", "operation": {"path": "a"}},
+                {"type": "apply_patch_call_output", "call_id": "c1", "status": "failed"},
+            ],
+            *("apply_patch", '{"path": "a"}', "failed"),
+        ),
+        (
+            [
+                {"type": "tool_search_call", "call_id": "c1", "arguments": {"query": "x"}},
+                {"type": "tool_search_output", "call_id": "c1", "tools": []},
+            ],
+            *("tool_search", '{"query": "x"}', "[]"),
+        ),
+        (
+            [{"type": "web_search_call", "id": "c1", "status": "completed", "action": {"q": "x"}}],
+            *("web_search", '{"q": "x"}', "completed"),
+        ),
+        (
+            [
+                {
+                    "type": "mcp_call",
+                    "id": "c1",
+                    "server_label": "town",
+                    "name": "f",
+                    "arguments": "{}",
+                    "output": "rain",
+                }
+            ],
+            *("town__f", "{}", "rain"),
+        ),
+        (
+            [
+                {
+                    "type": "code_interpreter_call",
+                    "id": "c1",
+                    "code": "1",
+                    "outputs": [{"type": "logs", "logs": "1"}],
+                }
+            ],
+            *("code_interpreter", '{"code": "1"}', "1"),
+        ),
+        (
+            [{"type": "image_generation_call", "id": "c1", "result": "AAAA", "prompt": "a cat"}],
+            *("image_generation", '{"prompt": "a cat"}', NO_IMAGE),
+        ),
+        (
+            [
+                {"type": "computer_call", "call_id": "c1", "action": {"type": "screenshot"}},
+                {
+                    "type": "computer_call_output",
+                    "call_id": "c1",
+                    "output": {"type": "computer_screenshot", "image_url": "data:"},
+                },
+            ],
+            *(
+                "computer",
+                '{"type": "screenshot"}',
+                "[computer_screenshot left out: only text can be read]",
+            ),
+        ),
+    ],
+)
+def test_every_kind_of_call_and_its_result_are_those_of_a_tool(items, name, arguments, result):
+    messages = to_messages([ASKED, *items, ASKED])
+    assert messages == [
+        ASKED,
+        {"role": "assistant", "content": None, "tool_calls": [called(name, arguments)]},
+        {"role": "tool", "tool_call_id": "c1", "content": result},
+        ASKED,
+    ]
+
+
+@pytest.mark.parametrize(
+    "item",
+    [
+        {"type": "item_reference", "id": "msg_1"},
+        {"type": None, "id": "msg_1"},
+        {"type": "compaction", "encrypted_content": "x"},
+        {"type": "reasoning", "id": "rs_1", "summary": [], "encrypted_content": "x"},
+        {"type": "something_of_next_year", "payload": {"x": 1}},
+    ],
+)
+def test_an_item_without_anything_to_read_changes_nothing_that_the_model_sees(call, item):
+    engine, answers = call(
+        ("POST", "/responses", {"input": [ASKED, ASKED]}, ["Rain."]),
+        ("POST", "/responses", {"input": [ASKED, item, ASKED]}, ["Rain."]),
+    )
+    assert [a.status_code for a in answers] == [200, 200], answers[1].text
+    assert engine.requests[0].tokens == engine.requests[1].tokens
+
+
+def test_what_an_old_message_holds_besides_text_is_noted():
+    said = {
+        "type": "message",
+        "id": "m1",
+        "status": "completed",
+        "phase": "commentary",
+        "role": "assistant",
+        "content": [
+            {"type": "output_text", "text": "So", "annotations": [{}], "logprobs": []},
+            {"type": "refusal", "refusal": " no."},
+        ],
+    }
+    messages = to_messages(
+        [
+            {"role": "user", "content": [IMAGE, {"type": "input_text", "text": "see"}]},
+            {"type": "reasoning", "summary": [{"type": "summary_text", "text": "hm"}]},
+            said,
+            {"role": "user", "content": [{"type": "input_file", "file_id": "f"}, {"what": "ever"}]},
+            {"role": "critic", "content": "x"},
+            {"role": "tool", "content": None},
+            ASKED,
+        ]
+    )
+    assert messages == [
+        {"role": "user", "content": NO_IMAGE + "see"},
+        {"role": "assistant", "content": "So no.", "reasoning_content": "hm"},
+        {
+            "role": "user",
+            "content": '[file left out: only text can be read]{"what": "ever"}\n',
+        },
+        {"role": "user", "content": "x"},
+        {"role": "tool", "tool_call_id": "call_6", "content": ""},
+        ASKED,
+    ]
+
+
+def test_results_without_ids_are_those_of_the_calls_that_have_none_yet():
+    calls = [
+        {"type": "function_call", "name": name, "arguments": "{}", "call_id": call_id}
+        for name, call_id in (("f", None), ("g", "c2"))
+    ]
+    results = [{"type": "function_call_output", "output": text} for text in ("1", "2")]
+    _, asked, first, second = to_messages([ASKED, *calls, *results])
+    assert [call["id"] for call in asked["tool_calls"]] == ["call_2", "c2"]
+    assert [first["tool_call_id"], second["tool_call_id"]] == ["call_2", "c2"]
+
+
+PATCH = {
+    "type": "custom",
+    "name": "apply_patch",
+    "description": "Edits files.",
+    "format": {"type": "grammar", "syntax": "lark", "definition": "start: begin hunk+ end"},
+}
+TOWN = {"type": "namespace", "name": "mcp__town", "description": "d", "tools": [WEATHER]}
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "item"),
+    [
+        (
+            *("apply_patch", {"input": "*** Begin\n"}),
+            {"type": "custom_tool_call", "name": "apply_patch", "input": "*** Begin\n"},
+        ),
+        (
+            *("mcp__town__get_weather", {"city": "Paris"}),
+            {
+                "type": "function_call",
+                "name": "get_weather",
+                "namespace": "mcp__town",
+                "arguments": '{"city": "Paris"}',
+            },
+        ),
+        (
+            *("loaded__patch", {"input": "x"}),
+            {"type": "custom_tool_call", "name": "patch", "namespace": "loaded", "input": "x"},
+        ),
+    ],
+)
+def test_a_call_is_answered_as_the_kind_of_tool_that_the_client_has(call, name, arguments, item):
+    loaded = {"type": "namespace", "name": "loaded", "tools": [PATCH | {"name": "patch"}]}
+    asked = [
+        {"type": "tool_search_call", "call_id": "t1", "arguments": {"query": "x"}},
+        {"type": "tool_search_output", "call_id": "t1", "tools": [loaded]},
+        ASKED,
+    ]
+    said = "<tool_call>\n" + json.dumps({"name": name, "arguments": arguments}) + "\n</tool_call>"
+    body = {"tools": [PATCH, {"type": "web_search"}, TOWN], "agent_id": "a"}
+
+    def again(answers):
+        result = {"call_id": answers[0].json()["output"][0]["call_id"], "output": "ok"}
+        result["type"] = item["type"] + "_output"
+        return {**body, "input": [*asked, *answers[0].json()["output"], result]}
+
+    engine, (whole, second, streamed) = call(
+        ("POST", "/responses", {**body, "input": asked}, [said]),
+        ("POST", "/responses", again, ["Done."]),
+        ("POST", "/responses", {**body, "input": asked, "stream": True}, [said]),
+    )
+    assert whole.status_code == second.status_code == 200, second.text
+    [made] = whole.json()["output"]
+    Response.model_validate(whole.json())
+    assert {field: made[field] for field in item} == item
+    prompts = [engine.tokenizer.decode(request.tokens) for request in engine.requests]
+    assert (
+        "start: begin hunk+ end" in prompts[0] and '"name": "mcp__town__get_weather"' in prompts[0]
+    )
+    assert said in prompts[1]  # it goes on from what was answered
+    found = events(streamed)
+    for event in found:
+        EVENT.validate_python(event)
+    [done] = [event["item"] for event in found if event["type"] == "response.output_item.done"]
+    assert {field: done[field] for field in item} == item
+
+
+def test_tools_that_come_later_are_told_where_they_come(call):
+    asked = [ASKED, {"type": "additional_tools", "role": "developer", "tools": [TOWN]}, ASKED]
+    engine, (answer,) = call(("POST", "/responses", {"input": asked}, ["Rain."]))
+    assert answer.status_code == 200, answer.text
+    assert "mcp__town__get_weather" in engine.tokenizer.decode(engine.requests[0].tokens)
 
 
 def test_zero_turns_off_what_is_a_number_and_false_what_is_a_switch(call):

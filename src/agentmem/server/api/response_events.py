@@ -8,19 +8,23 @@ from ...chat.answer_parser import AnswerPart, Reasoning
 from ...chat.messages import ToolCall
 from ...errors import AgentMemError, Busy
 from ..sse import event_lines
+from .response_tools import OfferedTools
 
 # kinds of text: the prefix of the item's id, the type of its part, the name of its events
 _KINDS = {
     "reasoning": ("rs", "reasoning_text", "reasoning_text"),
     "message": ("msg", "output_text", "output_text"),
 }
+# kinds of call: the prefix of the item's id, and the field with what is given to the tool
+_CALLS = {"function_call": ("fc", "arguments"), "custom_tool_call": ("ctc", "input")}
 
 
 class GrowingResponse:
     """A response and its events, which the methods return ready to be sent."""
 
-    def __init__(self, response: dict[str, Any]):
-        """`response`: the answer's object, but for status and output."""
+    def __init__(self, response: dict[str, Any], tools: OfferedTools):
+        """`response`: the answer's object, but for status and output; `tools` may be called."""
+        self._tools = tools
         self.body = {**response, "status": "in_progress", "output": [], "usage": None}
         self._number = -1
         self._open: dict[str, Any] | None = None  # the item that grows
@@ -105,21 +109,25 @@ class GrowingResponse:
         self._open = None
 
     def _call(self, call: ToolCall) -> Iterator[str]:
+        whole = self._tools.called(call.name).item(call)
+        kind = whole["type"]
+        prefix, given = _CALLS[kind]
         item = {
-            "id": self._id("fc"),
-            "type": "function_call",
+            "id": self._id(prefix),
             "status": "in_progress",
             "call_id": call.id,
+            **whole,
+            given: "",
         }
-        item |= {"name": call.name, "arguments": ""}
         self.body["output"].append(item)
         place = {"output_index": self._index, "item_id": item["id"]}
         yield self._event("output_item.added", output_index=self._index, item=item)
-        item |= {"arguments": call.arguments_json, "status": "completed"}
-        yield self._event("function_call_arguments.delta", **place, delta=call.arguments_json)
-        yield self._event(
-            "function_call_arguments.done", **place, name=call.name, arguments=call.arguments_json
-        )
+        item |= {given: whole[given], "status": "completed"}
+        yield self._event(f"{kind}_{given}.delta", **place, delta=whole[given])
+        done = {given: whole[given]}
+        if kind == "function_call":
+            done["name"] = whole["name"]
+        yield self._event(f"{kind}_{given}.done", **place, **done)
         yield self._event("output_item.done", output_index=self._index, item=item)
 
     @property

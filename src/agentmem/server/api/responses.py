@@ -12,7 +12,7 @@ from fastapi import FastAPI, Request
 from starlette.responses import JSONResponse, Response
 
 from ...chat.answer_parser import Content, Reasoning
-from ...chat.messages import ToolCall, function_tools
+from ...chat.messages import ToolCall
 from ...engine.api import Finished, RequestStats, SamplingParams
 from ...errors import AgentMemError, ContextLengthExceeded, InvalidRequest, NotFound
 from ...transcripts.conversation import Conversation, inherited
@@ -22,7 +22,8 @@ from ..auth import namespace_of
 from ..sse import PING, stream, whole
 from .identity import agent_id_of
 from .response_events import GrowingResponse
-from .responses_wire import ResponsesRequest, flat_tools
+from .response_tools import flat_tools
+from .responses_wire import ResponsesRequest
 
 
 class PreviousResponseNotFound(NotFound):
@@ -33,8 +34,11 @@ def add_routes(app: FastAPI, services: Services) -> None:
     @app.post("/v1/responses", response_model=None)
     async def create_response(body: ResponsesRequest, request: Request) -> Response:
         services.check_model(body.model)
+        offered = body.offered_tools
         conversation = await _conversation(services, body, request)
-        growing = GrowingResponse(_head(body, services.engine.model_name, conversation))
+        conversation.tools = offered.functions
+        head = _head(body, services.engine.model_name, conversation)
+        growing = GrowingResponse(head, offered)
         try:
             answer = await _ask(services, body, conversation)
         except ContextLengthExceeded as e:
@@ -89,7 +93,6 @@ async def _conversation(
         )
     conversation.keep = keep
     conversation.instructions = body.instructions
-    conversation.tools = function_tools(body.tools, nested=False)
     return conversation
 
 
@@ -132,7 +135,8 @@ async def _ask(
             life=body.agentmem,
         )
     except InvalidRequest as e:
-        e.param = "input" if e.param == "messages" else e.param  # what Responses call them
+        # what Responses call them
+        e.param = "input" if (e.param or "").startswith("messages") else e.param
         raise
 
 
