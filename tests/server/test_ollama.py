@@ -311,6 +311,22 @@ def test_results_without_ids_go_to_their_calls():
         assert [message["tool_call_id"] for message in found] == answers
 
 
+def test_an_image_is_noted_in_history_and_refused_where_it_is_new(chat, server):
+    shown = {"role": "user", "content": "Look.", "images": ["aGk=", "aGk="]}
+    refused = chat(400, messages=[*HELLO, shown])
+    assert refused["error"].startswith("messages.1.images: ") and "text" in refused["error"]
+    yes = {"role": "assistant", "content": "Yes."}
+    chat(messages=[shown, yes, *HELLO], agent_id="images", options={"num_predict": 1})
+    told = transcript(server, "images")["messages"][0]["content"]
+    note = "[image left out: only text can be read]"
+    assert told == f"Look.\n{note}\n{note}"
+    result = {"role": "tool", "content": {"rain": True}, "images": ["aGk="]}
+    call = {"function": {"name": "weather", "arguments": {}}}
+    asks = {"role": "assistant", "tool_calls": [call]}
+    chat(messages=[shown, asks, result], agent_id="loop", options={"num_predict": 1})
+    assert transcript(server, "loop")["messages"][2]["content"] == f'{{"rain": true}}\n{note}'
+
+
 def test_history_is_taken_in_every_form(chat):
     call = {"function": {"name": "weather", "arguments": {"city": "Paris"}}}
     for history in (

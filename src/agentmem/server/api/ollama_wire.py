@@ -17,12 +17,13 @@ from starlette.responses import Response
 
 from ...chat.messages import function_tools
 from ...engine.api import SamplingParams
+from ...errors import InvalidRequest
 from ...transcripts.turns import Messages
+from .readable import note, readable
 from .wire import MAX_MESSAGES, AgentOptions, Only, Text
 
 _ALL_TOKENS = 1 << 30  # a window of the repeat penalty that holds every prompt
 _NO_TIME = re.compile(r"[+-]?0*\.?0+(ns|us|µs|ms|s|m|h)?")
-_IMAGE = {"type": "image_url"}  # in place of an image; it has no data, and nothing reads it
 
 
 class AnyContentType(APIRoute):
@@ -241,12 +242,17 @@ def to_messages(messages: Sequence[OllamaMessage], ids: CallIds) -> Messages:
     """Return messages in the shape of OpenAI's chat; `ids` has seen their calls then.
 
     A tool's result without an id is that of the first call of its tool that has none yet, or of
-    the first call of any tool.
+    the first call of any tool. InvalidRequest: there are images in the user's newest message; in
+    older ones a note stands in their place.
     """
     result: Messages = []
     unanswered: dict[str, str] = {}  # names of called tools, by the calls' ids
-    for message in messages:
-        role = message.role.lower()
+    roles = [message.role.lower() for message in messages]
+    num_answered = max((i + 1 for i, role in enumerate(roles) if role == "assistant"), default=0)
+    for i, (role, message) in enumerate(zip(roles, messages, strict=True)):
+        if message.images and role == "user" and i >= num_answered:
+            param = f"messages.{i}.images"
+            raise InvalidRequest(f"{param}: this server's model reads only text", param=param)
         said: dict[str, Any] = {"role": role, "content": _content(message)}
         if message.thinking:
             said["reasoning_content"] = message.thinking
@@ -263,11 +269,12 @@ def to_messages(messages: Sequence[OllamaMessage], ids: CallIds) -> Messages:
 
 
 def _content(message: OllamaMessage) -> Any:
-    content = "" if message.content is None else message.content
+    content = message.content
+    if not isinstance(content, str | list):
+        content = readable(content)
     if not message.images:
         return content
-    text = [{"type": "text", "text": content}] if isinstance(content, str) else content
-    return [*text, *[_IMAGE for _ in message.images]] if isinstance(text, list) else content
+    return "\n".join(filter(None, [readable(content), *[note("image") for _ in message.images]]))
 
 
 def _call(call: OllamaToolCall, ids: CallIds) -> dict[str, Any]:
