@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from datetime import date
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, Literal, TypeVar
 
 import numpy as np
@@ -13,6 +13,15 @@ import numpy as np
 from ..errors import ContextLengthExceeded, InvalidRequest
 from ..tensors import common_prefix
 from .dates import is_dated, on_day
+from .grammar import (
+    AnswerShape,
+    Constraint,
+    ContentFormat,
+    ToolChoice,
+    answer_shape,
+    callable_tools,
+    constraint,
+)
 from .markup import Markup
 from .messages import Chat, Message, Role, normalise
 from .special_tokens import MarkedText, SpecialTokens, unused
@@ -147,6 +156,32 @@ class ChatRenderer:
             return splice(self._token_bytes, tokens, branches).tokens
 
         return await self._in_thread(work)
+
+    async def constraint(
+        self,
+        tools: Sequence[dict[str, Any]],
+        choice: ToolChoice,
+        content: ContentFormat | None,
+        *,
+        in_reasoning: bool,
+    ) -> Constraint:
+        """Return the grammar that an answer is held to, and the markup by which it is read.
+
+        InvalidRequest: a call is asked for that can't be, or what can't be held to.
+        """
+        if choice.mode == "none" or not tools:
+            callable_tools(tools, choice)
+            if content is None:
+                return Constraint(None, self.markup)
+
+        def work() -> Constraint:
+            return constraint(self._shape, tools, choice, content, in_reasoning=in_reasoning)
+
+        return await self._in_thread(work)
+
+    @cached_property
+    def _shape(self) -> AnswerShape:
+        return answer_shape(self._template, self._tokenizer)
 
     async def token_texts(self, after: int | None = None) -> TokenTexts:
         """Return what tells the text of token after token; `after`: the one before the first."""

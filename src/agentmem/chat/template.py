@@ -120,6 +120,10 @@ class ChatTemplate:
         end: str = self._tokenizer.decode(list(tokens[-16:]))
         return end.rstrip().endswith(start)
 
+    def rendered(self, messages: Sequence[Message], **options: Any) -> str | None:
+        """Return the text of messages; None: the template refuses them."""
+        return self._probe(messages, **options)
+
     def _attempts(self, messages: Sequence[Message]) -> Iterator[Sequence[Message]]:
         first = without_system_between(messages) if self._loses_system(messages) else list(messages)
         yield first
