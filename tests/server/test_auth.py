@@ -170,6 +170,9 @@ def test_every_route_needs_a_key_but_those_that_are_open_and_one_that_is_added_l
             if path.startswith("/v1/messages"):  # in Anthropic's shape
                 assert response.status_code == 401
                 assert response.json()["error"]["type"] == "authentication_error"
+            elif path.startswith("/api"):  # in Ollama's
+                assert response.status_code == 401
+                assert "API key" in response.json()["error"]
             else:
                 refused(response)
     assert call(app, "GET", "/api/later", bearer(BOB)).json() == "team b"

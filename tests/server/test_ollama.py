@@ -252,8 +252,10 @@ def test_the_model_is_listed_shown_and_running(client, server):
     assert "<|im_start|>" in shown.template
     version = httpx.get(host(server) + "/api/version").json()["version"]
     assert all(part.isdigit() for part in version.split("."))
-    for path in ("/api/version", "/api/tags"):
-        assert httpx.head(host(server) + path).status_code == 200
+    for path in ("/api/version", "/api/tags", "/v1/models", "/health"):
+        found = httpx.head(host(server) + path)
+        assert (found.status_code, found.content) == (200, b"")
+    assert httpx.head(host(server) + "/v1/nothing").status_code == 404
 
 
 def test_a_tool_may_be_a_python_function(client):

@@ -15,7 +15,7 @@ from .answer import Services
 from .api.agents import IMPORT_PATH
 from .auth import ApiKeyCheck, ApiKeys
 from .errors import ErrorResponses
-from .middleware import BodyLimit, HostCheck, RequestId
+from .middleware import BodyLimit, HeadAsGet, HostCheck, RequestId
 
 # files under api/: each adds its routes, and its shape of errors where that is not OpenAI's; agents
 # comes last, as its paths begin like those of others
@@ -70,6 +70,7 @@ def _add_middleware(app: FastAPI, services: Services, keys: ApiKeys | None) -> N
     respond = services.errors.response
     hosts = ["localhost", "127.0.0.1", "::1", settings.host, *settings.allowed_hosts]
     unlimited = (IMPORT_PATH,)
+    app.add_middleware(HeadAsGet)
     app.add_middleware(BodyLimit, limit=settings.max_body, unlimited=unlimited, on_error=respond)
     app.add_middleware(ApiKeyCheck, keys=keys, on_error=respond)
     app.add_middleware(HostCheck, allowed=hosts, on_error=respond)

@@ -1,4 +1,4 @@
-"""What every request passes first: a request id, the Host check, the limit on its body."""
+"""What every request passes first: a request id, the Host check, the limit on its body, HEAD."""
 
 import re
 import uuid
@@ -120,3 +120,15 @@ class BodyLimit:
         error = InvalidRequest(message, code="request_too_large")
         response = self._on_error(scope, error, {"connection": "close"})
         await response(scope, receive, send)
+
+
+class HeadAsGet:
+    """Answers HEAD as it answers GET; the HTTP server leaves the body out."""
+
+    def __init__(self, app: ASGIApp):
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["method"] == "HEAD":
+            scope = {**scope, "method": "GET"}
+        await self._app(scope, receive, send)

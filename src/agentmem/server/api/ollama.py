@@ -88,7 +88,7 @@ def _add_missing(app: FastAPI, path: str, why: str) -> None:
     async def missing() -> None:
         raise Unsupported(why)
 
-    methods = ["GET", "HEAD", "POST", "DELETE"]
+    methods = ["GET", "POST", "DELETE"]
     app.router.add_api_route(path, missing, methods=methods, include_in_schema=False)
 
 

@@ -30,12 +30,10 @@ def add_routes(app: FastAPI, services: Services) -> None:
     listed = _listed(engine)
 
     @app.get("/api/version")
-    @app.head("/api/version", include_in_schema=False)
     async def version() -> dict[str, Any]:
         return {"version": VERSION, "agentmem": app.version}
 
     @app.get("/api/tags")
-    @app.head("/api/tags", include_in_schema=False)
     async def list_tags() -> dict[str, Any]:
         return {"models": [listed | {"capabilities": await _capabilities(services)}]}
 
