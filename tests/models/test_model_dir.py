@@ -116,6 +116,13 @@ def split(path: Path, *names: str | None) -> None:
 BREAK = {
     "no directory": (shutil.rmtree, "no such directory"),
     "no config": (remove("config.json"), "config.json"),
+    "a cache of the hub": (
+        lambda path: [
+            (path / "snapshots" / "5f3e").mkdir(parents=True),
+            (path / "config.json").rename(path / "snapshots" / "5f3e" / "config.json"),
+        ],
+        "name .*/snapshots/5f3e$",
+    ),
     "config is no JSON": (write("config.json", "{"), "config.json"),
     "config is a list": (write("config.json", "[1]"), "model_type"),
     "config without a type": (edit_config(model_type=None), "model_type"),

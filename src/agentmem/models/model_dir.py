@@ -107,9 +107,10 @@ def _read_config(path: Path) -> dict[str, Any]:
     try:
         config = read_json(path)
     except FileNotFoundError:
-        raise ModelError(
-            f"model {path.parent}: it has no config.json, so it is no MLX model directory"
-        ) from None
+        what = "it has no config.json, so it is no MLX model directory"
+        if snapshots := sorted(path.parent.glob("snapshots/*/config.json")):
+            what = f"it is a cache of the hub; name {snapshots[-1].parent}"
+        raise ModelError(f"model {path.parent}: {what}") from None
     except (OSError, ValueError, RecursionError) as e:
         raise ModelError(f"model {path.parent}: config.json can't be read: {e}") from None
     if not isinstance(config, dict):
