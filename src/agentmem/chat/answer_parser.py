@@ -1,7 +1,7 @@
 """An answer's text, as it comes, told apart: reasoning, content, tool calls. Of no wire format."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from .markup import Edges, Markup, State
@@ -19,6 +19,8 @@ class Reasoning:
 @dataclass(frozen=True)
 class Content:
     text: str
+    # where it ends in all that the model wrote, markup and the rest included, in characters
+    end: int = field(default=0, compare=False)
 
 
 AnswerPart = Reasoning | Content | ToolCall
@@ -80,6 +82,7 @@ class AnswerParser:
         self._header = self._raw = ""  # before a part; of a tool call: its marker
         self._call: list[str] = []  # and what follows that
         self._held = ""  # that may be the beginning of a marker
+        self._num_fed = 0  # characters, those that are held included
         self._parts: list[AnswerPart] = []
         self.num_calls = self._num_unread = 0
 
@@ -91,6 +94,7 @@ class AnswerParser:
     def feed(self, text: str) -> list[AnswerPart]:
         """Go on with this text; return what is known of the answer by now."""
         self._held += text
+        self._num_fed += len(text)
         self._advance()
         return self._take()
 
@@ -103,26 +107,26 @@ class AnswerParser:
             self._flush()
         if self._state == "header":
             self._state = "content"
-            self._say(self._header)
+            self._say(self._header, self._num_fed)
         for kind, trimmed in self._texts.items():
-            self._add(kind, trimmed.end())
+            self._add(kind, trimmed.end(), self._num_fed)
         return self._take()
 
     def _advance(self) -> None:
         while (found := self._next_marker()) is not None:
             at, marker, state = found
             before = self._held[:at]
+            self._say(before, self._num_fed - len(self._held) + at)
             self._held = self._held[at + len(marker) :]
-            self._say(before)
             self._enter(state, marker)
         safe = len(self._held) - self._partial()
         before = self._held[:safe]
         self._held = self._held[safe:]
-        self._say(before)
+        self._say(before, self._num_fed - len(self._held))
 
     def _flush(self) -> None:
         """Say what is held: it is no marker."""
-        self._say(self._held)
+        self._say(self._held, self._num_fed)
         self._held = ""
 
     def _next_marker(self) -> tuple[int, str, State] | None:
@@ -151,7 +155,8 @@ class AnswerParser:
                 return size
         return 0
 
-    def _say(self, text: str) -> None:
+    def _say(self, text: str, end: int) -> None:
+        """Go on with `text`, which ends at `end` of all that was fed."""
         if self._state == "tool":
             self._call.append(text)
         elif self._state == "header":
@@ -159,7 +164,8 @@ class AnswerParser:
         else:
             kind = "reasoning" if self._state == "reasoning" else "content"
             may_end = bool(self._edges.get(self._state))
-            self._add(kind, self._texts[kind].feed(text, hold=may_end))
+            said = self._texts[kind].feed(text, hold=may_end)
+            self._add(kind, said, end - self._texts[kind].num_held)
 
     def _enter(self, state: State, marker: str) -> None:
         if self._state == "tool":
@@ -186,8 +192,8 @@ class AnswerParser:
             calls = self._markup.tool_calls(call, self._tools)
         except ValueError:
             self._state = "content" if self._before in ("start", "header") else self._before
-            self._say(self._raw)
             self._held = call + marker + self._held
+            self._say(self._raw, self._num_fed - len(self._held))
             self._num_unread += 1
             if self._num_unread == _MAX_UNREAD:  # a model that says <tool_call> over and over
                 self._edges = _without_calls(self._edges)
@@ -199,9 +205,9 @@ class AnswerParser:
         self.num_calls += len(calls[:room])
         self._state = "header" if "header" in (then, self._before) else self._before
 
-    def _add(self, kind: str, text: str) -> None:
+    def _add(self, kind: str, text: str, end: int) -> None:
         if text:
-            self._parts.append(Reasoning(text) if kind == "reasoning" else Content(text))
+            self._parts.append(Reasoning(text) if kind == "reasoning" else Content(text, end))
 
     def _take(self) -> list[AnswerPart]:
         parts = self._parts
@@ -225,6 +231,11 @@ class _Trimmed:
     def __init__(self, *, skip: bool):
         self._skip = skip
         self._blank = ""
+
+    @property
+    def num_held(self) -> int:
+        """How many blanks wait."""
+        return len(self._blank)
 
     def feed(self, text: str, *, hold: bool) -> str:
         text = self._blank + text

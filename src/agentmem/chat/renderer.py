@@ -66,6 +66,7 @@ class ChatRenderer:
         self._token_bytes = TokenBytes(tokenizer)
         self._special_tokens = SpecialTokens(tokenizer, self._token_bytes)
         self._template = ChatTemplate(tokenizer)
+        self._drops_blank: bool | None = None  # None: not looked at yet
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="tokenizer")
 
     @property
@@ -185,7 +186,27 @@ class ChatRenderer:
 
     async def token_texts(self, after: int | None = None) -> TokenTexts:
         """Return what tells the text of token after token; `after`: the one before the first."""
-        return await self._in_thread(partial(TokenTexts, self._tokenizer, self._token_bytes, after))
+        if self._drops_blank is None:
+            self._drops_blank = await self._in_thread(self._looks_at_blank)
+        return TokenTexts(
+            self._tokenizer,
+            self._token_bytes,
+            self._in_thread,
+            after,
+            drops_blank=self._drops_blank,
+        )
+
+    def _looks_at_blank(self) -> bool:
+        """Tell whether mlx-lm drops the blank at the beginning of an answer's text."""
+        if not self._token_bytes.is_known:
+            return False
+        tokens = self._tokenizer.encode(" a", add_special_tokens=False)
+        detokenizer = self._tokenizer.detokenizer
+        for token in tokens:
+            detokenizer.add_token(token)
+        detokenizer.finalize()
+        data, _ = self._token_bytes.of_tokens(np.array(tokens, np.int64))
+        return len(detokenizer.text) < len(data)
 
     async def _in_thread(self, work: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._thread, work)

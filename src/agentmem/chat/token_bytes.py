@@ -27,6 +27,7 @@ class TokenBytes:
         self._added = {t["content"]: t["id"] for t in backend["added_tokens"]}
         self._names = {i: name for name, i in vocabulary.items() if name not in self._added}
         self._to_bytes = _decoder(backend["decoder"])
+        self._texts: dict[int, str] = {}  # by token, of those that were asked for
         # found in text by name, before all others
         self.atomic_ids = np.array(sorted(self._added.values()), np.int64)
 
@@ -40,6 +41,17 @@ class TokenBytes:
         at = np.minimum(tokens, len(self._table) - 1)
         data = b"".join(map(self._table.__getitem__, at.tolist()))
         return data, np.cumsum(self._lengths[at], dtype=np.int64)
+
+    def of_token(self, token: int) -> bytes:
+        """Return the bytes of one token."""
+        return self._table[min(token, len(self._table) - 1)]
+
+    def text(self, token: int) -> str:
+        """Return the text of one token; bytes that are no whole character by their names."""
+        text = self._texts.get(token)
+        if text is None:
+            text = self._texts[token] = _named(self.of_token(token))
+        return text
 
     def spell(self, token: int) -> list[int]:
         """Return a special token's name in ordinary tokens."""
@@ -80,6 +92,13 @@ class TokenBytes:
         for content, token in self._added.items():
             table[token] = content.encode()
         return table
+
+
+def _named(data: bytes) -> str:
+    try:
+        return data.decode()
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
 
 
 def _decoder(spec: Any) -> Any:

@@ -35,6 +35,7 @@ from ..engine.api import (
     RequestStats,
     SamplingParams,
     TextDelta,
+    TokenLogprob,
 )
 from ..engine.engine import Engine
 from ..errors import NotFound
@@ -226,6 +227,7 @@ class RunningAnswer:
         self.parts: list[AnswerPart] = []  # so far
         self.finished: Finished | None = None
         self.shares_prompt = False  # with an answer before it
+        self.logprobs: list[TokenLogprob] = []  # so far, where they are asked for
         self.num_tokens = 0  # so far
         self.num_reasoning_tokens = 0  # of those, with the marks around the reasoning
         self._parser = parser
@@ -280,6 +282,7 @@ class RunningAnswer:
         parts = self._parse(self._parser, event) if self._parser is not None else []
         self.parts += parts
         if isinstance(event, TextDelta):
+            self.logprobs += event.logprobs
             self.num_tokens = event.num_tokens
             return parts if self._parser is not None else [event]
         self.finished = event

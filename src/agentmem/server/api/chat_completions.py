@@ -3,6 +3,7 @@
 import time
 import uuid
 from collections.abc import AsyncIterator, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -16,6 +17,7 @@ from ..answer import Begun, Item, Ping, RunningAnswer, Services, ask, converse
 from ..errors import openai_error
 from ..sse import DONE, PING, event_lines, merge, stream, whole
 from .identity import ANONYMOUS, agent_id_of
+from .logprobs import ContentLogprobs
 from .usage import StreamUsage, usage
 from .wire import ChatCompletionRequest, StreamOptions, said
 
@@ -25,8 +27,8 @@ def add_routes(app: FastAPI, services: Services) -> None:
     async def create_chat_completion(body: ChatCompletionRequest, request: Request) -> Response:
         services.check_model(body.model)
         answer = await _ask(services, body, request)
-        answers = answer.times(body.n or 1)
-        completion = _ChatCompletion(services, answers)
+        completion = await _begin(services, answer.times(body.n or 1), body)
+        answers = completion.answers
         if body.stream:
             return await stream(request, completion.chunks(body.stream_options), *answers)
         return JSONResponse(await whole(request, completion.body(), *answers))
@@ -49,7 +51,7 @@ async def _ask(services: Services, body: ChatCompletionRequest, request: Request
     return await ask(
         services,
         conversation,
-        body.sampling_params(max_tokens),
+        replace(body.sampling_params(max_tokens), logprobs=body.num_logprobs),
         options=body.chat_template_kwargs,
         may_call=body.tool_choice != "none",
         max_calls=1 if body.parallel_tool_calls is False else 0,
@@ -58,13 +60,26 @@ async def _ask(services: Services, body: ChatCompletionRequest, request: Request
     )
 
 
+async def _begin(
+    services: Services, answers: Sequence[RunningAnswer], body: ChatCompletionRequest
+) -> "_ChatCompletion":
+    """Return what tells the answers as the body wants them."""
+    alias = services.settings.reasoning_alias
+    choices = []
+    for index, answer in enumerate(answers):
+        logprobs = None
+        if body.logprobs:
+            logprobs = ContentLogprobs(answer, await services.renderer.token_texts())
+        choices.append(_Choice(index, answer, logprobs, alias))
+    return _ChatCompletion(services, choices)
+
+
 class _ChatCompletion:
     """Answers to one chat in OpenAI's shape, whole or in chunks."""
 
-    def __init__(self, services: Services, answers: Sequence[RunningAnswer]):
-        alias = services.settings.reasoning_alias
-        self._answers = answers
-        self._choices = [_Choice(i, answer, alias) for i, answer in enumerate(answers)]
+    def __init__(self, services: Services, choices: Sequence["_Choice"]):
+        self.answers = [choice.answer for choice in choices]
+        self._choices = choices
         self._id = f"chatcmpl-{uuid.uuid4().hex}"
         self._created = int(time.time())
         self._model = services.engine.model_name
@@ -75,14 +90,14 @@ class _ChatCompletion:
             pass
         return {
             **self._head("chat.completion"),
-            "choices": [choice.body() for choice in self._choices],
-            "usage": usage(self._answers),
-            "agentmem": await self._answers[0].leave_turn(),
+            "choices": [await choice.body() for choice in self._choices],
+            "usage": usage(self.answers),
+            "agentmem": await self.answers[0].leave_turn(),
         }
 
     async def chunks(self, options: StreamOptions | None) -> AsyncIterator[str]:
         """Yield the answers as they come. An engine's error becomes the last line."""
-        told = StreamUsage(options, self._answers)
+        told = StreamUsage(options, self.answers)
         try:
             async for index, item in self._items():
                 if isinstance(item, Ping):
@@ -96,7 +111,7 @@ class _ChatCompletion:
             yield event_lines(openai_error(e))
 
     def _items(self) -> AsyncIterator[tuple[int, Item]]:
-        items = [answer.items() for answer in self._answers]
+        items = [answer.items() for answer in self.answers]
         return merge(items, at_once=len(items))
 
     def _event(self, **fields: Any) -> str:
@@ -109,23 +124,32 @@ class _ChatCompletion:
 class _Choice:
     """One of the answers."""
 
-    def __init__(self, index: int, answer: RunningAnswer, reasoning_alias: bool):
+    def __init__(
+        self,
+        index: int,
+        answer: RunningAnswer,
+        logprobs: ContentLogprobs | None,
+        reasoning_alias: bool,
+    ):
+        """`logprobs`: of the answer, where they are asked for."""
+        self.answer = answer
         self._index = index
-        self._answer = answer
+        self._logprobs = logprobs
         self._reasoning_alias = reasoning_alias
         self._num_calls = 0  # in chunks so far
 
-    def body(self) -> dict[str, Any]:
+    async def body(self) -> dict[str, Any]:
         """Return the choice that it is, when it is whole."""
-        finished = self._answer.finished
+        finished = self.answer.finished
         assert finished is not None
-        message = self._answer.message
+        message = self.answer.message
         if "reasoning_content" in message:
             message |= self._reasoning(message["reasoning_content"])
+        contents = [part for part in self.answer.parts if isinstance(part, Content)]
         return {
             "index": self._index,
             "message": message,
-            "logprobs": None,
+            "logprobs": await self._told(contents),
             "finish_reason": self._finish_reason(finished),
         }
 
@@ -134,18 +158,34 @@ class _Choice:
         if isinstance(item, Begun):
             yield self._chunk({"role": "assistant", "content": ""})
         elif isinstance(item, Content | Reasoning | ToolCall):
+            logprobs = await self._told([item]) if isinstance(item, Content) else None
             for delta in self._deltas(item):
-                yield self._chunk(delta)
+                yield self._chunk(delta, logprobs=logprobs)
         elif isinstance(item, Finished):
-            cost = await self._answer.leave_turn()
+            cost = await self.answer.leave_turn()
             last = self._chunk({}, self._finish_reason(item))
             yield last | ({"agentmem": cost} if self._index == 0 else {})
 
-    def _chunk(self, delta: dict[str, Any], finish_reason: str | None = None) -> dict[str, Any]:
+    async def _told(self, contents: Sequence[Content]) -> dict[str, Any] | None:
+        """Return the log probabilities of the tokens of what is new in the content, if wanted."""
+        if self._logprobs is None:
+            return None
+        rows = []
+        for content in contents:
+            rows += await self._logprobs.of(content)
+        return {"content": rows, "refusal": None}
+
+    def _chunk(
+        self,
+        delta: dict[str, Any],
+        finish_reason: str | None = None,
+        *,
+        logprobs: dict[str, Any] | None = None,
+    ) -> dict[str, Any]:
         choice = {
             "index": self._index,
             "delta": delta,
-            "logprobs": None,
+            "logprobs": logprobs,
             "finish_reason": finish_reason,
         }
         return {"choices": [choice]}
@@ -171,6 +211,6 @@ class _Choice:
         return {"reasoning_content": text} | ({"reasoning": text} if self._reasoning_alias else {})
 
     def _finish_reason(self, finished: Finished) -> str:
-        if finished.reason == "stop" and self._answer.has_calls:
+        if finished.reason == "stop" and self.answer.has_calls:
             return "tool_calls"
         return finished.reason

@@ -2,8 +2,9 @@
 
 import time
 import uuid
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Annotated, Any
 
 from fastapi import FastAPI, Request
@@ -22,12 +23,12 @@ from ..auth import agent_of
 from ..errors import openai_error
 from ..sse import DONE, PING, event_lines, merge, stream, whole
 from .identity import agent_id_of
+from .logprobs import LEAST
 from .usage import StreamUsage, usage
 from .wire import AgentLife, CompletionInput, Only, StreamOptions
 
 _MAX_TOKENS = 16  # by default, as OpenAI has it
 _MAX_PROMPTS = 2048
-_LEAST = -9999.0  # in place of minus infinity, which JSON can't say
 _PROMPT_SCHEMA = {
     "anyOf": [
         {"type": "string"},
@@ -131,7 +132,7 @@ async def _begin(
         echo = None
         shift = 0
         if body.echo:
-            spelled = texts.whole(prompt.tokens)
+            spelled = await texts.work_out(partial(texts.whole, prompt.tokens))
             echo = said if isinstance(said, str) else spelled
             shift = len(spelled) - len(echo)
         table = _Table(texts, shift) if body.logprobs is not None else None
@@ -170,13 +171,17 @@ class _Table:
         self._append(table, token, None, None)
         return table
 
-    def rows(self, told: Iterable[TokenLogprob]) -> dict[str, list[Any]]:
+    async def rows(self, told: Sequence[TokenLogprob]) -> dict[str, list[Any]]:
+        """Return the rows of the tokens that follow."""
+        return await self._texts.work_out(partial(self._rows, told))
+
+    def _rows(self, told: Sequence[TokenLogprob]) -> dict[str, list[Any]]:
         table = self.empty()
         for one in told:
             top: dict[str, float] = {}
             for token, logprob in (*one.top, (one.token, one.logprob)):
-                top.setdefault(self._texts.text(token), max(logprob, _LEAST))
-            self._append(table, one.token, max(one.logprob, _LEAST), top)
+                top.setdefault(self._texts.text(token), max(logprob, LEAST))
+            self._append(table, one.token, max(one.logprob, LEAST), top)
         return table
 
     def _append(
@@ -218,16 +223,16 @@ class _Choice:
             yield self._add(self._echo, self._table.first(first) if self._table else None)
         async for item in self.answer.items():
             if isinstance(item, TextDelta):
-                yield self._add(item.text, self._rows(item))
+                yield self._add(item.text, await self._rows(item))
             elif isinstance(item, Finished):
                 end = {"finish_reason": item.reason, "agentmem": self.answer.cost()}
                 self.body |= end
-                yield self._add("", self._rows(TextDelta(""))) | end
+                yield self._add("", _Table.empty() if self._table else None) | end
             elif isinstance(item, Ping):
                 yield None
 
-    def _rows(self, delta: TextDelta) -> dict[str, list[Any]] | None:
-        return self._table.rows(delta.logprobs) if self._table else None
+    async def _rows(self, delta: TextDelta) -> dict[str, list[Any]] | None:
+        return await self._table.rows(delta.logprobs) if self._table else None
 
     def _add(self, text: str, table: dict[str, list[Any]] | None) -> dict[str, Any]:
         self.body["text"] += text

@@ -17,7 +17,9 @@ from pydantic import (
     Field,
     GetCoreSchemaHandler,
     GetJsonSchemaHandler,
+    ValidationInfo,
     WithJsonSchema,
+    field_validator,
     model_validator,
 )
 from pydantic.json_schema import JsonSchemaValue
@@ -28,6 +30,7 @@ from ...engine.api import SamplingParams
 from ...transcripts.turns import Messages
 
 MAX_CHOICES = 16  # answers to one prompt
+MAX_TOP_LOGPROBS = 20  # of each token
 MAX_MESSAGES = 10_000  # of a request: they are checked on the event loop
 _SAME_NAME = (  # in the body and in SamplingParams
     "temperature",
@@ -278,13 +281,13 @@ class ChatCompletionRequest(TemplateInput, CompletionInput):
         Any, BeforeValidator(check_tool_choice), WithJsonSchema({"enum": [None, "none", "auto"]})
     ] = None
     parallel_tool_calls: bool | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
 
     # would promise something that isn't there
     functions: Annotated[Any, Only([])] = None
     function_call: Annotated[Any, Only("none", "auto")] = None
     response_format: Annotated[Any, Only({"type": "text"})] = None
-    logprobs: Annotated[Any, Only(False)] = None
-    top_logprobs: Annotated[Any, Only(0)] = None
     modalities: Annotated[Any, Only(["text"])] = None
     audio: Annotated[Any, Only()] = None
     prediction: Annotated[Any, Only()] = None
@@ -292,3 +295,15 @@ class ChatCompletionRequest(TemplateInput, CompletionInput):
     verbosity: Annotated[Any, Only()] = None
     moderation: Annotated[Any, Only()] = None
     web_search_options: Annotated[Any, Only()] = None
+
+    @field_validator("top_logprobs")
+    @classmethod
+    def _of_logprobs(cls, count: int | None, info: ValidationInfo) -> int | None:
+        if count and not info.data.get("logprobs"):
+            raise ValueError("needs logprobs, true")
+        return count
+
+    @property
+    def num_logprobs(self) -> int | None:
+        """How many of the likeliest tokens are to be told with each; None: nothing is."""
+        return (self.top_logprobs or 0) if self.logprobs else None
