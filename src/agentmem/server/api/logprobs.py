@@ -19,7 +19,7 @@ LEAST = -9999.0  # in place of minus infinity, which JSON can't say
 
 @dataclass(frozen=True)
 class _Place:
-    """Where a token's text is in all that the model wrote, in characters, and its row."""
+    """The characters that a token's text is of all that the model wrote, and its row."""
 
     start: int
     end: int  # greater than `start`, also where it is a part of the character there
