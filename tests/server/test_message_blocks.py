@@ -10,15 +10,9 @@ from agentmem.chat.answer_parser import Content, Reasoning
 from agentmem.chat.messages import ToolCall
 from agentmem.engine.api import Finished, RequestStats
 from agentmem.errors import AgentMemError, Busy, ContextLengthExceeded, InvalidRequest
-from agentmem.server.api.messages import (
-    GrowingMessage,
-    MessagesRequest,
-    anthropic_error,
-    check_ends_with_user,
-    error_event,
-    function_tools,
-    to_messages,
-)
+from agentmem.server.api.message_blocks import function_tools, is_prefill, to_messages
+from agentmem.server.api.message_events import GrowingMessage
+from agentmem.server.api.messages import MessagesRequest, anthropic_error, error_event
 
 EVENT = TypeAdapter(RawMessageStreamEvent)
 HELLO = [{"role": "user", "content": "hello"}]
@@ -26,6 +20,7 @@ IMAGE = {"type": "image", "source": {"type": "base64", "media_type": "image/png"
 CALL = {"type": "tool_use", "id": "toolu_1", "name": "weather", "input": {"city": "Zürich"}}
 RESULT = {"type": "tool_result", "tool_use_id": "toolu_1"}
 STATS = RequestStats(100, 7, 60, "hot", 0, 0.0, 1.0, 2.0, 0.0)
+NO_IMAGE = "[image left out: only text can be read]"
 BILLING = "x-anthropic-billing-header: cc_version=2.1.177.01c; cc_entrypoint=cli; cch={};"
 
 
@@ -40,7 +35,8 @@ def request(messages=HELLO, **body):
 
 
 def read(*messages, **body):
-    return to_messages(request(list(messages), **body))
+    body = request(list(messages), **body)
+    return to_messages(body.messages, body.system)
 
 
 def said(role, content):
@@ -132,10 +128,10 @@ def test_documents_and_search_results_of_text_are_text():
         ("messages.0.content", [said("user", 7)], {}),
         ("messages.0.content.0", [said("user", ["x"])], {}),
         ("messages.0.content.0.text", [said("user", [{"type": "text"}])], {}),
-        ("messages.0.content", [said("user", "\ud800")], {}),
-        ("messages.0.content.0.tool_use_id", [said("user", [{"type": "tool_result"}])], {}),
-        ("messages.0.content.0.input", [said("assistant", [CALL | {"input": "x"}])], {}),
-        ("messages.0.content.0.name", [said("assistant", [CALL | {"name": ""}])], {}),
+        ("messages.1.content", [*HELLO, {"role": "user"}], {}),
+        ("messages.0.content.0.tool_use_id", [said("user", [RESULT | {"tool_use_id": 5}])], {}),
+        ("messages.1.role", [*HELLO, said("tool", "x")], {}),
+        ("messages.1.content.0", [*HELLO, said("user", [IMAGE]), said("system", "late")], {}),
         ("system", HELLO, {"system": 7}),
         ("system.0", HELLO, {"system": [IMAGE]}),
     ],
@@ -154,7 +150,8 @@ def test_what_cannot_be_read_is_refused_by_its_name(param, messages, body):
         {"max_tokens": None},
         {"temperature": 1.5},
         {"messages": []},
-        {"messages": [{"role": "tool", "content": "x"}]},
+        {"messages": ["x"]},
+        {"messages": {"role": "user", "content": "x"}},
         {"stop_sequences": [""]},
         {"tool_choice": {"type": "any"}},
         {"tool_choice": {"type": "tool", "name": "weather"}},
@@ -174,6 +171,8 @@ def test_hints_and_unknown_fields_are_accepted():
         context_management={"edits": []},
         output_config={"effort": "high"},
         mcp_servers=[],
+        container={},
+        betas=["compact-2026-01-12"],
         service_tier="auto",
         speed=None,
         tomorrow=1,
@@ -183,10 +182,131 @@ def test_hints_and_unknown_fields_are_accepted():
     assert (off.options, request().options) == ({"enable_thinking": False}, {})
 
 
-def test_an_answer_that_should_go_on_from_the_assistants_words_is_refused():
-    check_ends_with_user(request())
-    with pytest.raises(InvalidRequest, match="prefill"):
-        check_ends_with_user(request([*HELLO, said("assistant", "The")]))
+def test_an_answer_goes_on_with_what_the_assistant_has_begun_to_say():
+    thought = {"type": "thinking", "thinking": "hm", "signature": "s"}
+    assert is_prefill(read(*HELLO, said("assistant", "The")))
+    assert is_prefill(read(*HELLO, said("assistant", [thought, text("The")])))
+    for last in ("", [], [thought], [CALL], [text("I look."), CALL]):
+        assert not is_prefill(read(*HELLO, said("assistant", last)))
+    assert not is_prefill(read(*HELLO)) and not is_prefill([])
+
+
+def called(name, arguments, call_id="t1"):
+    function = {"name": name, "arguments": arguments}
+    return {"id": call_id, "type": "function", "function": function}
+
+
+def result(content, call_id="t1"):
+    return {"role": "tool", "tool_call_id": call_id, "content": content}
+
+
+@pytest.mark.parametrize(
+    ("kind", "content", "read_as"),
+    [
+        (
+            "web_search_tool_result",
+            [{"type": "web_search_result", "title": "T", "url": "u", "encrypted_content": "x"}],
+            '{"type": "web_search_result", "title": "T", "url": "u"}\n',
+        ),
+        (
+            "web_search_tool_result",
+            {"type": "web_search_tool_result_error", "error_code": "unavailable"},
+            '{"type": "web_search_tool_result_error", "error_code": "unavailable"}',
+        ),
+        (
+            "code_execution_tool_result",
+            {"type": "code_execution_result", "stdout": "1", "return_code": 0},
+            '{"type": "code_execution_result", "stdout": "1", "return_code": 0}',
+        ),
+        ("mcp_tool_result", [text("rain"), IMAGE], f"rain{NO_IMAGE}"),
+        ("tool_result", None, ""),
+    ],
+)
+def test_what_anthropic_ran_is_called_and_answered_like_any_tool(kind, content, read_as):
+    made = {"type": "server_tool_use", "id": "t1", "name": "search", "input": {"query": "x"}}
+    answered = {"type": kind, "tool_use_id": "t1", "content": content}
+    messages = read(
+        *HELLO, said("assistant", [text("I look."), made, answered, text("Rain.")]), *HELLO
+    )
+    assert messages == [
+        *HELLO,
+        said("assistant", "I look.") | {"tool_calls": [called("search", '{"query": "x"}')]},
+        result(read_as),
+        said("assistant", "Rain."),
+        *HELLO,
+    ]
+
+
+@pytest.mark.parametrize(
+    ("content", "read_as"),
+    [
+        (None, ""),
+        ([], ""),
+        (7, "7"),
+        (["so"], "so"),
+        ([None], ""),
+        ([{"type": "text"}], ""),
+        ([{"text": "so"}], "so"),
+        ([text("so ", citations=None, cache_control=None), IMAGE], f"so {NO_IMAGE}"),
+        (
+            [{"type": "container_upload", "file_id": "f"}],
+            NO_IMAGE.replace("image", "container_upload"),
+        ),
+        (
+            [{"type": "compaction", "content": "all that was", "encrypted_content": "x"}],
+            "all that was",
+        ),
+        ([{"type": "of_next_year", "what": "ever"}], '{"type": "of_next_year", "what": "ever"}\n'),
+    ],
+)
+@pytest.mark.parametrize("role", ["user", "assistant", "critic"])
+def test_any_content_of_history_is_read(role, content, read_as):
+    [message, _, _] = read(said(role, content), said("assistant", "a"), *HELLO)
+    assert message == said("assistant" if role == "assistant" else "user", read_as)
+
+
+def test_what_only_anthropics_servers_can_read_is_left_out():
+    hidden = [
+        {"type": "redacted_thinking", "data": "x"},
+        {"type": "fallback", "from": {"model": "a"}, "to": {"model": "b"}},
+    ]
+    [_, answer, _] = read(*HELLO, said("assistant", [*hidden, text("Rain.")]), *HELLO)
+    assert answer == said("assistant", "Rain.")
+
+
+def test_calls_and_results_of_any_form_find_one_another():
+    calls = [
+        {"type": "tool_use", "name": "f", "input": "cut {"},
+        {"type": "tool_use", "id": "t2", "input": None},
+        {"type": "mcp_tool_use", "id": "t3", "name": "g", "input": [1], "server_name": "s"},
+    ]
+    results = [
+        {"type": "tool_result", "content": [{"type": "tool_reference", "tool_name": "g"}]},
+        RESULT | {"tool_use_id": "t3", "content": "3"},
+        RESULT | {"tool_use_id": None, "content": [IMAGE]},
+    ]
+    [_, asked, *answers] = read(*HELLO, said("assistant", calls), said("user", results))
+    assert asked["tool_calls"] == [
+        called("f", "cut {", "call_1"),
+        called("tool", "{}", "t2"),
+        called("g", "[1]", "t3"),
+    ]
+    assert answers == [
+        result('{"type": "tool_reference", "tool_name": "g"}\n', "call_1"),
+        result("3", "t3"),
+        result(NO_IMAGE, "t2"),
+    ]
+
+
+def test_tools_that_come_later_are_told_where_they_come():
+    tool = {"type": "tool_definition", "definition": {"name": "f", "input_schema": {}}}
+    added = {"type": "tool_addition", "tool": tool, "cache_control": {"type": "ephemeral"}}
+    [_, told] = read(*HELLO, said("system", [text("Also: "), added]))
+    assert told["role"] == "system" and told["content"].startswith("Also: ")
+    assert json.loads(told["content"].removeprefix("Also: ")) == {
+        "type": "tool_addition",
+        "tool": tool,
+    }
 
 
 def test_only_the_clients_own_tools_are_offered():
@@ -254,6 +374,13 @@ def test_an_answer_of_every_kind_of_part_comes_as_a_block_each():
     assert message.stop_reason == found[-2]["delta"]["stop_reason"] == "tool_use"
     again = read(*HELLO, {"role": "assistant", "content": answer.body["content"]})[-1]
     assert (again["content"], again["reasoning_content"]) == ("I look.!", "hm")
+
+
+def test_no_sign_of_life_comes_before_the_message_starts():
+    answer = growing()
+    lines = [*answer.ping(), *answer.ping(), *answer.begin(), *answer.add(Content("a"))]
+    names = [line.split("\n")[0].removeprefix("event: ") for line in lines]
+    assert names == ["message_start", "ping", "ping", "content_block_start", "content_block_delta"]
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,7 @@ TOOL = {
     "description": "The weather in a city.",
     "input_schema": {"type": "object", "properties": {"city": {"type": "string"}}},
 }
+IMAGE = {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": "AA=="}}
 HELLO = [{"role": "user", "content": "Weather in Paris?"}]
 
 
@@ -169,6 +170,22 @@ def test_a_prewarm_that_goes_on_leaves_no_turn_and_counts_as_all_that_was_said(s
     assert len(transcript(server, "goes-on")["turns"]) == 2
 
 
+def test_an_answer_goes_on_with_the_assistants_last_words(server):
+    begun = [*HELLO, {"role": "assistant", "content": "Well then: "}]
+    life = {"extra_body": {"agent_id": "begun"}}
+    answered = create(server, messages=begun, **life)
+    counted = create(server, messages=HELLO, max_tokens=0).usage.model_dump()
+    said = "".join(block.text for block in answered.content if block.type == "text")
+    [_, shown] = transcript(server, "begun")["messages"]
+    assert shown["content"] == "Well then: " + said
+    with sdk(server) as client:
+        tokens = client.messages.count_tokens(model="default", messages=begun).input_tokens
+    assert tokens == tokens_of(answered.usage.model_dump()) > tokens_of(counted)
+    more = [*HELLO, {"role": "assistant", "content": shown["content"]}, *HELLO]
+    create(server, messages=more, **life)
+    assert len(transcript(server, "begun")["turns"]) == 2
+
+
 def test_system_messages_may_stand_between_others(server):
     late = {"role": "system", "content": [{"type": "text", "text": "Be brief."}]}
     message = create(server, messages=[*HELLO, late])
@@ -279,7 +296,7 @@ def error_of(status, call):
         ({"tools": [TOOL | {"input_schema": 1}]}, "tools.0.input_schema"),
         ({"tool_choice": {"type": "any"}, "tools": [TOOL]}, "tool_choice.type"),
         ({"output_config": {"format": {"type": "json_schema", "schema": {}}}}, "output_config"),
-        ({"messages": [*HELLO, {"role": "assistant", "content": "The"}]}, "messages.1"),
+        ({"messages": [*HELLO, {"role": "user", "content": [IMAGE]}]}, "messages.1.content.0"),
         ({"metadata": {"user_id": "\x00"}}, "metadata.user_id"),
     ],
 )
@@ -287,7 +304,7 @@ def test_a_refusal_names_what_is_wrong(server, body, named):
     error = error_of(400, lambda: create(server, **body))
     assert error["type"] == "invalid_request_error" and named in error["message"]
     with sdk(server) as client:
-        if "max_tokens" not in body and "messages.1" not in named and "metadata" not in body:
+        if "max_tokens" not in body and "metadata" not in body:
             counted = {"model": "default", "messages": HELLO, **body}
             if "output_config" not in body:
                 error_of(400, lambda: client.messages.count_tokens(**counted))
@@ -306,6 +323,15 @@ def test_other_errors_have_anthropics_shape_too(server):
     assert wrong.status_code == 405 and wrong.json()["type"] == "error"
     chat = server.client.post("/chat/completions", json={"messages": []})
     assert "type" in chat.json()["error"] and "request_id" not in chat.json()
+
+
+def test_errors_about_models_have_the_shape_of_who_asks(server):
+    with sdk(server) as client:
+        assert client.models.retrieve("default").type == "model"
+        error = error_of(404, lambda: client.models.retrieve("claude-opus-9"))
+    assert error["type"] == "not_found_error"
+    plain = server.client.get("/models/claude-opus-9")
+    assert (plain.status_code, plain.json()["error"]["code"]) == (404, "model_not_found")
 
 
 def test_a_body_that_is_too_large_is_called_so(tmp_path, server):

@@ -156,7 +156,13 @@ def chat_of(conversation: Conversation, options: Mapping[str, Any] | None = None
     """Return what the prompt of a conversation is rendered from; `options` are the template's."""
     messages = conversation.messages
     known = len(messages) - len(conversation.new)
-    return Chat(messages, known=known, tools=conversation.tools, options=options or {})
+    return Chat(
+        messages,
+        known=known,
+        tools=conversation.tools,
+        options=options or {},
+        continues=conversation.continues,
+    )
 
 
 def is_retried(request: Request) -> bool:

@@ -77,10 +77,15 @@ class ErrorResponses:
 
     def __init__(self) -> None:
         self._shapes: dict[str, ErrorShape] = {}
+        self._by_header: list[tuple[str, bytes, ErrorShape]] = []
 
     def set_shape(self, prefix: str, shape: ErrorShape) -> None:
         """Give errors this shape on the path `prefix` and on all paths below it."""
         self._shapes[prefix] = shape
+
+    def set_shape_for(self, prefix: str, header: str, shape: ErrorShape) -> None:
+        """Give errors this shape there for requests with `header`, whatever its value."""
+        self._by_header.append((prefix, header.encode(), shape))
 
     def response(
         self, scope: Scope, error: AgentMemError, headers: dict[str, str] | None = None
@@ -91,7 +96,7 @@ class ErrorResponses:
             headers["retry-after"] = str(error.retry_after)
         if isinstance(error, Unauthorized):
             headers["www-authenticate"] = "Bearer"
-        shape = self._shape(scope["path"])
+        shape = self._shape_for(scope) or self._shape(scope["path"])
         body = shape.body(error, scope["agentmem.request_id"])
         return JSONResponse(body, shape.status(error), headers)
 
@@ -102,6 +107,14 @@ class ErrorResponses:
         app.add_exception_handler(HTTPException, self._on_http_error)
         app.add_exception_handler(ClientDisconnect, self._on_disconnect)
         app.add_exception_handler(Exception, self._on_bug)
+
+    def _shape_for(self, scope: Scope) -> ErrorShape | None:
+        """Return the shape that the request's headers ask for, on a path that several APIs have."""
+        names = {name for name, _ in scope["headers"]}
+        for prefix, header, shape in self._by_header:
+            if header in names and f"{scope['path']}/".startswith(f"{prefix}/"):
+                return shape
+        return None
 
     def _shape(self, path: str) -> ErrorShape:
         while path:

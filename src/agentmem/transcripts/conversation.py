@@ -26,6 +26,7 @@ class Conversation:
     from_newest: bool = False  # which was the newest turn
     keep: bool = True  # leave a turn
     ephemeral: bool = False
+    continues: bool = False  # the answer goes on with the last of `new`, the assistant's
     tools: list[dict[str, Any]] = field(default_factory=list)
     # a system message before all that was said, of this request alone
     instructions: str | None = None
@@ -51,9 +52,12 @@ class Conversation:
             return None
         parent = self.parent
         new = self.new
+        if self.continues:
+            *new, begun = new
+            answer = [_continued(begun, answer[0]), *answer[1:]]
         if not self.resumed:
-            parent, num_known = tree.longest_prefix(self.new)
-            new = self.new[num_known:]
+            parent, num_known = tree.longest_prefix(new)
+            new = new[num_known:]
         about = {"instructions": self.instructions or None, "tools": self.tools or None, **more}
         items = [*new, *answer]
         turn = new_turn(kind, parent, items, turn_id, about=_news(tree, parent, about))
@@ -72,6 +76,15 @@ class Conversation:
             return []
         told = path[ids.index(self.parent.id) + 1 :]
         return told if all(turn.kind == "context" for turn in told) else []
+
+
+def _continued(begun: dict[str, Any], rest: dict[str, Any]) -> dict[str, Any]:
+    """Return the message that `begun` and the answer which went on with it are together."""
+    message = {**rest, "content": begun["content"] + (rest["content"] or "")}
+    thoughts = [part.get("reasoning_content") or "" for part in (begun, rest)]
+    if any(thoughts):
+        message["reasoning_content"] = "".join(thoughts)
+    return message
 
 
 def system(instructions: str | None) -> Messages:

@@ -27,6 +27,11 @@ def text_of(part: Mapping[str, Any]) -> str | None:
     return next((part[name] for name in _TEXTS if isinstance(part.get(name), str)), None)
 
 
+def is_media(part: Mapping[str, Any]) -> bool:
+    """Return whether a part or a block is an image or the like, which no model here can see."""
+    return text_of(part) is None and str(part.get("type")).endswith(_MEDIA)
+
+
 def readable(value: Any) -> str:
     """Return any value as a text that a model can read.
 
@@ -57,8 +62,9 @@ def _readable_part(part: Any) -> str:
     text = text_of(part)
     if text is not None:
         return text
-    kind = part.get("type")
-    if isinstance(kind, str) and kind.endswith(_MEDIA):
-        return note(kind)
+    if is_media(part):
+        return note(part.get("type"))
+    if str(part.get("type")).endswith("text"):  # that is null, say
+        return ""
     kept = {name: value for name, value in part.items() if name not in _UNREADABLE}
     return as_json(kept) + "\n"

@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 
 from ...errors import InvalidRequest
 from ...transcripts.turns import Messages
-from .readable import as_json, note, readable, text_of
+from .readable import as_json, is_media, note, readable, text_of
 from .response_tools import custom_arguments, joined_name, loaded_functions
 
 _ROLES = ("user", "assistant", "system", "developer")
@@ -222,13 +222,13 @@ def _content(content: Any, param: str, *, is_new: bool) -> str:
     if not isinstance(content, list):
         _refuse(param, "must be a string or a list of parts with text", "invalid_type")
     for i, part in enumerate(content):
-        kind = part.get("type") if isinstance(part, dict) else None
         if not isinstance(part, dict) or text_of(part) is not None:
             continue
         if "text" in part:
             _refuse(f"{param}.{i}.text", "must be a string", "invalid_type")
-        message = f"is of type {str(kind)[:_ECHO]!r}; this server reads only text"
-        _refuse(f"{param}.{i}", message)
+        if is_media(part):
+            message = f"is of type {part['type'][:_ECHO]!r}; this server reads only text"
+            _refuse(f"{param}.{i}", message)
     return readable(content)
 
 
