@@ -209,6 +209,29 @@ def test_the_repeat_penalty_has_the_window_that_ollama_gives_it(options, penalty
     assert (params.temperature, params.top_k, params.top_p, params.max_tokens) == (0.8, 40, 0.9, 9)
 
 
+@pytest.mark.parametrize("path", ["/api/chat", "/api/generate", "raw"])
+def test_log_probabilities_are_of_the_contents_tokens(post, server, path):
+    raw = {"raw": True} if path == "raw" else {}
+    path = path.replace("raw", "/api/generate")
+    body = {"messages": HELLO, "prompt": "Weather?", "logprobs": True, "top_logprobs": 2, **raw}
+    whole = post(path, **body)
+    said = whole["response"] if "response" in whole else whole["message"]["content"]
+    assert "".join(row["token"] for row in whole["logprobs"]).strip() == said.strip()
+    for row in whole["logprobs"]:
+        assert row["logprob"] == row["top_logprobs"][0]["logprob"] <= 0
+        assert bytes(row["bytes"]).decode() == row["token"] and len(row["top_logprobs"]) == 2
+    streamed = httpx.post(host(server) + path, json=body | {"model": "default"})
+    chunks = [json.loads(line) for line in streamed.text.splitlines()]
+    rows = [row for chunk in chunks for row in chunk.get("logprobs") or ()]
+    assert [row["token"] for row in rows] == [row["token"] for row in whole["logprobs"]]
+    assert "logprobs" not in post(path, **(body | {"logprobs": False}))
+
+
+def test_the_package_reads_log_probabilities(client):
+    answer = client.chat("default", HELLO, logprobs=True, top_logprobs=3)
+    assert answer.logprobs[0].token and len(answer.logprobs[0].top_logprobs) == 3
+
+
 @pytest.mark.parametrize("think", [True, False, "low", "medium", "high", "max", None])
 def test_thinking_goes_to_the_template(chat, think):
     answer = chat(think=think, options={"num_predict": 2})
@@ -354,6 +377,7 @@ def test_history_is_taken_in_every_form(chat):
         ("/api/chat", {"messages": [{"content": "no role"}]}, "messages.0.role"),
         ("/api/chat", {"messages": "hello"}, "messages"),
         ("/api/chat", {"think": "hard"}, "think"),
+        ("/api/chat", {"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
         ("/api/generate", {"prompt": "a", "suffix": "b"}, "suffix"),
         ("/api/generate", {"prompt": "a", "template": "{{ .Prompt }}"}, "template"),
         ("/api/generate", {"prompt": "a", "images": ["aGk="]}, "images"),

@@ -20,6 +20,7 @@ from ..auth import agent_of
 from ..errors import ErrorShape
 from ..sse import stream, whole
 from .identity import ANONYMOUS, resolve_agent_id
+from .logprobs import ContentLogprobs
 from .ollama_wire import (
     CallIds,
     OllamaChatRequest,
@@ -60,7 +61,7 @@ def add_routes(app: FastAPI, services: Services) -> None:
             return _loaded(body, _message("", "", []))
         ids = CallIds()
         answer = await _ask(services, body, request, to_messages(body.messages or [], ids))
-        return await _respond(request, body, _Answer(body, answer, _message, ids))
+        return await _respond(services, request, body, _Answer(body, answer, _message, ids))
 
     async def generate(body: OllamaGenerateRequest, request: Request) -> Response:
         services.check_model(untagged(body.model))
@@ -76,7 +77,8 @@ def add_routes(app: FastAPI, services: Services) -> None:
         async def context() -> list[int] | None:
             return None if body.raw else await _context(services, body, answer.message)
 
-        return await _respond(request, body, _Answer(body, answer, _response, CallIds(), context))
+        told = _Answer(body, answer, _response, CallIds(), context)
+        return await _respond(services, request, body, told)
 
     add_post(app, "/api/chat", chat)
     add_post(app, "/api/generate", generate)
@@ -212,14 +214,17 @@ class _Answer:
         self._shape = shape
         self._ids = ids
         self._context = context
+        self.logprobs: ContentLogprobs | None = None  # where they are asked for
         self._began = time.monotonic_ns()
         self._content = self._thinking = ""
         self._calls: list[dict[str, Any]] = []
+        self._rows: list[dict[str, Any]] = []  # of log probabilities
 
     async def body(self) -> dict[str, Any]:
         """Return the answer when it is whole."""
         pieces = [piece async for piece in self._pieces()]
-        return pieces[-1] | self._shape(self._content, self._thinking, self._calls)
+        said = self._shape(self._content, self._thinking, self._calls)
+        return pieces[-1] | said | ({"logprobs": self._rows} if self.logprobs else {})
 
     async def lines(self) -> AsyncIterator[str]:
         """Yield the answer as it comes. An engine's error becomes its last line."""
@@ -232,9 +237,11 @@ class _Answer:
     async def _pieces(self) -> AsyncIterator[dict[str, Any]]:
         """Yield what is new; nothing new where nothing was for a while."""
         async for item in self.answer.items():
-            if isinstance(item, Content | TextDelta):
-                self._content += item.text
-                yield self._piece(content=item.text)
+            if isinstance(item, Content):
+                yield await self._say(item)
+            elif isinstance(item, TextDelta):
+                end = len(self._content) + len(item.text)
+                yield await self._say(Content(item.text, end))
             elif isinstance(item, Reasoning):
                 self._thinking += item.text
                 yield self._piece(thinking=item.text)
@@ -244,6 +251,15 @@ class _Answer:
                 yield self._piece()
             elif isinstance(item, Finished):
                 yield await self._end(item)
+
+    async def _say(self, content: Content) -> dict[str, Any]:
+        self._content += content.text
+        piece = self._piece(content=content.text)
+        if self.logprobs is None:
+            return piece
+        rows = await self.logprobs.of(content)
+        self._rows += rows
+        return {**piece, "logprobs": rows}
 
     def _piece(
         self, *, content: str = "", thinking: str = "", calls: list[dict[str, Any]] | None = None
@@ -285,7 +301,13 @@ class _Answer:
         }
 
 
-async def _respond(request: Request, body: OllamaRequest, answer: _Answer) -> Response:
+async def _respond(
+    services: Services, request: Request, body: OllamaRequest, answer: _Answer
+) -> Response:
+    if body.logprobs:
+        texts = await services.renderer.token_texts()
+        texts.drops_blank &= not answer.answer.request.continues_text
+        answer.logprobs = ContentLogprobs(answer.answer, texts)
     if body.stream is False:
         return JSONResponse(await whole(request, answer.body(), answer.answer))
     return await stream(request, answer.lines(), answer.answer, media_type=NDJSON)

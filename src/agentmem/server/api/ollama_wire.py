@@ -8,6 +8,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Callable, Coroutine, Sequence
+from dataclasses import replace
 from typing import Annotated, Any, Literal
 
 from fastapi import FastAPI, Request
@@ -20,7 +21,7 @@ from ...engine.api import SamplingParams
 from ...errors import InvalidRequest
 from ...transcripts.turns import Messages
 from .readable import note, readable
-from .wire import MAX_MESSAGES, AgentOptions, Only, Text
+from .wire import MAX_MESSAGES, MAX_TOP_LOGPROBS, AgentOptions, Only, Text
 
 _ALL_TOKENS = 1 << 30  # a window of the repeat penalty that holds every prompt
 _NO_TIME = re.compile(r"[+-]?0*\.?0+(ns|us|µs|ms|s|m|h)?")
@@ -141,9 +142,11 @@ class OllamaRequest(_Body):
     agent_id: Text | None = None
     agentmem: AgentOptions | None = None
 
+    logprobs: bool | None = None
+    top_logprobs: Annotated[Whole, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
+
     # would promise something that isn't there
     format: Annotated[Any, Only("")] = None
-    logprobs: Annotated[Any, Only(False)] = None
 
     @property
     def template_options(self) -> dict[str, Any]:
@@ -163,7 +166,8 @@ class OllamaRequest(_Body):
 
     def sampling_params(self, default_max_tokens: int) -> SamplingParams:
         """Return what the body says, with Ollama's own defaults for the rest."""
-        return (self.options or OllamaOptions()).sampling_params(default_max_tokens)
+        params = (self.options or OllamaOptions()).sampling_params(default_max_tokens)
+        return replace(params, logprobs=(self.top_logprobs or 0) if self.logprobs else None)
 
 
 class OllamaChatRequest(OllamaRequest):
