@@ -114,6 +114,27 @@ class Settings(BaseSettings):
         "needed, and all are in the namespace 'default'",
     )
 
+    insecure: bool = Field(
+        False,
+        description="Listen beyond this machine without api_keys: whoever reaches the port gets in",
+    )
+    requests_per_minute: Annotated[int | None, Unit("N")] = Field(
+        None, ge=1, description="Requests (POST) of a key in a minute; by default any number"
+    )
+    tokens_per_minute: Annotated[int | None, Unit("TOKENS")] = Field(
+        None,
+        ge=1,
+        description="Tokens that a key may have computed in a minute: of prompts, where they are "
+        "not cached, and of answers; by default any number",
+    )
+    client_timeout: _Seconds = Field(
+        30.0,
+        gt=0,
+        allow_inf_nan=False,
+        description="Seconds that a client may stop in the middle of a request, or take nothing of "
+        "an answer",
+    )
+
     kv_bits: Literal["4", "k5v3", "k5v4", "8", "16"] = Field(
         "4",
         description="Bits of a sealed block: 4, 8, 16 (the model's own dtype), k5v3 (keys 5, "
@@ -149,6 +170,11 @@ class Settings(BaseSettings):
     max_running: _Number = Field(8, ge=1, le=256, description="Sequences decoded at once")
     max_queue: _Number = Field(
         64, ge=1, le=10_000, description="Requests that may wait; one more is answered 429"
+    )
+    max_queue_time: _Seconds = Field(
+        600.0,
+        gt=0,
+        description="Seconds that a request may wait in the queue; then it is answered 429",
     )
     max_branches: _Number = Field(
         4,

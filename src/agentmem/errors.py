@@ -102,6 +102,24 @@ class Busy(AgentMemError):
     retry_after = 1
 
 
+class RateLimited(Busy):
+    """The key that a request came with has used up its minute."""
+
+    code = "rate_limit_exceeded"
+
+    def __init__(self, limit: str, retry_after: int):
+        """Name the limit; `retry_after`: in how many seconds a request may come again."""
+        super().__init__(f"This key may use {limit}: try again in {retry_after} s.")
+        self.retry_after = retry_after
+
+
+class RequestTimeout(InvalidRequest):
+    """The client began to send a request, and kept the rest to itself."""
+
+    status = 408
+    code = "request_timeout"
+
+
 class MemoryPressure(Busy):
     """The process is above `--memory-limit`, and evicting did not help."""
 

@@ -238,6 +238,22 @@ def test_a_full_queue_is_refused_and_the_queued_are_served(tmp_path):
     assert busy and len(busy) + sum(isinstance(r, tuple) for r in results) == 6
 
 
+def test_whose_turn_does_not_come_in_time_is_refused(tmp_path):
+    with tiny_engine(tmp_path, max_running=1, max_queue_time=0.05) as engine:
+
+        async def crowd():
+            first = asyncio.create_task(engine.answer("a0", PROMPT, 400))
+            await asyncio.sleep(0.02)
+            others = [asyncio.create_task(engine.answer(f"a{i}", PROMPT, 4)) for i in (1, 2)]
+            return await asyncio.gather(first, *others, return_exceptions=True)
+
+        first, *others = engine.call(crowd())
+        assert engine.ask("a1", PROMPT)[1].completion_tokens > 0
+    assert first[1].completion_tokens == 400
+    assert [(type(refused), refused.status) for refused in others] == [(Busy, 429)] * 2
+    assert all("did not come in time" in refused.message for refused in others)
+
+
 def test_a_deleted_agent_is_cold_again_and_spares_what_others_share(tmp_path):
     system = random_tokens(2 * BLOCK)
     with tiny_engine(tmp_path) as engine:

@@ -526,7 +526,7 @@ def test_oversized_body_is_not_kept_in_memory():
 
     tracemalloc.start()
     try:
-        limit = BodyLimit(app, limit=4096, on_error=ErrorResponses().response)
+        limit = BodyLimit(app, limit=4096, patience=10, on_error=ErrorResponses().response)
         scope = {"type": "http", "path": "/", "headers": [], "agentmem.request_id": "r"}
         asyncio.run(limit(scope, receive, send))
         assert tracemalloc.get_traced_memory()[1] < 4 << 20

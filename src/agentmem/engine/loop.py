@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import mlx.core as mx
 
-from ..errors import AgentMemError, MemoryPressure, ShuttingDown
+from ..errors import AgentMemError, Busy, MemoryPressure, ShuttingDown
 from ..prefix_cache.cache import PrefixCache
 from ..prefix_cache.write_back import WriteBack
 from ..store.agent_store import AgentStore
@@ -65,6 +65,7 @@ class EngineLoop:
             self._take_commands()
             self._watch_memory()
             self._end_cancelled()
+            self._refuse_overdue()
             self._admission.admit()
             self._stepper.end_prewarmed()
             self._admission.grow()
@@ -159,6 +160,12 @@ class EngineLoop:
             # a restore ends by itself, soon
             if not seq.wanted and seq.status is not Status.RESTORING:
                 self._admission.leave(seq)
+
+    def _refuse_overdue(self) -> None:
+        """Answer those whose turn did not come in time."""
+        for seq in self._scheduler.overdue():
+            self._admission.leave(seq)
+            seq.fail(Busy("the queue was too long: this request's turn did not come in time"))
 
     # -- stop
 

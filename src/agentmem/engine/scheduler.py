@@ -8,6 +8,7 @@ by what prefill and decode were last measured to take. Decode comes first: who h
 restored does not wait for another one's chunk.
 """
 
+import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -68,11 +69,13 @@ class Scheduler:
         *,
         max_running: int,
         max_queue: int,
+        max_queue_time: float = math.inf,
         prefill_chunk: int,
         max_itl_ms: float | None = None,
     ):
         self._max_running = max_running
         self._max_queue = max_queue
+        self._max_queue_time = max_queue_time  # s
         self._prefill_chunk = prefill_chunk
         self._max_itl_ms = max_itl_ms
         self.pace = Pace()
@@ -87,6 +90,11 @@ class Scheduler:
                 f"{len(self.waiting)} requests are waiting already (max_queue): try again later"
             )
         self.waiting.append(seq)
+
+    def overdue(self) -> list[Sequence]:
+        """Return those that have waited for too long; who has begun once may wait on."""
+        latest = time.perf_counter() - self._max_queue_time
+        return [s for s in self.waiting if not s.preempted and s.submitted < latest]
 
     def upcoming(self) -> list[Sequence]:
         """Return the queue, in the order in which it will be served as things stand."""

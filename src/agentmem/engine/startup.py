@@ -143,6 +143,7 @@ def _core(settings: Settings, loaded: _Loaded, post: Post, tasks: Tasks) -> Core
     scheduler = Scheduler(
         max_running=settings.max_running,
         max_queue=settings.max_queue,
+        max_queue_time=settings.max_queue_time,
         prefill_chunk=settings.prefill_chunk,
         max_itl_ms=settings.max_itl_ms,
     )

@@ -46,6 +46,7 @@ from . import sse
 from .api.wire import AgentLife, AgentOptions
 from .auth import namespace_of
 from .errors import ErrorResponses
+from .rate_limits import spend
 
 
 @dataclass(frozen=True)
@@ -292,6 +293,7 @@ class RunningAnswer:
             self.num_tokens = event.num_tokens
             return parts if self._parser is not None else [event]
         self.finished = event
+        spend(event.stats)
         return [*parts, event]
 
     def _parse(self, parser: AnswerParser, event: TextDelta | Finished) -> list[AnswerPart]:

@@ -16,6 +16,7 @@ from .api.agents import IMPORT_PATH
 from .auth import ApiKeyCheck, ApiKeys
 from .errors import ErrorResponses
 from .middleware import BodyLimit, HeadAsGet, HostCheck, RequestId
+from .rate_limits import RateLimits
 
 # files under api/: each adds its routes, and its shape of errors where that is not OpenAI's; agents
 # comes last, as its paths begin like those of others
@@ -71,7 +72,19 @@ def _add_middleware(app: FastAPI, services: Services, keys: ApiKeys | None) -> N
     hosts = ["localhost", "127.0.0.1", "::1", settings.host, *settings.allowed_hosts]
     unlimited = (IMPORT_PATH,)
     app.add_middleware(HeadAsGet)
-    app.add_middleware(BodyLimit, limit=settings.max_body, unlimited=unlimited, on_error=respond)
+    app.add_middleware(
+        BodyLimit,
+        limit=settings.max_body,
+        patience=settings.client_timeout,
+        unlimited=unlimited,
+        on_error=respond,
+    )
+    app.add_middleware(
+        RateLimits,
+        requests=settings.requests_per_minute,
+        tokens=settings.tokens_per_minute,
+        on_error=respond,
+    )
     app.add_middleware(ApiKeyCheck, keys=keys, on_error=respond)
     app.add_middleware(HostCheck, allowed=hosts, on_error=respond)
     app.add_middleware(RequestId)

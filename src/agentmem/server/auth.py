@@ -91,14 +91,16 @@ class ApiKeyCheck:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and scope["path"] not in OPEN:
             try:
-                scope["agentmem.namespace"] = self._namespace(scope)
+                self._identify(scope)
             except Unauthorized as e:
                 return await self._on_error(scope, e)(scope, receive, send)
         await self._app(scope, receive, send)
 
-    def _namespace(self, scope: Scope) -> str:
+    def _identify(self, scope: Scope) -> None:
+        """Note whose the request is, and the digest of the key that says so."""
         if self._keys is None:
-            return "default"
+            scope["agentmem.namespace"] = "default"
+            return
         given = {key for name, value in scope["headers"] if (key := _key(name, value))}
         if not given:
             raise Unauthorized(
@@ -108,7 +110,8 @@ class ApiKeyCheck:
             raise Unauthorized("Two different API keys were given; send one.")
         if (digest := hashlib.sha256(given.pop()).digest()) not in self._keys:
             raise Unauthorized("Incorrect API key provided.")
-        return self._keys[digest]
+        scope["agentmem.namespace"] = self._keys[digest]
+        scope["agentmem.key"] = digest
 
 
 def _key(name: bytes, value: bytes) -> bytes:

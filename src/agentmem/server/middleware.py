@@ -1,18 +1,21 @@
 """What every request passes first: a request id, the Host check, the limit on its body, HEAD."""
 
+import asyncio
 import re
 import uuid
 from collections.abc import Collection, Iterable
 
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from ..errors import InvalidRequest
+from ..errors import InvalidRequest, RequestTimeout
 from .errors import REQUEST_ID_HEADERS, OnError
 
 _SANE_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 # bytes of an oversized body that are read and dropped, so that the client gets to see the answer
 _DRAIN = 64 << 20
+_SLOWEST = 10  # times as long as for a piece of it, a body may take in all
 
 
 class RequestId:
@@ -71,15 +74,25 @@ def _bracketed(host: str) -> str:
 class BodyLimit:
     """Reads the body, of at most `limit` bytes, before the app sees the request.
 
-    A larger one is answered with 400.
+    A larger one is answered with 400, and one that stays half sent with 408.
     """
 
     def __init__(
-        self, app: ASGIApp, limit: int, on_error: OnError, unlimited: Collection[str] = ()
+        self,
+        app: ASGIApp,
+        *,
+        limit: int,
+        patience: float,
+        on_error: OnError,
+        unlimited: Collection[str] = (),
     ):
-        """`unlimited`: paths whose bodies their routes read, and limit, by themselves."""
+        """`patience`: seconds that it waits for more; it waits _SLOWEST times as long for all.
+
+        `unlimited`: paths whose bodies their routes read, and limit, by themselves.
+        """
         self._app = app
         self._limit = limit
+        self._patience = patience
         self._on_error = on_error
         self._unlimited = unlimited
 
@@ -90,13 +103,37 @@ class BodyLimit:
         if int(headers.get("content-length", 0)) > self._limit and "expect" in headers:
             # the client waits for our word before it sends
             return await self._refuse(scope, receive, send)
+        try:
+            async with asyncio.timeout(self._patience * _SLOWEST):
+                body = await self._read(receive)
+        except TimeoutError:
+            error = RequestTimeout("The rest of the request's body did not come.")
+            response = self._on_error(scope, error, {"connection": "close"})
+            return await response(scope, receive, send)
+        except ClientDisconnect:
+            return
+        if body is None:
+            return await self._refuse(scope, receive, send)
+        unread = [{"type": "http.request", "body": body, "more_body": False}]
+
+        async def replay() -> Message:
+            return unread.pop() if unread else await receive()
+
+        await self._app(scope, replay, send)
+
+    async def _read(self, receive: Receive) -> bytes | None:
+        """Return the body, or None where it is too large.
+
+        Raises TimeoutError and ClientDisconnect.
+        """
         body: list[bytes] = []
         size = 0
         more = True
         while more and size <= _DRAIN + self._limit:
-            message = await receive()
+            async with asyncio.timeout(self._patience):
+                message = await receive()
             if message["type"] == "http.disconnect":
-                return
+                raise ClientDisconnect()
             piece = message.get("body", b"")
             size += len(piece)
             more = message.get("more_body", False)
@@ -104,14 +141,7 @@ class BodyLimit:
                 body.append(piece)
             else:
                 body.clear()
-        if size > self._limit:
-            return await self._refuse(scope, receive, send)
-        unread = [{"type": "http.request", "body": b"".join(body), "more_body": False}]
-
-        async def replay() -> Message:
-            return unread.pop() if unread else await receive()
-
-        await self._app(scope, replay, send)
+        return b"".join(body) if size <= self._limit else None
 
     async def _refuse(self, scope: Scope, receive: Receive, send: Send) -> None:
         message = (

@@ -16,6 +16,7 @@ from ..engine.engine import Engine
 from ..errors import AgentMemError
 from . import sse
 from .errors import openai_error
+from .rate_limits import spend
 from .sse import Events, event_lines
 
 _FIGURES = (
@@ -44,6 +45,7 @@ async def prefill(
     """Fill the cache, and return what it cost."""
     async for event in engine.generate(replace(generate, on_progress=on_progress)):
         if isinstance(event, Finished):
+            spend(event.stats)
             figures = {name: getattr(event.stats, name) for name in _FIGURES}
             return {"agent_id": generate.agent.agent_id, **figures}
     raise AssertionError("a request ends with Finished")

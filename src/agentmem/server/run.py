@@ -3,10 +3,13 @@
 import asyncio
 import contextlib
 import errno
+import ipaddress
 import math
 import signal
 import socket
 from collections.abc import Awaitable, Callable, Iterator
+from functools import partial
+from typing import Any, cast
 
 import uvicorn
 
@@ -15,7 +18,10 @@ from ..engine.engine import Engine
 from ..errors import StartupError
 from .app import create_app
 from .auth import ApiKeys, read_api_keys
+from .connection import PatientConnection
 
+# s in which the app may say what took too long, before the connection is dropped
+_NOTICE = 1.0
 _ANY = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # listening everywhere: an address to reach it at
 
 
@@ -41,6 +47,11 @@ async def _serve(
     ready: Callable[[str], None],
 ) -> int:
     keys = read_api_keys(settings.api_keys)
+    if keys is None and not settings.insecure and not _is_loopback(settings.host):
+        raise StartupError(
+            f"listening on {settings.host} would let everybody in who reaches this machine: give "
+            "--api-keys FILE, or --insecure if that is meant"
+        )
     with _bind(settings.host, settings.port) as sock:
         engine = await start_engine()
         try:
@@ -59,12 +70,15 @@ class _Server(uvicorn.Server):
     def __init__(
         self, engine: Engine, settings: Settings, keys: ApiKeys | None, ready: Callable[[], None]
     ):
+        patience = settings.client_timeout + _NOTICE
         config = uvicorn.Config(
             create_app(engine, settings, keys),
             host=settings.host,
             port=settings.port,
             lifespan="off",
             ws="none",
+            # it takes any callable that makes a protocol, though it names classes only
+            http=cast(Any, partial(PatientConnection, patience=patience)),
             log_config=None,
             log_level=settings.log_level,
             access_log=settings.log_level == "debug",
@@ -130,6 +144,16 @@ def _bind(host: str, port: int) -> socket.socket:
         sock.close()
         raise _cannot_listen(host, port, e) from e
     return sock
+
+
+def _is_loopback(host: str) -> bool:
+    """Tell whether only this machine reaches `host`. A name that is not known is not bound."""
+    try:
+        found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    except OSError:
+        return True
+    addresses = {str(address[0]).partition("%")[0] for *_, address in found}
+    return all(ipaddress.ip_address(address).is_loopback for address in addresses)
 
 
 def _cannot_listen(host: str, port: int, error: OSError) -> StartupError:
