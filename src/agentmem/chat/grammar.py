@@ -12,6 +12,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 from llguidance import LLMatcher
@@ -19,9 +20,10 @@ from llguidance.gbnf_to_lark import any_to_lark
 
 from ..errors import InvalidRequest
 from . import json_schema
-from .call_form import GENERIC, CallForm, CallStyle, call_style
+from .call_form import GENERIC, CallForm, CallStyle, call_style, generic_style
 from .json_schema import Schema
 from .markup import Markup
+from .pair_grammar import Argument, Writer, arguments_of, pair_rules
 from .template import ChatTemplate
 
 MAX_CALLS = 16  # of a forced answer: else a weak model would go on and on
@@ -182,21 +184,28 @@ def constraint(
     """
     allowed = callable_tools(tools, choice)
     is_forced = choice.mode == "required"
-    # a form that the model does not know by itself is for calls that are forced
-    is_own = shape.calls.form != GENERIC
     is_narrow = choice.names is not None or any(_name(tool) in choice.strict for tool in allowed)
     if is_forced:
         content = None
-    elif content is None and not (allowed and is_narrow and is_own):
+    elif content is None and not (allowed and is_narrow):
         return Constraint(None, shape.markup)
-    lark = _Lark(shape)
+    held = _held_tools(shape.calls, allowed, choice)
+    style = shape.calls
+    if held is None:
+        style = generic_style(shape.markup)
+        held = _held_tools(style, allowed, choice) or []
+    # a form that the model does not know by itself is for calls that are forced
+    is_own = style.form != GENERIC
+    if content is None and not is_forced and not is_own:
+        return Constraint(None, shape.markup)
+    lark = _Lark(shape, style.form)
     body = []
     markup = shape.markup
     if content is not None:
         body.append(lark.content(content.rule))
     if allowed and (is_forced or is_own):
-        markup = shape.calls.markup
-        calls = _calls(lark, allowed, choice)
+        markup = style.markup
+        calls = _calls(lark, held, choice)
         is_free = content is None and not is_forced
         body += lark.free_or(calls) if is_free else [calls]
     elif allowed:
@@ -230,15 +239,44 @@ def callable_tools(tools: Sequence[dict[str, Any]], choice: ToolChoice) -> Seque
     return tools
 
 
-def _calls(lark: "_Lark", tools: Sequence[dict[str, Any]], choice: ToolChoice) -> str:
-    form = lark.shape.calls.form
+@dataclass(frozen=True)
+class _Held:
+    """A tool and what its arguments are held to."""
+
+    name: str
+    schema: Schema
+    pairs: Sequence[Argument] | None = None
+
+
+def _held_tools(
+    style: CallStyle, tools: Sequence[dict[str, Any]], choice: ToolChoice
+) -> list[_Held] | None:
+    """Return what the arguments of tools are held to; None: the style can't for one of them."""
+    found = []
+    for i, tool in enumerate(tools):
+        schema = _arguments(tool, i, choice)
+        pairs = None
+        if style.form.pairs is not None:
+            pairs = arguments_of(style, tool, schema)
+            if pairs is None:
+                return None
+        found.append(_Held(_name(tool), schema, pairs))
+    return found
+
+
+def _calls(lark: "_Lark", tools: Sequence[_Held], choice: ToolChoice) -> str:
+    form = lark.form
     each = []
     for i, tool in enumerate(tools):
-        name = _name(tool)
+        if tool.pairs is not None:
+            writer = Writer(lark.literal, lark.until, partial(_laid_out, form))
+            lark.rules |= pair_rules(form, tool.name, tool.pairs, writer, f"call_{i}")
+            each.append(f"call_{i}")
+            continue
+        name = tool.name
         if form.opening.endswith('"'):
-            name = json.dumps(name, ensure_ascii=False)[1:-1]
-        schema = _arguments(tool, i, choice, form)
-        lark.rules[f"arguments_{i}"] = _json_rule(schema)
+            name = _quote(name)[1:-1]
+        lark.rules[f"arguments_{i}"] = _laid_out(form, tool.schema)
         each.append(f"{lark.literal(name + form.middle)} arguments_{i}")
     one = f"({' | '.join(each)})"
     if form.id_before:
@@ -253,8 +291,8 @@ def _calls(lark: "_Lark", tools: Sequence[dict[str, Any]], choice: ToolChoice) -
     return "calls"
 
 
-def _arguments(tool: dict[str, Any], index: int, choice: ToolChoice, form: CallForm) -> Schema:
-    """Return the schema of a tool's arguments: they are an object.
+def _arguments(tool: dict[str, Any], index: int, choice: ToolChoice) -> Schema:
+    """Return the schema of a tool's arguments, made fit: they are an object.
 
     What of a tool's schema is not supported is let go, unless the tool is strict.
     """
@@ -266,15 +304,21 @@ def _arguments(tool: dict[str, Any], index: int, choice: ToolChoice, form: CallF
     except InvalidRequest:
         if is_strict:
             raise
-        schema = {"type": "object"}
+        return {"type": "object"}
     if is_strict and (refused := json_schema.refusal(schema)) is not None:
         path, why = refused
         raise InvalidRequest(f"{param}: {path}: {why}", param="tools")
     for lenient in (False, True):
-        laid_out = json_schema.with_layout(schema, separators=form.separators, lenient=lenient)
+        laid_out = json_schema.with_layout(schema, lenient=lenient)
         if json_schema.can_hold(json.dumps(laid_out)):
-            return laid_out
-    return json_schema.with_layout({"type": "object"}, separators=form.separators)
+            return laid_out if lenient else schema
+    return {"type": "object"}
+
+
+def _laid_out(form: CallForm, schema: Schema) -> str:
+    lenient = bool(schema.get("x-guidance", {}).get("lenient"))
+    laid_out = json_schema.with_layout(schema, separators=form.separators, lenient=lenient)
+    return _json_rule(laid_out)
 
 
 def _name(tool: dict[str, Any]) -> str:
@@ -285,8 +329,10 @@ def _name(tool: dict[str, Any]) -> str:
 class _Lark:
     """A grammar in llguidance's Lark as it grows."""
 
-    def __init__(self, shape: AnswerShape):
+    def __init__(self, shape: AnswerShape, form: CallForm):
+        """`form` is that of the calls."""
         self.shape = shape
+        self.form = form
         self.rules: dict[str, str] = {}
         names = sorted(shape.specials, key=len, reverse=True)
         self._specials = re.compile(f"({'|'.join(map(re.escape, names))})" if names else r"(?!)()")
@@ -322,7 +368,7 @@ class _Lark:
 
     def free_or(self, calls: str) -> list[str]:
         """Return the choices of any text, which may lead to calls, all of which are as told."""
-        opening = self.shape.calls.form.opening
+        opening = self.form.opening
         if self._is_harmony:
             final = f"{self.literal('<|channel|>final<|message|>')} {_ANY_TEXT}"
             return [final, calls]
@@ -351,7 +397,7 @@ class _Lark:
 
     def after_thought(self, body: str, *, in_reasoning: bool) -> str:
         """Return the rule of an answer that may begin, or begins, with reasoning."""
-        lead = f"({_quote(self.shape.calls.form.lead)})?" if self.shape.calls.form.lead else ""
+        lead = f"({_quote(self.form.lead)})?" if self.form.lead else ""
         if self._is_harmony:
             opened = self.literal("<|channel|>analysis<|message|>")
             thought = f"{opened} {_ANY_TEXT} {self.literal('<|end|><|start|>assistant')}"
