@@ -59,14 +59,17 @@ def add_routes(app: FastAPI, services: Services) -> None:
         services.check_model(untagged(body.model))
         if not body.messages and not (body.agentmem and body.agentmem.continue_):
             return _loaded(body, _message("", "", []))
+        began = time.monotonic_ns()
         ids = CallIds()
         answer = await _ask(services, body, request, to_messages(body.messages or [], ids))
-        return await _respond(services, request, body, _Answer(body, answer, _message, ids))
+        told = _Answer(body, answer, _message, ids, began=began)
+        return await _respond(services, request, body, told)
 
     async def generate(body: OllamaGenerateRequest, request: Request) -> Response:
         services.check_model(untagged(body.model))
         if not body.prompt:
             return _loaded(body, _response("", "", []))
+        began = time.monotonic_ns()
         if body.raw:
             answer = await _ask_raw(services, body, request)
         elif body.context:
@@ -77,7 +80,7 @@ def add_routes(app: FastAPI, services: Services) -> None:
         async def context() -> list[int] | None:
             return None if body.raw else await _context(services, body, answer.message)
 
-        told = _Answer(body, answer, _response, CallIds(), context)
+        told = _Answer(body, answer, _response, CallIds(), began=began, context=context)
         return await _respond(services, request, body, told)
 
     add_post(app, "/api/chat", chat)
@@ -206,16 +209,22 @@ class _Answer:
         answer: RunningAnswer,
         shape: Callable[[str, str, list[dict[str, Any]]], dict[str, Any]],
         ids: CallIds,
+        *,
+        began: int,
         context: Callable[[], Coroutine[Any, Any, list[int] | None]] | None = None,
     ):
-        """`shape` says a content, a thought and calls; `context` ends an answer to generate."""
+        """`shape` says a content, a thought and calls; `context` ends an answer to generate.
+
+        `began`: when the request came, in ns of the monotonic clock.
+        """
         self.answer = answer
         self._body = body
         self._shape = shape
         self._ids = ids
         self._context = context
         self.logprobs: ContentLogprobs | None = None  # where they are asked for
-        self._began = time.monotonic_ns()
+        self._began = began
+        self._asked = time.monotonic_ns()
         self._content = self._thinking = ""
         self._calls: list[dict[str, Any]] = []
         self._rows: list[dict[str, Any]] = []  # of log probabilities
@@ -275,13 +284,14 @@ class _Answer:
         return self._calls[-1]
 
     async def _end(self, finished: Finished) -> dict[str, Any]:
+        durations = self._durations(finished.stats)
         context = await self._context() if self._context else None
         return {
             **self._piece(),
             "done": True,
             "done_reason": finished.reason,
             **({} if context is None else {"context": context}),
-            **self._durations(finished.stats),
+            **durations,
             "agentmem": await self.answer.leave_turn(),
         }
 
@@ -290,14 +300,14 @@ class _Answer:
 
         The prompt is counted as a whole, what was cached too.
         """
-        total = time.monotonic_ns() - self._began
+        now = time.monotonic_ns()
         return {
-            "total_duration": total,
+            "total_duration": now - self._began,
             "load_duration": _ns(stats.restore_ms),
             "prompt_eval_count": stats.prompt_tokens,
             "prompt_eval_duration": _ns(stats.prefill_ms),
             "eval_count": stats.completion_tokens,
-            "eval_duration": max(total - _ns(stats.ttft_ms), 1),
+            "eval_duration": max(now - self._asked - _ns(stats.ttft_ms), 1),
         }
 
 
