@@ -10,9 +10,10 @@ from agentmem.chat.answer_parser import Content, Reasoning
 from agentmem.chat.messages import ToolCall
 from agentmem.engine.api import Finished, RequestStats
 from agentmem.errors import AgentMemError, Busy, ContextLengthExceeded, InvalidRequest
-from agentmem.server.api.message_blocks import function_tools, is_prefill, to_messages
+from agentmem.server.api.message_blocks import function_tools, to_messages
 from agentmem.server.api.message_events import GrowingMessage
 from agentmem.server.api.messages import MessagesRequest, anthropic_error, error_event
+from agentmem.transcripts.conversation import is_prefill
 
 EVENT = TypeAdapter(RawMessageStreamEvent)
 HELLO = [{"role": "user", "content": "hello"}]

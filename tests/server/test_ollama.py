@@ -336,6 +336,18 @@ def test_results_without_ids_go_to_their_calls():
         assert [message["tool_call_id"] for message in found] == answers
 
 
+def test_an_answer_goes_on_with_what_the_assistant_has_begun(chat, server):
+    begun = {"role": "assistant", "content": "I "}
+    answer = chat(messages=[*HELLO, begun], agent_id="begun", options={"num_predict": 2})
+    message = answer["message"]
+    assert message["thinking"] + message["content"] != ""
+    whole = chat(messages=HELLO, agent_id="begun", options={"num_predict": 2})
+    assert answer["prompt_eval_count"] > whole["prompt_eval_count"]
+    told = transcript(server, "begun", turn=answer["agentmem"]["turn"])["messages"]
+    assert told[-1]["content"] == "I " + message["content"]
+    assert [message["role"] for message in told] == ["user", "assistant"]
+
+
 def test_an_image_is_noted_in_history_and_refused_where_it_is_new(chat, server):
     shown = {"role": "user", "content": "Look.", "images": ["aGk=", "aGk="]}
     refused = chat(400, messages=[*HELLO, shown])

@@ -78,6 +78,14 @@ class Conversation:
         return told if all(turn.kind == "context" for turn in told) else []
 
 
+def is_prefill(messages: Messages) -> bool:
+    """Return whether an answer goes on with the last message, which the assistant has begun."""
+    last = messages[-1] if messages else {}
+    content = last.get("content")
+    begun = isinstance(content, str) and content and not last.get("tool_calls")
+    return last.get("role") == "assistant" and bool(begun)
+
+
 def _continued(begun: dict[str, Any], rest: dict[str, Any]) -> dict[str, Any]:
     """Return the message that `begun` and the answer which went on with it are together."""
     message = {**rest, "content": begun["content"] + (rest["content"] or "")}

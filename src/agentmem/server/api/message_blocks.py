@@ -44,13 +44,6 @@ def to_messages(messages: Sequence[Mapping[str, Any]], system: Any = None) -> Me
     return reader.messages
 
 
-def is_prefill(messages: Messages) -> bool:
-    """Return whether an answer goes on with the last message, which the assistant has begun."""
-    last = messages[-1] if messages else {}
-    begun = last.get("content") and not last.get("tool_calls")
-    return last.get("role") == "assistant" and bool(begun)
-
-
 def function_tools(tools: Sequence[Any] | None) -> list[dict[str, Any]]:
     """Return the client's own tools in the chat format; tools that Anthropic runs are left out.
 

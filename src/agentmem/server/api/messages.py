@@ -17,12 +17,12 @@ from ...chat.answer_parser import Content, Reasoning
 from ...chat.messages import ToolCall
 from ...engine.api import Finished, SamplingParams
 from ...errors import AgentMemError, ContextLengthExceeded
-from ...transcripts.conversation import Conversation
+from ...transcripts.conversation import Conversation, is_prefill
 from ..answer import Begun, Item, Ping, RunningAnswer, Services, ask, chat_of, converse
 from ..errors import ErrorShape
 from ..sse import event_lines, stream, whole
 from .identity import ANONYMOUS, resolve_agent_id
-from .message_blocks import InputMessage, function_tools, is_prefill, to_messages
+from .message_blocks import InputMessage, function_tools, to_messages
 from .message_events import GrowingMessage
 from .wire import MAX_MESSAGES, AgentOptions, Only, Text
 

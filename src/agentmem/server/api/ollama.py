@@ -14,6 +14,7 @@ from ...chat.messages import Chat, ToolCall
 from ...chat.renderer import Prompt
 from ...engine.api import Finished, RequestStats, TextDelta
 from ...errors import AgentMemError, InvalidRequest
+from ...transcripts.conversation import is_prefill
 from ...transcripts.turns import Messages
 from ..answer import Ping, RunningAnswer, Services, ask, converse
 from ..auth import agent_of
@@ -116,6 +117,7 @@ async def _ask(
         keep=agent_id != ANONYMOUS,
         tools=tools,
     )
+    conversation.continues = is_prefill(said)
     return await ask(
         services,
         conversation,
