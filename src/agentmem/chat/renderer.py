@@ -184,6 +184,18 @@ class ChatRenderer:
     def _shape(self) -> AnswerShape:
         return answer_shape(self._template, self._tokenizer)
 
+    async def token_names(self, tokens: Sequence[int]) -> list[str]:
+        """Return the tokens as the vocabulary spells them."""
+        names: list[str] = await self._in_thread(
+            partial(self._tokenizer.convert_ids_to_tokens, list(tokens))
+        )
+        return names
+
+    async def decode(self, tokens: Sequence[int]) -> str:
+        """Return the text of tokens, special ones by their names."""
+        text: str = await self._in_thread(partial(self._tokenizer.decode, list(tokens)))
+        return text
+
     async def token_texts(self, after: int | None = None) -> TokenTexts:
         """Return what tells the text of token after token; `after`: the one before the first."""
         if self._drops_blank is None:

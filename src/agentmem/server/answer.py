@@ -38,7 +38,7 @@ from ..engine.api import (
     TokenLogprob,
 )
 from ..engine.engine import Engine
-from ..errors import NotFound
+from ..errors import InvalidRequest, NotFound
 from ..transcripts.conversation import Conversation, begin, resume
 from ..transcripts.registry import TranscriptRegistry
 from ..transcripts.turns import Kind, Messages
@@ -71,6 +71,14 @@ class Services:
                 "also known as 'default'."
             )
             raise NotFound(message, param="model", code="model_not_found")
+
+    def check_tokens(self, tokens: Sequence[int], param: str) -> None:
+        """Raise InvalidRequest, with `param`, where any of `tokens` is no token id."""
+        size = self.engine.vocab_size
+        wrong = next((token for token in tokens if not 0 <= token < size), None)
+        if wrong is not None:
+            message = f"{param}: {wrong} is no token id; the model's are 0 to {size - 1}"
+            raise InvalidRequest(message, param=param)
 
     async def prompt(
         self, agent: AgentKey, chat: Chat, branches: Sequence[np.ndarray] | None = None

@@ -23,6 +23,7 @@ from .rate_limits import RateLimits
 APIS = (
     "chat_completions",
     "completions",
+    "tokenize",
     "messages",
     "responses",
     "models",

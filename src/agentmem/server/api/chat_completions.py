@@ -12,7 +12,7 @@ from starlette.responses import JSONResponse, Response
 from ...chat.answer_parser import AnswerPart, Content, Reasoning
 from ...chat.messages import ToolCall, function_tools
 from ...engine.api import Finished
-from ...errors import AgentMemError
+from ...errors import AgentMemError, InvalidRequest
 from ..answer import Begun, Item, Ping, RunningAnswer, Services, ask, converse
 from ..errors import openai_error
 from ..sse import DONE, PING, event_lines, merge, stream, whole
@@ -46,6 +46,14 @@ async def _ask(services: Services, body: ChatCompletionRequest, request: Request
         keep=body.store is not False and agent_id != ANONYMOUS,
         tools=None if body.tools is None else tools,
     )
+    if body.add_generation_prompt is False and not body.continue_final_message:
+        raise InvalidRequest(
+            "add_generation_prompt: false needs continue_final_message, true; leave it out",
+            param="add_generation_prompt",
+            code="unsupported_parameter",
+        )
+    body.check_end(conversation.new)
+    conversation.continues = bool(body.continue_final_message)
     limits = [limit for limit in (body.max_tokens, body.max_completion_tokens) if limit is not None]
     max_tokens = min(limits, default=services.settings.default_max_tokens)
     return await ask(

@@ -144,10 +144,7 @@ def _check_tokens(services: Services, tokens: Sequence[int]) -> None:
     engine = services.engine
     if not tokens:
         raise InvalidRequest("prompt: has no tokens", param="prompt")
-    wrong = next((token for token in tokens if not 0 <= token < engine.vocab_size), None)
-    if wrong is not None:
-        known = f"the model's are 0 to {engine.vocab_size - 1}"
-        raise InvalidRequest(f"prompt: {wrong} is no token id; {known}", param="prompt")
+    services.check_tokens(tokens, "prompt")
     if len(tokens) >= engine.max_context:
         why = engine.why_max_context
         raise ContextLengthExceeded(len(tokens), engine.max_context, why, param="prompt")

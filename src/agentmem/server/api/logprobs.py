@@ -55,9 +55,10 @@ class ContentLogprobs:
     def _read(self) -> None:
         """Find the places of the tokens that came since the last time."""
         texts = self._texts
+        goes_on = self._answer.request.continues_text
         for told in self._answer.logprobs[self._num_read :]:
             if not self._num_read and texts.text(told.token).startswith(" "):
-                self._shift = int(texts.drops_blank)
+                self._shift = int(texts.drops_blank and not goes_on)
             self._num_read += 1
             start = texts.offset
             row = self._row(told)

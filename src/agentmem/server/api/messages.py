@@ -24,7 +24,7 @@ from ..sse import event_lines, stream, whole
 from .identity import ANONYMOUS, resolve_agent_id
 from .message_blocks import InputMessage, function_tools, to_messages
 from .message_events import GrowingMessage
-from .wire import MAX_MESSAGES, AgentOptions, Only, Text
+from .wire import MAX_MESSAGES, AgentOptions, Only, Text, is_begun
 
 _ERROR_TYPES = {
     400: "invalid_request_error",
@@ -165,7 +165,7 @@ async def _conversation(
         keep=keep and agent_id != ANONYMOUS,
         tools=None if body.tools is None else function_tools(body.tools),
     )
-    conversation.continues = is_prefill(said)
+    conversation.continues = is_begun(said)
     return conversation
 
 

@@ -5,7 +5,7 @@ that promises nothing about it (who asks, how to bill, where to cache) is accept
 at.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, NoReturn
 
@@ -27,6 +27,7 @@ from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
 from ...chat.messages import Chat, function_tools
 from ...engine.api import SamplingParams
+from ...errors import InvalidRequest
 from ...transcripts.turns import Messages
 
 MAX_CHOICES = 16  # answers to one prompt
@@ -165,6 +166,13 @@ class ChatMessage(Wire):
     annotations: Annotated[Any, Only([])] = None
 
 
+def is_begun(messages: Sequence[Mapping[str, Any]]) -> bool:
+    """Return whether an answer can go on with the last message, which the assistant has begun."""
+    last = messages[-1] if messages else {}
+    begun = last.get("content") and not last.get("tool_calls")
+    return last.get("role") == "assistant" and bool(begun)
+
+
 def said(messages: Sequence[ChatMessage]) -> Messages:
     """Return messages as transcripts hold them, and `Chat` takes them."""
     return [message.model_dump(exclude_none=True) for message in messages]
@@ -202,6 +210,29 @@ class TemplateInput(Wire):
         """Return what a prompt is rendered from. InvalidRequest names tools that can't be read."""
         tools = function_tools(self.tools)
         return Chat(said(messages), tools=tools, options=self.chat_template_kwargs or {})
+
+
+class ChatEnd(Wire):
+    """The end of a chat's prompt: before an answer, or within the last message."""
+
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None  # the answer goes on with it
+
+    @field_validator("continue_final_message")
+    @classmethod
+    def _one_end(cls, continues: bool | None, info: ValidationInfo) -> bool | None:
+        if continues and info.data.get("add_generation_prompt") is not False:
+            raise ValueError("needs add_generation_prompt, false")
+        return continues
+
+    def check_end(self, messages: Sequence[Mapping[str, Any]]) -> None:
+        """Raise InvalidRequest where the last message is to be gone on with and can't be."""
+        if self.continue_final_message and not is_begun(messages):
+            message = (
+                "continue_final_message: the last message must be the assistant's, with content "
+                "and without tool_calls"
+            )
+            raise InvalidRequest(message, param="continue_final_message")
 
 
 class StreamOptions(Wire):
@@ -268,7 +299,7 @@ class CompletionInput(SamplingInput):
     prompt_cache_retention: str | None = None
 
 
-class ChatCompletionRequest(TemplateInput, CompletionInput):
+class ChatCompletionRequest(TemplateInput, ChatEnd, CompletionInput):
     """The body of POST /v1/chat/completions. Null means the default everywhere."""
 
     messages: list[ChatMessage] = Field(min_length=1, max_length=MAX_MESSAGES)
