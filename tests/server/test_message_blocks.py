@@ -10,7 +10,7 @@ from agentmem.chat.answer_parser import Content, Reasoning
 from agentmem.chat.messages import ToolCall
 from agentmem.engine.api import Finished, RequestStats
 from agentmem.errors import AgentMemError, Busy, ContextLengthExceeded, InvalidRequest
-from agentmem.server.api.message_blocks import function_tools, to_messages
+from agentmem.server.api.message_blocks import client_tools, function_tools, to_messages
 from agentmem.server.api.message_events import GrowingMessage
 from agentmem.server.api.messages import MessagesRequest, anthropic_error, error_event
 from agentmem.transcripts.conversation import is_prefill
@@ -297,6 +297,30 @@ def test_calls_and_results_of_any_form_find_one_another():
         result("3", "t3"),
         result(NO_IMAGE, "t2"),
     ]
+
+
+def test_a_deferred_tool_is_told_where_a_message_refers_to_it():
+    tools = [{"name": name, "input_schema": {}} for name in "fgh"]
+    tools[1]["defer_loading"] = True
+    found = client_tools(tools)
+    assert [tool["function"]["name"] for tool in found.functions] == ["f", "h"]
+    [late] = found.deferred
+    reference = {"type": "tool_reference", "tool_name": "g"}
+    added = {"type": "tool_addition", "tool": {"type": "tool_reference", "name": "g"}}
+    body = request(
+        [
+            *HELLO,
+            said("assistant", [CALL]),
+            said("user", [RESULT | {"content": [reference]}]),
+            said("system", [added]),
+        ]
+    )
+    [_, _, answer, told] = to_messages(body.messages, body.system, found.deferred)
+    assert json.loads(answer["content"]) == late
+    assert json.loads(told["content"])["tool"] == late
+    searched = [*tools, {"type": "tool_search_tool_bm25", "name": "s"}]
+    assert client_tools(searched).deferred == []
+    assert len(client_tools(searched).functions) == 3
 
 
 def test_tools_that_come_later_are_told_where_they_come():

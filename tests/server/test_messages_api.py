@@ -266,6 +266,25 @@ def test_claude_codes_second_turn_is_cached_but_for_what_is_new(server):
     assert len(shown["turns"]) == 2 and "billing" not in json.dumps(shown)
 
 
+def test_a_tool_that_is_loaded_later_leaves_the_cache_as_it_is_and_can_be_called(server):
+    loading = {"name": "load", "input_schema": {"type": "object"}}
+    asked = {"role": "assistant", "content": [{"type": "tool_use", "id": "t", "name": "load"}]}
+    reference = {"type": "tool_reference", "tool_name": "weather"}
+    loaded = {"type": "tool_result", "tool_use_id": "t", "content": [reference]}
+    history = [*HELLO, asked]
+    life = {"extra_body": {"agent_id": "loads"}}
+    first = create(server, tools=[loading], messages=HELLO, max_tokens=0, **life)
+    second = create(
+        server,
+        tools=[TOOL | {"defer_loading": True}, loading],
+        messages=[*history, {"role": "user", "content": [loaded]}],
+        **life,
+    )
+    prompt = tokens_of(first.usage.model_dump())
+    assert second.usage.cache_read_input_tokens >= prompt - 10  # but for where an answer begins
+    assert (second.content[-1].name, second.content[-1].input) == ("weather", {"city": "Paris"})
+
+
 def test_a_subagent_is_an_agent_of_its_own(server):
     headers = {"x-claude-code-session-id": "session-2", "x-claude-code-agent-id": "sub-1"}
     assert post(server, headers)["agentmem"]["agent_id"] == "sub-1"

@@ -199,7 +199,7 @@ async def ask(
     prompt = await services.prompt(conversation.agent, chat_of(conversation, options))
     parser = AnswerParser(
         services.renderer.markup,
-        conversation.tools if may_call else [],
+        conversation.callable_tools if may_call else [],
         in_reasoning=prompt.in_reasoning,
         max_calls=max_calls,
     )

@@ -28,6 +28,8 @@ class Conversation:
     ephemeral: bool = False
     continues: bool = False  # the answer goes on with the last of `new`, the assistant's
     tools: list[dict[str, Any]] = field(default_factory=list)
+    # that a prompt does not begin with; messages tell of them
+    deferred_tools: list[dict[str, Any]] = field(default_factory=list)
     # a system message before all that was said, of this request alone
     instructions: str | None = None
 
@@ -36,6 +38,11 @@ class Conversation:
         """All that the model is to see."""
         before = self.tree.messages(self.parent) if self.tree else []
         return [*system(self.instructions), *before, *self.new]
+
+    @property
+    def callable_tools(self) -> list[dict[str, Any]]:
+        """All tools that an answer may call."""
+        return [*self.tools, *self.deferred_tools]
 
     async def finish(
         self, kind: Kind, answer: Messages, turn_id: str | None = None, **more: Any

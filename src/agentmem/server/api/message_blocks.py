@@ -7,6 +7,7 @@ is a wrong type or what is no text refused, by the name of the field.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Annotated, Any, NoReturn
 
 from pydantic import WithJsonSchema
@@ -29,14 +30,26 @@ _SCHEMA = {
 InputMessage = Annotated[dict[str, Any], WithJsonSchema(_SCHEMA)]
 
 
-def to_messages(messages: Sequence[Mapping[str, Any]], system: Any = None) -> Messages:
+@dataclass(frozen=True)
+class ClientTools:
+    """The client's own tools, in the chat format."""
+
+    functions: list[dict[str, Any]]  # that a prompt begins with
+    deferred: list[dict[str, Any]]  # that it tells of where a message refers to them
+
+
+def to_messages(
+    messages: Sequence[Mapping[str, Any]],
+    system: Any = None,
+    deferred: Sequence[dict[str, Any]] = (),
+) -> Messages:
     """Return a request's messages in the chat format, the system prompt first.
 
     A string and a list with that string as its only block give the same. The text of neighbouring
-    blocks is joined without anything between. InvalidRequest names what can't be read, such as
-    messages.3.content.0.text.
+    blocks is joined without anything between. A reference to a `deferred` tool is its definition.
+    InvalidRequest names what can't be read, such as messages.3.content.0.text.
     """
-    reader = _Reader()
+    reader = _Reader(deferred)
     reader.system(system, "system", is_new=True)
     newest = {len(messages) - 1, _newest_of_user(messages)}
     for i, message in enumerate(messages):
@@ -58,6 +71,22 @@ def function_tools(tools: Sequence[Any] | None) -> list[dict[str, Any]]:
             found.append({"type": "function", "function": _function(tool, param)})
     check_encodable(found, "tools")
     return found
+
+
+def client_tools(tools: Sequence[Any] | None) -> ClientTools:
+    """Return the client's own tools as `function_tools` does, those apart that are deferred.
+
+    Such tools come and go while a conversation lasts. Told of where a message refers to them, as
+    Anthropic does it, they leave the beginning of the prompt as it is, and so the cache. Where the
+    client leaves it to Anthropic's servers to search for tools, none is deferred.
+    """
+    functions = function_tools(tools)
+    given = [tool for tool in tools or () if isinstance(tool, dict)]
+    if any(str(tool.get("type")).startswith("tool_search_tool") for tool in given):
+        return ClientTools(functions, [])
+    names = {tool.get("name") for tool in given if tool.get("defer_loading")}
+    late = [tool for tool in functions if tool["function"]["name"] in names]
+    return ClientTools([tool for tool in functions if tool not in late], late)
 
 
 def _function(tool: dict[str, Any], param: str) -> dict[str, Any]:
@@ -85,8 +114,9 @@ def _newest_of_user(messages: Sequence[Mapping[str, Any]]) -> int:
 class _Reader:
     """Makes messages of Anthropic's, one after the other."""
 
-    def __init__(self) -> None:
+    def __init__(self, deferred: Sequence[dict[str, Any]] = ()) -> None:
         self.messages: Messages = []
+        self._deferred = {tool["function"]["name"]: tool for tool in deferred}
         self._open: list[str] = []  # ids of calls that have no result yet
         self._number = 0  # of calls and results so far
 
@@ -109,7 +139,7 @@ class _Reader:
         if content is None:
             return
         blocks = _blocks(content, param, is_new=is_new)
-        texts = [_text(block, where, is_new=is_new) for where, block in blocks]
+        texts = [self._system_text(block, where, is_new=is_new) for where, block in blocks]
         text = "".join(BILLING_LINE.sub("", text) for text in texts)
         if text:
             self.messages.append({"role": "system", "content": text})
@@ -197,10 +227,23 @@ class _Reader:
             text = readable(content)
         else:
             inner = _blocks(content, f"{param}.content", is_new=False)
-            text = "".join(_text(found, where, is_new=False) for where, found in inner)
+            text = "".join(self._result_text(found, where) for where, found in inner)
         if block.get("is_error") and not text:
             text = "error"
         self.messages.append({"role": "tool", "tool_call_id": call_id, "content": text})
+
+    def _system_text(self, block: dict[str, Any], param: str, *, is_new: bool) -> str:
+        added = block.get("tool")
+        if block.get("type") == "tool_addition" and isinstance(added, dict):
+            tool = self._deferred.get(str(added.get("name")))
+            return readable([block if tool is None else {**block, "tool": tool}])
+        return _text(block, param, is_new=is_new)
+
+    def _result_text(self, block: dict[str, Any], param: str) -> str:
+        tool = self._deferred.get(str(block.get("tool_name")))
+        if block.get("type") == "tool_reference" and tool is not None:
+            return as_json(tool) + "\n"
+        return _text(block, param, is_new=False)
 
 
 Block = tuple[str, dict[str, Any]]  # what an error calls it, and the block

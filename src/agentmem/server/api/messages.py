@@ -22,9 +22,9 @@ from ..answer import Begun, Item, Ping, RunningAnswer, Services, ask, chat_of, c
 from ..errors import ErrorShape
 from ..sse import event_lines, stream, whole
 from .identity import ANONYMOUS, resolve_agent_id
-from .message_blocks import InputMessage, function_tools, to_messages
+from .message_blocks import InputMessage, client_tools, to_messages
 from .message_events import GrowingMessage
-from .wire import MAX_MESSAGES, AgentOptions, Only, Text, is_begun
+from .wire import MAX_MESSAGES, AgentOptions, Only, Text
 
 _ERROR_TYPES = {
     400: "invalid_request_error",
@@ -155,7 +155,8 @@ async def _conversation(
     services: Services, body: CountTokensRequest, request: Request, *, keep: bool
 ) -> Conversation:
     agent_id = resolve_agent_id(request.headers, agent_id=body.agent_id, metadata=body.metadata)
-    said = to_messages(body.messages, body.system)
+    tools = client_tools(body.tools)
+    said = to_messages(body.messages, body.system, tools.deferred)
     conversation = await converse(
         services,
         request,
@@ -163,9 +164,10 @@ async def _conversation(
         said,
         body.agentmem,
         keep=keep and agent_id != ANONYMOUS,
-        tools=None if body.tools is None else function_tools(body.tools),
+        tools=None if body.tools is None else tools.functions,
     )
-    conversation.continues = is_begun(said)
+    conversation.deferred_tools = tools.deferred
+    conversation.continues = is_prefill(said)
     return conversation
 
 

@@ -28,6 +28,7 @@ from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 from ...chat.messages import Chat, function_tools
 from ...engine.api import SamplingParams
 from ...errors import InvalidRequest
+from ...transcripts.conversation import is_prefill
 from ...transcripts.turns import Messages
 
 MAX_CHOICES = 16  # answers to one prompt
@@ -166,13 +167,6 @@ class ChatMessage(Wire):
     annotations: Annotated[Any, Only([])] = None
 
 
-def is_begun(messages: Sequence[Mapping[str, Any]]) -> bool:
-    """Return whether an answer can go on with the last message, which the assistant has begun."""
-    last = messages[-1] if messages else {}
-    begun = last.get("content") and not last.get("tool_calls")
-    return last.get("role") == "assistant" and bool(begun)
-
-
 def said(messages: Sequence[ChatMessage]) -> Messages:
     """Return messages as transcripts hold them, and `Chat` takes them."""
     return [message.model_dump(exclude_none=True) for message in messages]
@@ -227,7 +221,7 @@ class ChatEnd(Wire):
 
     def check_end(self, messages: Sequence[Mapping[str, Any]]) -> None:
         """Raise InvalidRequest where the last message is to be gone on with and can't be."""
-        if self.continue_final_message and not is_begun(messages):
+        if self.continue_final_message and not is_prefill(messages):
             message = (
                 "continue_final_message: the last message must be the assistant's, with content "
                 "and without tool_calls"
