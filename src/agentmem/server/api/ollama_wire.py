@@ -224,7 +224,10 @@ class CallIds:
 
     def next(self, name: str, arguments: Any) -> str:
         """Return the id of the next call, whose arguments may be an object or one as JSON."""
-        called = json.dumps([name, _parsed(arguments)], sort_keys=True)
+        try:
+            called = json.dumps([name, _parsed(arguments)], sort_keys=True)
+        except RecursionError:
+            called = name  # deeper than any prompt
         self._called[called] += 1
         said = f"{self._called[called]} {called}".encode()
         return f"call_{hashlib.blake2b(said, digest_size=8).hexdigest()}"
