@@ -159,6 +159,14 @@ def test_a_context_holds_what_was_said_before(post):
     assert second["prompt_eval_count"] > len(first["context"])
     assert second["context"][: len(first["context"])] == first["context"]
     assert second["agentmem"]["cached_tokens"] >= first["prompt_eval_count"]
+    both = [
+        {"role": "user", "content": "My name is Ada."},
+        None,
+        {"role": "user", "content": "Who?"},
+    ]
+    both[1] = {"role": "assistant", "content": first["response"], "thinking": first["thinking"]}
+    whole = post("/api/chat", messages=both)
+    assert second["prompt_eval_count"] == whole["prompt_eval_count"]
     wrong = post("/api/generate", 400, prompt="Who?", context=[1 << 40])
     assert wrong["error"].startswith("context:")
 

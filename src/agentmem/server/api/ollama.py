@@ -3,6 +3,7 @@
 import json
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine
+from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
 
@@ -149,13 +150,24 @@ async def _ask_on(
         message = f"context: holds what is no token id; the model's are 0 to {vocab_size - 1}"
         raise InvalidRequest(message, param="context")
     agent = agent_of(request, resolve_agent_id(request.headers, agent_id=body.agent_id))
-    chat = Chat(body.messages, options=body.template_options)
-    prompt = await services.prompt(agent, chat)
+    prompt = await _later_prompt(services, body)
     parser = AnswerParser(services.renderer.markup, [], in_reasoning=prompt.in_reasoning)
     joined = Prompt([*before, *prompt.tokens])
     params = body.sampling_params(services.settings.default_max_tokens)
     generate = services.generate_request(agent, joined, params, life=body.agentmem)
     return RunningAnswer(services, generate, parser)
+
+
+async def _later_prompt(services: Services, body: OllamaGenerateRequest) -> Prompt:
+    """Return the prompt without what a template puts before a chat, if it can be told apart."""
+    options = body.template_options
+    hello = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "hello"}]
+    render = services.renderer.prompt
+    before = (await render(Chat(hello, options=options, generation_prompt=False))).tokens
+    later = await render(Chat([*hello, *body.messages], options=options))
+    if later.tokens[: len(before)] == before:
+        return replace(later, tokens=later.tokens[len(before) :])
+    return await render(Chat(body.messages, options=options))
 
 
 async def _context(
