@@ -1,12 +1,13 @@
 """A request's place in its agent's transcript: what was said before it, and the turn it leaves."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from ..agent_key import AgentKey
 from ..errors import NotFound, StoreFailed
 from .registry import TranscriptRegistry
-from .turns import Kind, Messages, Turn, TurnTree, canonical, copies, new_turn
+from .turns import Kind, Messages, Turn, TurnTree, canonical, content_text, copies, new_turn
 
 
 class TranscriptNotFound(NotFound):
@@ -85,17 +86,16 @@ class Conversation:
         return told if all(turn.kind == "context" for turn in told) else []
 
 
-def is_prefill(messages: Messages) -> bool:
+def is_prefill(messages: Sequence[Mapping[str, Any]]) -> bool:
     """Return whether an answer goes on with the last message, which the assistant has begun."""
     last = messages[-1] if messages else {}
-    content = last.get("content")
-    begun = isinstance(content, str) and content and not last.get("tool_calls")
+    begun = content_text(last.get("content")) and not last.get("tool_calls")
     return last.get("role") == "assistant" and bool(begun)
 
 
 def _continued(begun: dict[str, Any], rest: dict[str, Any]) -> dict[str, Any]:
     """Return the message that `begun` and the answer which went on with it are together."""
-    message = {**rest, "content": begun["content"] + (rest["content"] or "")}
+    message = {**rest, "content": content_text(begun["content"]) + (rest["content"] or "")}
     thoughts = [part.get("reasoning_content") or "" for part in (begun, rest)]
     if any(thoughts):
         message["reasoning_content"] = "".join(thoughts)

@@ -205,13 +205,13 @@ def canonical(message: dict[str, Any]) -> str:
     Clients drop reasoning, trim answers, and send text as parts.
     """
     role = "system" if message["role"] == "developer" else message["role"]
-    text = _text(message.get("content"))
+    text = content_text(message.get("content"))
     calls = [_call(call) for call in message.get("tool_calls") or ()]
     said = [role, text.strip() if role == "assistant" else text, calls, message.get("tool_call_id")]
     return json.dumps([*said, message.get("name")])
 
 
-def _text(content: Any) -> str:
+def content_text(content: Any) -> str:
     """Return the text of a content: a string, parts with text, or nothing.
 
     What is none of these is refused elsewhere.
