@@ -352,6 +352,23 @@ def test_a_directory_that_nobody_may_write_to_is_loaded(model_dir, tmp_path):
         model_dir.chmod(0o700)
 
 
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_a_directory_that_may_not_be_entered_is_one_clear_line(model_dir, tmp_path):
+    model_dir.chmod(0)
+    try:
+        with pytest.raises(ModelError, match="can't be read: Permission denied"):
+            read_model_dir(model_dir)
+    finally:
+        model_dir.chmod(0o700)
+
+
+@pytest.mark.parametrize("name", ["x" * 5000, "x" * 300, "a\0b", "/" + "y/" * 3000])
+def test_a_name_that_no_file_can_have_is_one_clear_line(tmp_path, name):
+    with pytest.raises(ModelError) as e:
+        load_model(name, tmp_path)
+    assert len(e.value.message) < 500
+
+
 def test_a_file_is_told_from_a_directory(model_dir, tmp_path):
     with pytest.raises(ModelError, match="it is a file; name its directory"):
         load_model(str(model_dir / "model.safetensors"), tmp_path)

@@ -27,6 +27,7 @@ from .weights_hash import weights_hash
 
 _T = TypeVar("_T")
 _VIEW = re.compile(rf"\S*{PREFIX}\w+")
+_ECHO = 200  # characters of a name that an error repeats
 _PART = r"\w[\w.-]*"  # of a hub name, org/model
 
 
@@ -85,8 +86,11 @@ def _directory(name: str, home: Path) -> Path | None:
     Raises ModelError for what is neither.
     """
     path = Path(name).expanduser()
-    if path.exists():
-        return path
+    try:
+        if path.exists():
+            return path
+    except OSError as e:
+        raise ModelError(f"model {name[:_ECHO]!r} can't be read: {e.strerror}") from None
     if Path(name).name == name and (home / "models" / name).is_dir():
         return home / "models" / name
     if re.fullmatch(f"{_PART}/{_PART}", name):

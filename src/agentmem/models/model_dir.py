@@ -37,6 +37,13 @@ def read_model_dir(path: Path) -> ModelDir:
 
     Raises ModelError, in one line, with what is wrong with it.
     """
+    try:
+        return _read_model_dir(path)
+    except OSError as e:
+        raise ModelError(f"model {path} can't be read: {e.strerror}") from None
+
+
+def _read_model_dir(path: Path) -> ModelDir:
     if not path.is_dir():
         what = "it is a file; name its directory" if path.is_file() else "no such directory"
         raise ModelError(f"model {path}: {what}")
