@@ -802,4 +802,4 @@ def test_host_that_cannot_be_listened_on_is_a_startup_error():
         raise AssertionError("the engine was started")
 
     with pytest.raises(StartupError, match=r"can't listen on 192\.0\.2\.1"):
-        run.serve(start, Settings(host="192.0.2.1", port=0), print)
+        run.serve(start, Settings(host="192.0.2.1", port=0, insecure=True), print)

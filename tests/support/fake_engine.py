@@ -82,6 +82,9 @@ class FakeEngine:
     def generate_each(self, requests):
         return [self.generate(request) for request in requests]
 
+    def check_queue(self):
+        pass
+
     def health(self):
         return {"status": self.status, "errors": []}
 

@@ -94,6 +94,10 @@ class Engine:
         first.forks = forks
         return answers
 
+    def check_queue(self) -> None:
+        """Raise Busy where the queue is full as things stand, as `generate` would later."""
+        self._core.scheduler.check_room()
+
     @property
     def failed(self) -> bool:
         """Tell whether it answers no more for good, so that only a new process helps."""

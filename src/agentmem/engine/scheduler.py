@@ -85,11 +85,15 @@ class Scheduler:
 
     def add(self, seq: Sequence) -> None:
         """Put a sequence into the queue. Raises Busy where it is full."""
+        self.check_room()
+        self.waiting.append(seq)
+
+    def check_room(self) -> None:
+        """Raise Busy where the queue is full. On any thread, as things stand."""
         if len(self.waiting) >= self._max_queue:
             raise Busy(
                 f"{len(self.waiting)} requests are waiting already (max_queue): try again later"
             )
-        self.waiting.append(seq)
 
     def overdue(self) -> list[Sequence]:
         """Return those that have waited for too long; who has begun once may wait on."""

@@ -194,8 +194,10 @@ async def ask(
     """Render what was said, with the conversation's tools, and have it answered.
 
     `options` are the chat template's. Calls are text unless they `may_call`, and of more than
-    `max_calls` the rest is left out (0: none is). Raises InvalidRequest and ContextLengthExceeded.
+    `max_calls` the rest is left out (0: none is). Raises InvalidRequest, ContextLengthExceeded, and
+    Busy where the queue is full already, so that rendering would be in vain.
     """
+    services.engine.check_queue()
     prompt = await services.prompt(conversation.agent, chat_of(conversation, options))
     parser = AnswerParser(
         services.renderer.markup,
