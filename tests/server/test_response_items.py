@@ -6,8 +6,6 @@ import json
 import httpx
 import openai
 import pytest
-from mlx_lm.tokenizer_utils import TokenizerWrapper
-from mlx_lm.tool_parsers import json_tools
 from openai.lib.streaming.responses._responses import ResponseStreamState
 from openai.types.responses import Response, ResponseStreamEvent
 from pydantic import TypeAdapter
@@ -15,7 +13,7 @@ from pydantic import TypeAdapter
 from agentmem.config import Settings
 from agentmem.server.api.response_items import to_messages
 from agentmem.server.app import create_app
-from support.chat.families import load
+from support.chat.families import tool_calling
 from support.fake_engine import FakeEngine
 
 EVENT = TypeAdapter(ResponseStreamEvent)
@@ -28,19 +26,6 @@ WEATHER = {
 }
 THOUGHT = "<think>\nhm\n</think>\n\n"
 CALL = '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Paris"}}\n</tool_call>'
-
-
-def tool_calling(family: str) -> TokenizerWrapper:
-    """Return the tokenizer that mlx-lm makes of a model with this template."""
-    tokenizer = load(family)
-    marks = {
-        "tool_call_start": json_tools.tool_call_start,
-        "tool_call_end": json_tools.tool_call_end,
-    }
-    ends = tokenizer.eos_token_ids
-    return TokenizerWrapper(
-        tokenizer._tokenizer, eos_token_ids=ends, tool_parser=json_tools.parse_tool_call, **marks
-    )
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ from functools import cache, partial
 from pathlib import Path
 
 from mlx_lm.tokenizer_utils import TokenizerWrapper
+from mlx_lm.tool_parsers import json_tools
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
@@ -122,3 +123,16 @@ def added_tokens(family: str) -> tuple[str, ...]:
 @cache
 def added_pattern(family: str) -> re.Pattern[str]:
     return re.compile("|".join(map(re.escape, added_tokens(family))))
+
+
+def tool_calling(family: str) -> TokenizerWrapper:
+    """Return the tokenizer that mlx-lm makes of a model with this template."""
+    tokenizer = load(family)
+    marks = {
+        "tool_call_start": json_tools.tool_call_start,
+        "tool_call_end": json_tools.tool_call_end,
+    }
+    ends = tokenizer.eos_token_ids
+    return TokenizerWrapper(
+        tokenizer._tokenizer, eos_token_ids=ends, tool_parser=json_tools.parse_tool_call, **marks
+    )
