@@ -29,9 +29,9 @@ TYPES = st.sampled_from(
 )
 IDS = st.sampled_from(["c1", "c2"])
 FIELDS = {
-    **{name: JSON for name in ("summary", "arguments", "input", "output", "action", "tools")},
-    **{name: JSON for name in ("source", "title", "thinking", "tool", "result", "text", "name")},
-    **{name: IDS | JSON for name in ("id", "call_id", "tool_use_id", "tool_call_id", "status")},
+    **dict.fromkeys(("summary", "arguments", "input", "output", "action", "tools"), JSON),
+    **dict.fromkeys(("source", "title", "thinking", "tool", "result", "text", "name"), JSON),
+    **dict.fromkeys(("id", "call_id", "tool_use_id", "tool_call_id", "status"), IDS | JSON),
 }
 
 
