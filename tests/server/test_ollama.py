@@ -7,7 +7,8 @@ import httpx
 import ollama
 import pytest
 
-from agentmem.server.api.ollama_wire import CallIds, OllamaMessage, OllamaOptions, to_messages
+from agentmem.server.api.ollama_messages import CallIds, to_messages
+from agentmem.server.api.ollama_wire import OllamaOptions
 from support.chat_http import FLAGS, KEYS, transcript, write_keys
 from support.server_process import ServerProcess
 from support.speaking_model import write_speaking_model
@@ -326,10 +327,10 @@ def test_results_without_ids_go_to_their_calls():
         return {"function": {"name": name, "arguments": {}}}
 
     def result(name=None, call_id=None):
-        return OllamaMessage(role="tool", content="", tool_name=name, tool_call_id=call_id)
+        return {"role": "tool", "content": "", "tool_name": name, "tool_call_id": call_id}
 
     calls = [called("f"), called("g"), called("f")]
-    asks = OllamaMessage(role="assistant", tool_calls=calls)
+    asks = {"role": "assistant", "tool_calls": calls}
     (said, *_) = to_messages([asks], CallIds())
     first, second, third = [call["id"] for call in said["tool_calls"]]
     assert len({first, second, third}) == 3
@@ -391,10 +392,38 @@ def test_history_is_taken_in_every_form(chat):
 
 
 @pytest.mark.parametrize(
+    ("message", "said"),
+    [
+        ({"content": "no role"}, {"role": "user", "content": "no role"}),
+        ({"role": "USER", "content": None}, {"role": "user", "content": ""}),
+        ({"role": "user", "content": {"a": 1}}, {"role": "user", "content": '{"a": 1}'}),
+        (
+            {"role": "assistant", "content": "x", "thinking": "\ud800", "tool_calls": {"a": 1}},
+            {"role": "assistant", "content": 'x\n{"a": 1}', "reasoning_content": "\ufffd"},
+        ),
+        (
+            {"role": "assistant", "tool_calls": [None, {"function": {"name": ""}}], "images": "a"},
+            {
+                "role": "assistant",
+                "content": 'null\n{"function": {"name": ""}}\n'
+                "[image left out: only text can be read]",
+            },
+        ),
+        (
+            {"role": "tool", "name": "f", "tool_call_id": 7, "content": ["a", "b"]},
+            {"role": "tool", "content": ["a", "b"], "tool_call_id": "7", "name": "f"},
+        ),
+    ],
+)
+def test_a_message_of_any_form_is_read(message, said):
+    assert to_messages([message, {"role": "assistant", "content": ""}], CallIds())[0] == said
+
+
+@pytest.mark.parametrize(
     ("path", "body", "says"),
     [
         ("/api/chat", {"messages": [{"role": "user"}], "options": {"top_k": "many"}}, "top_k"),
-        ("/api/chat", {"messages": [{"content": "no role"}]}, "messages.0.role"),
+        ("/api/chat", {"messages": ["hello"]}, "messages.0"),
         ("/api/chat", {"messages": "hello"}, "messages"),
         ("/api/chat", {"think": "hard"}, "think"),
         ("/api/chat", {"logprobs": True, "top_logprobs": 21}, "top_logprobs"),

@@ -23,13 +23,12 @@ from ..errors import ErrorShape
 from ..sse import stream, whole
 from .identity import ANONYMOUS, resolve_agent_id
 from .logprobs import ContentLogprobs
+from .ollama_messages import CallIds, to_messages
 from .ollama_wire import (
-    CallIds,
     OllamaChatRequest,
     OllamaGenerateRequest,
     OllamaRequest,
     add_post,
-    to_messages,
     untagged,
 )
 

@@ -1,13 +1,10 @@
-"""Ollama's wire format: what a request may hold, and its messages in the shape of OpenAI's chat.
+"""Ollama's wire format: what a request may hold. What its messages say is in ollama_messages.py.
 
 What an option wishes for the model's loading, or for hardware, passes unseen: the model is loaded.
 """
 
-import hashlib
-import json
 import re
-from collections import Counter
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine
 from dataclasses import replace
 from typing import Annotated, Any, Literal
 
@@ -18,9 +15,7 @@ from starlette.responses import Response
 
 from ...chat.messages import function_tools
 from ...engine.api import SamplingParams
-from ...errors import InvalidRequest
 from ...transcripts.turns import Messages
-from .readable import note, readable
 from .wire import MAX_MESSAGES, MAX_TOP_LOGPROBS, AgentOptions, Only, Text
 
 _ALL_TOKENS = 1 << 30  # a window of the repeat penalty that holds every prompt
@@ -111,26 +106,6 @@ class OllamaOptions(_Body):
         )
 
 
-class OllamaFunctionCall(_Body):
-    name: Text
-    arguments: Any = None
-
-
-class OllamaToolCall(_Body):
-    id: Text | None = None
-    function: OllamaFunctionCall
-
-
-class OllamaMessage(_Body):
-    role: Text
-    content: Any = None
-    thinking: Text | None = None
-    images: list[Any] | None = None
-    tool_calls: list[OllamaToolCall] | None = None
-    tool_name: Text | None = None
-    tool_call_id: Text | None = None
-
-
 class OllamaRequest(_Body):
     """What bodies of /api/chat and of /api/generate have in common. Null means the default."""
 
@@ -173,7 +148,7 @@ class OllamaRequest(_Body):
 class OllamaChatRequest(OllamaRequest):
     """The body of POST /api/chat."""
 
-    messages: Annotated[list[OllamaMessage] | None, Field(max_length=MAX_MESSAGES)] = None
+    messages: Annotated[list[dict[str, Any]] | None, Field(max_length=MAX_MESSAGES)] = None
     tools: list[Any] | None = None
 
     def function_tools(self) -> list[dict[str, Any]]:
@@ -212,90 +187,6 @@ class OllamaShowRequest(_Body):
     name: Text | None = None  # what the model's field was called before
 
 
-class CallIds:
-    """Gives tool calls their ids.
-
-    Clients of Ollama send calls back without ids. So an id follows from what is called, and how
-    often that was called before: a call has the same id in the answer and in each later request.
-    """
-
-    def __init__(self) -> None:
-        self._called: Counter[str] = Counter()
-
-    def next(self, name: str, arguments: Any) -> str:
-        """Return the id of the next call, whose arguments may be an object or one as JSON."""
-        try:
-            called = json.dumps([name, _parsed(arguments)], sort_keys=True)
-        except RecursionError:
-            called = name  # deeper than any prompt
-        self._called[called] += 1
-        said = f"{self._called[called]} {called}".encode()
-        return f"call_{hashlib.blake2b(said, digest_size=8).hexdigest()}"
-
-
-def _parsed(arguments: Any) -> Any:
-    try:
-        return json.loads(arguments) if isinstance(arguments, str) else arguments
-    except (ValueError, RecursionError):
-        return arguments
-
-
 def untagged(name: str) -> str:
     """Return a model's name without the tag `latest`, which says no more."""
     return name.removesuffix(":latest")
-
-
-def to_messages(messages: Sequence[OllamaMessage], ids: CallIds) -> Messages:
-    """Return messages in the shape of OpenAI's chat; `ids` has seen their calls then.
-
-    A tool's result without an id is that of the first call of its tool that has none yet, or of
-    the first call of any tool. InvalidRequest: there are images in the user's newest message; in
-    older ones a note stands in their place.
-    """
-    result: Messages = []
-    unanswered: dict[str, str] = {}  # names of called tools, by the calls' ids
-    roles = [message.role.lower() for message in messages]
-    num_answered = max((i + 1 for i, role in enumerate(roles) if role == "assistant"), default=0)
-    for i, (role, message) in enumerate(zip(roles, messages, strict=True)):
-        if message.images and role == "user" and i >= num_answered:
-            param = f"messages.{i}.images"
-            raise InvalidRequest(f"{param}: this server's model reads only text", param=param)
-        said: dict[str, Any] = {"role": role, "content": _content(message)}
-        if message.thinking:
-            said["reasoning_content"] = message.thinking
-        if message.tool_calls:
-            said["tool_calls"] = [_call(call, ids) for call in message.tool_calls]
-            unanswered |= {call["id"]: call["function"]["name"] for call in said["tool_calls"]}
-        if role == "tool":
-            said["tool_call_id"] = message.tool_call_id or _answered(message.tool_name, unanswered)
-            unanswered.pop(said["tool_call_id"], None)
-            if message.tool_name:
-                said["name"] = message.tool_name
-        result.append(said)
-    return result
-
-
-def _content(message: OllamaMessage) -> Any:
-    content = message.content
-    if not isinstance(content, str | list):
-        content = readable(content)
-    if not message.images:
-        return content
-    return "\n".join(filter(None, [readable(content), *[note("image") for _ in message.images]]))
-
-
-def _call(call: OllamaToolCall, ids: CallIds) -> dict[str, Any]:
-    arguments = {} if call.function.arguments is None else call.function.arguments
-    new_id = ids.next(call.function.name, arguments)
-    return {
-        "id": call.id or new_id,
-        "type": "function",
-        "function": {"name": call.function.name, "arguments": arguments},
-    }
-
-
-def _answered(name: str | None, unanswered: dict[str, str]) -> str:
-    """Return the id of the call that a result of the tool `name` answers."""
-    same = [call_id for call_id, called in unanswered.items() if called == name]
-    found = [*same, *unanswered]
-    return found[0] if found else "call_unknown"
