@@ -416,6 +416,7 @@ def test_every_kind_of_call_and_its_result_are_those_of_a_tool(items, name, argu
     [
         {"type": "item_reference", "id": "msg_1"},
         {"type": None, "id": "msg_1"},
+        {"type": "item_reference", "id": "msg_" + "0" * 34},
         {"type": "compaction", "encrypted_content": "x"},
         {"type": "reasoning", "id": "rs_1", "summary": [], "encrypted_content": "x"},
         {"type": "something_of_next_year", "payload": {"x": 1}},
@@ -428,6 +429,25 @@ def test_an_item_without_anything_to_read_changes_nothing_that_the_model_sees(ca
     )
     assert [a.status_code for a in answers] == [200, 200], answers[1].text
     assert engine.requests[0].tokens == engine.requests[1].tokens
+
+
+def test_a_reference_is_the_item_that_it_refers_to(call):
+    first = {"input": [ASKED], "tools": [WEATHER], "agent_id": "a"}
+
+    def more(answers, *, by_reference):
+        output = answers[0].json()["output"]
+        said = [{"type": "item_reference", "id": item["id"]} for item in output]
+        result = {"type": "function_call_output", "call_id": output[-1]["call_id"], "output": "ok"}
+        items = [ASKED, *(said if by_reference else output), result]
+        return {"input": items, "tools": [WEATHER], "agent_id": "a"}
+
+    engine, answers = call(
+        ("POST", "/responses", first, [THOUGHT, "So. ", CALL]),
+        ("POST", "/responses", lambda answers: more(answers, by_reference=True), ["Rain."]),
+        ("POST", "/responses", lambda answers: more(answers, by_reference=False), ["Rain."]),
+    )
+    assert [a.status_code for a in answers] == [200] * 3, answers[1].text
+    assert engine.requests[1].tokens == engine.requests[2].tokens
 
 
 def test_what_an_old_message_holds_besides_text_is_noted():

@@ -1,5 +1,6 @@
 """A Responses answer as it grows: its output items, and the events that tell of each change."""
 
+import re
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -17,6 +18,15 @@ _KINDS = {
 }
 # kinds of call: the prefix of the item's id, and the field with what is given to the tool
 _CALLS = {"function_call": ("fc", "arguments"), "custom_tool_call": ("ctc", "input")}
+
+
+_ITEM_ID = re.compile(r"[a-z]+_([0-9a-f]{32})([0-9a-f]{2,4})")
+
+
+def place_of(item_id: Any) -> tuple[str, int] | None:
+    """Return the id of the response that an output item is of, and its place there."""
+    found = _ITEM_ID.fullmatch(item_id) if isinstance(item_id, str) else None
+    return (f"resp_{found[1]}", int(found[2], 16)) if found else None
 
 
 class GrowingResponse:
@@ -144,6 +154,7 @@ class GrowingResponse:
         return {"logprobs": []} if self._kind == "message" else {}
 
     def _id(self, prefix: str) -> str:
+        """Return the id of the next item; `place_of` reads it."""
         return f"{prefix}_{self.body['id'].removeprefix('resp_')}{len(self.body['output']):02x}"
 
     def _event(self, event: str, /, **fields: Any) -> str:

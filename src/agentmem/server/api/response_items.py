@@ -7,7 +7,7 @@ refused for its form:
     reasoning                      the reasoning of the assistant's next message
     ..._call, ..._output           a call of a tool, and its result
     a call that no client ran      the same, both from the one item (web_search_call, mcp_call)
-    what holds nothing readable    nothing (item_reference, compaction, unknown types)
+    what holds nothing readable    nothing (compaction, unknown types, references to nothing)
 
 Only in the newest item, and in the newest message of the user, is a wrong type or what is no text
 refused, by the name of the field.
@@ -60,6 +60,11 @@ def loaded_tools(items: Sequence[Item]) -> list[Any]:
     """Return the tools that came in the course of a conversation, as their items have them."""
     lists = [item["tools"] for item in items if isinstance(item.get("tools"), list)]
     return [tool for tools in lists for tool in tools]
+
+
+def is_reference(item: Item) -> bool:
+    """Return whether an item stands for another one, which the server may have."""
+    return _kind(item) == "item_reference"
 
 
 def _newest_of_user(items: Sequence[Item]) -> int:

@@ -21,7 +21,8 @@ from ..answer import Ping, RunningAnswer, Services, ask, converse
 from ..auth import namespace_of
 from ..sse import PING, stream, whole
 from .identity import agent_id_of
-from .response_events import GrowingResponse
+from .response_events import GrowingResponse, place_of
+from .response_items import is_reference
 from .response_tools import flat_tools
 from .responses_wire import ResponsesRequest
 
@@ -34,6 +35,8 @@ def add_routes(app: FastAPI, services: Services) -> None:
     @app.post("/v1/responses", response_model=None)
     async def create_response(body: ResponsesRequest, request: Request) -> Response:
         services.check_model(body.model)
+        if isinstance(body.input, list):
+            body.input = await _resolved(services, request, body.input)
         offered = body.offered_tools
         conversation = await _conversation(services, body, request)
         conversation.tools = offered.functions
@@ -77,6 +80,26 @@ async def _find(services: Services, request: Request, response_id: str) -> tuple
     if found is None or found[1].kind != "response":
         raise NotFound(f"Response with id {response_id[:200]!r} not found.", param="response_id")
     return found
+
+
+async def _resolved(
+    services: Services, request: Request, items: list[dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """Return items with what they refer to in place of references, where it is stored."""
+    places = {i: place_of(item.get("id")) for i, item in enumerate(items) if is_reference(item)}
+    outputs: dict[str, list[dict[str, Any]]] = {}
+    resolved = list(items)
+    for i, place in places.items():
+        if place is None:
+            continue
+        response_id, index = place
+        if response_id not in outputs:
+            found = await services.transcripts.find(namespace_of(request), response_id)
+            about = found[1].about if found else {}
+            outputs[response_id] = about.get("response", {}).get("output", [])
+        if index < len(outputs[response_id]):
+            resolved[i] = outputs[response_id][index]
+    return resolved
 
 
 async def _conversation(
