@@ -7,7 +7,9 @@ shared blocks hold when its prefill begins, on a branch of its own.
 
 import logging
 import math
+import os
 import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -24,6 +26,7 @@ from ..prefix_cache.restore import Restorer
 from ..prefix_cache.resume import last_snapshot
 from ..prefix_cache.write_back import WriteBack
 from .budget import RamBudget
+from .constraint import Constraint
 from .model_runner import ModelRunner
 from .output import OutputStream
 from .sampling import Sampler
@@ -66,6 +69,7 @@ class Admission:
         self._trace = trace
         self._tokenizer = tokenizer
         self._vocab_size = vocab_size
+        self._mask_threads = ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="mask")
         self.short = False  # the most urgent of the queue waits for RAM
         # time.monotonic(); before, there is hardly more room than at the last look
         self._look_at = 0.0
@@ -208,11 +212,15 @@ class Admission:
             seq.cause = agent.explained.cause
         if seq.output is None:
             seq.sampler = Sampler(seq.request.params, self._vocab_size)
+            if seq.request.grammar is not None:
+                seq.constraint = Constraint(
+                    seq.request.grammar, self._vocab_size, self._mask_threads
+                )
             seq.output = OutputStream(
                 self._tokenizer,
                 stop=seq.request.params.stop,
                 stop_token_ids=seq.request.params.stop_token_ids,
-                ignore_eos=seq.request.params.ignore_eos,
+                ignore_eos=seq.request.params.ignore_eos and seq.constraint is None,
                 continues_text=seq.request.continues_text,
             )
         seq.restored = seq.restored or time.perf_counter()

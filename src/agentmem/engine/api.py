@@ -4,6 +4,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
+from llguidance import LLMatcher
+
 from ..agent_key import AgentKey
 from ..prefix_cache.info import Cause
 
@@ -48,6 +50,7 @@ class GenerateRequest:
     continues_text: bool = False
     # tokens from which later prompts are likely to go on; None: all but the last
     checkpoint: int | None = None
+    grammar: LLMatcher | None = None  # that the answer is held to, at its beginning
     # told tokens done and in all, on the engine thread, after every prefill chunk
     on_progress: Callable[[int, int], None] | None = None
 

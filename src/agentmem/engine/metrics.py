@@ -39,6 +39,7 @@ class Metrics(Collector):
         self._pool = pool
         self._restorer = restorer
         self._store = store
+        self.failed_grammars = 0
         self._registry = registry = CollectorRegistry()
         registry.register(self)
         self._requests = Counter(
@@ -135,6 +136,11 @@ class Metrics(Collector):
             "agentmem_preemptions",
             "times a request gave up its RAM to others",
             self._scheduler.preemptions,
+        )
+        yield Counted(
+            "agentmem_failed_grammars",
+            "answers that could not go on under their grammar",
+            self.failed_grammars,
         )
         yield Gauge(
             "agentmem_store_bytes", "disk it takes, within store_quota", store["disk_bytes"]

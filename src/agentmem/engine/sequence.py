@@ -16,6 +16,7 @@ from ..prefix_cache.info import Cause
 from ..prefix_cache.match import Match
 from ..prefix_cache.resume import Holder
 from .api import CacheState, Finished, FinishReason, GenerateRequest, RequestStats, TextDelta
+from .constraint import Constraint
 from .output import OutputStream
 
 Event = TextDelta | Finished | AgentMemError
@@ -40,6 +41,7 @@ class Sequence:
     tokens: list[int]  # prompt, then the answer so far
     # from logits [1, vocab], the tokens so far and the prompt's length to the next token [1]
     sampler: Callable[[mx.array, list[int], int], mx.array] | None = None
+    constraint: Constraint | None = None
     output: OutputStream | None = None
     status: Status = Status.WAITING
     cancelled: bool = False

@@ -6,6 +6,7 @@ from typing import cast
 
 import mlx.core as mx
 
+from ..errors import AgentMemError
 from ..kvcache.block import SealedBlock
 from ..prefix_cache.cache import PrefixCache
 from ..prefix_cache.lineage import FRESH, ROOT
@@ -13,6 +14,7 @@ from ..prefix_cache.restore import Restorer
 from ..prefix_cache.write_back import WriteBack
 from .admission import Admission
 from .api import FinishReason, TextDelta, TokenLogprob
+from .constraint import allowed_tokens
 from .logprobs import Logprobs, log_probabilities
 from .metrics import Metrics
 from .model_runner import ModelRunner
@@ -100,10 +102,10 @@ class Stepper:
         began = time.perf_counter()
         caches = [seq.cache for seq in step.decode if seq.cache is not None]
         logits, fresh = runner.decode(caches, [seq.tokens[-1] for seq in step.decode])
+        allowed = self._allowed(step, logits)
         sampled = [
-            seq.sampler(logits[i : i + 1, : self._vocab_size], seq.tokens, seq.prompt_len)
+            self._sample(seq, logits[i : i + 1, : self._vocab_size], allowed.get(i))
             for i, seq in enumerate(step.decode)
-            if seq.sampler is not None
         ]
         asking, logprobs = self._logprobs(step, logits, sampled)
         runner.evaluate(sampled, fresh, logprobs)
@@ -116,6 +118,27 @@ class Stepper:
                 num_top = step.decode[i].request.params.logprobs
                 told[i] = replace(logprob, top=logprob.top[:num_top])
         return Decoded([cast(int, token.item()) for token in sampled], fresh, told)
+
+    def _allowed(self, step: Step, logits: mx.array) -> dict[int, mx.array]:
+        """Return the tokens that may come next, bool [1, vocab], of rows held to a grammar, lazy.
+
+        The pass runs while their masks are waited for.
+        """
+        rows = {
+            i: seq.constraint for i, seq in enumerate(step.decode) if seq.constraint is not None
+        }
+        if not rows:
+            return {}
+        mx.async_eval(logits)  # type: ignore[no-untyped-call]
+        allowed = allowed_tokens([held.mask() for held in rows.values()], self._vocab_size)
+        return {i: allowed[n : n + 1] for n, i in enumerate(rows)}
+
+    def _sample(self, seq: Sequence, logits: mx.array, allowed: mx.array | None) -> mx.array:
+        """Return a sequence's next token [1] by its logits [1, vocab], lazy."""
+        assert seq.sampler is not None
+        if allowed is not None:  # before bias and penalties: nothing lifts what may not come
+            logits = mx.where(allowed, logits, -mx.inf)
+        return seq.sampler(logits, seq.tokens, seq.prompt_len)
 
     def _logprobs(
         self, step: Step, logits: mx.array, sampled: list[mx.array]
@@ -183,6 +206,15 @@ class Stepper:
             seq.last_token = now
             assert seq.output is not None
             text, stopped = seq.output.feed(token)
+            if seq.constraint is not None:
+                if not stopped:
+                    seq.constraint.accept(token)
+                if seq.constraint.error is not None:
+                    self._fail(seq, seq.constraint.error)
+                    continue
+                if not stopped and seq.constraint.is_complete:
+                    text += seq.output.finish()
+                    stopped = True
             full = (
                 seq.num_generated >= seq.request.params.max_tokens
                 or len(seq.tokens) >= self._max_context
@@ -205,6 +237,12 @@ class Stepper:
         self._metrics.answered(seq.num_generated)
         self._admission.leave(seq)
         seq.finish(reason)
+
+    def _fail(self, seq: Sequence, error: AgentMemError) -> None:
+        """End a sequence by an error of its own; what it computed before becomes its agent's."""
+        self._metrics.failed_grammars += 1
+        self._admission.leave(seq)
+        seq.fail(error)
 
     def _sealed(self, seq: Sequence, sealed: list[SealedBlock]) -> None:
         """Enter the blocks that a step filled up into the tree, and queue them to be written."""

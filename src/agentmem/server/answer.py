@@ -21,11 +21,13 @@ from datetime import date
 from typing import Any
 
 import numpy as np
+from llguidance import LLMatcher
 from starlette.requests import Request
 
 from ..agent_key import AgentKey
 from ..chat.answer_parser import AnswerParser, AnswerPart, message_of
 from ..chat.dates import session_days
+from ..chat.grammar_compiler import GrammarCompiler
 from ..chat.messages import Chat, ToolCall
 from ..chat.renderer import ChatRenderer, Prompt
 from ..config import Settings
@@ -56,6 +58,7 @@ class Services:
     engine: Engine
     settings: Settings
     renderer: ChatRenderer
+    compiler: GrammarCompiler
     transcripts: TranscriptRegistry
     errors: ErrorResponses
 
@@ -91,6 +94,16 @@ class Services:
             branches = self.engine.branch_tokens(agent)
         return await self.renderer.prompt(chat, branches, self._days(agent))
 
+    async def matcher(self, grammar: str | None, param: str | None) -> LLMatcher | None:
+        """Return what holds an answer to a grammar. InvalidRequest names `param`."""
+        if grammar is None:
+            return None
+        try:
+            return await self.compiler.compile(grammar)
+        except InvalidRequest as e:
+            e.param = e.param or param
+            raise
+
     async def text_prompt(self, agent: AgentKey, text: str, *, begins: bool = False) -> Prompt:
         """Return the prompt of a text as it is; `begins` as in ChatRenderer.text_tokens."""
         branches = self.engine.branch_tokens(agent)
@@ -105,10 +118,12 @@ class Services:
         *,
         life: AgentLife | None = None,
         priority: int = 0,
+        grammar: LLMatcher | None = None,
     ) -> GenerateRequest:
         """Return what the engine is asked; the answer ends where the context does.
 
-        `params.max_tokens` 0: the prompt is cached, and nothing answered.
+        `params.max_tokens` 0: the prompt is cached, and nothing answered. `grammar`: what the
+        answer is held to.
         """
         room = self.engine.max_context - len(prompt.tokens)
         return GenerateRequest(
@@ -120,6 +135,7 @@ class Services:
             ephemeral=life.ephemeral if life else None,
             continues_text=prompt.continues_text,
             checkpoint=prompt.checkpoint,
+            grammar=grammar,
         )
 
     def _days(self, agent: AgentKey) -> Sequence[date]:

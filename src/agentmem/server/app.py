@@ -7,6 +7,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.responses import JSONResponse, Response
 
 from .. import __version__
+from ..chat.grammar_compiler import GrammarCompiler
 from ..chat.renderer import ChatRenderer
 from ..config import Settings
 from ..engine.engine import Engine
@@ -47,6 +48,7 @@ def create_app(engine: Engine, settings: Settings, keys: ApiKeys | None) -> Fast
         engine=engine,
         settings=settings,
         renderer=ChatRenderer(engine.tokenizer, engine.max_context, engine.why_max_context),
+        compiler=GrammarCompiler(engine.tokenizer),
         transcripts=_transcripts(engine),
         errors=ErrorResponses(),
     )
