@@ -25,6 +25,7 @@ class Constraint:
         self._num_words = -(-vocab_size // _BITS)
         self._threads = threads
         self._mask = self._begin_mask()
+        self.is_complete = False  # the answer is whole, and nothing can follow
         self.error: AgentMemError | None = None  # why the answer can't go on
 
     def _begin_mask(self) -> Future[bytes]:
@@ -45,15 +46,14 @@ class Constraint:
 
     def accept(self, token: int) -> None:
         """Go on after a token; sets `error` where the grammar does not know it."""
-        if self.error is None and not self._matcher.consume_token(token):
+        if self.error is not None:
+            return
+        if not self._matcher.consume_token(token):
             self._fail(f"token {token} does not go on with it")
-        if self.error is None and not self.is_complete:
+            return
+        self.is_complete = self._matcher.is_stopped()
+        if not self.is_complete:  # from here on the matcher is the other thread's
             self._mask = self._begin_mask()
-
-    @property
-    def is_complete(self) -> bool:
-        """Whether the answer is whole, and nothing can follow."""
-        return self.error is None and self._matcher.is_stopped()
 
     def _fail(self, otherwise: str) -> None:
         why = " ".join(self._matcher.get_error().removesuffix("<non-verbose/>").split())[:300]
