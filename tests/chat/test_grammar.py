@@ -218,6 +218,21 @@ def test_reasoning_that_the_prompt_opened_must_end_first():
     assert not accepts(tokenizer, grammar, '{"a": 1}')
 
 
+def test_reasoning_that_the_prompt_closed_is_not_opened_again():
+    for tokenizer, tail in ((chat_tokenizer(QWEN3), "\n\n"), (served_tokenizer("glm"), "")):
+        found = constraint(
+            shape_of(tokenizer),
+            [],
+            AUTO,
+            choice_content(["yes"], "choice"),
+            in_reasoning=False,
+            prompt_end=f"<think></think>{tail}",
+        )
+        assert accepts(tokenizer, found.grammar, "yes")
+        assert accepts(tokenizer, found.grammar, "\nyes") == (tail == "")
+        assert not accepts(tokenizer, found.grammar, "<think>hm</think>yes")
+
+
 def test_reasoning_whose_marks_are_no_tokens_ends_with_their_text():
     plain = chat_tokenizer(QWEN3)
     shape = shape_of(plain)

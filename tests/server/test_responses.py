@@ -239,8 +239,8 @@ def test_a_prewarm_fills_the_cache_and_leaves_nothing_else(server):
 @pytest.mark.parametrize(
     ("body", "param"),
     [
-        ({"text": {"format": {"type": "json_schema", "name": "x", "schema": {}}}}, "text.format"),
-        ({"text": {"format": {"type": "json_object"}}}, "text.format"),
+        ({"text": {"format": {"type": "xml"}}}, "text.format"),
+        ({"text": {"format": {"type": "json_schema", "schema": 1}}}, "text.format.schema"),
         ({"background": True}, "background"),
         ({"tool_choice": "required"}, "tool_choice"),
         ({"input": []}, "input"),

@@ -49,10 +49,18 @@ class Drawn:
 
 
 def draw(
-    tokenizer: TokenizerWrapper, grammar: str, seed: int = 0, *, most: int = 400, ends: float = 0.5
+    tokenizer: TokenizerWrapper,
+    grammar: str | LLMatcher,
+    seed: int = 0,
+    *,
+    most: int = 400,
+    ends: float = 0.5,
 ) -> Drawn:
     """One answer; special tokens are chosen often, or no reasoning would end."""
-    matcher = LLMatcher(matcher_tokenizer(tokenizer), grammar)
+    if isinstance(grammar, str):
+        matcher = LLMatcher(matcher_tokenizer(tokenizer), grammar)
+    else:
+        matcher = grammar.deep_copy()
     assert not matcher.is_error(), matcher.get_error()
     chance = random.Random(seed)
     end_ids = set(tokenizer.eos_token_ids)

@@ -87,14 +87,15 @@ def answer_shape(template: ChatTemplate, tokenizer: Any) -> AnswerShape:
 def special_tokens(tokenizer: Any) -> dict[str, int]:
     """Return the ids of the tokens that llguidance takes for special, by their texts.
 
-    They are no text to it: a grammar names them by their ids.
+    They are no text to it: a grammar names them by their ids. See GrammarCompiler.
     """
-    added = tokenizer.added_tokens_decoder.items()
-    return {
-        token.content: id
-        for id, token in added
-        if token.special or (token.content.startswith("<") and token.content.endswith(">"))
-    }
+    special = {}
+    for id, token in tokenizer.added_tokens_decoder.items():
+        text = token.content
+        in_brackets = text.startswith("<") and text.endswith(">")
+        if token.special or in_brackets or id in tokenizer.eos_token_ids:
+            special[text] = id
+    return special
 
 
 # -- what a content may be
@@ -176,11 +177,13 @@ def constraint(
     content: ContentFormat | None,
     *,
     in_reasoning: bool,
+    prompt_end: str = "",
 ) -> Constraint:
     """Return what an answer is held to.
 
-    `tools` are in OpenAI's chat format; `in_reasoning`: the prompt ends in it. InvalidRequest: a
-    call is asked for that can't be, or a strict tool's schema is not supported.
+    `tools` are in OpenAI's chat format; `in_reasoning`: the prompt ends in it; `prompt_end`: its
+    last text. InvalidRequest: a call is asked for that can't be, or a strict tool's schema is not
+    supported.
     """
     allowed = callable_tools(tools, choice)
     is_forced = choice.mode == "required"
@@ -210,7 +213,9 @@ def constraint(
         body += lark.free_or(calls) if is_free else [calls]
     elif allowed:
         body += lark.own_calls()
-    lark.rules["start"] = lark.after_thought(" | ".join(body), in_reasoning=in_reasoning)
+    lark.rules["start"] = lark.after_thought(
+        " | ".join(body), prompt_end, in_reasoning=in_reasoning
+    )
     top = {"name": "answer", "lark_grammar": lark.text}
     grammar = json.dumps({"grammars": [top, *(content.grammars if content else ())]})
     return Constraint(grammar, markup)
@@ -395,8 +400,11 @@ class _Lark:
         inner = self.until(ends[0], "own_call") if ends else _ANY_TEXT
         return [f"({self.literal(starts[0])} {inner} /\\n?/)+"]
 
-    def after_thought(self, body: str, *, in_reasoning: bool) -> str:
-        """Return the rule of an answer that may begin, or begins, with reasoning."""
+    def after_thought(self, body: str, prompt_end: str, *, in_reasoning: bool) -> str:
+        """Return the rule of an answer that may begin, or begins, with reasoning.
+
+        Blank lines are the template's: it puts them after reasoning, and none elsewhere.
+        """
         lead = f"({_quote(self.form.lead)})?" if self.form.lead else ""
         if self._is_harmony:
             opened = self.literal("<|channel|>analysis<|message|>")
@@ -409,7 +417,10 @@ class _Lark:
         thought = f"{self.until(end, 'thought')} /\\n{{0,2}}/"
         if in_reasoning:
             return f"{thought} ({body})"
-        return f"(/\\n?/ {self.literal(start)} {thought} | /\\n{{0,2}}/) ({body})"
+        if prompt_end.rstrip().endswith(end):
+            blanks = "/\\n{0,2}/ " if prompt_end.endswith(end) else ""
+            return f"{blanks}({body})"
+        return f"(/\\n?/ {self.literal(start)} {thought})? ({body})"
 
     @property
     def _is_harmony(self) -> bool:

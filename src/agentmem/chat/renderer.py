@@ -164,9 +164,9 @@ class ChatRenderer:
         choice: ToolChoice,
         content: ContentFormat | None,
         *,
-        in_reasoning: bool,
+        prompt: Prompt,
     ) -> Constraint:
-        """Return the grammar that an answer is held to, and the markup by which it is read.
+        """Return the grammar that a prompt's answer is held to, and the markup to read it by.
 
         InvalidRequest: a call is asked for that can't be, or what can't be held to.
         """
@@ -176,7 +176,14 @@ class ChatRenderer:
                 return Constraint(None, self.markup)
 
         def work() -> Constraint:
-            return constraint(self._shape, tools, choice, content, in_reasoning=in_reasoning)
+            return constraint(
+                self._shape,
+                tools,
+                choice,
+                content,
+                in_reasoning=prompt.in_reasoning,
+                prompt_end=self._tokenizer.decode(prompt.tokens[-16:]),
+            )
 
         return await self._in_thread(work)
 

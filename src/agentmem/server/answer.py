@@ -27,6 +27,7 @@ from starlette.requests import Request
 from ..agent_key import AgentKey
 from ..chat.answer_parser import AnswerParser, AnswerPart, message_of
 from ..chat.dates import session_days
+from ..chat.grammar import AUTO, ContentFormat, ToolChoice, callable_tools
 from ..chat.grammar_compiler import GrammarCompiler
 from ..chat.messages import Chat, ToolCall
 from ..chat.renderer import ChatRenderer, Prompt
@@ -202,27 +203,38 @@ async def ask(
     params: SamplingParams,
     *,
     options: Mapping[str, Any] | None = None,
-    may_call: bool = True,
-    max_calls: int = 0,
+    tool_choice: ToolChoice = AUTO,
+    content: ContentFormat | None = None,
     life: AgentLife | None = None,
     priority: int = 0,
 ) -> "RunningAnswer":
     """Render what was said, with the conversation's tools, and have it answered.
 
-    `options` are the chat template's. Calls are text unless they `may_call`, and of more than
-    `max_calls` the rest is left out (0: none is). Raises InvalidRequest, ContextLengthExceeded, and
-    Busy where the queue is full already, so that rendering would be in vain.
+    `options` are the chat template's. Calls are text where `tool_choice` allows none, and of more
+    than it allows the rest is left out. `content`: what the content must be, unless a call is
+    forced. Raises InvalidRequest, ContextLengthExceeded, and Busy where the queue is full already,
+    so that rendering would be in vain.
     """
     services.engine.check_queue()
+    tools = conversation.callable_tools
+    callable = list(callable_tools(tools, tool_choice))
     prompt = await services.prompt(conversation.agent, chat_of(conversation, options))
+    constraint = await services.renderer.constraint(tools, tool_choice, content, prompt=prompt)
     parser = AnswerParser(
-        services.renderer.markup,
-        conversation.callable_tools if may_call else [],
+        constraint.markup,
+        callable,
         in_reasoning=prompt.in_reasoning,
-        max_calls=max_calls,
+        max_calls=tool_choice.max_calls,
     )
     request = services.generate_request(
-        conversation.agent, prompt, params, life=life, priority=priority
+        conversation.agent,
+        prompt,
+        params,
+        life=life,
+        priority=priority,
+        grammar=await services.matcher(
+            constraint.grammar, content.param if content else tool_choice.param
+        ),
     )
     return RunningAnswer(services, request, parser, conversation)
 

@@ -1,5 +1,6 @@
 """POST /v1/chat/completions: OpenAI's chat completions."""
 
+import asyncio
 import time
 import uuid
 from collections.abc import AsyncIterator, Iterator, Sequence
@@ -18,6 +19,7 @@ from ..errors import openai_error
 from ..sse import DONE, PING, event_lines, merge, stream, whole
 from .identity import ANONYMOUS, agent_id_of
 from .logprobs import ContentLogprobs
+from .structured import content_format, tool_choice
 from .usage import StreamUsage, usage
 from .wire import ChatCompletionRequest, StreamOptions, said
 
@@ -61,8 +63,8 @@ async def _ask(services: Services, body: ChatCompletionRequest, request: Request
         conversation,
         replace(body.sampling_params(max_tokens), logprobs=body.num_logprobs),
         options=body.chat_template_kwargs,
-        may_call=body.tool_choice != "none",
-        max_calls=1 if body.parallel_tool_calls is False else 0,
+        tool_choice=tool_choice(body.tool_choice, body.tools, parallel=body.parallel_tool_calls),
+        content=await asyncio.to_thread(content_format, body),
         life=body.agentmem,
         priority=body.priority or 0,
     )

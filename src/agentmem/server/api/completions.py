@@ -1,5 +1,6 @@
 """POST /v1/completions: OpenAI's completions, of prompts that are plain text or token ids."""
 
+import asyncio
 import time
 import uuid
 from collections.abc import AsyncIterator, Sequence
@@ -8,11 +9,13 @@ from functools import partial
 from typing import Annotated, Any
 
 from fastapi import FastAPI, Request
+from llguidance import LLMatcher
 from pydantic import BeforeValidator, Field, ValidationInfo, WithJsonSchema, field_validator
 from pydantic_core import PydanticCustomError
 from starlette.responses import JSONResponse, Response
 
 from ...agent_key import AgentKey
+from ...chat.grammar import text_grammar
 from ...chat.messages import check_encodable
 from ...chat.renderer import Prompt
 from ...chat.token_texts import TokenTexts
@@ -24,6 +27,7 @@ from ..errors import openai_error
 from ..sse import DONE, PING, event_lines, merge, stream, whole
 from .identity import agent_id_of
 from .logprobs import LEAST
+from .structured import content_format
 from .usage import StreamUsage, usage
 from .wire import AgentLife, CompletionInput, Only, StreamOptions
 
@@ -91,9 +95,15 @@ def add_routes(app: FastAPI, services: Services) -> None:
     async def create_completion(body: CompletionRequest, request: Request) -> Response:
         services.check_model(body.model)
         agent = agent_of(request, agent_id_of(request, body))
+        content = await asyncio.to_thread(content_format, body)
+        grammar = None
+        if content is not None:
+            grammar = await services.matcher(text_grammar(content), content.param)
         choices: list[_Choice] = []
         for prompt in body.prompt:
-            choices += await _begin(services, body, agent, len(choices), prompt)
+            choices += await _begin(
+                services, body, agent, prompt, index=len(choices), grammar=grammar
+            )
         answers = [choice.answer for choice in choices]
         completion = _Completion(services, choices)
         if body.stream:
@@ -102,7 +112,13 @@ def add_routes(app: FastAPI, services: Services) -> None:
 
 
 async def _begin(
-    services: Services, body: CompletionRequest, agent: AgentKey, index: int, said: str | list[int]
+    services: Services,
+    body: CompletionRequest,
+    agent: AgentKey,
+    said: str | list[int],
+    *,
+    index: int,
+    grammar: LLMatcher | None,
 ) -> list["_Choice"]:
     """Return the choices of a prompt, from `index` on; their answers are not begun yet.
 
@@ -123,7 +139,12 @@ async def _begin(
         prompt_logprobs=body.logprobs if scores_prompt else None,
     )
     request = services.generate_request(
-        agent, prompt, params, life=body.agentmem, priority=body.priority or 0
+        agent,
+        prompt,
+        params,
+        life=body.agentmem,
+        priority=body.priority or 0,
+        grammar=grammar,
     )
     answers = RunningAnswer(services, replace(request, continues_text=True)).times(body.n or 1)
     choices = []

@@ -5,15 +5,16 @@ again. Fields that this server does not know are ignored, since Anthropic's clie
 are hints; what would change the answer and is not honoured is refused.
 """
 
+import asyncio
 from collections.abc import AsyncIterator, Iterator
 from typing import Annotated, Any, Literal
 
 from fastapi import FastAPI, Request
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
-from pydantic_core import PydanticCustomError
+from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema, model_validator
 from starlette.responses import JSONResponse, Response
 
 from ...chat.answer_parser import Content, Reasoning
+from ...chat.grammar import ContentFormat, ToolChoice
 from ...chat.messages import ToolCall
 from ...engine.api import Finished, SamplingParams
 from ...errors import AgentMemError, ContextLengthExceeded
@@ -24,6 +25,7 @@ from ..sse import event_lines, stream, whole
 from .identity import ANONYMOUS, resolve_agent_id
 from .message_blocks import InputMessage, client_tools, to_messages
 from .message_events import GrowingMessage
+from .structured import output_format
 from .wire import MAX_MESSAGES, AgentOptions, Only, Text
 
 _ERROR_TYPES = {
@@ -41,16 +43,16 @@ class _Body(BaseModel):
     model_config = ConfigDict(extra="ignore", strict=True, allow_inf_nan=False)
 
 
-def _known_choice(kind: Any) -> Any:
-    if kind in ("any", "tool"):
-        message = "this server can't make the model call a tool; use 'auto' or 'none'"
-        raise PydanticCustomError("unsupported_parameter", "{what}", {"what": message})
-    return kind
-
-
-class ToolChoice(_Body):
-    type: Annotated[Literal["auto", "none"], BeforeValidator(_known_choice)]
+class InputToolChoice(_Body):
+    type: Literal["auto", "none", "any", "tool"]
+    name: Text | None = None  # of the tool that must be called
     disable_parallel_tool_use: bool | None = None
+
+    @model_validator(mode="after")
+    def _names_tool(self) -> "InputToolChoice":
+        if self.type == "tool" and not self.name:
+            raise ValueError("name: missing, but required where the type is 'tool'")
+        return self
 
 
 class Thinking(_Body):
@@ -58,7 +60,7 @@ class Thinking(_Body):
 
 
 class OutputConfig(_Body):
-    format: Annotated[Any, Only()] = None
+    format: Annotated[Any, WithJsonSchema({"type": ["object", "null"]})] = None
 
 
 class CountTokensRequest(_Body):
@@ -68,7 +70,7 @@ class CountTokensRequest(_Body):
     messages: list[InputMessage] = Field(min_length=1, max_length=MAX_MESSAGES)
     system: Any = None  # a string or a list of text blocks
     tools: list[Any] | None = None
-    tool_choice: ToolChoice | None = None
+    tool_choice: InputToolChoice | None = None
     thinking: Thinking | None = None
     cache_control: dict[str, Any] | None = None
     agent_id: Text | None = None
@@ -113,9 +115,32 @@ class MessagesRequest(CountTokensRequest):
             **{name: value for name, value in given.items() if value is not None},
         )
 
-    # would promise something that isn't there
+    def content_format(self) -> ContentFormat | None:
+        """Return what the content must be. InvalidRequest: that is not supported."""
+        if self.output_config is not None and self.output_config.format is not None:
+            return output_format(self.output_config.format, "output_config.format")
+        return output_format(self.output_format, "output_format")
+
+    def chosen_tools(self) -> ToolChoice:
+        """Return which tools may or must be called, and how many."""
+        tools = [tool for tool in self.tools or () if isinstance(tool, dict)]
+        strict = frozenset(str(tool.get("name")) for tool in tools if tool.get("strict") is True)
+        choice = self.tool_choice
+        if choice is None:
+            return ToolChoice(strict=strict)
+        modes: dict[str, Literal["none", "auto", "required"]] = {"none": "none", "auto": "auto"}
+        is_single = choice.disable_parallel_tool_use or choice.type == "tool"
+        return ToolChoice(
+            modes.get(choice.type, "required"),
+            names=(choice.name,) if choice.type == "tool" and choice.name else None,
+            strict=strict,
+            max_calls=1 if is_single else 0,
+        )
+
     output_config: OutputConfig | None = None
-    output_format: Annotated[Any, Only()] = None
+    output_format: Annotated[Any, WithJsonSchema({"type": ["object", "null"]})] = None
+
+    # would promise something that isn't there
     container: Annotated[Any, Only({})] = None
     mcp_servers: Annotated[Any, Only([])] = None
 
@@ -173,14 +198,13 @@ async def _conversation(
 
 async def _ask(services: Services, body: MessagesRequest, request: Request) -> RunningAnswer:
     conversation = await _conversation(services, body, request, keep=body.max_tokens > 0)
-    choice = body.tool_choice
     return await ask(
         services,
         conversation,
         body.sampling_params(),
         options=body.options,
-        may_call=choice is None or choice.type != "none",
-        max_calls=1 if choice and choice.disable_parallel_tool_use else 0,
+        tool_choice=body.chosen_tools(),
+        content=await asyncio.to_thread(body.content_format),
         life=body.agentmem,
     )
 

@@ -3,6 +3,7 @@
 The server keeps their conversations, as turns of an agent's transcript.
 """
 
+import asyncio
 import time
 import uuid
 from collections.abc import AsyncIterator
@@ -25,6 +26,7 @@ from .response_events import GrowingResponse, place_of
 from .response_items import is_reference
 from .response_tools import flat_tools
 from .responses_wire import ResponsesRequest
+from .structured import tool_choice
 
 
 class PreviousResponseNotFound(NotFound):
@@ -153,8 +155,10 @@ async def _ask(
             services,
             conversation,
             params,
-            may_call=body.tool_choice != "none",
-            max_calls=1 if body.parallel_tool_calls is False else 0,
+            tool_choice=tool_choice(
+                body.tool_choice, body.tools, parallel=body.parallel_tool_calls
+            ),
+            content=await asyncio.to_thread(body.content_format),
             life=body.agentmem,
         )
     except InvalidRequest as e:
@@ -252,7 +256,7 @@ def _head(body: ResponsesRequest, model: str, conversation: Conversation) -> dic
         "safety_identifier": body.safety_identifier,
         "store": body.store is not False,
         "temperature": 1.0 if body.temperature is None else body.temperature,
-        "text": {"format": {"type": "text"}},
+        "text": {"format": body.echoed_format},
         "tool_choice": body.tool_choice or "auto",
         "tools": flat_tools(conversation.tools),
         "top_p": 1.0 if body.top_p is None else body.top_p,

@@ -12,10 +12,12 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
+from ...chat.grammar import ContentFormat
 from ...transcripts.turns import Messages
 from .response_items import loaded_tools, to_messages
 from .response_tools import OfferedTools, offered_tools
-from .wire import MAX_MESSAGES, AgentOptions, Only, Text, Wire, check_tool_choice
+from .structured import response_format
+from .wire import MAX_MESSAGES, TOOL_CHOICE_SCHEMA, AgentOptions, Only, Text, Wire
 
 _ITEM_SCHEMA = {
     "type": "object",
@@ -46,7 +48,7 @@ def _text_or_items(value: Any) -> Any:
 class TextOptions(BaseModel):
     model_config = ConfigDict(extra="ignore", strict=True)
 
-    format: Annotated[Any, Only({"type": "text"})] = None
+    format: Annotated[Any, WithJsonSchema({"type": ["object", "null"]})] = None
     verbosity: str | None = None
 
 
@@ -85,7 +87,7 @@ class ResponsesRequest(Wire):
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     text: TextOptions | None = None
     tools: list[Any] | None = None
-    tool_choice: Annotated[Any, BeforeValidator(check_tool_choice)] = None
+    tool_choice: Annotated[Any, WithJsonSchema(TOOL_CHOICE_SCHEMA)] = None
     parallel_tool_calls: bool | None = None
 
     # promise nothing about the output, or may be no more than wishes
@@ -114,6 +116,18 @@ class ResponsesRequest(Wire):
     def prewarm(self) -> bool:
         """Whether the cache is to be filled, and nothing answered."""
         return bool(self.prompt_cache_options and self.prompt_cache_options.prewarm)
+
+    def content_format(self) -> ContentFormat | None:
+        """Return what the content must be. InvalidRequest: that is not supported."""
+        return response_format(self.text and self.text.format, "text.format")
+
+    @property
+    def echoed_format(self) -> dict[str, Any]:
+        """What a response says of its text's format; a schema has a name, whatever was sent."""
+        given = self.text and self.text.format
+        if not isinstance(given, dict):
+            return {"type": "text"}
+        return {"name": "response", **given} if given.get("type") == "json_schema" else given
 
     @property
     def messages(self) -> Messages:

@@ -99,14 +99,6 @@ def _known_role(role: Any) -> Any:
     return role
 
 
-def check_tool_choice(choice: Any) -> Any:
-    """Return `choice`, unless it forces a call."""
-    if choice not in (None, "none", "auto"):
-        use = "leave it out, or use 'auto' or 'none'"
-        _unsupported(f"this server can't make the model call a tool; {use}")
-    return choice
-
-
 def _arguments(arguments: Any) -> Any:
     if not isinstance(arguments, str | dict):
         raise ValueError("must be a JSON object, as such or in a string")
@@ -147,6 +139,15 @@ class ToolCallBody(Wire):
 _CONTENT_SCHEMA = {
     "type": ["string", "array", "null"],
     "items": {"type": "object", "required": ["type", "text"]},
+}
+
+
+_FORMAT_SCHEMA = {"type": ["object", "null"]}
+TOOL_CHOICE_SCHEMA = {
+    "anyOf": [
+        {"enum": [None, "none", "auto", "required"]},
+        {"type": "object", "required": ["type"]},
+    ]
 }
 
 
@@ -282,6 +283,16 @@ class CompletionInput(SamplingInput):
     stream_options: StreamOptions | None = None
     priority: Annotated[int, Field(ge=-1000, le=1000)] | None = None
 
+    # what the answer's content must be, see structured.py: in OpenAI's words, and in vLLM's
+    response_format: Annotated[Any, WithJsonSchema(_FORMAT_SCHEMA)] = None
+    structured_outputs: Annotated[Any, WithJsonSchema(_FORMAT_SCHEMA)] = None
+    guided_json: Annotated[Any, WithJsonSchema({"type": ["object", "string", "null"]})] = None
+    guided_regex: Text | None = None
+    guided_choice: list[Text] | None = None
+    guided_grammar: Text | None = None
+    guided_decoding_backend: str | None = None
+    guided_whitespace_pattern: str | None = None
+
     # promise nothing about the output
     user: str | None = None
     metadata: dict[str, Any] | None = None
@@ -302,9 +313,7 @@ class ChatCompletionRequest(TemplateInput, ChatEnd, CompletionInput):
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
 
-    tool_choice: Annotated[
-        Any, BeforeValidator(check_tool_choice), WithJsonSchema({"enum": [None, "none", "auto"]})
-    ] = None
+    tool_choice: Annotated[Any, WithJsonSchema(TOOL_CHOICE_SCHEMA)] = None
     parallel_tool_calls: bool | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
@@ -312,7 +321,6 @@ class ChatCompletionRequest(TemplateInput, ChatEnd, CompletionInput):
     # would promise something that isn't there
     functions: Annotated[Any, Only([])] = None
     function_call: Annotated[Any, Only("none", "auto")] = None
-    response_format: Annotated[Any, Only({"type": "text"})] = None
     modalities: Annotated[Any, Only(["text"])] = None
     audio: Annotated[Any, Only()] = None
     prediction: Annotated[Any, Only()] = None
