@@ -7,7 +7,6 @@ import pytest
 from jsonschema import Draft202012Validator
 
 from agentmem.chat.answer_parser import AnswerParser, Content
-from agentmem.chat.call_form import GENERIC
 from agentmem.chat.grammar import (
     AUTO,
     ToolChoice,
@@ -21,6 +20,7 @@ from agentmem.chat.grammar import (
 )
 from agentmem.chat.messages import Message, ToolCall
 from agentmem.chat.template import ChatTemplate
+from agentmem.chat.written_form import GENERIC
 from agentmem.errors import InvalidRequest
 from support.chat.families import FAMILIES
 from support.chat_tokenizers import HARMONY, LLAMA3, QWEN3, QWEN3_THINKING, chat_tokenizer

@@ -4,11 +4,14 @@ import json
 import time
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from jsonschema import Draft202012Validator
 
 from agentmem.chat.grammar import json_content, text_grammar
 from agentmem.chat.json_schema import fit, refusal
 from agentmem.errors import InvalidRequest
-from support.grammars import accepts, served_tokenizer
+from support.grammars import accepts, draw, served_tokenizer
 
 
 def of(**properties):
@@ -129,3 +132,75 @@ def test_schemas_without_end_or_sense_are_soon_taken_or_refused(schema):
     except InvalidRequest as e:
         assert e.param == "schema" and len(e.message) < 1000
     assert time.monotonic() - began < 2
+
+
+TYPES = st.sampled_from(["null", "boolean", "integer", "number", "string", "array", "object"])
+NAMES = st.sampled_from(["a", "b", "c d", "ü"])
+VALUES = st.one_of(st.none(), st.booleans(), st.integers(-5, 5), st.text(max_size=4))
+LEAVES = st.one_of(
+    st.fixed_dictionaries({"type": TYPES}),
+    st.fixed_dictionaries(
+        {"type": st.just("integer")},
+        optional={
+            "minimum": st.integers(-99, 5),
+            "maximum": st.integers(6, 99),
+            "multipleOf": st.integers(1, 7),
+        },
+    ),
+    st.fixed_dictionaries(
+        {"type": st.just("string")},
+        optional={
+            "minLength": st.integers(0, 3),
+            "maxLength": st.integers(3, 6),
+            "pattern": st.sampled_from(["^a+$", "b", "[0-9]{2}"]),
+            "format": st.sampled_from(["date", "uuid", "ipv4", "path"]),
+        },
+    ),
+    st.fixed_dictionaries({"enum": st.lists(VALUES, min_size=1, max_size=3)}),
+    st.fixed_dictionaries({"const": st.one_of(VALUES, st.lists(st.integers(0, 3), max_size=2))}),
+    st.sampled_from([{}, True]),
+)
+
+
+def larger(inner):
+    some = st.lists(inner, min_size=1, max_size=3)
+    objects = st.fixed_dictionaries(
+        {"type": st.just("object"), "properties": st.dictionaries(NAMES, inner, max_size=3)},
+        optional={
+            "required": st.lists(NAMES, max_size=3, unique=True),
+            "additionalProperties": st.one_of(st.booleans(), inner),
+        },
+    )
+    arrays = st.fixed_dictionaries(
+        {"type": st.just("array")},
+        optional={
+            "items": inner,
+            "minItems": st.integers(0, 2),
+            "maxItems": st.integers(2, 3),
+            "prefixItems": st.lists(inner, max_size=2),
+        },
+    )
+    choices = [st.fixed_dictionaries({name: some}) for name in ("anyOf", "oneOf", "allOf")]
+    return st.one_of(objects, arrays, *choices, st.just({"$ref": "#/$defs/x"}))
+
+
+@st.composite
+def schemas(given):
+    schema = given(st.recursive(LEAVES, larger, max_leaves=6))
+    return {**schema, "$defs": {"x": given(LEAVES)}} if isinstance(schema, dict) else schema
+
+
+@settings(
+    max_examples=200, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck)
+)
+@given(schemas())
+def test_every_complete_answer_validates_or_the_schema_is_refused(schema):
+    try:
+        grammar = text_grammar(json_content(schema, "schema"))
+    except InvalidRequest as e:
+        assert e.message.startswith("schema: #")
+        return
+    for seed in range(2):
+        drawn = draw(served_tokenizer("smollm2"), grammar, seed, most=200)
+        if drawn.ended:
+            Draft202012Validator(schema).validate(json.loads(drawn.text))

@@ -5,10 +5,10 @@ the schema, else as JSON.
 import pytest
 from jsonschema import Draft202012Validator
 
-from agentmem.chat.call_form import GENERIC, parts_of
 from agentmem.chat.grammar import ToolChoice, constraint
 from agentmem.chat.messages import Message, ToolCall
 from agentmem.chat.template import ChatTemplate
+from agentmem.chat.written_form import GENERIC, parts_of
 from support.chat_tokenizers import QWEN3, chat_tokenizer
 from support.grammars import draw, served_tokenizer, shape_of
 

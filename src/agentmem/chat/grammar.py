@@ -20,11 +20,11 @@ from llguidance.gbnf_to_lark import any_to_lark
 
 from ..errors import InvalidRequest
 from . import json_schema
-from .call_form import GENERIC, CallForm, CallStyle, call_style, generic_style
 from .json_schema import Schema
 from .markup import Markup
 from .pair_grammar import Argument, Writer, arguments_of, pair_rules
 from .template import ChatTemplate
+from .written_form import GENERIC, CallStyle, WrittenForm, call_style, generic_style
 
 MAX_CALLS = 16  # of a forced answer: else a weak model would go on and on
 _MAX_CHOICES = 1000
@@ -320,7 +320,7 @@ def _arguments(tool: dict[str, Any], index: int, choice: ToolChoice) -> Schema:
     return {"type": "object"}
 
 
-def _laid_out(form: CallForm, schema: Schema) -> str:
+def _laid_out(form: WrittenForm, schema: Schema) -> str:
     lenient = bool(schema.get("x-guidance", {}).get("lenient"))
     laid_out = json_schema.with_layout(schema, separators=form.separators, lenient=lenient)
     return _json_rule(laid_out)
@@ -334,7 +334,7 @@ def _name(tool: dict[str, Any]) -> str:
 class _Lark:
     """A grammar in llguidance's Lark as it grows."""
 
-    def __init__(self, shape: AnswerShape, form: CallForm):
+    def __init__(self, shape: AnswerShape, form: WrittenForm):
         """`form` is that of the calls."""
         self.shape = shape
         self.form = form

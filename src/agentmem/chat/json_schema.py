@@ -20,6 +20,15 @@ _MAX_CHARACTERS = 256 * 1024  # of a schema as JSON
 _MAX_DEPTH = 100  # of a schema; llguidance's own reader ends at 128
 _MAX_LOOKS = 2000  # at parts of a schema, for the one that can't be held
 _TYPES = ("null", "boolean", "integer", "number", "string", "array", "object")
+_TYPE_OF = {
+    type(None): "null",
+    bool: "boolean",
+    int: "number",
+    float: "number",
+    str: "string",
+    list: "array",
+    dict: "object",
+}
 # what clients write for a type that JSON schema does not know
 _OTHER_TYPES = {
     "str": "string",
@@ -123,10 +132,9 @@ def refusal(schema: Schema) -> tuple[str, str] | None:
 
     For example ("#/properties/a/not", 'is not supported'); None: all of it can be held.
     """
-    root = _rerooted(schema)
-    why = _error(root, "")
-    if why is None:
+    if (why := _why_not(schema)) is None:
         return None
+    root = _rerooted(schema)
     path = ""
     looks = 0
     node: Any = schema
@@ -152,10 +160,14 @@ def refusal(schema: Schema) -> tuple[str, str] | None:
 @lru_cache(maxsize=1024)
 def can_hold(schema: str) -> bool:
     """Return whether llguidance can hold an answer to a schema, which is JSON."""
-    is_error, _ = LLMatcher.validate_grammar_with_warnings(
-        LLMatcher.grammar_from_json_schema(schema)
-    )
-    return not is_error
+    return _why_not(schema) is None
+
+
+def _why_not(schema: Schema | str) -> str | None:
+    """Return why llguidance can't hold an answer to a schema; None: it can."""
+    grammar = LLMatcher.grammar_from_json_schema(schema)
+    is_error, messages = LLMatcher.validate_grammar_with_warnings(grammar)
+    return messages[0] if is_error else None
 
 
 def _depth(value: Any) -> int:
@@ -292,6 +304,9 @@ def _are_disjoint(one: Any, other: Any) -> bool:
 
 
 def _types(node: Schema) -> set[str]:
+    if "const" in node or isinstance(node.get("enum"), list):
+        values = [node["const"]] if "const" in node else node["enum"]
+        return {_TYPE_OF.get(type(value), "") for value in values}
     given = node.get("type", [])
     return {given} if isinstance(given, str) else {one for one in given if isinstance(one, str)}
 
@@ -344,11 +359,7 @@ def _rerooted(node: Any) -> Any:
 def _error(root: Any, path: str) -> str | None:
     """Return why llguidance can't hold the part of a schema at a path; None: it can."""
     fragment = quote(path, safe="/$~")
-    grammar = LLMatcher.grammar_from_json_schema(
-        json.dumps({"$ref": f"#/x-root{fragment}", "x-root": root})
-    )
-    is_error, messages = LLMatcher.validate_grammar_with_warnings(grammar)
-    return messages[0] if is_error else None
+    return _why_not({"$ref": f"#/x-root{fragment}", "x-root": root})
 
 
 def _plain(why: str) -> str:

@@ -1,6 +1,6 @@
 """The grammar of arguments that a model writes as pairs of a key and a value.
 
-CallForm.pairs says which text stands around them.
+WrittenForm.pairs says which text stands around them.
 """
 
 import re
@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from itertools import takewhile
 from typing import Any
 
-from .call_form import CallForm, CallStyle, Kind, parts_of
 from .json_schema import Schema
 from .messages import ToolCall
+from .written_form import CallStyle, Kind, WrittenForm, parts_of
 
 _MAX_PROPERTIES = 40
 _PLAIN = re.compile(r"[\w.-]+")  # names that mean nothing in any form
@@ -103,7 +103,7 @@ class Writer:
 
 
 def pair_rules(
-    form: CallForm, name: str, arguments: Sequence[Argument], writer: Writer, prefix: str
+    form: WrittenForm, name: str, arguments: Sequence[Argument], writer: Writer, prefix: str
 ) -> Mapping[str, str]:
     """Return the rules of a call from its tool's name to the end of its last argument.
 
@@ -141,7 +141,7 @@ def pair_rules(
     return rules
 
 
-def _text_end(form: CallForm) -> str:
+def _text_end(form: WrittenForm) -> str:
     """Return what every string ends with, whatever comes next."""
     assert form.pairs is not None
     pairs = zip(form.pairs.join["text"], form.pairs.end["text"], strict=False)

@@ -45,7 +45,7 @@ _ID = re.compile(r'(,\s?"id":\s?")call0000\d(")')
 
 
 @dataclass(frozen=True)
-class CallForm:
+class WrittenForm:
     """Text around the names and the arguments of an answer's calls.
 
     For example, of Qwen's `<tool_call>\\n{"name": "f", "arguments": {}}\\n</tool_call>`: `opening`
@@ -103,16 +103,16 @@ class Pairs:
 
 
 # what a model of any kind is made to write where nothing better is known
-GENERIC = CallForm('{"name": "', '", "arguments": ', "}", between='}\n{"name": "')
+GENERIC = WrittenForm('{"name": "', '", "arguments": ', "}", between='}\n{"name": "')
 # gpt-oss' own, where the template renders no calls
-HARMONY = CallForm("<|channel|>commentary to=functions.", " <|constrain|>json<|message|>", "")
+HARMONY = WrittenForm("<|channel|>commentary to=functions.", " <|constrain|>json<|message|>", "")
 
 
 @dataclass(frozen=True)
 class CallStyle:
     """How a model's calls are written, and read again."""
 
-    form: CallForm
+    form: WrittenForm
     markup: Markup  # it reads them: the model's own, if that can
 
 
@@ -141,7 +141,7 @@ def generic_style(markup: Markup) -> CallStyle:
     return CallStyle(GENERIC, _markup_of(GENERIC, markup))
 
 
-def _markup_of(form: CallForm, markup: Markup) -> Markup:
+def _markup_of(form: WrittenForm, markup: Markup) -> Markup:
     """Return a markup that reads calls in a form, and reasoning as `markup` has it."""
     edges: dict[State, list[tuple[str, State]]] = {"start": [], "content": [], "reasoning": []}
     for state, pairs in edges.items():
@@ -156,7 +156,7 @@ def _markup_of(form: CallForm, markup: Markup) -> Markup:
     return Markup(kept, think_start=markup.think_start, parse=parse)
 
 
-def _parse(form: CallForm, text: str) -> list[Any]:
+def _parse(form: WrittenForm, text: str) -> list[Any]:
     """Read calls, without what opens the first of them. ValueError: they are not in the form."""
     decoder = json.JSONDecoder()
     calls = []
@@ -190,7 +190,7 @@ class _Probe:
         answered = template.rendered([_USER, Message("assistant", "hello")]) or ""
         self._end = answered.rpartition("hello")[2]
 
-    def json_form(self) -> CallForm | None:
+    def json_form(self) -> WrittenForm | None:
         """Return the form of calls whose arguments are a JSON object."""
         one = self._rendered([_JSON])
         if one is None:
@@ -206,7 +206,7 @@ class _Probe:
             return None
         before, lead, opening = opened
         id_before, id_after, closing = _without_id(self._without_end(one[at + len(said) :]))
-        form = CallForm(
+        form = WrittenForm(
             opening,
             one[len(before) + len(_NAME) : at],
             closing,
@@ -223,7 +223,7 @@ class _Probe:
         id_before, _, between = _without_id(found)
         return replace(form, between=between) if id_before == form.id_before else form
 
-    def pairs_form(self) -> CallForm | None:
+    def pairs_form(self) -> WrittenForm | None:
         """Return the form of calls whose arguments are pairs of a key and a value."""
         rendered = self._rendered([_TEXT]) or ""
         opened = self._opened(rendered, rendered.rfind("city"))
@@ -255,12 +255,12 @@ class _Probe:
             text=self._next(_TEXT, before, "Paris"),
             json=self._next(_NUMBER, before, "77"),
         )
-        form = CallForm(opening, "", "", lead=lead, pairs=Pairs(join, middle, tails))
+        form = WrittenForm(opening, "", "", lead=lead, pairs=Pairs(join, middle, tails))
         return form if nexts is None else self._with_ends(form, tails, nexts)
 
     def _with_ends(
-        self, form: CallForm, tails: Mapping[Kind, str], nexts: Mapping[Kind, str]
-    ) -> CallForm:
+        self, form: WrittenForm, tails: Mapping[Kind, str], nexts: Mapping[Kind, str]
+    ) -> WrittenForm:
         """Return the form with what ends a call told from what ends the last of them.
 
         `tails` stand between an argument and the answer's end, `nexts` and the next call's name.
@@ -364,7 +364,7 @@ def _without_id(text: str) -> tuple[str, str, str]:
     return match.group(1), match.group(2), text[match.end() :]
 
 
-def _is_read(form: CallForm, markup: Markup) -> bool:
+def _is_read(form: WrittenForm, markup: Markup) -> bool:
     """Return whether the answer parser finds the calls of a text in this form."""
     said = [_JSON] if form.between is None else [_JSON, _NO_ARGUMENTS, _NUMBER, _OTHER_JSON]
     parts = parts_of(form.text(_NAME, said), markup, [_TOOL])
