@@ -3,6 +3,7 @@
 import asyncio
 import json
 from collections import OrderedDict
+from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -12,6 +13,7 @@ from ..errors import InvalidRequest
 
 _MAX_COMPILED = 64  # grammars that are remembered
 _MAX_CHARACTERS = 1 << 20  # of a grammar
+_HIDDEN = "\U0010fffe"  # no character
 _TIMEOUT = 15.0  # s; what llguidance's limits let pass takes less, unless the machine is busy
 
 
@@ -65,11 +67,10 @@ def _vocabulary(tokenizer: Any) -> LLTokenizer:
 
     InvalidRequest: it is none of those whose tokens are bytes, one by one.
     """
+    ends = sorted(tokenizer.eos_token_ids)
     spec = json.loads(tokenizer.backend_tokenizer.to_str())
     spec.update(truncation=None, padding=None)
-    ends = sorted(tokenizer.eos_token_ids)
-    for token in spec["added_tokens"]:
-        token["special"] = token["special"] or token["id"] in ends
+    _hide_special_tokens(spec, ends)
     ids = tokenizer.get_vocab().values()
     try:
         if max(ids) >= len(ids):
@@ -79,6 +80,28 @@ def _vocabulary(tokenizer: Any) -> LLTokenizer:
         why = " ".join(str(e).split())[:200]
         message = f"This model's answers can't be held to a form: of its tokenizer, {why}"
         raise InvalidRequest(message) from None
+
+
+def _hide_special_tokens(spec: dict[str, Any], ends: Collection[int]) -> None:
+    """Give the special tokens of a tokenizer's own description names that no text has.
+
+    Where a grammar leaves one text only, llguidance takes it as the tokenizer cuts it, in which a
+    name in a JSON string would be the special token. Grammars name those by their ids.
+    """
+    names = {}
+    for token in spec["added_tokens"]:
+        name = token["content"]
+        in_brackets = name.startswith("<") and name.endswith(">")
+        token["special"] = token["special"] or in_brackets or token["id"] in ends
+        if token["special"]:
+            token["content"] = names[name] = f"{_HIDDEN}{name}{_HIDDEN}"
+    model = spec["model"]
+    if isinstance(model["vocab"], dict):
+        model["vocab"] = {names.get(name, name): id for name, id in model["vocab"].items()}
+    else:
+        model["vocab"] = [[names.get(name, name), score] for name, score in model["vocab"]]
+    if model.get("unk_token") in names:
+        model["unk_token"] = names[model["unk_token"]]
 
 
 def _compile(vocabulary: LLTokenizer, grammar: str) -> LLMatcher:
