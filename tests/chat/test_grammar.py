@@ -245,6 +245,19 @@ def test_reasoning_whose_marks_are_no_tokens_ends_with_their_text():
     assert not accepts(tokenizer, grammar, "yes")
 
 
+def test_a_content_may_begin_with_the_blank_that_the_template_puts_there():
+    for family, blank in (("mistral", True), ("llama3", False), ("smollm2", False)):
+        tokenizer = served_tokenizer(family)
+        grammar = held(tokenizer, content=json_content(SCHEMA, "p")).grammar
+        assert accepts(tokenizer, grammar, '{"a": 1}')
+        assert accepts(tokenizer, grammar, ' {"a": 1}') == blank
+        detokenizer = tokenizer.detokenizer
+        for token in tokenizer.encode('<s> {"a": 1}', add_special_tokens=False)[1:]:
+            detokenizer.add_token(token)
+        detokenizer.finalize()
+        assert not blank or detokenizer.text == '{"a": 1}'
+
+
 def test_harmony_thinks_in_analysis_and_answers_in_final():
     tokenizer = served_tokenizer("gpt-oss")
     grammar = held(tokenizer, content=json_content(SCHEMA, "p")).grammar

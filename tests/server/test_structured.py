@@ -428,3 +428,16 @@ def test_a_stream_tells_the_same(sdk):
     choice = sdk(stream).choices[0]
     assert choice.finish_reason == "tool_calls"
     Draft202012Validator(CITY).validate(json.loads(choice.message.tool_calls[0].function.arguments))
+
+
+def test_an_answer_that_goes_on_makes_a_whole_with_what_was_begun(post, engine):
+    begun = '{"city": "Z'
+    asked = [*HELLO, {"role": "assistant", "content": begun}]
+    form = {"type": "json_schema", "schema": CITY}
+    for engine.seed in range(3):
+        answer = message(post, messages=asked, output_config={"format": form})
+        whole = begun + block_text(answer)
+        assert json.loads(whole)["city"] == "Zürich"
+    asked[-1]["content"] = "Here it is: "
+    answer = message(post, messages=asked, output_config={"format": form})
+    Draft202012Validator(CITY).validate(json.loads(block_text(answer)))

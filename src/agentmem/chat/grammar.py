@@ -22,6 +22,7 @@ from ..errors import InvalidRequest
 from . import json_schema
 from .json_schema import Schema
 from .markup import Markup
+from .messages import Message
 from .pair_grammar import Argument, Writer, arguments_of, pair_rules
 from .template import ChatTemplate
 from .written_form import GENERIC, CallStyle, WrittenForm, call_style, generic_style
@@ -30,6 +31,8 @@ MAX_CALLS = 16  # of a forced answer: else a weak model would go on and on
 _MAX_CHOICES = 1000
 _MAX_CHARACTERS = 64 * 1024  # of a regular expression, of choices together, of a grammar
 _MAX_THOUGHTS = 4  # messages of gpt-oss' analysis
+_USER = Message("user", "hello")
+_ANSWER = Message("assistant", "hello")
 _ANY_TEXT = r"/(.|\n)*/"
 
 
@@ -64,6 +67,8 @@ class AnswerShape:
     markup: Markup
     calls: CallStyle
     specials: Mapping[str, int]  # special tokens' ids by their texts, as llguidance knows them
+    # that a content begins with, and that is no part of it to the detokenizer: SentencePiece's
+    blank: str = ""
 
 
 @dataclass(frozen=True)
@@ -81,7 +86,16 @@ def answer_shape(template: ChatTemplate, tokenizer: Any) -> AnswerShape:
     """
     specials = special_tokens(tokenizer)
     ends = [tokenizer.decode([token]) for token in tokenizer.eos_token_ids]
-    return AnswerShape(template.markup, call_style(template, specials, ends), specials)
+    asked = template.rendered([_USER], add_generation_prompt=True) or ""
+    answered = template.rendered([_USER, _ANSWER]) or ""
+    begins_blank = answered.startswith(f"{asked} {_ANSWER.content}")
+    drops_blank = getattr(tokenizer.detokenizer, "trim_space", False)
+    return AnswerShape(
+        template.markup,
+        call_style(template, specials, ends),
+        specials,
+        blank=" " if begins_blank and drops_blank else "",
+    )
 
 
 def special_tokens(tokenizer: Any) -> dict[str, int]:
@@ -369,7 +383,7 @@ class _Lark:
         self.rules["content"] = rule
         if self._is_harmony:
             return f"{self.literal('<|channel|>final<|message|>')} content"
-        return "content"
+        return f"({_quote(self.shape.blank)})? content" if self.shape.blank else "content"
 
     def free_or(self, calls: str) -> list[str]:
         """Return the choices of any text, which may lead to calls, all of which are as told."""

@@ -21,6 +21,7 @@ from .grammar import (
     answer_shape,
     callable_tools,
     constraint,
+    text_grammar,
 )
 from .markup import Markup
 from .messages import Chat, Message, Role, normalise
@@ -174,6 +175,10 @@ class ChatRenderer:
             callable_tools(tools, choice)
             if content is None:
                 return Constraint(None, self.markup)
+
+        goes_on = prompt.continues_text and not prompt.in_reasoning
+        if goes_on and content is not None and choice.mode != "required":
+            return Constraint(text_grammar(content), self.markup)
 
         def work() -> Constraint:
             return constraint(

@@ -226,17 +226,28 @@ async def ask(
         in_reasoning=prompt.in_reasoning,
         max_calls=tool_choice.max_calls,
     )
+    param = content.param if content else tool_choice.param
+    matcher = await services.matcher(constraint.grammar, param)
+    if matcher is not None and prompt.continues_text:
+        matcher = await _gone_on(services, matcher, conversation.messages[-1].get("content"))
     request = services.generate_request(
         conversation.agent,
         prompt,
         params,
         life=life,
         priority=priority,
-        grammar=await services.matcher(
-            constraint.grammar, content.param if content else tool_choice.param
-        ),
+        grammar=matcher,
     )
     return RunningAnswer(services, request, parser, conversation)
+
+
+async def _gone_on(services: Services, matcher: LLMatcher, begun: Any) -> LLMatcher:
+    """Return the matcher after what was begun of an answer, or as it is where that does not fit."""
+    if not isinstance(begun, str) or not begun:
+        return matcher
+    tokens = await services.renderer.text_tokens(begun)
+    after = matcher.deep_copy()
+    return after if after.try_consume_tokens(tokens) == len(tokens) else matcher
 
 
 @dataclass(frozen=True)
