@@ -441,3 +441,31 @@ def test_an_answer_that_goes_on_makes_a_whole_with_what_was_begun(post, engine):
     asked[-1]["content"] = "Here it is: "
     answer = message(post, messages=asked, output_config={"format": form})
     Draft202012Validator(CITY).validate(json.loads(block_text(answer)))
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("chat", {"messages": HELLO}),
+        ("generate", {"prompt": "hello"}),
+        ("generate", {"prompt": "hello", "raw": True}),
+        ("generate", {"prompt": "hello", "context": [1, 2, 3]}),
+    ],
+)
+def test_ollamas_format_is_held_to(post, engine, path, body):
+    num_whole = 0
+    for engine.seed in range(4):
+        given = {"stream": False, "format": CITY, **body}
+        answer = post(f"/api/{path}", model="default", **given)
+        if answer["done_reason"] == "stop":
+            num_whole += 1
+            said = answer["message"]["content"] if path == "chat" else answer["response"]
+            Draft202012Validator(CITY).validate(json.loads(said))
+        post(f"/api/{path}", model="default", **{**given, "format": "json"})
+        assert engine.requests[-1].grammar is not None
+        post(f"/api/{path}", model="default", **{**given, "format": ""})
+        assert engine.requests[-1].grammar is None
+    assert num_whole
+    error = post(f"/api/{path}", 400, model="default", **{**given, "format": ODD})["error"]
+    assert error.startswith("format: #/properties/a/not")
+    assert post(f"/api/{path}", 400, model="default", **{**given, "format": "xml"})["error"]

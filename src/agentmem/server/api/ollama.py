@@ -1,5 +1,6 @@
 """POST /api/chat and /api/generate: Ollama's API, whose streams are lines of JSON."""
 
+import asyncio
 import json
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine
@@ -11,6 +12,7 @@ from fastapi import FastAPI, Request
 from starlette.responses import JSONResponse, Response
 
 from ...chat.answer_parser import AnswerParser, Content, Reasoning
+from ...chat.grammar import AUTO, text_grammar
 from ...chat.messages import Chat, ToolCall
 from ...chat.renderer import Prompt
 from ...engine.api import Finished, RequestStats, TextDelta
@@ -123,6 +125,7 @@ async def _ask(
         conversation,
         body.sampling_params(services.settings.default_max_tokens),
         options=body.template_options,
+        content=await asyncio.to_thread(body.content_format),
         life=body.agentmem,
     )
 
@@ -135,7 +138,10 @@ async def _ask_raw(
     agent = agent_of(request, resolve_agent_id(request.headers, agent_id=body.agent_id))
     prompt = await services.text_prompt(agent, body.prompt, begins=True)
     params = body.sampling_params(services.settings.default_max_tokens)
-    generate = services.generate_request(agent, prompt, params, life=body.agentmem)
+    content = await asyncio.to_thread(body.content_format)
+    grammar = text_grammar(content) if content is not None else None
+    matcher = await services.matcher(grammar, "format")
+    generate = services.generate_request(agent, prompt, params, life=body.agentmem, grammar=matcher)
     return RunningAnswer(services, generate)
 
 
@@ -150,10 +156,13 @@ async def _ask_on(
         raise InvalidRequest(message, param="context")
     agent = agent_of(request, resolve_agent_id(request.headers, agent_id=body.agent_id))
     prompt = await _later_prompt(services, body)
-    parser = AnswerParser(services.renderer.markup, [], in_reasoning=prompt.in_reasoning)
+    content = await asyncio.to_thread(body.content_format)
+    held = await services.renderer.constraint([], AUTO, content, prompt=prompt)
+    matcher = await services.matcher(held.grammar, "format")
+    parser = AnswerParser(held.markup, [], in_reasoning=prompt.in_reasoning)
     joined = Prompt([*before, *prompt.tokens])
     params = body.sampling_params(services.settings.default_max_tokens)
-    generate = services.generate_request(agent, joined, params, life=body.agentmem)
+    generate = services.generate_request(agent, joined, params, life=body.agentmem, grammar=matcher)
     return RunningAnswer(services, generate, parser)
 
 

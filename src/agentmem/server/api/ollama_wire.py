@@ -10,9 +10,10 @@ from typing import Annotated, Any, Literal
 
 from fastapi import FastAPI, Request
 from fastapi.routing import APIRoute
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
 from starlette.responses import Response
 
+from ...chat.grammar import ContentFormat, any_json_content, json_content
 from ...chat.messages import function_tools
 from ...engine.api import SamplingParams
 from ...transcripts.turns import Messages
@@ -120,8 +121,18 @@ class OllamaRequest(_Body):
     logprobs: bool | None = None
     top_logprobs: Annotated[Whole, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
 
-    # would promise something that isn't there
-    format: Annotated[Any, Only("")] = None
+    format: Annotated[Any, WithJsonSchema({"type": ["string", "object", "null"]})] = None
+
+    def content_format(self) -> ContentFormat | None:
+        """Return what the content must be: any JSON object, or JSON of a schema.
+
+        InvalidRequest: that is not supported.
+        """
+        if self.format in (None, ""):
+            return None
+        if self.format == "json":
+            return any_json_content("format")
+        return json_content(self.format, "format")
 
     @property
     def template_options(self) -> dict[str, Any]:
