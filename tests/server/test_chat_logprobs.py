@@ -6,6 +6,7 @@ import json
 import httpx
 import pytest
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
+from openai.types.responses import Response, ResponseTextDeltaEvent, ResponseTextDoneEvent
 
 from agentmem.config import Settings
 from agentmem.engine.api import Finished, RequestStats, TextDelta, TokenLogprob
@@ -19,6 +20,7 @@ from support.fake_engine import FakeEngine
 HI = [{"role": "user", "content": "Hi"}]
 TOOL = {"type": "function", "function": {"name": "f", "parameters": {}}}
 F = '<tool_call>\n{"name": "f", "arguments": {"a": 1}}\n</tool_call>'
+OUTPUT = "message.output_text.logprobs"
 FOX = "Zürich: 🦊 👩‍👩‍👧‍👦, e\u0301"
 
 
@@ -56,13 +58,13 @@ def top_of(top):
     return top[0][1] if top else -0.5
 
 
-def ask(engine, tmp_path, **body):
+def ask(engine, tmp_path, route="/v1/chat/completions", **body):
     async def one():
         app = create_app(engine, Settings(home=tmp_path), None)
         transport = httpx.ASGITransport(app)
         async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
-            asked = {"messages": HI, "logprobs": True, **body}
-            response = await client.post("/v1/chat/completions", json=asked)
+            asked = {"messages": HI, "logprobs": True} if route.startswith("/v1/chat") else {}
+            response = await client.post(route, json={**asked, **body})
             assert response.status_code == 200, response.text
             return response
 
@@ -180,6 +182,30 @@ def test_calls_alone_have_no_rows_and_nothing_is_told_unasked(tmp_path):
     assert message["content"] is None and message["tool_calls"] and rows == []
     [choice] = ask(engine, tmp_path, tools=[TOOL], logprobs=False).json()["choices"]
     assert choice["logprobs"] is None
+
+
+@pytest.mark.parametrize("asked", [{"include": [OUTPUT]}, {"include": [OUTPUT], "top_logprobs": 2}])
+def test_responses_tell_them_of_their_text(tmp_path, asked):
+    engine = TokenEngine(QWEN3, f"<think>\nthe\n</think>\n\nthe {FOX}\n{F}")
+    body = {"input": "Hi", "tools": [{"type": "function", "name": "f", "parameters": {}}], **asked}
+    told = ask(engine, tmp_path, "/v1/responses", **body).json()
+    Response.model_validate(told)
+    [text] = [part for item in told["output"] for part in item.get("content", [])][1:]
+    rows = text["logprobs"]
+    assert text["text"] == f"the {FOX}" == text_of(rows)
+    assert {len(row["top_logprobs"]) for row in rows} == {asked.get("top_logprobs", 0)}
+    stream = ask(engine, tmp_path, "/v1/responses", stream=True, **body).text
+    events = [json.loads(event.split("data: ")[1]) for event in stream.strip().split("\n\n")]
+    deltas = [event for event in events if event["type"] == "response.output_text.delta"]
+    assert [row for event in deltas for row in event["logprobs"]] == rows
+    [done] = [event for event in events if event["type"] == "response.output_text.done"]
+    assert done["logprobs"] == rows
+    ResponseTextDoneEvent.model_validate(done)
+    for event in deltas:
+        ResponseTextDeltaEvent.model_validate(event)
+    unasked = ask(engine, tmp_path, "/v1/responses", input="Hi").json()
+    parts = [part for item in unasked["output"] for part in item.get("content", [])]
+    assert all(not part.get("logprobs") for part in parts)
 
 
 @pytest.mark.parametrize("stream", [False, True])

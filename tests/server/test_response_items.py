@@ -279,7 +279,8 @@ NO_IMAGE = "[image left out: only text can be read]"
             "input.0.content.0.text",
         ),
         ({"input": "weather? " * 5000}, "input"),
-        ({"include": ["reasoning.encrypted_content", "message.output_text.logprobs"]}, "include.1"),
+        ({"include": ["reasoning.encrypted_content", "message.reasoning.logprobs"]}, "include.1"),
+        ({"top_logprobs": 21}, "top_logprobs"),
         ({"tools": [{**WEATHER, "name": ""}]}, "tools.0.name"),
         ({"tools": [WEATHER, {"type": "custom", "name": 5}]}, "tools.1.name"),
         (

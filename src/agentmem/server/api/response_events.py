@@ -2,7 +2,7 @@
 
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from ...chat.answer_parser import AnswerPart, Reasoning
@@ -45,8 +45,8 @@ class GrowingResponse:
         for name in ("created", "in_progress"):
             yield self._event(name, response=self.body)
 
-    def add(self, part: AnswerPart) -> Iterator[str]:
-        """Go on by a part."""
+    def add(self, part: AnswerPart, logprobs: Sequence[dict[str, Any]] = ()) -> Iterator[str]:
+        """Go on by a part; `logprobs`: of the tokens of a content, where they are asked for."""
         if isinstance(part, ToolCall):
             yield from self._close()
             yield from self._call(part)
@@ -57,9 +57,11 @@ class GrowingResponse:
             yield from self._begin_text(kind)
         assert self._open is not None
         self._open["content"][0]["text"] += part.text
-        yield self._event(
-            f"{_KINDS[kind][2]}.delta", **self._place, delta=part.text, **self._logprobs
-        )
+        told = {}
+        if kind == "message":
+            self._open["content"][0]["logprobs"] += logprobs
+            told["logprobs"] = list(logprobs)
+        yield self._event(f"{_KINDS[kind][2]}.delta", **self._place, delta=part.text, **told)
 
     def finish(self, *, cut: bool, usage: dict[str, Any]) -> Iterator[str]:
         """End the last item, which is whole or `cut`; the last event is left to `end`."""
@@ -112,7 +114,8 @@ class GrowingResponse:
         item = self._open
         name = _KINDS[self._kind][2]
         part = item["content"][0]
-        yield self._event(f"{name}.done", **self._place, text=part["text"], **self._logprobs)
+        told = {"logprobs": part["logprobs"]} if "logprobs" in part else {}
+        yield self._event(f"{name}.done", **self._place, text=part["text"], **told)
         yield self._event("content_part.done", **self._place, part=part)
         item["status"] = status
         yield self._event("output_item.done", output_index=self._index, item=item)
@@ -148,10 +151,6 @@ class GrowingResponse:
     def _place(self) -> dict[str, Any]:
         assert self._open is not None
         return {"item_id": self._open["id"], "output_index": self._index, "content_index": 0}
-
-    @property
-    def _logprobs(self) -> dict[str, Any]:
-        return {"logprobs": []} if self._kind == "message" else {}
 
     def _id(self, prefix: str) -> str:
         """Return the id of the next item; `place_of` reads it."""

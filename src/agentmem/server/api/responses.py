@@ -22,6 +22,7 @@ from ..answer import Ping, RunningAnswer, Services, ask, converse
 from ..auth import namespace_of
 from ..sse import PING, stream, whole
 from .identity import agent_id_of
+from .logprobs import ContentLogprobs
 from .response_events import GrowingResponse, place_of
 from .response_items import is_reference
 from .response_tools import flat_tools
@@ -51,6 +52,9 @@ def add_routes(app: FastAPI, services: Services) -> None:
                 raise
             return await stream(request, _refused(growing, e))  # Codex reads it there
         response = _Response(services, body, answer, growing)
+        if body.num_logprobs is not None:
+            texts = await services.renderer.token_texts()
+            response.logprobs = ContentLogprobs(answer, texts)
         if body.stream:
             return await stream(request, response.events(), answer)
         return JSONResponse(await whole(request, response.body(), answer))
@@ -148,6 +152,7 @@ async def _ask(
     chosen: dict[str, Any] = {"temperature": body.temperature, "top_p": body.top_p}
     params = SamplingParams(
         max_tokens=0 if body.prewarm else max_tokens,
+        logprobs=body.num_logprobs,
         **{name: value for name, value in chosen.items() if value is not None},
     )
     try:
@@ -181,6 +186,7 @@ class _Response:
         self._prewarm = body.prewarm
         self._answer = answer
         self._growing = growing
+        self.logprobs: ContentLogprobs | None = None  # where they are asked for
 
     async def body(self) -> dict[str, Any]:
         """Return the response, when it is whole."""
@@ -206,7 +212,10 @@ class _Response:
             if isinstance(item, Ping):
                 yield PING
             elif isinstance(item, Content | Reasoning | ToolCall):
-                for line in self._growing.add(item):
+                rows = []
+                if self.logprobs is not None and isinstance(item, Content):
+                    rows = await self.logprobs.of(item)
+                for line in self._growing.add(item, rows):
                     yield line
             elif isinstance(item, Finished):
                 cut = item.reason == "length" and not self._prewarm
@@ -259,6 +268,7 @@ def _head(body: ResponsesRequest, model: str, conversation: Conversation) -> dic
         "text": {"format": body.echoed_format},
         "tool_choice": body.tool_choice or "auto",
         "tools": flat_tools(conversation.tools),
+        "top_logprobs": body.top_logprobs or 0,
         "top_p": 1.0 if body.top_p is None else body.top_p,
         "truncation": "disabled",
         "user": body.user,

@@ -17,7 +17,15 @@ from ...transcripts.turns import Messages
 from .response_items import loaded_tools, to_messages
 from .response_tools import OfferedTools, offered_tools
 from .structured import response_format
-from .wire import MAX_MESSAGES, TOOL_CHOICE_SCHEMA, AgentOptions, Only, Text, Wire
+from .wire import (
+    MAX_MESSAGES,
+    MAX_TOP_LOGPROBS,
+    TOOL_CHOICE_SCHEMA,
+    AgentOptions,
+    Only,
+    Text,
+    Wire,
+)
 
 _ITEM_SCHEMA = {
     "type": "object",
@@ -58,9 +66,12 @@ class CacheOptions(BaseModel):
     prewarm: bool | None = None  # fill the cache, answer nothing
 
 
-def _no_logprobs(wanted: str) -> str:
-    if wanted.endswith(".logprobs"):
-        raise ValueError("this server gives no log probabilities; leave it out")
+_LOGPROBS = "message.output_text.logprobs"
+
+
+def _no_other_logprobs(wanted: str) -> str:
+    if wanted.endswith(".logprobs") and wanted != _LOGPROBS:
+        raise ValueError(f"this server has log probabilities only as {_LOGPROBS}; leave it out")
     return wanted
 
 
@@ -100,7 +111,8 @@ class ResponsesRequest(Wire):
     prompt_cache_options: CacheOptions | None = None
     prompt_cache_retention: str | None = None
     reasoning: dict[str, Any] | None = None
-    include: list[Annotated[str, AfterValidator(_no_logprobs)]] | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
+    include: list[Annotated[str, AfterValidator(_no_other_logprobs)]] | None = None
     context_management: Any = None
     max_tool_calls: Any = None  # of tools that are not there
     truncation: Any = None  # of an input that is too long: an error says so
@@ -110,7 +122,6 @@ class ResponsesRequest(Wire):
     conversation: Annotated[Any, Only()] = None
     moderation: Annotated[Any, Only()] = None
     prompt: Annotated[Any, Only()] = None
-    top_logprobs: Annotated[Any, Only(0)] = None
 
     @property
     def prewarm(self) -> bool:
@@ -128,6 +139,13 @@ class ResponsesRequest(Wire):
         if not isinstance(given, dict):
             return {"type": "text"}
         return {"name": "response", **given} if given.get("type") == "json_schema" else given
+
+    @property
+    def num_logprobs(self) -> int | None:
+        """How many of the likeliest tokens are to be told with each; None: nothing is."""
+        if self.top_logprobs or _LOGPROBS in (self.include or ()):
+            return self.top_logprobs or 0
+        return None
 
     @property
     def messages(self) -> Messages:
