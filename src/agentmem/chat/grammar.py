@@ -10,9 +10,10 @@ in <[151657]>, everything else as text.
 
 import json
 import re
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, Literal
 
 from llguidance import LLMatcher
@@ -28,6 +29,7 @@ from .template import ChatTemplate
 from .written_form import GENERIC, CallStyle, WrittenForm, call_style, generic_style
 
 MAX_CALLS = 16  # of a forced answer: else a weak model would go on and on
+_MAX_MADE = 64  # constraints that are remembered
 _MAX_CHOICES = 1000
 _MAX_CHARACTERS = 64 * 1024  # of a regular expression, of choices together, of a grammar
 _MAX_THOUGHTS = 4  # messages of gpt-oss' analysis
@@ -55,6 +57,11 @@ class ToolChoice:
     strict: frozenset[str] = frozenset()  # those whose arguments are held to their schema
     max_calls: int = 0  # 0: no limit
     param: str = "tool_choice"
+
+    @property
+    def is_narrow(self) -> bool:
+        """Whether calls may be held to something."""
+        return self.mode == "required" or self.names is not None or bool(self.strict)
 
 
 AUTO = ToolChoice()
@@ -233,6 +240,47 @@ def constraint(
     top = {"name": "answer", "lark_grammar": lark.text}
     grammar = json.dumps({"grammars": [top, *(content.grammars if content else ())]})
     return Constraint(grammar, markup)
+
+
+class Constraints:
+    """Constraints of one model's answers. Those made lately are remembered: agents ask again."""
+
+    def __init__(self, template: ChatTemplate, tokenizer: Any):
+        """`tokenizer` is an mlx_lm TokenizerWrapper."""
+        self._template = template
+        self._tokenizer = tokenizer
+        self._made: OrderedDict[str, Constraint] = OrderedDict()
+
+    def of(
+        self,
+        tools: Sequence[dict[str, Any]],
+        choice: ToolChoice,
+        content: ContentFormat | None,
+        *,
+        in_reasoning: bool,
+        prompt_end: str,
+    ) -> Constraint:
+        """Return a constraint, see `constraint`. To be called in the tokenizer's thread."""
+        end = _thought_end(self._template.markup) or ""
+        is_closed = bool(end) and prompt_end.rstrip().endswith(end)
+        closed = prompt_end[prompt_end.rindex(end) :] if is_closed else ""
+        asked = [choice.mode, choice.names, sorted(choice.strict), choice.max_calls, choice.param]
+        form = [content.rule, content.grammars] if content is not None else None
+        key = json.dumps([tools, asked, form, in_reasoning, closed])
+        if key in self._made:
+            self._made.move_to_end(key)
+            return self._made[key]
+        made = constraint(
+            self._shape, tools, choice, content, in_reasoning=in_reasoning, prompt_end=closed
+        )
+        self._made[key] = made
+        if len(self._made) > _MAX_MADE:
+            self._made.popitem(last=False)
+        return made
+
+    @cached_property
+    def _shape(self) -> AnswerShape:
+        return answer_shape(self._template, self._tokenizer)
 
 
 def text_grammar(content: ContentFormat) -> str:

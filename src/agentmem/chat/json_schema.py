@@ -143,7 +143,7 @@ def refusal(schema: Schema) -> tuple[str, str] | None:
             looks += 1
             if looks > _MAX_LOOKS:
                 break
-            if (inner := _error(root, path + step)) is not None:
+            if (inner := _part_error(part, root, path + step)) is not None:
                 why = inner
                 path += step
                 node = part
@@ -354,6 +354,13 @@ def _rerooted(node: Any) -> Any:
     if isinstance(ref, str) and (ref == "#" or ref.startswith("#/")):
         found["$ref"] = f"#/x-root{ref[1:]}"
     return found
+
+
+def _part_error(part: Any, root: Any, path: str) -> str | None:
+    """Return why llguidance can't hold a part of a schema; alone, where that is all it takes."""
+    if isinstance(part, dict) and '"$ref"' not in json.dumps(part):
+        return _why_not(part)
+    return _error(root, path)
 
 
 def _error(root: Any, path: str) -> str | None:

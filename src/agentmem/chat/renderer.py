@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from datetime import date
-from functools import cached_property, partial
+from functools import partial
 from typing import Any, Literal, TypeVar
 
 import numpy as np
@@ -14,13 +14,11 @@ from ..errors import ContextLengthExceeded, InvalidRequest
 from ..tensors import common_prefix
 from .dates import is_dated, on_day
 from .grammar import (
-    AnswerShape,
     Constraint,
+    Constraints,
     ContentFormat,
     ToolChoice,
-    answer_shape,
     callable_tools,
-    constraint,
     text_grammar,
 )
 from .markup import Markup
@@ -67,6 +65,7 @@ class ChatRenderer:
         self._token_bytes = TokenBytes(tokenizer)
         self._special_tokens = SpecialTokens(tokenizer, self._token_bytes)
         self._template = ChatTemplate(tokenizer)
+        self._constraints = Constraints(self._template, tokenizer)
         self._drops_blank: bool | None = None  # None: not looked at yet
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="tokenizer")
 
@@ -171,18 +170,14 @@ class ChatRenderer:
 
         InvalidRequest: a call is asked for that can't be, or what can't be held to.
         """
-        if choice.mode == "none" or not tools:
-            callable_tools(tools, choice)
-            if content is None:
-                return Constraint(None, self.markup)
-
+        if content is None and not (callable_tools(tools, choice) and choice.is_narrow):
+            return Constraint(None, self.markup)
         goes_on = prompt.continues_text and not prompt.in_reasoning
         if goes_on and content is not None and choice.mode != "required":
             return Constraint(text_grammar(content), self.markup)
 
         def work() -> Constraint:
-            return constraint(
-                self._shape,
+            return self._constraints.of(
                 tools,
                 choice,
                 content,
@@ -191,10 +186,6 @@ class ChatRenderer:
             )
 
         return await self._in_thread(work)
-
-    @cached_property
-    def _shape(self) -> AnswerShape:
-        return answer_shape(self._template, self._tokenizer)
 
     async def token_names(self, tokens: Sequence[int]) -> list[str]:
         """Return the tokens as the vocabulary spells them."""

@@ -121,8 +121,11 @@ class ChatTemplate:
         return end.rstrip().endswith(start)
 
     def rendered(self, messages: Sequence[Message], **options: Any) -> str | None:
-        """Return the text of messages; None: the template refuses them."""
-        return self._probe(messages, **options)
+        """Return the text of messages; None: the template refuses them, in whatever way."""
+        try:
+            return self._probe(messages, **options)
+        except (ValueError, LookupError, AttributeError, ArithmeticError, RecursionError):
+            return None  # it does with a message what can't be done with it
 
     def _attempts(self, messages: Sequence[Message]) -> Iterator[Sequence[Message]]:
         first = without_system_between(messages) if self._loses_system(messages) else list(messages)
