@@ -9,6 +9,8 @@ from openai.types import Completion
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 
 from support.chat_http import path, refused, text, transcript, user, words
+from support.server_process import ServerProcess
+from support.speaking_model import write_speaking_model
 
 SAMPLED = {"max_tokens": 12, "temperature": 1.0, "seed": 5, "ignore_eos": True}
 
@@ -177,6 +179,64 @@ def test_a_number_of_answers_that_is_none_is_refused_by_its_name(server, n):
     body = {"messages": [user(9, 1)], "n": n}
     status, _, param, _ = refused(server.client.post("/chat/completions", json=body))
     assert (status, param) == (400, "n")
+
+
+@pytest.fixture(scope="module")
+def bytewise(tmp_path_factory):
+    """A server whose model reads and writes bytes, and calls tools as Qwen 3 does."""
+    home = tmp_path_factory.mktemp("bytewise")
+    model = write_speaking_model(home / "model", ("Oslo", " is", " far"))
+    with ServerProcess(home / "home", model=model) as server:
+        yield server
+        assert server.stop() == 0
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_each_answer_is_held_to_the_form_by_itself(bytewise, stream):
+    colours = {"enum": ["red", "green", "blue", "grey"]}
+    schema = {
+        "type": "object",
+        "properties": {"colours": {"type": "array", "items": colours, "maxItems": 4}},
+        "required": ["colours"],
+        "additionalProperties": False,
+    }
+    form = {"type": "json_schema", "json_schema": {"name": "c", "schema": schema, "strict": True}}
+    body = {"messages": [{"role": "user", "content": "Hi"}], "n": 6, "response_format": form}
+    body |= {"logprobs": True, "max_tokens": 500, "ignore_eos": False, "temperature": 2}
+    body |= {"chat_template_kwargs": {"enable_thinking": False}}
+    said = [""] * 6
+    spelled = [b""] * 6
+    if stream:
+        pieces = [chunk["choices"][0] for chunk in chunks(bytewise, "/chat/completions", **body)]
+    else:
+        pieces = chat(bytewise, **body)["choices"]
+    for piece in pieces:
+        message = piece.get("message") or piece["delta"]
+        said[piece["index"]] += message.get("content") or ""
+        for row in (piece["logprobs"] or {"content": []})["content"]:
+            spelled[piece["index"]] += bytes(row["bytes"])
+    for one in map(json.loads, said):
+        assert set(one["colours"]) <= set(colours["enum"])
+    assert len(set(said)) > 1 and [one.decode() for one in spelled] == said
+
+
+def test_each_answer_makes_the_call_that_is_forced(bytewise):
+    tool = {"name": "f", "parameters": {"type": "object", "properties": {"a": {"enum": [1, 2]}}}}
+    body = {"messages": [{"role": "user", "content": "Hi"}], "n": 3, "max_tokens": 300}
+    body |= {"tools": [{"type": "function", "function": tool}], "tool_choice": "required"}
+    told = chat(bytewise, **body, ignore_eos=False, logprobs=True)
+    for choice in told["choices"]:
+        assert choice["finish_reason"] == "tool_calls" and choice["logprobs"]["content"] == []
+        assert {call["function"]["name"] for call in choice["message"]["tool_calls"]} == {"f"}
+    calls = [call["id"] for choice in told["choices"] for call in choice["message"]["tool_calls"]]
+    assert len(set(calls)) == len(calls)
+    parts = [
+        choice["delta"]["tool_calls"][0]
+        for chunk in chunks(bytewise, "/chat/completions", **body, parallel_tool_calls=False)
+        for choice in chunk["choices"]
+        if choice["delta"].get("tool_calls")
+    ]
+    assert {part["index"] for part in parts} == {0} and len(parts) == 2 * 3
 
 
 @pytest.mark.parametrize("route", ["/chat/completions", "/completions"])
