@@ -96,6 +96,9 @@ class Settings(BaseSettings):
     model_config = SettingsConfigDict(env_prefix="AGENTMEM_", extra="forbid")
 
     model: _Text = Field("demo", description="'demo', a directory with an MLX model, or a hub name")
+    any_model: bool = Field(
+        False, description="Answer requests for any model's name with the one that is served"
+    )
     host: _Text = Field("127.0.0.1", description="Address to listen on")
     port: _Number = Field(8000, ge=0, le=65535, description="Port to listen on; 0 picks a free one")
     home: Annotated[Path, Unit("DIR")] = Field(
@@ -107,6 +110,12 @@ class Settings(BaseSettings):
         default=[],
         description="Further Host header values to accept, beside the listening address and "
         "localhost",
+    )
+    cors: Annotated[list[str], NoDecode, BeforeValidator(_split_commas), Unit("ORIGIN,...")] = (
+        Field(
+            default=[],
+            description="Origins of web pages that may use the server: http://localhost:3000",
+        )
     )
     api_keys: Annotated[Path | None, Unit("FILE")] = Field(
         None,

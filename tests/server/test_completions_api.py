@@ -212,7 +212,7 @@ def test_an_answer_ends_at_a_stop_string(server):
         ("prompt", {"prompt": ["w9"] * 129, "n": 16}),
         ("logprobs", {"logprobs": 6}),
         ("logprobs", {"logprobs": True}),
-        ("max_tokens", {"max_tokens": -1}),
+        ("max_tokens", {"max_tokens": -2}),
         ("prompt", {"prompt": []}),
         ("prompt", {"prompt": [[]]}),
         ("prompt", {"prompt": ""}),

@@ -53,25 +53,60 @@ def test_who_says_nothing_is_anonymous():
     )
 
 
-@pytest.mark.parametrize("value", ["", "x" * 257, "a\nb", 7])
-@pytest.mark.parametrize(("name", "where", "what"), RANKS, ids=[name for name, _, _ in RANKS])
-def test_what_can_be_no_agent_id_is_refused_by_name_and_nothing_else_is_taken(
+UNFIT = ["x" * 257, "a\nb", "\x7f", "\ud800"]
+OURS = [rank for rank in RANKS if rank[0] == "agent_id"]
+THEIRS = [rank for rank in RANKS if rank[0] != "agent_id"]
+
+
+def names(ranks):
+    return [name for name, _, _ in ranks]
+
+
+@pytest.mark.parametrize("value", ["", *UNFIT[:3]])
+@pytest.mark.parametrize(("name", "where", "what"), OURS)
+def test_what_is_meant_for_this_server_is_refused_where_it_can_be_no_agent_id(
     name, where, what, value
 ):
-    value = "\x7f" if where == "header" and value == 7 else value  # headers are text
     (key,) = what
     with pytest.raises(InvalidRequest) as e:
-        agent_of([(name, where, {key: value}), *RANKS[-1:] * (key != "safety_identifier")])
+        agent_of([(name, where, {key: value}), RANKS[-1]])
     assert e.value.param == name
 
 
-@pytest.mark.parametrize(("name", "where", "what"), [r for r in RANKS if r[1] == "header"])
-def test_header_that_is_not_utf8_is_refused_by_name(name, where, what):
+@pytest.mark.parametrize("value", UNFIT)
+@pytest.mark.parametrize(("name", "where", "what"), THEIRS, ids=names(THEIRS))
+def test_what_other_clients_say_is_hashed_where_it_can_be_no_agent_id(name, where, what, value):
     (key,) = what
-    assert agent_of([(name, where, {key: "ü🦊".encode()})]) == "ü🦊"
+    if where == "header":
+        value = value.encode(errors="surrogatepass")
+    found = agent_of([(name, where, {key: value})])
+    assert found.startswith("sha256-") and len(found) == 39
+    assert found == agent_of([(name, where, {key: value})])
+    other = value + value[:1]
+    assert found != agent_of([(name, where, {key: other})])
+
+
+@pytest.mark.parametrize("name", ["prompt_cache_key", "user", "safety_identifier"])
+@pytest.mark.parametrize(
+    ("value", "expected"), [(7, "7"), (True, "true"), ({"a": [1]}, '{"a": [1]}')]
+)
+def test_what_is_no_text_is_its_json(name, value, expected):
+    assert agent_of([(name, "body", {name: value})]) == expected
+
+
+@pytest.mark.parametrize(("name", "where", "what"), THEIRS, ids=names(THEIRS))
+def test_an_empty_text_says_nothing(name, where, what):
+    (key,) = what
+    if key != "safety_identifier":
+        assert agent_of([(name, where, {key: ""}), RANKS[-1]]) == "safety"
+    assert agent_of([(name, where, {key: ""})]) == "anonymous"
+
+
+def test_x_agent_id_that_is_not_utf8_is_refused_by_name():
+    assert agent_of([("agent_id", "header", {"x-agent-id": "ü🦊".encode()})]) == "ü🦊"
     with pytest.raises(InvalidRequest) as e:
-        agent_of([(name, where, {key: b"\xff"})])
-    assert e.value.param == name
+        agent_of([("agent_id", "header", {"x-agent-id": b"\xff"})])
+    assert e.value.param == "agent_id"
 
 
 @pytest.mark.parametrize(

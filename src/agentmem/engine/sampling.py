@@ -10,6 +10,13 @@ from .api import SamplingParams
 _ALL_TOKENS = 1 << 30  # context size of a penalty that looks at the whole answer
 
 
+def _top_k(params: SamplingParams, vocab_size: int) -> int:
+    """Return from how many of the likeliest tokens is chosen; 0: from all."""
+    if params.top_p == 0:  # the smallest nucleus, which mlx-lm takes for none
+        return 1
+    return params.top_k if params.top_k < vocab_size else 0
+
+
 class Sampler:
     """One sequence's way from logits to the next token.
 
@@ -23,7 +30,7 @@ class Sampler:
             temp=params.temperature,
             top_p=params.top_p,
             min_p=params.min_p,
-            top_k=params.top_k if params.top_k < vocab_size else 0,
+            top_k=_top_k(params, vocab_size),
         )
         self._processors = make_logits_processors(
             logit_bias={token: bias for token, bias in params.logit_bias if token < vocab_size}

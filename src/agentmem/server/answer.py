@@ -63,13 +63,15 @@ class Services:
     transcripts: TranscriptRegistry
     errors: ErrorResponses
 
-    def check_model(self, name: str) -> None:
+    def check_model(self, name: str | None) -> None:
         """Raise NotFound where `name` is not the served model's.
 
-        It may be the whole name, its last path part, or "default".
+        It may be the whole name or its last path part, in any case, with a provider before it or
+        Ollama's tag after it; or "default", or nothing. With --any-model any name will do.
         """
         served = self.engine.model_name
-        if name not in (served, served.rstrip("/").rpartition("/")[2], "default"):
+        name = name or "default"
+        if not self.settings.any_model and not _is_name_of(name, served):
             message = (
                 f"The model {name[:200]!r} does not exist; this server has {served!r}, "
                 "also known as 'default'."
@@ -83,6 +85,16 @@ class Services:
         if wrong is not None:
             message = f"{param}: {wrong} is no token id; the model's are 0 to {size - 1}"
             raise InvalidRequest(message, param=param)
+
+    async def with_biased_texts(
+        self, params: SamplingParams, texts: Mapping[str, float]
+    ) -> SamplingParams:
+        """Return `params` with all tokens of these texts biased."""
+        biases = list(params.logit_bias)
+        for text, bias in texts.items():
+            tokens = await self.renderer.text_tokens(text)
+            biases += [(token, bias) for token in tokens]
+        return replace(params, logit_bias=tuple(biases))
 
     async def prompt(
         self, agent: AgentKey, chat: Chat, branches: Sequence[np.ndarray] | None = None
@@ -123,14 +135,15 @@ class Services:
     ) -> GenerateRequest:
         """Return what the engine is asked; the answer ends where the context does.
 
-        `params.max_tokens` 0: the prompt is cached, and nothing answered. `grammar`: what the
-        answer is held to.
+        `params.max_tokens` 0: the prompt is cached, and nothing answered; -1: there is no limit.
+        `grammar`: what the answer is held to.
         """
         room = self.engine.max_context - len(prompt.tokens)
+        wanted = params.max_tokens if params.max_tokens >= 0 else room
         return GenerateRequest(
             agent,
             prompt.tokens,
-            replace(params, max_tokens=min(params.max_tokens, room)),
+            replace(params, max_tokens=min(wanted, room)),
             priority=priority,
             ttl=life.ttl if life else None,
             ephemeral=life.ephemeral if life else None,
@@ -144,6 +157,18 @@ class Services:
         now = time.time()
         created, last_used = self.engine.agent_times(agent) or (now, now)
         return session_days(created, last_used, now, self.settings.date_session * 3600)
+
+
+def _is_name_of(name: str, served: str) -> bool:
+    """Tell whether clients that say `name` mean the model `served`."""
+
+    def plain(text: str) -> str:
+        return text.strip("/").casefold().removesuffix(":latest")
+
+    last = plain(served).rpartition("/")[2]
+    asked = plain(name)
+    names = {"default", plain(served), last}
+    return asked in names or asked.partition("/")[2] in names
 
 
 async def converse(

@@ -4,6 +4,7 @@ from importlib import import_module
 
 from fastapi import FastAPI
 from prometheus_client import CONTENT_TYPE_LATEST
+from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import JSONResponse, Response
 
 from .. import __version__
@@ -15,7 +16,7 @@ from ..transcripts.registry import MAX_DISK, TranscriptRegistry
 from .answer import Services
 from .api.agents import IMPORT_PATH
 from .auth import ApiKeyCheck, ApiKeys
-from .errors import ErrorResponses
+from .errors import REQUEST_ID_HEADERS, ErrorResponses
 from .middleware import BodyLimit, HeadAsGet, HostCheck, RequestId
 from .rate_limits import RateLimits
 
@@ -89,6 +90,15 @@ def _add_middleware(app: FastAPI, services: Services, keys: ApiKeys | None) -> N
         on_error=respond,
     )
     app.add_middleware(ApiKeyCheck, keys=keys, on_error=respond)
+    if settings.cors:  # around the keys: a browser asks without one whether it may ask
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=settings.cors,
+            allow_methods=["*"],
+            allow_headers=["*"],
+            allow_private_network=True,
+            expose_headers=[*REQUEST_ID_HEADERS, "retry-after"],
+        )
     app.add_middleware(HostCheck, allowed=hosts, on_error=respond)
     app.add_middleware(RequestId)
 

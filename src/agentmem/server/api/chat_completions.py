@@ -45,7 +45,7 @@ async def _ask(services: Services, body: ChatCompletionRequest, request: Request
         agent_id,
         said(body.messages),
         body.agentmem,
-        keep=body.store is not False and agent_id != ANONYMOUS,
+        keep=body.store is not False and agent_id != ANONYMOUS and body.max_answer_tokens != 0,
         tools=None if body.tools is None else tools,
     )
     if body.add_generation_prompt is False and not body.continue_final_message:
@@ -56,13 +56,15 @@ async def _ask(services: Services, body: ChatCompletionRequest, request: Request
         )
     body.check_end(conversation.new)
     conversation.continues = bool(body.continue_final_message)
-    limits = [limit for limit in (body.max_tokens, body.max_completion_tokens) if limit is not None]
-    max_tokens = min(limits, default=services.settings.default_max_tokens)
+    max_tokens = body.max_answer_tokens
+    if max_tokens is None:
+        max_tokens = services.settings.default_max_tokens
+    params = await services.with_biased_texts(body.sampling_params(max_tokens), body.biased_texts)
     return await ask(
         services,
         conversation,
-        replace(body.sampling_params(max_tokens), logprobs=body.num_logprobs),
-        options=body.chat_template_kwargs,
+        replace(params, logprobs=body.num_logprobs),
+        options=body.template_options,
         tool_choice=tool_choice(body.tool_choice, body.tools, parallel=body.parallel_tool_calls),
         content=await asyncio.to_thread(content_format, body),
         life=body.agentmem,

@@ -27,6 +27,7 @@ from ..errors import openai_error
 from ..sse import DONE, PING, event_lines, merge, stream, whole
 from .identity import agent_id_of
 from .logprobs import LEAST
+from .scalars import Flag, MaxTokens, Whole
 from .structured import content_format
 from .usage import StreamUsage, usage
 from .wire import AgentLife, CompletionInput, Only, StreamOptions
@@ -65,11 +66,11 @@ class CompletionRequest(CompletionInput):
 
     prompt: Annotated[Any, BeforeValidator(_prompts), WithJsonSchema(_PROMPT_SCHEMA)]
     agentmem: AgentLife | None = None
-    max_tokens: Annotated[int, Field(ge=0)] | None = None  # 0: fill the cache, and answer nothing
-    echo: bool | None = None
-    logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
+    max_tokens: MaxTokens | None = None
+    echo: Flag | None = None
+    logprobs: Annotated[Whole, Field(ge=0, le=5)] | None = None
 
-    best_of: int | None = None
+    best_of: Whole | None = None
 
     # would promise something that isn't there
     suffix: Annotated[Any, Only()] = None
@@ -134,7 +135,7 @@ async def _begin(
     _check_tokens(services, prompt.tokens)
     max_tokens = _MAX_TOKENS if body.max_tokens is None else body.max_tokens
     params = replace(
-        body.sampling_params(max_tokens),
+        await services.with_biased_texts(body.sampling_params(max_tokens), body.biased_texts),
         logprobs=body.logprobs,
         prompt_logprobs=body.logprobs if scores_prompt else None,
     )

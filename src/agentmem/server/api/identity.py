@@ -1,5 +1,6 @@
 """Who is the agent? Clients that know nothing of this server say it too, each in its own place."""
 
+import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from typing import Any, Protocol
@@ -19,13 +20,13 @@ class OpenAIBody(Protocol):
     @property
     def agent_id(self) -> str | None: ...
     @property
-    def prompt_cache_key(self) -> str | None: ...
+    def prompt_cache_key(self) -> Any: ...
     @property
     def metadata(self) -> Mapping[str, Any] | None: ...
     @property
-    def user(self) -> str | None: ...
+    def user(self) -> Any: ...
     @property
-    def safety_identifier(self) -> str | None: ...
+    def safety_identifier(self) -> Any: ...
 
 
 def agent_id_of(request: Request, body: OpenAIBody) -> str:
@@ -44,33 +45,46 @@ def resolve_agent_id(
     headers: Headers,
     *,
     agent_id: str | None = None,
-    prompt_cache_key: str | None = None,
+    prompt_cache_key: Any = None,
     metadata: Mapping[str, Any] | None = None,
-    user: str | None = None,
-    safety_identifier: str | None = None,
+    user: Any = None,
+    safety_identifier: Any = None,
 ) -> str:
     """Return the first id that a request has in its headers and in these fields of its body.
 
-    Their order is that of `_said` below; "anonymous" if there is none. Raises InvalidRequest, which
-    names the field, where the first one can't be an agent id.
+    Their order is that of `_said` below; "anonymous" if there is none. Where the first one can't be
+    an agent id, its hash is one; but agent_id and X-Agent-Id, which are meant for this server, are
+    refused then: InvalidRequest.
     """
     for name, value in _said(
         headers, agent_id, prompt_cache_key, metadata or {}, user, safety_identifier
     ):
-        if isinstance(value, bytes):
-            value = _decoded(name, value)
-        if value is not None:
-            return check_agent_id(value, "agent_id" if name == "x-agent-id" else name)
+        if value is None:
+            continue
+        if name in ("agent_id", "x-agent-id"):
+            return check_agent_id(_decoded(name, value), "agent_id")
+        if value not in ("", b""):
+            return _fitting(value)
     return ANONYMOUS
+
+
+def _fitting(value: Any) -> str:
+    """Return what a client says as an agent id: as it is, if it can be one, or its hash."""
+    try:
+        text = value.decode() if isinstance(value, bytes) else value
+        return check_agent_id(text if isinstance(text, str) else json.dumps(text))
+    except (InvalidRequest, UnicodeDecodeError):
+        data = value if isinstance(value, bytes) else json.dumps(value, sort_keys=True).encode()
+        return f"sha256-{hashlib.sha256(data).hexdigest()[:32]}"
 
 
 def _said(
     headers: Headers,
     agent_id: str | None,
-    prompt_cache_key: str | None,
+    prompt_cache_key: Any,
     metadata: Mapping[str, Any],
-    user: str | None,
-    safety_identifier: str | None,
+    user: Any,
+    safety_identifier: Any,
 ) -> Iterator[tuple[str, Any]]:
     """Yield (field or header, what it says or None), the most particular first."""
     # of a header that was sent twice, the first
@@ -107,9 +121,11 @@ def _user_id(user_id: Any) -> Any:
     return inside.get("session_id") if agent_id is None else agent_id
 
 
-def _decoded(name: str, value: bytes) -> str:
+def _decoded(name: str, value: Any) -> Any:
+    """Return the text of a header, or what a field holds. InvalidRequest: it is no text."""
+    if not isinstance(value, bytes):
+        return value
     try:
         return value.decode()
     except UnicodeDecodeError:
-        param = "agent_id" if name == "x-agent-id" else name
-        raise InvalidRequest(f"The header {name} is not valid UTF-8.", param=param) from None
+        raise InvalidRequest(f"The header {name} is not valid UTF-8.", param="agent_id") from None

@@ -25,8 +25,9 @@ from ..sse import event_lines, stream, whole
 from .identity import ANONYMOUS, resolve_agent_id
 from .message_blocks import InputMessage, client_tools, to_messages
 from .message_events import GrowingMessage
+from .scalars import Flag, MaxTokens, Share, Temperature, TopK
 from .structured import output_format
-from .wire import MAX_MESSAGES, AgentOptions, Only, Text
+from .wire import MAX_MESSAGES, AgentOptions, Only, StopStrings, Text
 
 _ERROR_TYPES = {
     400: "invalid_request_error",
@@ -66,7 +67,7 @@ class OutputConfig(_Body):
 class CountTokensRequest(_Body):
     """The body of POST /v1/messages/count_tokens: all that a prompt is made of."""
 
-    model: Text
+    model: Text | None = None
     messages: list[InputMessage] = Field(min_length=1, max_length=MAX_MESSAGES)
     system: Any = None  # a string or a list of text blocks
     tools: list[Any] | None = None
@@ -96,21 +97,19 @@ class CountTokensRequest(_Body):
 class MessagesRequest(CountTokensRequest):
     """The body of POST /v1/messages. Null means the default everywhere."""
 
-    max_tokens: int = Field(ge=0)  # 0: fill the cache, and answer nothing
-    stream: bool | None = None
-    temperature: Annotated[float, Field(ge=0, le=1)] | None = None
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    top_k: Annotated[int, Field(ge=0)] | None = None
-    stop_sequences: list[Annotated[Text, Field(min_length=1, max_length=1000)]] | None = Field(
-        default=None, max_length=16
-    )
+    max_tokens: MaxTokens
+    stream: Flag | None = None
+    temperature: Temperature | None = None
+    top_p: Share | None = None
+    top_k: TopK | None = None
+    stop_sequences: StopStrings | None = None
 
     def sampling_params(self) -> SamplingParams:
         """Return what the body says, with SamplingParams' defaults for the rest."""
         given: dict[str, Any] = {"temperature": self.temperature, "top_p": self.top_p}
         return SamplingParams(
             max_tokens=self.max_tokens,
-            top_k=self.top_k or 0,
+            top_k=max(self.top_k or 0, 0),
             stop=tuple(self.stop_sequences or ()),
             **{name: value for name, value in given.items() if value is not None},
         )
@@ -157,7 +156,7 @@ def add_routes(app: FastAPI, services: Services) -> None:
         growing = GrowingMessage(
             services.engine.model_name,
             len(answer.request.tokens),
-            max_tokens=body.max_tokens,
+            max_tokens=body.max_tokens if body.max_tokens >= 0 else services.engine.max_context,
             marks_cache=body.marks_cache,
         )
         if body.stream:
@@ -197,7 +196,7 @@ async def _conversation(
 
 
 async def _ask(services: Services, body: MessagesRequest, request: Request) -> RunningAnswer:
-    conversation = await _conversation(services, body, request, keep=body.max_tokens > 0)
+    conversation = await _conversation(services, body, request, keep=body.max_tokens != 0)
     return await ask(
         services,
         conversation,

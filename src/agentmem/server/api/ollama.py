@@ -31,7 +31,6 @@ from .ollama_wire import (
     OllamaGenerateRequest,
     OllamaRequest,
     add_post,
-    untagged,
 )
 
 NDJSON = "application/x-ndjson"
@@ -59,7 +58,7 @@ def add_routes(app: FastAPI, services: Services) -> None:
     services.errors.set_shape("/api", ErrorShape(ollama_error))
 
     async def chat(body: OllamaChatRequest, request: Request) -> Response:
-        services.check_model(untagged(body.model))
+        services.check_model(body.model)
         if not body.messages and not (body.agentmem and body.agentmem.continue_):
             return _loaded(body, _message("", "", []))
         began = time.monotonic_ns()
@@ -69,7 +68,7 @@ def add_routes(app: FastAPI, services: Services) -> None:
         return await _respond(services, request, body, told)
 
     async def generate(body: OllamaGenerateRequest, request: Request) -> Response:
-        services.check_model(untagged(body.model))
+        services.check_model(body.model)
         if not body.prompt:
             return _loaded(body, _response("", "", []))
         began = time.monotonic_ns()

@@ -9,7 +9,7 @@ from fastapi import FastAPI
 from ...chat.template import source_of
 from ...engine.engine import Engine
 from ..answer import Services
-from .ollama_wire import OllamaShowRequest, add_post, untagged
+from .ollama_wire import OllamaShowRequest, add_post
 
 # of the Ollama whose API this is, since clients ask for a least one
 VERSION = "0.32.7"
@@ -48,7 +48,7 @@ def add_routes(app: FastAPI, services: Services) -> None:
         return {"models": [listed | running]}
 
     async def show(body: OllamaShowRequest) -> dict[str, Any]:
-        services.check_model(untagged(body.model or body.name or "default"))
+        services.check_model(body.model or body.name)
         return {
             "modelfile": f"FROM {listed['name']}\n",
             "parameters": "",

@@ -110,7 +110,7 @@ class OllamaOptions(_Body):
 class OllamaRequest(_Body):
     """What bodies of /api/chat and of /api/generate have in common. Null means the default."""
 
-    model: Text = "default"
+    model: Text | None = None
     stream: bool | None = None  # by default true
     think: bool | Literal["low", "medium", "high", "max"] | None = None
     options: OllamaOptions | None = None
@@ -196,8 +196,3 @@ class OllamaShowRequest(_Body):
 
     model: Text | None = None
     name: Text | None = None  # what the model's field was called before
-
-
-def untagged(name: str) -> str:
-    """Return a model's name without the tag `latest`, which says no more."""
-    return name.removesuffix(":latest")

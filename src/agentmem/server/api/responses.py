@@ -148,7 +148,9 @@ async def _after_previous(
 async def _ask(
     services: Services, body: ResponsesRequest, conversation: Conversation
 ) -> RunningAnswer:
-    max_tokens = body.max_output_tokens or services.settings.default_max_tokens
+    max_tokens = body.max_output_tokens
+    if max_tokens is None:
+        max_tokens = services.settings.default_max_tokens
     chosen: dict[str, Any] = {"temperature": body.temperature, "top_p": body.top_p}
     params = SamplingParams(
         max_tokens=0 if body.prewarm else max_tokens,

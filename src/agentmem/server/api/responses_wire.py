@@ -7,7 +7,6 @@ from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
-    Field,
     WithJsonSchema,
 )
 from pydantic_core import PydanticCustomError
@@ -16,6 +15,7 @@ from ...chat.grammar import ContentFormat
 from ...transcripts.turns import Messages
 from .response_items import loaded_tools, to_messages
 from .response_tools import OfferedTools, offered_tools
+from .scalars import Flag, MaxTokens, Share, Temperature
 from .structured import response_format
 from .wire import (
     MAX_MESSAGES,
@@ -83,31 +83,31 @@ class ResponsesRequest(Wire):
 
     model_config = ConfigDict(extra="ignore")
 
-    model: Text = "default"
+    model: Text | None = None
     input: Annotated[Any, BeforeValidator(_text_or_items), WithJsonSchema(_INPUT_SCHEMA)]
     instructions: Text | None = None
     previous_response_id: Text | None = None
     agent_id: Text | None = None
     agentmem: AgentOptions | None = None
-    store: bool | None = None
-    stream: bool | None = None
+    store: Flag | None = None
+    stream: Flag | None = None
     stream_options: dict[str, Any] | None = None
 
-    max_output_tokens: Annotated[int, Field(ge=1)] | None = None
-    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    max_output_tokens: MaxTokens | None = None
+    temperature: Temperature | None = None
+    top_p: Share | None = None
     text: TextOptions | None = None
     tools: list[Any] | None = None
     tool_choice: Annotated[Any, WithJsonSchema(TOOL_CHOICE_SCHEMA)] = None
-    parallel_tool_calls: bool | None = None
+    parallel_tool_calls: Flag | None = None
 
     # promise nothing about the output, or may be no more than wishes
-    user: Text | None = None
-    metadata: dict[Text, Text] | None = None
+    user: Any = None
+    metadata: dict[Text, Any] | None = None
     client_metadata: dict[str, Any] | None = None
     service_tier: str | None = None
-    safety_identifier: Text | None = None
-    prompt_cache_key: Text | None = None
+    safety_identifier: Any = None
+    prompt_cache_key: Any = None
     prompt_cache_options: CacheOptions | None = None
     prompt_cache_retention: str | None = None
     reasoning: dict[str, Any] | None = None

@@ -18,7 +18,7 @@ from .wire import MAX_MESSAGES, ChatEnd, ChatMessage, TemplateInput, Text, Wire
 class TokenizeRequest(TemplateInput, ChatEnd):
     """The body of POST /tokenize: a text, or a chat."""
 
-    model: Text = "default"
+    model: Text | None = None
     prompt: Text | None = None
     messages: list[ChatMessage] | None = Field(default=None, min_length=1, max_length=MAX_MESSAGES)
     # None: for a text alone, since templates write them themselves
@@ -35,7 +35,7 @@ class TokenizeRequest(TemplateInput, ChatEnd):
 class DetokenizeRequest(Wire):
     """The body of POST /detokenize."""
 
-    model: Text = "default"
+    model: Text | None = None
     tokens: list[Annotated[int, Field(ge=0)]]
 
 

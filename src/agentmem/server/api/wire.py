@@ -1,8 +1,8 @@
 """OpenAI's chat wire format: what a request may hold.
 
 A parameter that promises something about the output is either honoured or refused (`Only`). One
-that promises nothing about it (who asks, how to bill, where to cache) is accepted and not looked
-at.
+that promises nothing about it (who asks, how to bill, where to cache) or that nobody knows is
+accepted and not looked at.
 """
 
 from collections.abc import Mapping, Sequence
@@ -30,6 +30,18 @@ from ...engine.api import SamplingParams
 from ...errors import InvalidRequest
 from ...transcripts.conversation import is_prefill
 from ...transcripts.turns import Messages
+from .scalars import (
+    AlsoText,
+    Factor,
+    Flag,
+    MaxTokens,
+    Number,
+    Share,
+    Temperature,
+    TopK,
+    Whole,
+)
+from .thinking import thinking_options
 
 MAX_CHOICES = 16  # answers to one prompt
 MAX_TOP_LOGPROBS = 20  # of each token
@@ -43,7 +55,7 @@ _SAME_NAME = (  # in the body and in SamplingParams
     "presence_penalty",
     "frequency_penalty",
 )
-_MAX_STOPS = 16
+_MAX_STOPS = 64
 _LONGEST_STOP = 1000  # characters
 
 
@@ -106,14 +118,38 @@ def _arguments(arguments: Any) -> Any:
 
 
 def _stop_list(stop: Any) -> Any:
-    return [stop] if isinstance(stop, str) else stop
+    """Return the stop strings as a list; an empty one stops nothing."""
+    if isinstance(stop, str):
+        return [stop] if stop else []
+    return [text for text in stop if text != ""] if isinstance(stop, list) else stop
 
 
-def _token_ids(bias: dict[str, float] | None) -> dict[str, float] | None:
-    for key in bias or {}:
-        if not (key.isascii() and key.isdigit() and len(key) < 10):
-            raise ValueError('every key must be a token id, such as "50256"')
-    return bias
+_STOP_SCHEMA = {
+    "anyOf": [
+        {"type": "string", "maxLength": _LONGEST_STOP},
+        {
+            "type": "array",
+            "items": {"type": "string", "maxLength": _LONGEST_STOP},
+            "maxItems": _MAX_STOPS,
+        },
+    ]
+}
+# one, or several, of which the empty ones stop nothing
+StopStrings = Annotated[
+    list[Annotated[Text, Field(max_length=_LONGEST_STOP)]],
+    Field(max_length=_MAX_STOPS),
+    BeforeValidator(_stop_list),
+    WithJsonSchema(_STOP_SCHEMA),
+]
+
+
+def _is_token_id(key: str) -> bool:
+    return key.isascii() and key.isdigit() and len(key) < 10
+
+
+def _metadata(value: Any) -> Any:
+    """Return what a client notes of its request: an object, or nothing that is looked at."""
+    return value if isinstance(value, dict) else None
 
 
 class Wire(BaseModel):
@@ -231,43 +267,70 @@ class ChatEnd(Wire):
 
 
 class StreamOptions(Wire):
-    include_usage: bool | None = None
-    continuous_usage_stats: bool | None = None  # with each chunk, as far as it has come
+    model_config = ConfigDict(extra="ignore")
+
+    include_usage: Flag | None = None
+    continuous_usage_stats: Flag | None = None  # with each chunk, as far as it has come
     include_obfuscation: Annotated[Any, Only(False)] = None
 
 
 class SamplingInput(Wire):
     """How an answer's tokens are chosen, and where it ends."""
 
-    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    top_k: Annotated[int, Field(ge=-1)] | None = None
-    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
-    repetition_penalty: Annotated[float, Field(gt=0)] | None = None
-    repetition_context_size: Annotated[int, Field(ge=1)] | None = None
-    presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
-    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    temperature: Temperature | None = None
+    top_p: Share | None = None
+    top_k: TopK | None = None
+    min_p: Share | None = None
+    repetition_penalty: Factor | None = None
+    repeat_penalty: Factor | None = None  # llama.cpp's name
+    repetition_context_size: Annotated[Whole, Field(ge=1)] | None = None
+    presence_penalty: Number | None = None
+    frequency_penalty: Number | None = None
+    # of token ids, or of texts: of all their tokens, as in llama.cpp
     logit_bias: Annotated[
-        dict[str, Annotated[float, Field(ge=-100, le=100)]] | None, AfterValidator(_token_ids)
+        dict[Text, Annotated[Number, Field(ge=-100, le=100)]] | None, Field(max_length=1000)
     ] = None
-    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
-    stop: Annotated[
-        list[Annotated[Text, Field(min_length=1, max_length=_LONGEST_STOP)]] | None,
-        Field(max_length=_MAX_STOPS),
-        BeforeValidator(_stop_list),
-    ] = None
-    ignore_eos: bool | None = None
+    seed: Whole | None = None
+    stop: StopStrings | None = None
+    stop_token_ids: (
+        Annotated[list[Annotated[Whole, Field(ge=0)]], Field(max_length=1000)] | None
+    ) = None
+    ignore_eos: Flag | None = None
+
+    # would promise something that isn't there
+    include_stop_str_in_output: Annotated[Any, Only(False)] = None
+    min_tokens: Annotated[Any, Only(0)] = None
+    mirostat: Annotated[Any, Only(0)] = None
+    typical_p: Annotated[Any, Only(1, 1.0)] = None
+    tfs_z: Annotated[Any, Only(1, 1.0)] = None
+    dry_multiplier: Annotated[Any, Only(0, 0.0)] = None
+    xtc_probability: Annotated[Any, Only(0, 0.0)] = None
+    use_beam_search: Annotated[Any, Only(False)] = None
+    bad_words: Annotated[Any, Only([])] = None
+    allowed_token_ids: Annotated[Any, Only()] = None
+
+    @property
+    def biased_texts(self) -> dict[str, float]:
+        """Texts whose tokens are biased, and by how much."""
+        biases = (self.logit_bias or {}).items()
+        return {text: bias for text, bias in biases if not _is_token_id(text)}
 
     def sampling_params(self, max_tokens: int) -> SamplingParams:
-        """Return what the body says, with SamplingParams' defaults for the rest."""
+        """Return what the body says, with SamplingParams' defaults for the rest.
+
+        `biased_texts` are still to be added.
+        """
         same = {name: getattr(self, name) for name in _SAME_NAME}
+        if same["repetition_penalty"] is None:
+            same["repetition_penalty"] = self.repeat_penalty
         biases = (self.logit_bias or {}).items()
         return SamplingParams(
             max_tokens=max_tokens,
             top_k=max(self.top_k or 0, 0),
-            logit_bias=tuple((int(token), bias) for token, bias in biases),
+            logit_bias=tuple((int(key), bias) for key, bias in biases if _is_token_id(key)),
             seed=None if self.seed is None else self.seed % 2**64,
             stop=tuple(self.stop or ()),
+            stop_token_ids=tuple(self.stop_token_ids or ()),
             ignore_eos=bool(self.ignore_eos),
             **{name: value for name, value in same.items() if value is not None},
         )
@@ -276,12 +339,16 @@ class SamplingInput(Wire):
 class CompletionInput(SamplingInput):
     """What OpenAI's bodies of chat completions and of completions have in common."""
 
-    model: Text = "default"
+    model_config = ConfigDict(extra="ignore")
+
+    model: Text | None = None
     agent_id: Text | None = None
-    n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
-    stream: bool | None = None
+    n: (
+        Annotated[int, Field(ge=1, le=MAX_CHOICES), AlsoText(r"([1-9]|1[0-6])(\.0{1,6})?")] | None
+    ) = None
+    stream: Flag | None = None
     stream_options: StreamOptions | None = None
-    priority: Annotated[int, Field(ge=-1000, le=1000)] | None = None
+    priority: Annotated[Whole, Field(ge=-1000, le=1000)] | None = None
 
     # what the answer's content must be, see structured.py: in OpenAI's words, and in vLLM's
     response_format: Annotated[Any, WithJsonSchema(_FORMAT_SCHEMA)] = None
@@ -293,15 +360,14 @@ class CompletionInput(SamplingInput):
     guided_decoding_backend: str | None = None
     guided_whitespace_pattern: str | None = None
 
-    # promise nothing about the output
-    user: str | None = None
-    metadata: dict[str, Any] | None = None
-    store: bool | None = None
-    service_tier: str | None = None
-    safety_identifier: str | None = None
-    prompt_cache_key: str | None = None
-    prompt_cache_options: dict[str, Any] | None = None
-    prompt_cache_retention: str | None = None
+    # say who the agent is, in one form or other
+    user: Any = None
+    metadata: Annotated[dict[str, Any] | None, BeforeValidator(_metadata), WithJsonSchema({})] = (
+        None
+    )
+    safety_identifier: Any = None
+    prompt_cache_key: Any = None
+    store: Flag | None = None
 
 
 class ChatCompletionRequest(TemplateInput, ChatEnd, CompletionInput):
@@ -310,24 +376,31 @@ class ChatCompletionRequest(TemplateInput, ChatEnd, CompletionInput):
     messages: list[ChatMessage] = Field(min_length=1, max_length=MAX_MESSAGES)
     agentmem: AgentOptions | None = None
 
-    max_tokens: Annotated[int, Field(ge=1)] | None = None
-    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    max_tokens: MaxTokens | None = None
+    max_completion_tokens: MaxTokens | None = None
+    max_new_tokens: MaxTokens | None = None  # the name that Transformers has for it
 
     tool_choice: Annotated[Any, WithJsonSchema(TOOL_CHOICE_SCHEMA)] = None
-    parallel_tool_calls: bool | None = None
-    logprobs: bool | None = None
-    top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
+    parallel_tool_calls: Flag | None = None
+    logprobs: Flag | None = None
+    top_logprobs: Annotated[Whole, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
+
+    # ways to say whether, and how much, a model is to think before it answers
+    enable_thinking: Any = None
+    think: Any = None
+    thinking: Any = None
+    reasoning: Any = None
+    reasoning_effort: Any = None
 
     # would promise something that isn't there
     functions: Annotated[Any, Only([])] = None
     function_call: Annotated[Any, Only("none", "auto")] = None
     modalities: Annotated[Any, Only(["text"])] = None
     audio: Annotated[Any, Only()] = None
-    prediction: Annotated[Any, Only()] = None
-    reasoning_effort: Annotated[Any, Only()] = None
-    verbosity: Annotated[Any, Only()] = None
-    moderation: Annotated[Any, Only()] = None
     web_search_options: Annotated[Any, Only()] = None
+    best_of: Annotated[Any, Only(1)] = None
+    echo: Annotated[Any, Only(False)] = None
+    prompt_logprobs: Annotated[Any, Only(0)] = None
 
     @field_validator("top_logprobs")
     @classmethod
@@ -335,6 +408,21 @@ class ChatCompletionRequest(TemplateInput, ChatEnd, CompletionInput):
         if count and not info.data.get("logprobs"):
             raise ValueError("needs logprobs, true")
         return count
+
+    @property
+    def max_answer_tokens(self) -> int | None:
+        """The smallest limit that the body names; -1: none is wanted; None: none is named."""
+        named = (self.max_tokens, self.max_completion_tokens, self.max_new_tokens)
+        given = [limit for limit in named if limit is not None]
+        return min((limit for limit in given if limit >= 0), default=-1 if given else None)
+
+    @property
+    def template_options(self) -> dict[str, Any]:
+        """The chat template's options, of whatever field they came in."""
+        wishes = thinking_options(
+            self.enable_thinking, self.think, self.thinking, self.reasoning, self.reasoning_effort
+        )
+        return wishes | (self.chat_template_kwargs or {})
 
     @property
     def num_logprobs(self) -> int | None:
