@@ -34,12 +34,12 @@ def model_of(tokenizer: TokenizerWrapper, seed: int = 0) -> LoadedModel:
     model = llama.Model(
         llama.ModelArgs(
             model_type="llama",
-            hidden_size=64,
+            hidden_size=128,
             num_hidden_layers=2,
-            intermediate_size=64,
-            num_attention_heads=2,
-            num_key_value_heads=1,
-            head_dim=32,
+            intermediate_size=128,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=64,
             rms_norm_eps=1e-5,
             vocab_size=max(tokenizer.get_vocab().values()) + 20,
         )
