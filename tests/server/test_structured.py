@@ -69,10 +69,15 @@ def engine(request):
 
 
 @pytest.fixture
-def post(engine, tmp_path):
+def app(engine, tmp_path):
+    return create_app(engine, Settings(home=tmp_path), None)
+
+
+@pytest.fixture
+def post(app):
     def post(path, status=200, **body):
         async def one():
-            transport = httpx.ASGITransport(create_app(engine, Settings(home=tmp_path), None))
+            transport = httpx.ASGITransport(app)
             async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as http:
                 return await http.post(path, json=body)
 
@@ -84,10 +89,10 @@ def post(engine, tmp_path):
 
 
 @pytest.fixture
-def sdk(engine, tmp_path):
+def sdk(app):
     def sdk(work):
         async def one():
-            transport = httpx.ASGITransport(create_app(engine, Settings(home=tmp_path), None))
+            transport = httpx.ASGITransport(app)
             http = httpx.AsyncClient(transport=transport)
             async with openai.AsyncOpenAI(
                 base_url="http://localhost/v1", api_key="none", max_retries=0, http_client=http
