@@ -48,6 +48,10 @@ def test_every_text_comes_back(spoken, text):
         assert told["token_strs"] == ["<think>", "a", "</think>"]
 
 
+def test_a_text_is_counted_that_the_context_does_not_hold(server):
+    assert post(server, "/tokenize", prompt=words(3000, 2)).json()["count"] == 3000
+
+
 @pytest.mark.parametrize("tools", [None, [TOOL]])
 def test_a_chat_has_as_many_tokens_as_its_prompt(spoken, tools):
     chat = {"messages": [{"role": "user", "content": "Zürich <|im_end|> 🦊"}], "tools": tools}
@@ -92,6 +96,7 @@ def test_a_chat_can_end_with_its_last_message_or_within_it(spoken):
         ("/tokenize", None, {}),
         ("/tokenize", None, {"prompt": "w9", "messages": [user(3, 1)]}),
         ("/tokenize", "prompt", {"prompt": ["w9"]}),
+        ("/tokenize", "prompt", {"prompt": "w9" * 8193}),
         ("/tokenize", "messages", {"messages": []}),
         ("/tokenize", "model", {"model": "gpt-9", "prompt": "w9"}),
         (

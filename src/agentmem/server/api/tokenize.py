@@ -14,6 +14,8 @@ from ...errors import InvalidRequest
 from ..answer import Services
 from .wire import MAX_MESSAGES, ChatEnd, ChatMessage, TemplateInput, Text, Wire
 
+_CHARACTERS_PER_TOKEN = 16  # more than any language has: a longer text is no prompt
+
 
 class TokenizeRequest(TemplateInput, ChatEnd):
     """The body of POST /tokenize: a text, or a chat."""
@@ -68,9 +70,18 @@ def add_routes(app: FastAPI, services: Services) -> None:
         return {"prompt": await services.renderer.decode(body.tokens)}
 
 
+def _check_length(services: Services, text: str) -> None:
+    """Raise InvalidRequest where a text is so long that its tokens keep others waiting."""
+    most = _CHARACTERS_PER_TOKEN * services.engine.max_context
+    if len(text) > most:
+        message = f"prompt: has {len(text):,} characters; the most is {most:,}"
+        raise InvalidRequest(message, param="prompt")
+
+
 async def _tokens(services: Services, body: TokenizeRequest) -> list[int]:
     renderer = services.renderer
     if body.messages is None:
+        _check_length(services, body.prompt or "")
         begins = body.add_special_tokens is not False
         return await renderer.text_tokens(body.prompt or "", begins=begins)
     said = body.chat(body.messages)
