@@ -16,7 +16,7 @@ from ...chat.grammar import ContentFormat
 from ...transcripts.turns import Messages
 from .response_items import loaded_tools, to_messages
 from .response_tools import OfferedTools, offered_tools
-from .scalars import Flag, MaxTokens, Share, Temperature
+from .scalars import Flag, MaxTokens, Share, Temperature, Whole
 from .structured import response_format
 from .wire import (
     MAX_MESSAGES,
@@ -112,7 +112,7 @@ class ResponsesRequest(Wire):
     prompt_cache_options: CacheOptions | None = None
     prompt_cache_retention: str | None = None
     reasoning: dict[str, Any] | None = None
-    top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
+    top_logprobs: Annotated[Whole, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
     include: list[Annotated[str, AfterValidator(_no_other_logprobs)]] | None = None
     context_management: Any = None
     max_tool_calls: Any = None  # of tools that are not there
