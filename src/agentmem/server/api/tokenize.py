@@ -12,6 +12,7 @@ from pydantic import Field, model_validator
 
 from ...errors import InvalidRequest
 from ..answer import Services
+from .scalars import Flag
 from .wire import MAX_MESSAGES, ChatEnd, ChatMessage, TemplateInput, Text, Wire
 
 _CHARACTERS_PER_TOKEN = 16  # more than any language has: a longer text is no prompt
@@ -24,8 +25,8 @@ class TokenizeRequest(TemplateInput, ChatEnd):
     prompt: Text | None = None
     messages: list[ChatMessage] | None = Field(default=None, min_length=1, max_length=MAX_MESSAGES)
     # None: for a text alone, since templates write them themselves
-    add_special_tokens: bool | None = None
-    return_token_strs: bool | None = None
+    add_special_tokens: Flag | None = None
+    return_token_strs: Flag | None = None
 
     @model_validator(mode="after")
     def _one(self) -> "TokenizeRequest":

@@ -246,8 +246,8 @@ class TemplateInput(Wire):
 class ChatEnd(Wire):
     """The end of a chat's prompt: before an answer, or within the last message."""
 
-    add_generation_prompt: bool | None = None
-    continue_final_message: bool | None = None  # the answer goes on with it
+    add_generation_prompt: Flag | None = None
+    continue_final_message: Flag | None = None  # the answer goes on with it
 
     @field_validator("continue_final_message")
     @classmethod
