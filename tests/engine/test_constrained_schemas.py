@@ -1,5 +1,7 @@
 """Every complete answer to 200 schemas validates: of random models, and of the demo model."""
 
+import json
+
 import pytest
 
 from agentmem.models.loading import load_model
@@ -43,4 +45,6 @@ def test_every_complete_answer_of_the_demo_model_validates(tmp_path, demo_model_
         text = "An example in JSON:\n"
         prompt = engine.core.model.tokenizer.encode(text)
         held = ConstrainedEngine(engine)
-        assert ask(held, SCHEMAS[:8], prompt=prompt, max_tokens=16) >= 2
+        # its vocabulary lacks bytes of characters that are rare: it can't say all of them
+        spelled = [schema for schema in SCHEMAS if "\\u" not in json.dumps(schema)]
+        assert ask(held, spelled[:8], prompt=prompt, max_tokens=16) >= 2
