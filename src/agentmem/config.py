@@ -204,6 +204,10 @@ class Settings(BaseSettings):
     default_max_tokens: _Tokens = Field(
         2048, ge=1, description="Tokens of an answer where a request names no limit"
     )
+    generic_tools: bool = Field(
+        True,
+        description="Describe tools in the system's text to models whose template knows none",
+    )
     reasoning_alias: bool = Field(
         False, description="Send reasoning as `reasoning` too, not only as `reasoning_content`"
     )

@@ -5,7 +5,7 @@ import asyncio
 import pytest
 from pydantic import ValidationError
 
-from agentmem.chat.messages import function_tools, normalise
+from agentmem.chat.normalise import function_tools, normalise
 from agentmem.chat.renderer import ChatRenderer
 from agentmem.errors import InvalidRequest
 from agentmem.server.api.responses_wire import ResponsesRequest
@@ -103,16 +103,53 @@ def test_arguments_that_are_missing_are_none():
 
 
 @pytest.mark.parametrize(
-    "arguments", ["{", "[]", "null", "7", [], 7, "[" * 100_000, '{"a": "\\ud800"}', '{"a": NaN}']
+    ("arguments", "read"),
+    [
+        ('{"city": "Os', {"arguments": '{"city": "Os'}),
+        ("{", {"arguments": "{"}),
+        ("{'city': 'Oslo', 'now': True}", {"city": "Oslo", "now": True}),
+        ('["Oslo"]', {"arguments": ["Oslo"]}),
+        (["Oslo"], {"arguments": ["Oslo"]}),
+        ("null", {}),
+        (None, {}),
+        ("7", {"arguments": 7}),
+        (7, {"arguments": 7}),
+        ('{"a":1}{"b":2}', {"arguments": '{"a":1}{"b":2}'}),
+        ('{"city": "Os\nlo"}', {"city": "Os\nlo"}),
+        ('"{\\"city\\": \\"Oslo\\"}"', {"city": "Oslo"}),
+        ('{"a": "\\ud800"}', {"a": "\ufffd"}),
+        ({"a": "\ud83d", "\ud83d": 1}, {"a": "\ufffd", "\ufffd": 1}),
+        ('{"a": NaN}', {"a": "NaN"}),
+        ("Oslo, please", {"arguments": "Oslo, please"}),
+    ],
 )
-def test_arguments_that_are_no_object_are_refused_by_name(arguments):
+def test_arguments_in_any_form_are_an_object_from_which_nothing_is_lost(arguments, read):
     messages = [
         {"role": "user", "content": ""},
         {"role": "assistant", "tool_calls": [call("{}"), call(arguments)]},
     ]
-    with pytest.raises(InvalidRequest) as e:
-        normalise(messages)
-    assert e.value.param == "messages.1.tool_calls.1.function.arguments"
+    message = normalise(messages)[1]
+    assert message.tool_calls[1].arguments == read
+    message.tool_calls[1].arguments_json.encode()
+
+
+@pytest.mark.parametrize("deep", ["[" * 100_000, '{"a":' * 50_000, "{" * 100_000, "(" * 50_000])
+def test_arguments_without_end_are_kept_as_text(deep):
+    (message,) = normalise([{"role": "assistant", "tool_calls": [call(deep)]}])
+    assert message.tool_calls[0].arguments == {"arguments": deep}
+
+
+def test_every_call_has_an_id_of_its_own_and_every_result_its_calls():
+    calls = [call("{}", id) for id in ("c1", "c1", "", None)]
+    ids = ["c1", "c1", None, "", "gone"]
+    results = [{"role": "tool", "tool_call_id": id, "content": "x"} for id in ids]
+    messages = normalise([{"role": "assistant", "tool_calls": calls}, *results])
+    given = [made.id for made in messages[0].tool_calls]
+    assert len(set(given)) == 4 and given[:2] == ["c1", "c1_2"]
+    assert [message.tool_call_id for message in messages[1:]] == [*given, "gone"]
+    assert [message.name for message in messages[1:]] == ["weather"] * 4 + [None]
+    again = normalise([{"role": "assistant", "tool_calls": calls}, *results] * 2)
+    assert [made.id for made in again[6].tool_calls][:2] == ["c1", "c1_2"]
 
 
 def test_a_tools_empty_result_is_the_same_as_none():
@@ -294,7 +331,8 @@ def test_special_tokens_in_tools_and_results_are_plain_text(where):
     ("tools", "param"),
     [
         ([7], "tools.0"),
-        ([{"type": 7}], "tools.0"),
+        ([{"type": "function"}], "tools.0.function"),
+        ([{"function": {}}], "tools.0.function.name"),
         ([{"type": "function", "function": 7}], "tools.0.function"),
         ([{"type": "x"}, {"type": "function", "function": {"name": ""}}], "tools.1.function.name"),
         (
@@ -305,16 +343,6 @@ def test_special_tokens_in_tools_and_results_are_plain_text(where):
             [{"type": "function", "function": {"name": "f", "parameters": []}}],
             "tools.0.function.parameters",
         ),
-        ([{"type": "function", "function": {"name": "f", "description": "\ud800"}}], "tools"),
-        (
-            [
-                {
-                    "type": "function",
-                    "function": {"name": "f", "parameters": {"maximum": float("inf")}},
-                }
-            ],
-            "tools",
-        ),
     ],
 )
 def test_tools_that_cannot_be_read_are_refused_by_name(tools, param):
@@ -323,15 +351,13 @@ def test_tools_that_cannot_be_read_are_refused_by_name(tools, param):
     assert e.value.param == param
 
 
-def test_what_a_template_ignores_is_refused():
+def test_tools_that_a_template_ignores_are_refused_where_they_are_not_to_be_described():
     for template in (CHATML, GEMMA3):
-        with pytest.raises(InvalidRequest, match="ignores tools"):
-            rendered(template, [{"role": "user", "content": "hello"}], [TOOL])
-    with pytest.raises(InvalidRequest, match="ignores tool calls"):
-        rendered(
-            CHATML,
-            [{"role": "user", "content": "1"}, {"role": "assistant", "tool_calls": [call("{}")]}],
-        )
+        renderer = ChatRenderer(chat_tokenizer(template), 100_000, generic_tools=False)
+        asked = normalise([{"role": "user", "content": "hello"}])
+        with pytest.raises(InvalidRequest, match="ignores tools") as e:
+            asyncio.run(renderer.render(asked, tools=function_tools([TOOL])))
+        assert e.value.param == "tools"
 
 
 def test_template_options_reach_the_template_but_not_those_that_the_server_sets():

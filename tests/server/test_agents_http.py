@@ -245,7 +245,7 @@ def test_every_route_says_that_there_is_no_such_agent(server, agent):
             {"messages": [{"role": "nobody", "content": "x"}]},
             "invalid_value",
             "messages.0.role",
-            "'user'",
+            "user, assistant",
         ),
         (
             "prewarm",

@@ -147,13 +147,13 @@ def test_what_cannot_be_read_is_refused_by_its_name(param, messages, body):
 @pytest.mark.parametrize(
     "body",
     [
-        {"max_tokens": -1},
+        {"max_tokens": -2},
         {"max_tokens": None},
-        {"temperature": 1.5},
+        {"temperature": -1},
         {"messages": []},
         {"messages": ["x"]},
         {"messages": {"role": "user", "content": "x"}},
-        {"stop_sequences": [""]},
+        {"stop_sequences": [5]},
         {"tool_choice": {"type": "all"}},
         {"tool_choice": {"type": "tool"}},
         {"output_config": "json"},

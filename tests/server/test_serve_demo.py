@@ -114,14 +114,13 @@ def test_the_openai_sdk_streams_the_answer_it_gets_at_once(tmp_path, demo_model_
 BAD = [
     ({"messages": []}, "messages"),
     ({"messages": "hello"}, "messages"),
-    ({"temperatur": 1}, "temperatur"),
     ({"temperature": "hot"}, "temperature"),
     ({"agent_id": "x" * 300}, "agent_id"),
     ({"agent_id": "a\0b"}, "agent_id"),
     ({"agent_id": ""}, "agent_id"),
     ({"agent_id": 7}, "agent_id"),
     ({"messages": [{"role": "user", "content": "word " * 9000}]}, "messages"),
-    ({"messages": [{"role": "user", "content": "\ud800"}]}, "messages"),
+    ({"messages": [{"role": "king", "content": "hello"}]}, "messages"),
     ({"messages": [{"role": "user", "content": 5}]}, "messages"),
     ({"padding": "x" * 10_000_000}, None),
 ]

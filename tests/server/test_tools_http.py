@@ -301,9 +301,9 @@ def test_agent_is_who_the_client_says_it_is_in_its_own_way(engine, ask):
     assert ask(user="u").agentmem["agent_id"] == "u"
     assert ask(user="u", extra_headers={"X-Session-Id": "s"}).agentmem["agent_id"] == "s"
     assert ask(prompt_cache_key="k", metadata={"agent_id": "m"}).agentmem["agent_id"] == "k"
-    with pytest.raises(openai.BadRequestError) as e:
-        ask(metadata={"agent_id": ""}, user="u")
-    assert e.value.param == "metadata.agent_id"
+    assert ask(metadata={"agent_id": ""}, user="u").agentmem["agent_id"] == "u"
+    hashed = ask(metadata={"agent_id": "x" * 300}, user="u").agentmem["agent_id"]
+    assert hashed.startswith("sha256-")
 
 
 def test_long_tool_call_is_accompanied_by_pings(engine, settings, monkeypatch):

@@ -103,6 +103,59 @@ GEMMA3 = """
 {%- endfor %}
 {%- if add_generation_prompt %}{{- '<start_of_turn>model\\n' }}{%- endif %}"""
 
+GEMMA2 = """
+{%- if messages[0].role == 'system' %}
+    {{- raise_exception('System role not supported') }}
+{%- endif %}
+{%- for message in messages %}
+    {%- if (message.role == 'user') != (loop.index0 % 2 == 0) %}
+        {{- raise_exception(
+            'Conversation roles must alternate user/assistant/user/assistant/...') }}
+    {%- endif %}
+    {{- '<start_of_turn>' + ('model' if message.role == 'assistant' else message.role) + '\\n' }}
+    {{- message.content | trim + '<end_of_turn>\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<start_of_turn>model\\n' }}{%- endif %}"""
+
+# reads results beside the calls, and makes a turn of its own of a role tool
+GEMMA4 = """
+{%- macro walk(properties) %}
+    {%- for key, value in properties | dictsort %}
+        {{- key + ':' + value['type'] | upper }}
+        {%- if value['enum'] %}{{- value['enum'] | join(',') }}{%- endif %}
+        {%- if value['properties'] is defined %}
+            {{- '{' + walk(value['properties']) + '}' }}
+        {%- endif %}
+        {%- if value['items'] is mapping %}{{- value['items']['type'] | upper }}{%- endif %}
+        {{- ';' }}
+    {%- endfor %}
+{%- endmacro %}
+{%- for tool in tools or [] %}
+    {{- '<|im_start|>tools\\n' + tool.function.name + ' ' + tool.function.description + '(' }}
+    {{- walk(tool.function.parameters.properties) + ')<|im_end|>\\n' }}
+{%- endfor %}
+{%- for m in messages %}
+    {{- '<|im_start|>' + m.role + '\\n' }}
+    {%- for call in m['tool_calls'] or [] %}
+        {{- '<|tool_call>call:' + call.function.name }}
+        {{- call.function.arguments | tojson + '<tool_call|>' }}
+    {%- endfor %}
+    {%- for r in m['tool_responses'] or [] %}
+        {{- '<|tool_response>response:' + (r['name'] | default('unknown')) + '{' }}
+        {{- r['response'] | tojson + '}<tool_response|>' }}
+    {%- endfor %}
+    {{- m.content + '<|im_end|>\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"""
+
+# takes a content as a list of parts alone
+PARTS = """{%- for m in messages %}
+    {{- '<|im_start|>' + m.role + '\\n' }}
+    {%- for part in m.content if part.type == 'text' %}{{- part.text }}{%- endfor %}
+    {{- '<|im_end|>\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"""
+
 HARMONY = """{%- for m in messages %}
     {%- set role = 'developer' if m.role == 'system' else m.role %}
     {{- '<|start|>' + role + '<|message|>' + m.content + '<|end|>' }}
@@ -123,7 +176,10 @@ _ADDED = {
         "<|eot_id|>",
         "<|python_tag|>",
     ),
+    GEMMA2: ("<start_of_turn>", "<end_of_turn>"),
     GEMMA3: ("<start_of_turn>", "<end_of_turn>"),
+    GEMMA4: ("<|im_start|>", "<|im_end|>"),
+    PARTS: ("<|im_start|>", "<|im_end|>"),
     HARMONY: (
         "<|start|>",
         "<|end|>",

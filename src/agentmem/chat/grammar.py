@@ -431,7 +431,9 @@ class _Lark:
         self.rules["content"] = rule
         if self._is_harmony:
             return f"{self.literal('<|channel|>final<|message|>')} content"
-        return f"({_quote(self.shape.blank)})? content" if self.shape.blank else "content"
+        # where the form's lead is that blank, it stands before all that may be said
+        blank = "" if self.shape.blank == self.form.lead else self.shape.blank
+        return f"({_quote(blank)})? content" if blank else "content"
 
     def free_or(self, calls: str) -> list[str]:
         """Return the choices of any text, which may lead to calls, all of which are as told."""

@@ -11,6 +11,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from mlx_lm.tool_parsers import json_tools
+
 from ..errors import InvalidRequest
 from .messages import ToolCall, arguments_of
 
@@ -107,6 +109,21 @@ class Markup:
             letters = string.ascii_letters + string.digits
             return "".join(secrets.choice(letters) for _ in range(9))
         return f"call_{secrets.token_hex(12)}"
+
+
+def generic_markup(own: Markup) -> Markup:
+    """Return the markup of a model whose template knows no tools, so that it was told the form.
+
+    That is the form of Hermes' models; the reasoning is as `own` has it.
+    """
+    edges: dict[State, list[tuple[str, State]]] = {"start": [], "content": []}
+    for state, pairs in own.edges.items():
+        edges[state] = [(text, to) for text, to in pairs if to != "tool"]
+    for state in edges.keys() & {"start", "content", "reasoning"}:
+        edges[state].append((json_tools.tool_call_start, "tool"))
+    edges["tool"] = [(json_tools.tool_call_end, "start")]
+    kept = {state: tuple(pairs) for state, pairs in edges.items()}
+    return Markup(kept, own.initial, own.think_start, json_tools.parse_tool_call)
 
 
 def _llama() -> Markup:

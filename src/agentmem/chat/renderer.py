@@ -21,9 +21,11 @@ from .grammar import (
     callable_tools,
     text_grammar,
 )
+from .marked_text import MarkedText
 from .markup import Markup
-from .messages import Chat, Message, Role, normalise
-from .special_tokens import MarkedText, SpecialTokens, unused
+from .messages import Chat, Message, Role
+from .normalise import normalise
+from .special_tokens import SpecialTokens, unused
 from .splice import splice
 from .template import ChatTemplate
 from .token_bytes import TokenBytes
@@ -53,7 +55,14 @@ class ChatRenderer:
     It does so in one thread, since Hugging Face's tokenizers are not re-entrant.
     """
 
-    def __init__(self, tokenizer: Any, max_context: int, why_max: str = ""):
+    def __init__(
+        self,
+        tokenizer: Any,
+        max_context: int,
+        why_max: str = "",
+        *,
+        generic_tools: bool = True,
+    ):
         """`tokenizer` is an mlx_lm TokenizerWrapper.
 
         `max_context` counts prompt and answer, in tokens; `why_max` says what sets it, if not the
@@ -64,7 +73,7 @@ class ChatRenderer:
         self._why_max = why_max
         self._token_bytes = TokenBytes(tokenizer)
         self._special_tokens = SpecialTokens(tokenizer, self._token_bytes)
-        self._template = ChatTemplate(tokenizer)
+        self._template = ChatTemplate(tokenizer, generic_tools=generic_tools)
         self._constraints = Constraints(self._template, tokenizer)
         self._drops_blank: bool | None = None  # None: not looked at yet
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="tokenizer")
@@ -332,21 +341,28 @@ class ChatRenderer:
     ) -> list[int]:
         if not messages:
             raise InvalidRequest("There are no messages.", param="messages")
-        given = {**options, "tools": list(tools)} if tools else dict(options)
-        render = partial(
-            self._special_tokens.render, options=given, generation_prompt=end == "answer"
-        )
+
+        def render(dicts: list[dict[str, Any]], given: list[dict[str, Any]]) -> MarkedText:
+            return self._special_tokens.render(
+                dicts,
+                {**options, "tools": given} if given else options,
+                generation_prompt=end == "answer",
+            )
+
         if end == "inside":
-            text = self._open_ended(messages, render)
+            text = self._open_ended(messages, render, tools)
         else:
-            text = self._template.render(messages, render)
+            text = self._template.render(messages, render, tools)
         tokens = self._special_tokens.encode_marked(text)
         if not tokens:
             raise InvalidRequest("The messages render to an empty prompt.", param="messages")
         return tokens
 
     def _open_ended(
-        self, messages: Sequence[Message], render: Callable[[list[dict[str, Any]]], MarkedText]
+        self,
+        messages: Sequence[Message],
+        render: Callable[[list[dict[str, Any]], list[dict[str, Any]]], MarkedText],
+        tools: Sequence[dict[str, Any]],
     ) -> MarkedText:
         """Return the chat up to the end of what its last message says.
 
@@ -358,7 +374,7 @@ class ChatRenderer:
             raise InvalidRequest(message, param="messages")
         sentinel = unused(message.content for message in messages)
         opened = replace(last, content=last.content + sentinel)
-        text = self._template.render([*messages[:-1], opened], render)
+        text = self._template.render([*messages[:-1], opened], render, tools)
         try:
             return text.before(sentinel)
         except LookupError:

@@ -9,37 +9,17 @@ tokens. What the assistant said is left as it is: there the names are its own to
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 from ..errors import InvalidRequest
+from .marked_text import MarkedText
 from .template import source_of
 from .token_bytes import TokenBytes
 
 _MARKS = range(0xE000, 0xF8FF)  # for private use
 # of mlx_lm's TokenizerWrapper
 _MARKERS = ("think_start", "think_end", "tool_call_start", "tool_call_end")
-
-
-@dataclass(frozen=True)
-class MarkedText:
-    """A rendered chat, in which names of special tokens that somebody wrote hold a mark."""
-
-    text: str
-    mark: str  # one character
-
-    @property
-    def plain(self) -> str:
-        """The text as the model is to read it."""
-        return self.text.replace(self.mark, "")
-
-    def before(self, sentinel: str) -> "MarkedText":
-        """Return what comes before the last `sentinel`. LookupError: there is none."""
-        before, found, _ = self.text.rpartition(sentinel)
-        if not found:
-            raise LookupError(sentinel)
-        return MarkedText(before, self.mark)
 
 
 class SpecialTokens:
@@ -132,13 +112,18 @@ class SpecialTokens:
         return spelled
 
     def _mark_message(self, message: dict[str, Any], mark: str) -> dict[str, Any]:
-        """Mark what a message says and who says so; its role is the template's business."""
+        """Mark what a message says and who says so; its role is the template's business.
+
+        Of the assistant's only what tools returned is marked.
+        """
+
+        def marked(value: Any) -> Any:
+            return _map_texts(value, lambda text: self._mark(text, mark))
+
         if message["role"] == "assistant":
-            return message
-        return {
-            name: self._mark(value, mark) if isinstance(value, str) and name != "role" else value
-            for name, value in message.items()
-        }
+            told = {name: message[name] for name in ("tool_responses",) if name in message}
+            return {**message, **{name: marked(value) for name, value in told.items()}}
+        return {name: value if name == "role" else marked(value) for name, value in message.items()}
 
     def _mark(self, text: str, mark: str) -> str:
         for name in self._names:

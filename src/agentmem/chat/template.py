@@ -1,23 +1,44 @@
 """A model's chat template: what it reads of a message, what it ignores, what it refuses."""
 
 import inspect
+import json
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from functools import cached_property
-from itertools import takewhile
-from typing import Any, TypeVar
+from typing import Any
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from ..errors import InvalidRequest
-from .markup import Markup
+from .fitted import (
+    in_turn,
+    in_words,
+    one_call_each,
+    paired,
+    plain_tools,
+    said_before_calls,
+    with_names_in_words,
+    with_tools_in_words,
+    without_system_between,
+)
+from .marked_text import MarkedText
+from .markup import Markup, generic_markup
 from .messages import SYSTEM_ROLES, Message, Role, ToolCall, check_encodable
 
-T = TypeVar("T")
+# what templates raise, and what comes of doing with a value what can't be done with it
+_REFUSALS = (
+    TemplateError,
+    TypeError,
+    ValueError,
+    LookupError,
+    AttributeError,
+    ArithmeticError,
+    RecursionError,
+)
 _RESERVED = {*inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters, "messages"}
 _MAX_OPTIONS = 64  # sets of them that are remembered
+_WORD = "xylophone"  # that no template says by itself
 _HELLO = Message("user", "hello")
 _CALL = ToolCall("call00001", "get_weather", {"city": "Paris"})
 _TOOL = {
@@ -36,29 +57,50 @@ _TOOL = {
 class ChatTemplate:
     """The chat template of one tokenizer. To be used in one thread."""
 
-    def __init__(self, tokenizer: Any):
-        """`tokenizer` is an mlx_lm TokenizerWrapper."""
+    def __init__(self, tokenizer: Any, *, generic_tools: bool = True):
+        """`tokenizer` is an mlx_lm TokenizerWrapper.
+
+        `generic_tools`: where the template knows no tools, they are described in the system's text,
+        and calls and results are text.
+        """
         self._tokenizer = tokenizer
         self._source = source_of(tokenizer)
-        self.markup = Markup.of(tokenizer)
+        self._generic_tools = generic_tools and bool(self._source)
         self._asked: dict[str, str] = {}  # by the template's options
 
-    def render(
-        self, messages: Sequence[Message], to_tokens: Callable[[list[dict[str, Any]]], T]
-    ) -> T:
-        """Return what `to_tokens` makes of the messages as the template takes them.
+    @cached_property
+    def markup(self) -> Markup:
+        """How answers are marked up."""
+        own = Markup.of(self._tokenizer)
+        return generic_markup(own) if self._describes_tools else own
 
-        A template that wants one system message at most gets one, see `without_system_between`; one
-        that wants one tool call at most in a message gets that, see `one_call_each`.
-        InvalidRequest: it refuses them.
+    def render(
+        self,
+        messages: Sequence[Message],
+        render: Callable[[list[dict[str, Any]], list[dict[str, Any]]], MarkedText],
+        tools: Sequence[dict[str, Any]] = (),
+    ) -> MarkedText:
+        """Return what `render` makes of the messages and tools as the template takes them.
+
+        Where it refuses them, or leaves out what somebody wrote, they are made to fit in one way
+        after the other, see fitted.py: the first that shows all is taken, or else the one that
+        shows most. InvalidRequest: the template refuses every one of them.
         """
-        refused: TemplateError | TypeError | RecursionError | None = None
-        for attempt in self._attempts(messages):
+        refused: Exception | None = None
+        best: tuple[int, MarkedText] | None = None
+        for attempt, given in self._attempts(messages, tools):
             try:
-                return to_tokens(self.dicts(attempt))
-            except (TemplateError, TypeError, RecursionError) as e:
-                # the last two: it does with a value what can't be done with it
+                rendered = render(self.dicts(attempt), given)
+            except _REFUSALS as e:
                 refused = refused or e
+                continue
+            missing = self._num_missing(messages, rendered)
+            if missing == 0:
+                return rendered
+            if best is None or missing < best[0]:
+                best = missing, rendered
+        if best is not None:
+            return best[1]
         why = refused.message if isinstance(refused, TemplateError) else str(refused)
         raise InvalidRequest(
             f"The model's chat template refuses these messages: {why or type(refused).__name__}",
@@ -67,7 +109,15 @@ class ChatTemplate:
 
     def dicts(self, messages: Iterable[Message]) -> list[dict[str, Any]]:
         """Return messages as Hugging Face's templates have them: a call's arguments an object."""
-        return [self._dict(message) for message in messages]
+        found: list[dict[str, Any]] = []
+        for message in messages:
+            if message.role == "tool" and self._reads_responses and _answers(message, found):
+                found[-1]["tool_responses"].append(_response(message))
+                continue
+            found.append(self._dict(message))
+            if message.tool_calls and self._reads_responses:
+                found[-1]["tool_responses"] = []
+        return found
 
     def check(
         self, messages: Iterable[Message], tools: Collection[Any], options: Mapping[str, Any]
@@ -76,14 +126,8 @@ class ChatTemplate:
         if tools and not self.takes_tools:
             why = "This model's chat template ignores tools, so it would not know of them"
             raise InvalidRequest(
-                f"{why}; leave them out, or serve a model with tool calling.", param="tools"
+                f"{why}; leave them out, or serve with generic_tools.", param="tools"
             )
-        if any(m.tool_calls for m in messages) and not self._takes_calls:
-            message = (
-                "This model's chat template ignores tool calls, so they would be missing in the "
-                "prompt; serve a model with tool calling."
-            )
-            raise InvalidRequest(message, param="messages")
         if taken := sorted(_RESERVED & set(options)):
             message = f"chat_template_kwargs must not hold {taken[0]!r}: the server sets it."
             raise InvalidRequest(message, param=f"chat_template_kwargs.{taken[0]}")
@@ -127,12 +171,56 @@ class ChatTemplate:
         except (ValueError, LookupError, AttributeError, ArithmeticError, RecursionError):
             return None  # it does with a message what can't be done with it
 
-    def _attempts(self, messages: Sequence[Message]) -> Iterator[Sequence[Message]]:
-        first = without_system_between(messages) if self._loses_system(messages) else list(messages)
-        yield first
-        for change in (without_system_between, one_call_each):
-            if (changed := change(first)) != first:
-                yield changed
+    def _attempts(
+        self, messages: Sequence[Message], tools: Sequence[dict[str, Any]]
+    ) -> Iterator[tuple[Sequence[Message], list[dict[str, Any]]]]:
+        """Yield messages and tools in one form after the other, each different from the last."""
+        given = list(tools)
+        words = list(messages) if self._shows_names else with_names_in_words(messages)
+        if not self._takes_calls:
+            words = in_words(words)
+        if self._describes_tools:
+            words = with_tools_in_words(words, given)
+            given = []
+        first = without_system_between(words) if self._loses_system(words) else words
+        yield first, given
+        if given and (plain := plain_tools(given)) != given:
+            yield first, plain
+            given = plain
+        tried = [first]
+        for change in (without_system_between, one_call_each, said_before_calls, paired):
+            changed = change(tried[-1])
+            if changed != tried[-1]:
+                yield changed, given
+                tried.append(changed)
+        for form in (tried[-1], in_words(tried[-1]), in_words(words)):
+            for takes_system in (True, False):
+                changed = in_turn(form, takes_system=takes_system)
+                if changed not in tried:
+                    yield changed, given
+                    tried.append(changed)
+
+    @staticmethod
+    def _num_missing(messages: Sequence[Message], rendered: MarkedText) -> int:
+        """Count the texts of messages, and of arguments of calls, that are not in the prompt.
+
+        An assistant's may hold reasoning, of which templates leave out the older one.
+        """
+        text = rendered.plain
+        missing = 0
+        at = 0
+        for message in messages:
+            if message.role != "assistant" or "</" not in message.content:
+                said = [message.content]
+            else:
+                said = []
+            for call in message.tool_calls:
+                said += [value for value in call.arguments.values() if isinstance(value, str)]
+            for one in said:
+                found = _place(one.strip(), text, at)
+                missing += found is None
+                at = found or at
+        return missing
 
     def _loses_system(self, messages: Sequence[Message]) -> bool:
         """Return whether a system message after the first would not be in the prompt."""
@@ -143,7 +231,10 @@ class ChatTemplate:
         role: Role = message.role
         if role == "developer" and "developer" not in self._source:
             role = "system"
-        found: dict[str, Any] = {"role": role, "content": message.content}
+        content: Any = message.content
+        if self._takes_parts_alone:
+            content = [{"type": "text", "text": content}]
+        found: dict[str, Any] = {"role": role, "content": content}
         if message.name is not None:
             found["name"] = message.name
         if message.tool_call_id is not None:
@@ -165,11 +256,45 @@ class ChatTemplate:
             names.discard("thinking")
         return dict.fromkeys(sorted(names), message.reasoning)
 
-    @cached_property
+    @property
     def takes_tools(self) -> bool:
         """Whether a prompt holds the tools that it is given."""
-        with_tools = self._probe([_HELLO], tools=[_TOOL])
-        return with_tools is None or with_tools != self._probe([_HELLO])
+        return self._knows_tools or self._describes_tools
+
+    @property
+    def _describes_tools(self) -> bool:
+        return self._generic_tools and not self._knows_tools
+
+    @cached_property
+    def _knows_tools(self) -> bool:
+        with_tools = self._try([_dict_of("user", "hello")], tools=[_TOOL])
+        return with_tools is None or with_tools != self._try([_dict_of("user", "hello")])
+
+    @cached_property
+    def _takes_parts_alone(self) -> bool:
+        """Whether a content must be a list of parts."""
+        text = self._try([_dict_of("user", _WORD)])
+        if text is not None and _WORD in text:
+            return False
+        parts = self._try([_dict_of("user", [{"type": "text", "text": _WORD}])])
+        return parts is not None and _WORD in parts
+
+    @cached_property
+    def _shows_names(self) -> bool:
+        """Whether a prompt tells which user speaks."""
+        content = [{"type": "text", "text": "hello"}] if self._takes_parts_alone else "hello"
+        text = self._try([_dict_of("user", content) | {"name": _WORD}])
+        return text is not None and _WORD in text
+
+    @cached_property
+    def _reads_responses(self) -> bool:
+        """Whether results are to stand beside the calls, in `tool_responses`, as Gemma 4 has it."""
+        if "tool_responses" not in self._source:
+            return False
+        call = _dict_of("assistant", "") | {"tool_calls": [_call_dict(_CALL)]}
+        beside = call | {"tool_responses": [{"name": _CALL.name, "response": _WORD}]}
+        text = self._try([_dict_of("user", "hello"), beside], tools=[_TOOL])
+        return text is not None and _WORD in text
 
     @cached_property
     def _ignores_late_system(self) -> bool:
@@ -182,16 +307,27 @@ class ChatTemplate:
 
     @cached_property
     def _takes_calls(self) -> bool:
-        result = Message("tool", "rain", _CALL.name, tool_call_id=_CALL.id)
-        call = Message("assistant", "", tool_calls=(_CALL,))
-        silence = Message("assistant", "")
-        with_call = self._probe([_HELLO, call, result], tools=[_TOOL])
-        without = self._probe([_HELLO, silence, result], tools=[_TOOL])
-        return with_call is None or with_call != without
+        """Whether a prompt shows calls and their results."""
+        if self._describes_tools:
+            return False
+        call = ToolCall(_CALL.id, "ring_bell", {})
+        result = Message("tool", _WORD, tool_call_id=call.id)
+        said = [_HELLO, Message("assistant", "", tool_calls=(call,)), result]
+        text = self._try(self.dicts(said), tools=[_TOOL])
+        return text is None or (call.name in text and _WORD in text)
 
     def _probe(self, messages: Sequence[Message], **options: Any) -> str | None:
         """Return the rendered text. None: the template refuses these messages."""
-        dicts = self.dicts(messages)
+        tools = options.pop("tools", ())
+        if not self._takes_calls:
+            messages = in_words(messages)
+        if self._describes_tools:
+            messages = with_tools_in_words(messages, tools)
+            tools = ()
+        return self._try(self.dicts(messages), **(options | ({"tools": tools} if tools else {})))
+
+    def _try(self, dicts: list[dict[str, Any]], **options: Any) -> str | None:
+        """Return the rendered text of messages as they are. None: the template refuses them."""
         try:
             text: str = self._tokenizer.apply_chat_template(dicts, tokenize=False, **options)
         except (TemplateError, TypeError):
@@ -199,55 +335,46 @@ class ChatTemplate:
         return text
 
 
+def _dict_of(role: str, content: Any) -> dict[str, Any]:
+    return {"role": role, "content": content}
+
+
+def _answers(message: Message, said: Sequence[Mapping[str, Any]]) -> bool:
+    """Return whether a result is one of the calls that were said last."""
+    calls = said[-1].get("tool_calls", ()) if said else ()
+    return any(call["id"] == message.tool_call_id for call in calls)
+
+
+def _response(message: Message) -> dict[str, Any]:
+    try:
+        found = json.loads(message.content)
+    except (ValueError, RecursionError):
+        found = message.content
+    return {"name": message.name or "unknown", "response": found}
+
+
+def _place(said: str, text: str, at: int) -> int | None:
+    """Return where a text stands in a prompt, from `at` on if it can; None: nowhere.
+
+    It may stand there as JSON has it, and an object in another layout of that.
+    """
+    forms = [said, json.dumps(said)[1:-1], json.dumps(said, ensure_ascii=False)[1:-1]]
+    if said.startswith(("{", "[")):
+        try:
+            found = json.loads(said)
+            forms += [json.dumps(found), json.dumps(found, ensure_ascii=False)]
+        except (ValueError, RecursionError):
+            pass
+    for start in (at, 0):
+        for form in dict.fromkeys(forms):
+            if (place := text.find(form, start)) >= 0:
+                return place
+    return None
+
+
 def _call_dict(call: ToolCall) -> dict[str, Any]:
     function = {"name": call.name, "arguments": call.arguments}
     return {"id": call.id, "type": "function", "function": function}
-
-
-def without_system_between(messages: Sequence[Message]) -> list[Message]:
-    """Return the same with one system message at most: for templates that refuse others.
-
-    It is the first. Those that follow one another become one; a later one is said by the user,
-    whose neighbouring messages become one too, since such templates want the roles to alternate.
-    """
-    result: list[Message] = []
-    for message in messages:
-        role: Role = "system" if message.role == "developer" else message.role
-        if role == "system" and any(m.role != "system" for m in result):
-            role = "user"
-        last = result[-1] if result else None
-        speaks_on = last is not None and (last.role, last.name) == (role, message.name)
-        if last is not None and speaks_on and role in ("system", "user"):
-            result[-1] = Message(role, f"{last.content}\n\n{message.content}", message.name)
-        elif role == message.role:
-            result.append(message)
-        else:
-            result.append(Message(role, message.content, message.name))
-    return result
-
-
-def one_call_each(messages: Sequence[Message]) -> list[Message]:
-    """Return the same with one tool call at most in a message, and its result after it.
-
-    It is for templates that refuse several.
-    """
-    split: list[Message] = []
-    rest = list(messages)
-    while rest:
-        message = rest.pop(0)
-        if len(message.tool_calls) < 2:
-            split.append(message)
-            continue
-        results = list(takewhile(lambda m: m.role == "tool", rest))  # later, ids may come again
-        del rest[: len(results)]
-        says = message
-        for call in message.tool_calls:
-            split.append(replace(says, tool_calls=(call,)))
-            split += [result for result in results if result.tool_call_id == call.id]
-            says = Message("assistant", "")
-        called = {call.id for call in message.tool_calls}
-        split += [result for result in results if result.tool_call_id not in called]
-    return split
 
 
 def source_of(tokenizer: Any) -> str:

@@ -168,7 +168,7 @@ def _is_name_of(name: str, served: str) -> bool:
     last = plain(served).rpartition("/")[2]
     asked = plain(name)
     names = {"default", plain(served), last}
-    return asked in names or asked.partition("/")[2] in names
+    return asked in names or asked.partition("/")[2].strip("/") in names
 
 
 async def converse(

@@ -48,7 +48,12 @@ def create_app(engine: Engine, settings: Settings, keys: ApiKeys | None) -> Fast
     services = Services(
         engine=engine,
         settings=settings,
-        renderer=ChatRenderer(engine.tokenizer, engine.max_context, engine.why_max_context),
+        renderer=ChatRenderer(
+            engine.tokenizer,
+            engine.max_context,
+            engine.why_max_context,
+            generic_tools=settings.generic_tools,
+        ),
         compiler=GrammarCompiler(engine.tokenizer),
         transcripts=_transcripts(engine),
         errors=ErrorResponses(),

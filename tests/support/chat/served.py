@@ -6,10 +6,10 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from agentmem.chat.messages import normalise
+from agentmem.chat.normalise import normalise
 from agentmem.chat.renderer import ChatRenderer
 from agentmem.chat.template import ChatTemplate
-from agentmem.server.api.wire import ChatMessage, said
+from agentmem.server.api.chat_messages import to_messages
 from agentmem.tensors import common_prefix
 from support.chat.families import tokenizer_of
 from support.chat.ideal import Need, needs
@@ -17,12 +17,12 @@ from support.chat.play import Step, frozen_date, play, supported
 
 
 def messages_of(step_messages: list[dict]) -> list:
-    return normalise(said([ChatMessage.model_validate(m) for m in step_messages]))
+    return normalise(to_messages(step_messages))
 
 
 def steps_of(family: str, conversation: str) -> list[Step]:
     """Read the messages as the server does."""
-    template = ChatTemplate(tokenizer_of(family))
+    template = ChatTemplate(tokenizer_of(family), generic_tools=False)
     return list(play(family, conversation, lambda messages: template.dicts(messages_of(messages))))
 
 
@@ -31,7 +31,7 @@ def prefilled(steps: list[Step]) -> Iterator[tuple[list[int], int]]:
 
     The agent keeps all its branches.
     """
-    renderer = ChatRenderer(tokenizer_of(steps[0].family), 1 << 20)
+    renderer = ChatRenderer(tokenizer_of(steps[0].family), 1 << 20, generic_tools=False)
     branches: list[np.ndarray] = []
     for step in steps:
         tools = (

@@ -11,17 +11,19 @@ from fastapi import FastAPI, Request
 from starlette.responses import JSONResponse, Response
 
 from ...chat.answer_parser import AnswerPart, Content, Reasoning
-from ...chat.messages import ToolCall, function_tools
+from ...chat.messages import ToolCall
+from ...chat.normalise import function_tools
 from ...engine.api import Finished
 from ...errors import AgentMemError, InvalidRequest
 from ..answer import Begun, Item, Ping, RunningAnswer, Services, ask, converse
 from ..errors import openai_error
 from ..sse import DONE, PING, event_lines, merge, stream, whole
+from .chat_messages import to_messages
 from .identity import ANONYMOUS, agent_id_of
 from .logprobs import ContentLogprobs
 from .structured import content_format, tool_choice
 from .usage import StreamUsage, usage
-from .wire import ChatCompletionRequest, StreamOptions, said
+from .wire import ChatCompletionRequest, StreamOptions
 
 
 def add_routes(app: FastAPI, services: Services) -> None:
@@ -43,7 +45,7 @@ async def _ask(services: Services, body: ChatCompletionRequest, request: Request
         services,
         request,
         agent_id,
-        said(body.messages),
+        to_messages(body.messages),
         body.agentmem,
         keep=body.store is not False and agent_id != ANONYMOUS and body.max_answer_tokens != 0,
         tools=None if body.tools is None else tools,

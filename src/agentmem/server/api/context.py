@@ -19,7 +19,8 @@ from ...transcripts.turns import Messages, Turn, TurnTree, canonical, copies, ne
 from ..answer import Services, is_retried
 from ..auth import agent_of
 from ..prefill import OnProgress, prefill, respond
-from .wire import MAX_MESSAGES, AgentLife, ChatMessage, Text, Wire, said
+from .chat_messages import to_messages
+from .wire import MAX_MESSAGES, AgentLife, ChatMessage, Text, Wire
 
 
 class ContextBody(Wire):
@@ -47,7 +48,7 @@ class ContextBody(Wire):
         """The messages, whichever way they came."""
         if self.messages is None:
             return [{"role": "user", "content": self.text}]
-        return said(self.messages)
+        return to_messages(self.messages)
 
 
 def add_routes(app: FastAPI, services: Services) -> None:

@@ -12,7 +12,8 @@ from typing import Annotated, Any, NoReturn
 
 from pydantic import WithJsonSchema
 
-from ...chat.messages import BILLING_LINE, check_encodable
+from ...chat.messages import check_encodable
+from ...chat.normalise import BILLING_LINE
 from ...errors import InvalidRequest
 from ...transcripts.turns import Messages
 from .readable import as_json, is_media, readable, text_of

@@ -14,7 +14,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSche
 from starlette.responses import Response
 
 from ...chat.grammar import ContentFormat, any_json_content, json_content
-from ...chat.messages import function_tools
+from ...chat.normalise import function_tools
 from ...engine.api import SamplingParams
 from ...transcripts.turns import Messages
 from .wire import MAX_MESSAGES, MAX_TOP_LOGPROBS, AgentOptions, Only, Text

@@ -10,7 +10,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ...chat.messages import ToolCall, function_tools
+from ...chat.messages import ToolCall
+from ...chat.normalise import function_tools
 
 _INPUT = "input"  # the one argument of a custom tool
 

@@ -7,7 +7,7 @@ accepted and not looked at.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, NoReturn
+from typing import Annotated, Any, NoReturn
 
 from pydantic import (
     AfterValidator,
@@ -25,11 +25,12 @@ from pydantic import (
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
-from ...chat.messages import Chat, function_tools
+from ...chat.messages import Chat
+from ...chat.normalise import function_tools
 from ...engine.api import SamplingParams
 from ...errors import InvalidRequest
 from ...transcripts.conversation import is_prefill
-from ...transcripts.turns import Messages
+from .chat_messages import to_messages
 from .scalars import (
     AlsoText,
     Factor,
@@ -105,18 +106,6 @@ def _encodable(text: str) -> str:
 Text = Annotated[str, AfterValidator(_encodable)]
 
 
-def _known_role(role: Any) -> Any:
-    if role == "function":
-        _unsupported("messages of role 'function' are not supported by this server; use 'tool'")
-    return role
-
-
-def _arguments(arguments: Any) -> Any:
-    if not isinstance(arguments, str | dict):
-        raise ValueError("must be a JSON object, as such or in a string")
-    return arguments
-
-
 def _stop_list(stop: Any) -> Any:
     """Return the stop strings as a list; an empty one stops nothing."""
     if isinstance(stop, str):
@@ -158,26 +147,6 @@ class Wire(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 
-class FunctionCall(Wire):
-    name: Annotated[Text, Field(min_length=1)]
-    arguments: Annotated[
-        Any, BeforeValidator(_arguments), WithJsonSchema({"type": ["string", "object"]})
-    ]
-
-
-class ToolCallBody(Wire):
-    id: Text
-    type: Literal["function"] = "function"
-    function: FunctionCall
-    index: int | None = None  # of a delta, which a client put together
-
-
-_CONTENT_SCHEMA = {
-    "type": ["string", "array", "null"],
-    "items": {"type": "object", "required": ["type", "text"]},
-}
-
-
 _FORMAT_SCHEMA = {"type": ["object", "null"]}
 TOOL_CHOICE_SCHEMA = {
     "anyOf": [
@@ -185,28 +154,16 @@ TOOL_CHOICE_SCHEMA = {
         {"type": "object", "required": ["type"]},
     ]
 }
-
-
-class ChatMessage(Wire):
-    role: Annotated[
-        Literal["system", "developer", "user", "assistant", "tool"], BeforeValidator(_known_role)
-    ]
-    content: Annotated[Any, WithJsonSchema(_CONTENT_SCHEMA)] = None
-    name: Text | None = None
-    tool_calls: list[ToolCallBody] | None = None
-    tool_call_id: Text | None = None
-    reasoning_content: Text | None = None
-    reasoning: Text | None = None
-    # what a client sends back of an earlier answer, where it holds nothing
-    refusal: Annotated[Any, Only()] = None
-    audio: Annotated[Any, Only()] = None
-    function_call: Annotated[Any, Only()] = None
-    annotations: Annotated[Any, Only([])] = None
-
-
-def said(messages: Sequence[ChatMessage]) -> Messages:
-    """Return messages as transcripts hold them, and `Chat` takes them."""
-    return [message.model_dump(exclude_none=True) for message in messages]
+_MESSAGE_SCHEMA = {
+    "type": "object",
+    "required": ["role"],
+    "properties": {
+        "role": {"enum": ["system", "developer", "user", "assistant", "tool"]},
+        "content": {"type": "string"},
+    },
+}
+# read by chat_messages.py: a history is not refused for its form
+ChatMessage = Annotated[Any, WithJsonSchema(_MESSAGE_SCHEMA)]
 
 
 class AgentLife(Wire):
@@ -240,7 +197,7 @@ class TemplateInput(Wire):
     def chat(self, messages: Sequence[ChatMessage]) -> Chat:
         """Return what a prompt is rendered from. InvalidRequest names tools that can't be read."""
         tools = function_tools(self.tools)
-        return Chat(said(messages), tools=tools, options=self.chat_template_kwargs or {})
+        return Chat(to_messages(messages), tools=tools, options=self.chat_template_kwargs or {})
 
 
 class ChatEnd(Wire):
