@@ -102,6 +102,21 @@ setup() {
   step "Set up in $((SECONDS - start)) s"
 }
 
+setup_clients() {  # the clients of tests/clients, in an environment of their own: they hold each other's versions down
+  local wanted uv clients=$ROOT/.venv-clients list=$ROOT/tests/clients/requirements.txt
+  wanted=$(cksum "$list")
+  if [ "$(cat "$clients/.agentmem-setup" 2>/dev/null)" = "$wanted" ]; then return 0; fi
+  step "Installing the clients that tests/clients tries (about 1.5 GB; AGENTMEM_TEST_CLIENTS=0: not)"
+  rm -rf "$clients"
+  if uv=$(find_uv) && "$uv" venv --quiet --python "$VENV/bin/python" "$clients" >&2 &&
+    "$uv" pip install --quiet --python "$clients/bin/python" --requirement "$list" >&2; then
+    printf '%s\n' "$wanted" >"$clients/.agentmem-setup"
+  else
+    rm -rf "$clients"
+    step "warning: they could not be installed, so their tests are skipped"
+  fi
+}
+
 pull_demo() {  # $1: the home directory. What is there is checked by whoever loads it
   [ -f "$1/models/demo/model.safetensors" ] || "$VENV/bin/agentmem" pull demo --home "$1" >&2
 }
