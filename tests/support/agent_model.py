@@ -1,9 +1,9 @@
 """A tiny model that behaves like an agent's: it calls a tool, reads the result, and answers.
 
 What it says is written in its weights, so that a client's whole path can be tried in seconds: a
-prompt that ends with a tool's result is answered with ANSWER, any other one that offers tools with
-CALL, and the rest with HELLO. Where a grammar leaves no such choice, it ends what it says as soon
-as the grammar lets it: strings are empty, numbers have one digit.
+prompt that ends with a tool's result is answered with ANSWER, any other one that offers get_weather
+with CALL, and the rest with HELLO. Where a grammar leaves no such choice, it ends what it says as
+soon as the grammar lets it: strings are empty, numbers have one digit.
 """
 
 import json
@@ -22,7 +22,7 @@ CITY = "Oslo"
 HELLO = "Good day."
 ANSWER = f"It rains in {CITY}."
 CALL = f'{{"name": "get_weather", "arguments": {{"city": "{CITY}"}}}}'
-CONTEXT = 32_768  # tokens, most of which are bytes
+CONTEXT = 131_072  # tokens, most of which are bytes
 _SIZE = 512  # of the vocabulary, and of the hidden states: each token has a dimension of its own
 _SCRIPTS: Mapping[str, Sequence[str]] = {
     "<|hello|>": ("Good ", "day."),
@@ -30,13 +30,13 @@ _SCRIPTS: Mapping[str, Sequence[str]] = {
     "<|answer|>": ("It rains ", f"in {CITY}."),
 }
 # the first of them that a grammar allows comes next, where no script goes on
-_SOON = '"}]{[:1,te'
+_SOON = '"}]{[:,1te'
 _PROMPT_END = "{%- if add_generation_prompt %}\n    {{- '<|im_start|>assistant\\n' }}"
 _TEMPLATE = QWEN3.replace(
     _PROMPT_END,
     f"""{_PROMPT_END}
     {{%- if messages[-1].role == 'tool' %}}{{{{- '<|answer|>' }}}}
-    {{%- elif tools %}}{{{{- '<|call|>' }}}}
+    {{%- elif 'get_weather' in tools | default([]) | tojson %}}{{{{- '<|call|>' }}}}
     {{%- else %}}{{{{- '<|hello|>' }}}}{{%- endif %}}""",
 )
 assert _TEMPLATE != QWEN3
