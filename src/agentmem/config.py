@@ -208,6 +208,10 @@ class Settings(BaseSettings):
         True,
         description="Describe tools in the system's text to models whose template knows none",
     )
+    model_sampling: bool = Field(
+        True,
+        description="Choose tokens by the model's generation_config.json where a request is silent",
+    )
     reasoning_alias: bool = Field(
         False, description="Send reasoning as `reasoning` too, not only as `reasoning_content`"
     )

@@ -56,6 +56,7 @@ class FakeEngine:
 
     def __init__(self, **options):
         self.tokenizer, self.requests, self.cancelled, self.log = tiny_tokenizer(), [], 0, []
+        self.sampling = {}
         self.agent_ids = ["alice", "../x", "ü/🦊"]
         self.agents = self.archives = self  # what is done to agents, it answers itself
         vars(self).update(options)

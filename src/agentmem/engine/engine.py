@@ -58,6 +58,7 @@ class Engine:
         self.why_max_context = self._core.budget.why_max_context
         self.vocab_size = self._core.vocab_size
         self.tokenizer = self._core.model.tokenizer
+        self.sampling = self._core.model.sampling if self._settings.model_sampling else {}
         self.agents = self._core.agents
         self.forks = self._core.forks
         self.archives = self._core.archives

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,6 +21,7 @@ from mlx_lm.utils import load_model as load_mlx_model
 
 from ..errors import ModelError, program
 from ..linux_cpu.demo_model import Progress, pull_demo
+from .generation import end_tokens, read_generation_config, sampling_defaults
 from .model_dir import ModelDir, read_model_dir
 from .model_view import PREFIX, model_view
 from .weights_hash import weights_hash
@@ -43,6 +44,8 @@ class LoadedModel:
     max_context: int  # tokens
     weights_hash: str
     directory: ModelDir  # what its files say of it
+    # how tokens are chosen where a request is silent, by SamplingParams' names
+    sampling: dict[str, float | int] = field(default_factory=dict)
 
 
 def resolve_model(name: str, home: Path, progress: Progress = print) -> Path:
@@ -119,6 +122,8 @@ def load_model(name: str, home: Path, progress: Progress = print) -> LoadedModel
         )  # scales first, so that codes * scales is not rounded to float16 on the way
         dequantize_model(model)
     mx.eval(model.parameters())
+    generation = read_generation_config(found.path)
+    tokenizer.eos_token_ids = end_tokens(tokenizer, found.config, generation)
     return LoadedModel(
         name=name,
         path=path,
@@ -128,6 +133,7 @@ def load_model(name: str, home: Path, progress: Progress = print) -> LoadedModel
         max_context=found.max_context,
         weights_hash=weights_hash(found, home / "cache"),
         directory=found,
+        sampling=sampling_defaults(generation),
     )
 
 

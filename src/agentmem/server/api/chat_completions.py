@@ -61,7 +61,8 @@ async def _ask(services: Services, body: ChatCompletionRequest, request: Request
     max_tokens = body.max_answer_tokens
     if max_tokens is None:
         max_tokens = services.settings.default_max_tokens
-    params = await services.with_biased_texts(body.sampling_params(max_tokens), body.biased_texts)
+    sampling = body.sampling_params(max_tokens, services.engine.sampling)
+    params = await services.with_biased_texts(sampling, body.biased_texts)
     return await ask(
         services,
         conversation,

@@ -134,8 +134,9 @@ async def _begin(
         prompt = await services.text_prompt(agent, said, begins=True)
     _check_tokens(services, prompt.tokens)
     max_tokens = _MAX_TOKENS if body.max_tokens is None else body.max_tokens
+    sampling = body.sampling_params(max_tokens, services.engine.sampling)
     params = replace(
-        await services.with_biased_texts(body.sampling_params(max_tokens), body.biased_texts),
+        await services.with_biased_texts(sampling, body.biased_texts),
         logprobs=body.logprobs,
         prompt_logprobs=body.logprobs if scores_prompt else None,
     )

@@ -6,7 +6,7 @@ are hints; what would change the answer and is not honoured is refused.
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Mapping
 from typing import Annotated, Any, Literal
 
 from fastapi import FastAPI, Request
@@ -25,7 +25,7 @@ from ..sse import event_lines, stream, whole
 from .identity import ANONYMOUS, resolve_agent_id
 from .message_blocks import InputMessage, client_tools, to_messages
 from .message_events import GrowingMessage
-from .scalars import Flag, MaxTokens, Share, Temperature, TopK
+from .scalars import Flag, MaxTokens, Share, Temperature, TopK, chosen
 from .structured import output_format
 from .wire import MAX_MESSAGES, AgentOptions, Only, StopStrings, Text
 
@@ -104,14 +104,14 @@ class MessagesRequest(CountTokensRequest):
     top_k: TopK | None = None
     stop_sequences: StopStrings | None = None
 
-    def sampling_params(self) -> SamplingParams:
-        """Return what the body says, with SamplingParams' defaults for the rest."""
-        given: dict[str, Any] = {"temperature": self.temperature, "top_p": self.top_p}
+    def sampling_params(self, defaults: Mapping[str, Any]) -> SamplingParams:
+        """Return what the body says, then `defaults`, then SamplingParams' own."""
+        top_k = None if self.top_k is None else max(self.top_k, 0)
+        given = {"temperature": self.temperature, "top_p": self.top_p, "top_k": top_k}
         return SamplingParams(
             max_tokens=self.max_tokens,
-            top_k=max(self.top_k or 0, 0),
             stop=tuple(self.stop_sequences or ()),
-            **{name: value for name, value in given.items() if value is not None},
+            **chosen(defaults, **given),
         )
 
     def content_format(self) -> ContentFormat | None:
@@ -200,7 +200,7 @@ async def _ask(services: Services, body: MessagesRequest, request: Request) -> R
     return await ask(
         services,
         conversation,
-        body.sampling_params(),
+        body.sampling_params(services.engine.sampling),
         options=body.options,
         tool_choice=body.chosen_tools(),
         content=await asyncio.to_thread(body.content_format),

@@ -122,7 +122,7 @@ async def _ask(
     return await ask(
         services,
         conversation,
-        body.sampling_params(services.settings.default_max_tokens),
+        body.sampling_params(services.settings.default_max_tokens, services.engine.sampling),
         options=body.template_options,
         content=await asyncio.to_thread(body.content_format),
         life=body.agentmem,
@@ -136,7 +136,7 @@ async def _ask_raw(
     assert body.prompt is not None
     agent = agent_of(request, resolve_agent_id(request.headers, agent_id=body.agent_id))
     prompt = await services.text_prompt(agent, body.prompt, begins=True)
-    params = body.sampling_params(services.settings.default_max_tokens)
+    params = body.sampling_params(services.settings.default_max_tokens, services.engine.sampling)
     content = await asyncio.to_thread(body.content_format)
     grammar = text_grammar(content) if content is not None else None
     matcher = await services.matcher(grammar, "format")
@@ -160,7 +160,7 @@ async def _ask_on(
     matcher = await services.matcher(held.grammar, "format")
     parser = AnswerParser(held.markup, [], in_reasoning=prompt.in_reasoning)
     joined = Prompt([*before, *prompt.tokens])
-    params = body.sampling_params(services.settings.default_max_tokens)
+    params = body.sampling_params(services.settings.default_max_tokens, services.engine.sampling)
     generate = services.generate_request(agent, joined, params, life=body.agentmem, grammar=matcher)
     return RunningAnswer(services, generate, parser)
 

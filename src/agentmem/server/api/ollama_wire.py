@@ -4,7 +4,7 @@ What an option wishes for the model's loading, or for hardware, passes unseen: t
 """
 
 import re
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import replace
 from typing import Annotated, Any, Literal
 
@@ -17,6 +17,7 @@ from ...chat.grammar import ContentFormat, any_json_content, json_content
 from ...chat.normalise import function_tools
 from ...engine.api import SamplingParams
 from ...transcripts.turns import Messages
+from .scalars import chosen
 from .wire import MAX_MESSAGES, MAX_TOP_LOGPROBS, AgentOptions, Only, Text
 
 _ALL_TOKENS = 1 << 30  # a window of the repeat penalty that holds every prompt
@@ -87,17 +88,22 @@ class OllamaOptions(_Body):
         BeforeValidator(_stop_list),
     ] = None
 
-    def sampling_params(self, default_max_tokens: int) -> SamplingParams:
-        """Return what the options say, with Ollama's own defaults for the rest."""
+    def sampling_params(
+        self, default_max_tokens: int, defaults: Mapping[str, Any]
+    ) -> SamplingParams:
+        """Return what the options say, then `defaults`, then Ollama's own."""
+        own = {"temperature": 0.8, "top_p": 0.9, "top_k": 40, "min_p": 0.0, **defaults}
+        given = {name: getattr(self, name) for name in ("temperature", "top_p", "top_k", "min_p")}
+        told = chosen(own, **given)
         max_tokens = default_max_tokens if self.num_predict is None else self.num_predict
         window = 64 if self.repeat_last_n is None else self.repeat_last_n
-        penalty = self.repeat_penalty or 1.0
+        penalty = self.repeat_penalty or defaults.get("repetition_penalty") or 1.0
         return SamplingParams(
             max_tokens=max_tokens if max_tokens >= 0 else _ALL_TOKENS,
-            temperature=max(0.8 if self.temperature is None else self.temperature, 0.0),
-            top_p=min(max(0.9 if self.top_p is None else self.top_p, 1e-6), 1.0),
-            top_k=max(40 if self.top_k is None else self.top_k, 0),
-            min_p=min(max(self.min_p or 0.0, 0.0), 1.0),
+            temperature=max(told["temperature"], 0.0),
+            top_p=min(max(told["top_p"], 1e-6), 1.0),
+            top_k=max(told["top_k"], 0),
+            min_p=min(max(told["min_p"], 0.0), 1.0),
             repetition_penalty=penalty if penalty > 0 and window != 0 else 1.0,
             repetition_context_size=window if window > 0 else _ALL_TOKENS,
             presence_penalty=self.presence_penalty or 0.0,
@@ -150,9 +156,12 @@ class OllamaRequest(_Body):
         keep = self.keep_alive
         return bool(_NO_TIME.fullmatch(keep)) if isinstance(keep, str) else keep == 0
 
-    def sampling_params(self, default_max_tokens: int) -> SamplingParams:
-        """Return what the body says, with Ollama's own defaults for the rest."""
-        params = (self.options or OllamaOptions()).sampling_params(default_max_tokens)
+    def sampling_params(
+        self, default_max_tokens: int, defaults: Mapping[str, Any]
+    ) -> SamplingParams:
+        """Return what the body says, then `defaults`, then Ollama's own."""
+        options = self.options or OllamaOptions()
+        params = options.sampling_params(default_max_tokens, defaults)
         return replace(params, logprobs=(self.top_logprobs or 0) if self.logprobs else None)
 
 

@@ -27,6 +27,7 @@ from .response_events import GrowingResponse, place_of
 from .response_items import is_reference
 from .response_tools import flat_tools
 from .responses_wire import ResponsesRequest
+from .scalars import chosen
 from .structured import tool_choice
 
 
@@ -151,11 +152,10 @@ async def _ask(
     max_tokens = body.max_output_tokens
     if max_tokens is None:
         max_tokens = services.settings.default_max_tokens
-    chosen: dict[str, Any] = {"temperature": body.temperature, "top_p": body.top_p}
     params = SamplingParams(
         max_tokens=0 if body.prewarm else max_tokens,
         logprobs=body.num_logprobs,
-        **{name: value for name, value in chosen.items() if value is not None},
+        **chosen(services.engine.sampling, temperature=body.temperature, top_p=body.top_p),
     )
     try:
         return await ask(

@@ -1,6 +1,7 @@
 """Numbers and switches as clients in any language write them: 8, 8.0 and "8" are the same."""
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -55,6 +56,11 @@ class AlsoWord:
         self, schema: CoreSchema, handler: GetJsonSchemaHandler
     ) -> JsonSchemaValue:
         return {"anyOf": [handler(schema), {"enum": list(_SWITCHES)}]}
+
+
+def chosen(defaults: Mapping[str, Any], **given: Any) -> dict[str, Any]:
+    """Return what is given, and `defaults` where that is None."""
+    return {**defaults, **{name: value for name, value in given.items() if value is not None}}
 
 
 Flag = Annotated[bool, AlsoWord()]

@@ -41,6 +41,7 @@ from .scalars import (
     Temperature,
     TopK,
     Whole,
+    chosen,
 )
 from .thinking import thinking_options
 
@@ -272,8 +273,8 @@ class SamplingInput(Wire):
         biases = (self.logit_bias or {}).items()
         return {text: bias for text, bias in biases if not _is_token_id(text)}
 
-    def sampling_params(self, max_tokens: int) -> SamplingParams:
-        """Return what the body says, with SamplingParams' defaults for the rest.
+    def sampling_params(self, max_tokens: int, defaults: Mapping[str, Any]) -> SamplingParams:
+        """Return what the body says, then `defaults`, then SamplingParams' own.
 
         `biased_texts` are still to be added.
         """
@@ -281,15 +282,15 @@ class SamplingInput(Wire):
         if same["repetition_penalty"] is None:
             same["repetition_penalty"] = self.repeat_penalty
         biases = (self.logit_bias or {}).items()
+        top_k = None if self.top_k is None else max(self.top_k, 0)
         return SamplingParams(
             max_tokens=max_tokens,
-            top_k=max(self.top_k or 0, 0),
             logit_bias=tuple((int(key), bias) for key, bias in biases if _is_token_id(key)),
             seed=None if self.seed is None else self.seed % 2**64,
             stop=tuple(self.stop or ()),
             stop_token_ids=tuple(self.stop_token_ids or ()),
             ignore_eos=bool(self.ignore_eos),
-            **{name: value for name, value in same.items() if value is not None},
+            **chosen(defaults, **same, top_k=top_k),
         )
 
 
