@@ -52,7 +52,7 @@ def test_what_the_template_closes_a_turn_with_is_an_end_where_nobody_says_so():
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_no_family_gets_an_end_in_the_middle_of_an_answer(family):
-    """Of gpt-oss <|end|> closes a part of an answer, and no answer."""
+    """A part of an answer of gpt-oss ends with <|end|>, and no answer does."""
     tokenizer = tokenizer_of(family)
     known = set(tokenizer.eos_token_ids) | {tokenizer.eos_token_id}
     assert end_tokens(tokenizer, {}, {}) == known

@@ -213,7 +213,7 @@ def test_options_are_taken_as_ollama_takes_them(chat, options, reason, count):
     ],
 )
 def test_the_repeat_penalty_has_the_window_that_ollama_gives_it(options, penalty, window):
-    params = OllamaOptions(**options).sampling_params(default_max_tokens=9)
+    params = OllamaOptions(**options).sampling_params(default_max_tokens=9, defaults={})
     assert (params.repetition_penalty, params.repetition_context_size) == (penalty, window)
     assert (params.temperature, params.top_k, params.top_p, params.max_tokens) == (0.8, 40, 0.9, 9)
 
