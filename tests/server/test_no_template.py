@@ -1,4 +1,6 @@
-"""A model without a chat template: it completes texts, and says what to do where it is to chat."""
+"""A model as it is found, without a chat template: it completes texts, and says what to do where
+it is to chat.
+"""
 
 import httpx
 import pytest
@@ -15,7 +17,8 @@ ANTHROPIC_TOOL = {"name": "f", "input_schema": {"type": "object"}}
 @pytest.fixture(scope="module")
 def url(tmp_path_factory):
     home = tmp_path_factory.mktemp("no-template")
-    model = write_tiny_model(home / "model")
+    model = write_tiny_model(home / "a [4bit] model, 100%")
+    (model / "._model.safetensors").write_bytes(bytes(4096))  # what macOS leaves
     (model / "chat_template.jinja").unlink()
     with ServerProcess(home / "home", *FLAGS, model=model) as server:
         yield server.url.removesuffix("/v1")
