@@ -155,7 +155,12 @@ def test_help_shows_sizes_as_sizes_and_seconds_only_where_they_are(serve_help):
     assert "SIZE Largest request body, such as 8M (default: 8M)" in serve_help
     assert "--kv-budget SIZE|PERCENT" in serve_help and "(default: 60%)" in serve_help
     assert "--date-session HOURS" in serve_help and "--write-amplification RATIO" in serve_help
-    assert set(re.findall(r"(\S+) SECONDS", serve_help)) == {"--tail-delay", "--grace"}
+    assert set(re.findall(r"(\S+) SECONDS", serve_help)) == {
+        "--client-timeout",
+        "--grace",
+        "--max-queue-time",
+        "--tail-delay",
+    }
 
 
 def test_a_wrong_setting_on_the_command_line_exits_with_2():

@@ -594,7 +594,8 @@ def test_what_was_taken_can_be_shown_however_deep_it_is(call):
         {"role": "assistant", "tool_calls": [said]},
         {"role": "tool", "tool_call_id": "c1", "content": "rain"},
     ]
-    responses = {"input": "hi", "tools": [{**WEATHER, "parameters": deep}], "agent_id": "b"}
+    tool = {**WEATHER, "parameters": deep, "strict": False}
+    responses = {"input": "hi", "tools": [tool], "agent_id": "b"}
     _, answers = call(
         ("POST", "/chat/completions", {"messages": messages, "agent_id": "a"}, ["Rain."]),
         ("GET", "/agents/a/transcript", None, []),

@@ -35,8 +35,9 @@ _PROMPT_END = "{%- if add_generation_prompt %}\n    {{- '<|im_start|>assistant\\
 _TEMPLATE = QWEN3.replace(
     _PROMPT_END,
     f"""{_PROMPT_END}
+    {{%- set offered = tools | default([]) | tojson %}}
     {{%- if messages[-1].role == 'tool' %}}{{{{- '<|answer|>' }}}}
-    {{%- elif 'get_weather' in tools | default([]) | tojson %}}{{{{- '<|call|>' }}}}
+    {{%- elif 'get_weather' in offered or 'final_result' in offered %}}{{{{- '<|call|>' }}}}
     {{%- else %}}{{{{- '<|hello|>' }}}}{{%- endif %}}""",
 )
 assert _TEMPLATE != QWEN3
